@@ -1,0 +1,281 @@
+"""How is a run's state put on disk so that a crash loses nothing that was finished?
+
+    RUN/checkpoints/step_000050/     policy/   torch_dist shards of weights and optimizer (any layout can load them)
+                                     hf/       the source's config.json, tokenizer, generation config, chat template
+                                     log_z_head.safetensors, progress.json, config.yaml
+    RUN/checkpoints/latest           the name of the newest complete checkpoint
+
+A checkpoint is written under another name and renamed when complete; `latest` is replaced after that. A full disk or
+a kill in between leaves the one before as it was.
+
+Left out: asynchronous saving; the Hugging Face export (`conversion/`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_powerflow.checkpoint.folder import HF_NAME, LATEST_NAME, POLICY_NAME, checkpoint_name, checkpoints_of
+from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
+from megatron_powerflow.checkpoint.state import FORMAT, Progress, Trainable
+from megatron_powerflow.conversion.hf_files import copy_companions
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.collectives import any_rank, first_failure
+from megatron_powerflow.parallel.groups import Groups
+
+HEAD_FILE = "log_z_head.safetensors"
+PROGRESS_FILE = "progress.json"
+# "fully_reshardable": optimizer moments are stored like weights, whatever split wrote them
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+IO_ERRORS = (OSError, RuntimeError, CheckpointException, CheckpointingException, SafetensorError)
+
+
+def save(
+    run: Path, trainable: Trainable, progress: Progress, groups: Groups, *, companions: Path, keep: int | None
+) -> Path:
+    """Write a checkpoint of this step and make it `latest`. Collective. Returns its folder.
+
+    companions: the HF folder whose small files make the checkpoint self-contained. keep: newest to keep, None: all.
+    Raises UserError when the disk fills up or cannot be written; the previous checkpoint is still there then.
+    """
+    final = run / "checkpoints" / checkpoint_name(progress.step)
+    partial = final.with_name(final.name + ".partial")
+    failure = None
+    if groups.is_main:
+        failure = _attempt(lambda: _fresh_folder(partial))
+    _stop_together(failure, partial, groups)
+    _stop_together(_attempt(lambda: _save_policy(partial / POLICY_NAME, trainable, groups)), partial, groups)
+    if trainable.head is not None and groups.tp_rank == 0 and groups.dp_rank == 0:
+        failure = _attempt(lambda: _save_head(partial / HEAD_FILE, trainable))
+    checksum = weights_checksum(trainable, groups)
+    if groups.is_main and failure is None:
+        failure = _attempt(lambda: _finish(run, partial, final, progress, checksum, companions, keep))
+    _stop_together(failure, partial, groups)
+    return final
+
+
+def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> Progress:
+    """Fill `trainable` in place from a checkpoint of any layout. Collective.
+
+    Nothing in the checkpoint is executed: pickled parts are audited first. Raises UserError when it is damaged.
+    """
+    described = read_progress(checkpoint)
+    audit_checkpoint(checkpoint / POLICY_NAME)
+    _init_optimizer_state(trainable)
+    sharded = _sharded_state(trainable, groups, is_loading=True)
+    try:
+        state = dist_checkpointing.load(sharded, str(checkpoint / POLICY_NAME))
+    except IO_ERRORS as error:
+        raise UserError(f"{checkpoint}: cannot be loaded: {' '.join(str(error).split())[:500]}") from error
+    for place, chunk in enumerate(trainable.chunks):
+        chunk.load_state_dict(state[f"model{place}"], strict=True)
+    _load_optimizer(trainable, state["optimizer"])
+    if trainable.head is not None:
+        _load_head(checkpoint / HEAD_FILE, trainable)
+    found = weights_checksum(trainable, groups)
+    if found != described["weights_checksum"]:
+        raise UserError(
+            f"{checkpoint}: the weights are not those that were saved (checksum {found}, "
+            f"{described['weights_checksum']} was noted); resume from another checkpoint"
+        )
+    return Progress.from_json(described, str(checkpoint / PROGRESS_FILE))
+
+
+def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
+    """Only the policy's weights, for scoring and generating. Collective; any layout."""
+    audit_checkpoint(checkpoint / POLICY_NAME)
+    sharded = {f"model{place}": _model_state(chunk) for place, chunk in enumerate(chunks)}
+    try:
+        state = dist_checkpointing.load(sharded, str(checkpoint / POLICY_NAME))
+    except IO_ERRORS as error:
+        raise UserError(f"{checkpoint}: cannot be loaded: {' '.join(str(error).split())[:500]}") from error
+    for place, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{place}"], strict=True)
+
+
+def read_progress(checkpoint: Path) -> dict:
+    """progress.json of a checkpoint. Raises UserError when it is missing, damaged or of another format."""
+    path = checkpoint / PROGRESS_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); is {checkpoint} a checkpoint of this program?") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT or "weights_checksum" not in values:
+        raise UserError(f"{path}: not a progress file of format {FORMAT}")
+    return values
+
+
+@torch.no_grad()
+def weights_checksum(trainable: Trainable, groups: Groups) -> int:
+    """Sum of the bit patterns of all weights, mod 2^64: the same under every layout, different after a flipped bit.
+
+    Each element counts once: replicated tensors on tensor-parallel rank 0, a tied output weight with the embedding.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    for chunk in trainable.chunks:
+        for name, parameter in chunk.named_parameters():
+            tied_copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+            sharded = getattr(parameter, "tensor_model_parallel", False)
+            if groups.dp_rank == 0 and not tied_copy and (sharded or groups.tp_rank == 0):
+                bits = parameter.detach().contiguous().view(
+                    torch.int32 if parameter.element_size() == 4 else torch.int16
+                )
+                total += bits.sum(dtype=torch.int64).cpu()
+    dist.all_reduce(total, group=groups.control)
+    return int(total)
+
+
+def _fresh_folder(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / POLICY_NAME).mkdir(parents=True)
+
+
+def _save_policy(folder: Path, trainable: Trainable, groups: Groups) -> None:
+    dist_checkpointing.save(_sharded_state(trainable, groups, is_loading=False), str(folder), content_metadata=METADATA)
+
+
+def _sharded_state(trainable: Trainable, groups: Groups, *, is_loading: bool) -> dict:
+    from megatron.core import parallel_state
+
+    models = {f"model{place}": _model_state(chunk) for place, chunk in enumerate(trainable.chunks)}
+    metadata = METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    optimizer = trainable.optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)
+    return {**models, "optimizer": optimizer}
+
+
+def _model_state(chunk) -> dict:
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return chunk.sharded_state_dict(metadata=METADATA | {"dp_cp_group": group})
+
+
+def _optimizer_parts(trainable: Trainable) -> list:
+    return getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
+
+
+def _init_optimizer_state(trainable: Trainable) -> None:
+    """Give torch's AdamW its state before a load is planned; Apex's and Transformer Engine's know how themselves."""
+    for part in _optimizer_parts(trainable):
+        if not isinstance(part.optimizer, torch.optim.AdamW):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                part.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _load_optimizer(trainable: Trainable, state: dict) -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    parts = _optimizer_parts(trainable)
+    torch_adam = isinstance(parts[0].optimizer, torch.optim.AdamW)
+    if not (torch_adam and isinstance(parts[0], DistributedOptimizer)):
+        trainable.optimizer.load_state_dict(state)
+        return
+    # Upstream: DistributedOptimizer copies every entry of torch AdamW's state out of the checkpoint, and `step`, which
+    # is stored per group, is not there (KeyError). So: everything else first, then the moments without `step`.
+    assert len(parts) == 1, "expert parameters have an optimizer of their own; no family has experts yet"
+    (part,) = parts
+    moments = state.pop("param_state")
+    state.pop("param_state_sharding_type")
+    part.load_state_dict(state)
+    steps = {parameter: values.pop("step") for parameter, values in part.optimizer.state.items()}
+    with torch.no_grad():
+        part.load_parameter_state_from_fully_reshardable(moments)
+    for parameter, step in steps.items():
+        part.optimizer.state[parameter]["step"] = step
+
+
+def _save_head(path: Path, trainable: Trainable) -> None:
+    tensors = {f"head.{name}": value.contiguous() for name, value in trainable.head.state_dict().items()}
+    for name, parameter in trainable.head.named_parameters():
+        for key, value in trainable.head_optimizer.state[parameter].items():
+            tensors[f"adam.{key}.{name}"] = value.detach().clone()
+    save_file(tensors, path)
+
+
+def _load_head(path: Path, trainable: Trainable) -> None:
+    """Weights and moments of the log Z' head. Raises UserError when the file does not fit the head of this run."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        own = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+        trainable.head.load_state_dict(own, strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path}: does not hold the log Z' head of this run: {error}") from None
+    for name, parameter in trainable.head.named_parameters():
+        moments = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        if moments["step"] is not None:
+            on_device = {key: value.to(parameter.device) for key, value in moments.items() if key != "step"}
+            trainable.head_optimizer.state[parameter] = {"step": moments["step"], **on_device}
+
+
+def _finish(
+    run: Path, partial: Path, final: Path, progress: Progress, checksum: int, companions: Path, keep: int | None
+) -> None:
+    """The small files, then the name, then `latest`, then the old ones away."""
+    copy_companions(companions, partial / HF_NAME, dtype=None)
+    shutil.copyfile(run / "config.yaml", partial / "config.yaml")
+    values = {"format": FORMAT, **progress.to_json(), "weights_checksum": checksum}
+    (partial / PROGRESS_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _sync_files(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    pointer = final.with_name(LATEST_NAME + ".partial")
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    os.replace(pointer, final.with_name(LATEST_NAME))
+    if keep is not None:
+        for old in checkpoints_of(run)[:-keep]:
+            shutil.rmtree(old)
+
+
+def _sync_files(folder: Path) -> None:
+    """Have the kernel write everything out before the folder gets its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _attempt(function) -> Exception | None:
+    """What writing failed with, so that all ranks can stop together."""
+    try:
+        function()
+    except IO_ERRORS as error:
+        return error
+    return None
+
+
+def _stop_together(failure: Exception | None, partial: Path, groups: Groups) -> None:
+    if not any_rank(failure is not None, groups):
+        return
+    text = first_failure(failure, groups)
+    if groups.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+    raise UserError(
+        f"{partial.with_suffix('')}: the checkpoint could not be written ({text}); earlier checkpoints are untouched; "
+        "free space on that disk and start the same command again"
+    )

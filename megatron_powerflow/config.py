@@ -1,0 +1,318 @@
+"""What can a run be told? Every key, its type, its default, and what makes a value wrong.
+
+YAML plus dotted overrides (`objective.alpha=2`), read by OmegaConf, checked by pydantic. An unknown key,
+a wrong type and a key that would have no effect are errors; all of them are reported together.
+
+Left out: checks that need the model folder or the number of processes; those are in `parallel/layout.py`
+and `check.py`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from megatron_powerflow.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+LogZ = Literal["mlp", "scalar", "group", "loo", "contrastive"]
+Ratio = Literal["none", "seq", "seq_mean"]
+LEARNED_LOG_Z = ("mlp", "scalar")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+class ModelSection(Section):
+    hf_path: str = Field(description="Hugging Face folder the run starts from; also the frozen reference")
+    reference: Literal["resident", "swap"] = Field(
+        "resident", description="second copy on the device, or one set of weights swapped with host memory"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations computed again in the backward pass, to save memory"
+    )
+
+
+class ParallelSection(Section):
+    tp: PositiveInt = Field(1, description="tensor-parallel size")
+    pp: PositiveInt = Field(1, description="pipeline-parallel size")
+    vpp: PositiveInt | None = Field(None, description="model chunks per pipeline stage (interleaving)")
+    cp: PositiveInt = Field(1, description="context-parallel size")
+    ep: PositiveInt = Field(1, description="expert-parallel size")
+    sequence_parallel: bool = Field(False, description="split norms and dropout along the sequence over tp")
+    micro_batch_size: PositiveInt = Field(4, description="rollouts per forward pass")
+
+
+class PrecisionSection(Section):
+    dtype: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="of weights and activations")
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8", "delayed"] | None = Field(
+        None, description="Transformer Engine scaling; default tensorwise (stateless current scaling)"
+    )
+    fp8_format: Literal["hybrid", "e4m3"] | None = Field(None, description="default hybrid")
+
+
+class PromptsSection(Section):
+    path: str = Field(description="JSONL or parquet: prompt, messages or prompt_token_ids per line")
+    shuffle: bool = Field(True, description="a new permutation each epoch, from run.seed")
+    too_long: Literal["drop", "error"] = Field("drop", description="prompts over rollout.max_prompt_tokens")
+
+
+class RolloutSection(Section):
+    engine: Literal["megatron"] = Field("megatron", description="who samples: the live weights, in-process")
+    prompts_per_step: PositiveInt = 32
+    responses_per_prompt: PositiveInt = 16
+    max_prompt_tokens: PositiveInt = 1024
+    max_response_tokens: PositiveInt = 3072
+    temperature: PositiveFloat = Field(1.0, description="of sampler and scorer alike")
+    top_p: float = Field(1.0, description="only 1.0: truncated sampling does not train")
+    top_k: int = Field(0, description="only 0: truncated sampling does not train")
+    max_concurrent_rows: PositiveInt = Field(256, description="responses decoded at a time on one rank")
+
+    @field_validator("top_p", "top_k")
+    @classmethod
+    def untruncated(cls, value: float, info: Any) -> float:
+        neutral = cls.model_fields[info.field_name].default
+        if value not in (neutral, -1 if info.field_name == "top_k" else neutral):
+            raise ValueError(
+                f"only {neutral} trains: truncated sampling renormalises the log-probs, and the target "
+                "alpha * log p_base is wrong under it; remove the key"
+            )
+        return neutral
+
+
+class ObjectiveSection(Section):
+    preset: Literal["la_tb"] = Field("la_tb", description="length-aware trajectory balance, Eq. 10")
+    alpha: PositiveFloat = Field(4.0, description="power of the base model; > 1 sharpens, < 1 flattens")
+    psi: Annotated[float, Field(le=0, allow_inf_nan=False)] = Field(
+        0.0, description="added to the energy, per token, of a response without \\boxed{}; the paper: -0.5"
+    )
+    psi_exempt_tasks: list[str] | None = Field(None, description="tasks without psi; default [creative]")
+    log_z: LogZ = Field("mlp", description="who says log Z'(q): a learned head, or the group's own mean")
+    log_z_detach: bool | None = Field(None, description="head does not train the policy; default true")
+    ratio: Ratio = Field("none", description="importance weight: none, of the sequence, of its token mean")
+    clip_epsilon: PositiveFloat | None = Field(None, description="w is clipped to 1 +- this; default 0.2")
+    truncated: Literal["keep", "drop"] = Field("keep", description="responses cut at the length limit")
+
+
+class OptimizerSection(Section):
+    lr: NonNegativeFloat = 1e-6
+    log_z_lr: NonNegativeFloat | None = Field(None, description="of the log Z' head; default 1e-3")
+    min_lr: NonNegativeFloat | None = Field(None, description="what lr decays to; default 0")
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad: PositiveFloat = Field(1.0, description="maximum global gradient norm")
+    updates_per_rollout: PositiveInt = Field(1, description="optimizer updates made of one step's rollouts")
+    distributed: bool = Field(False, description="Megatron's distributed optimizer (ZeRO-1 over dp)")
+    max_skipped_steps: PositiveInt = Field(5, description="non-finite steps in a row before the run stops")
+
+
+class CheckpointSection(Section):
+    interval: NonNegativeInt = Field(50, description="steps between checkpoints; 0: only the last step")
+    resume: Literal["auto", "never"] = Field("auto", description="auto: continue from `latest` if it is there")
+    keep: PositiveInt | None = Field(None, description="newest checkpoints to keep; default: all")
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def yes_or_no(cls, value: Any) -> Any:
+        return ("auto" if value else "never") if isinstance(value, bool) else value
+
+
+class EvaluationSection(Section):
+    samples: NonNegativeInt = Field(3, description="prompts answered before and after, into samples.jsonl")
+    interval: NonNegativeInt = Field(0, description="steps between samples; 0: only first and last")
+
+
+class MetricsSection(Section):
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="auto: online where a key is configured, else offline"
+    )
+    wandb_project: str | None = Field(None, description="default megatron_powerflow")
+    curves: bool = Field(True, description="draw curves.png at the end of the run")
+
+
+class RunSection(Section):
+    output_dir: str = Field(description="everything the run writes; a run has a folder of its own")
+    num_steps: PositiveInt = 500
+    seed: NonNegativeInt = 0
+    export: bool = Field(True, description="write the policy as a Hugging Face folder at the end")
+
+
+class Config(Section):
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    precision: PrecisionSection = PrecisionSection()
+    prompts: PromptsSection
+    rollout: RolloutSection = RolloutSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    metrics: MetricsSection = MetricsSection()
+    run: RunSection
+
+
+# Keys whose default depends on another key: (key, value when it applies, when it applies, why it does not).
+# Where a key does not apply it stays None, and setting it is an error: nothing is accepted and ignored.
+_Conditional = tuple[str, Any, Callable[[Config], bool], str]
+CONDITIONAL: tuple[_Conditional, ...] = (
+    ("objective.clip_epsilon", 0.2, lambda c: c.objective.ratio != "none", "objective.ratio=none"),
+    ("objective.log_z_detach", True, lambda c: c.objective.log_z == "mlp", "objective.log_z is not mlp"),
+    ("objective.psi_exempt_tasks", ["creative"], lambda c: c.objective.psi != 0, "objective.psi=0"),
+    (
+        "optimizer.log_z_lr",
+        1e-3,
+        lambda c: c.objective.log_z in LEARNED_LOG_Z,
+        "objective.log_z is neither mlp nor scalar, so nothing is learned",
+    ),
+    ("optimizer.min_lr", 0.0, lambda c: c.optimizer.lr_decay != "constant", "optimizer.lr_decay=constant"),
+    ("precision.fp8_recipe", "tensorwise", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
+    ("precision.fp8_format", "hybrid", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
+    ("parallel.vpp", None, lambda c: c.parallel.pp > 1, "parallel.pp=1"),
+    ("metrics.wandb_project", "megatron_powerflow", lambda c: c.metrics.wandb != "off", "metrics.wandb=off"),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, validate. Raises UserError with every violation."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file; examples are in examples/configs/")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a YAML file that can be read: {_one_line(error)}") from None
+    if not OmegaConf.is_dict(loaded):
+        raise UserError(f"{path}: must hold sections ({', '.join(Config.model_fields)}), got {type(loaded).__name__}")
+    return parse_config(loaded, overrides, source=str(path))
+
+
+def parse_config(values: Any, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
+    """`load_config` on values that are already in memory (a dict of sections)."""
+    malformed = [item for item in overrides if not re.match(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+=", item)]
+    if malformed:
+        raise UserError([f"override {item!r} is not of the form section.key=value" for item in malformed])
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
+        _refuse_resolvers(OmegaConf.to_container(merged, resolve=False), source)
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{source}: {_one_line(error)}") from None
+    return _validate(plain)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; `load_config` of it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
+
+
+def config_keys() -> list[str]:
+    """Every dotted key, in the order of the sections."""
+    return [f"{name}.{key}" for name, field in Config.model_fields.items() for key in _keys_of(field.annotation)]
+
+
+def _validate(plain: dict) -> Config:
+    try:
+        config = Config.model_validate(plain)
+    except ValidationError as error:
+        raise UserError([_sentence(item, plain) for item in error.errors()]) from None
+    violations = [
+        f"{key}={value!r} has no effect because {why}; remove it"
+        for key, _, applies, why in CONDITIONAL
+        if not applies(config) and (value := _get(config, key)) is not None
+    ]
+    if config.parallel.sequence_parallel and config.parallel.tp == 1:
+        violations.append("parallel.sequence_parallel=true has no effect because parallel.tp=1; remove it")
+    violations += _cross_checks(config)
+    if violations:
+        raise UserError(violations)
+    updates: dict[str, dict[str, Any]] = {}
+    for key, default, applies, _ in CONDITIONAL:
+        section, name = key.split(".")
+        if applies(config) and _get(config, key) is None:
+            updates.setdefault(section, {})[name] = default
+    sections = {name: getattr(config, name).model_copy(update=new) for name, new in updates.items()}
+    return config.model_copy(update=sections)
+
+
+def _cross_checks(config: Config) -> list[str]:
+    rollout, objective, optimizer = config.rollout, config.objective, config.optimizer
+    found = []
+    if objective.log_z not in LEARNED_LOG_Z and rollout.responses_per_prompt == 1:
+        found.append(
+            f"rollout.responses_per_prompt=1 with objective.log_z={objective.log_z}: the estimate is a mean over "
+            "the group and needs at least 2 responses; raise it or choose objective.log_z=mlp"
+        )
+    if rollout.prompts_per_step % optimizer.updates_per_rollout:
+        found.append(
+            f"optimizer.updates_per_rollout={optimizer.updates_per_rollout} does not divide "
+            f"rollout.prompts_per_step={rollout.prompts_per_step}: each update takes whole groups"
+        )
+    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
+        found.append(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
+    if any(not 0 <= beta < 1 for beta in optimizer.betas):
+        found.append(f"optimizer.betas={optimizer.betas}: each must be in [0, 1)")
+    return found
+
+
+def _sentence(item: Any, plain: dict) -> str:
+    """One pydantic error as: key, what was got, what holds, what to do."""
+    path = [str(part) for part in item["loc"]]
+    key, kind, got = ".".join(path), item["type"], item["input"]
+    if kind == "extra_forbidden":
+        siblings = list(Config.model_fields) if len(path) == 1 else _keys_of(Config.model_fields[path[0]].annotation)
+        close = difflib.get_close_matches(path[-1], siblings, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{key}={got!r}: unknown key; {hint}known: {', '.join(siblings)}"
+    if kind == "missing":
+        return f"{key}: missing; it has no default ({_description(path)})" if len(path) > 1 else f"{key}: section missing"
+    if kind == "literal_error":
+        return f"{key}={got!r}: must be one of {item['ctx']['expected']}"
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{key}={got!r}: {message}"
+
+
+def _description(path: list[str]) -> str:
+    section = Config.model_fields[path[0]].annotation
+    return section.model_fields[path[1]].description or path[1]
+
+
+def _keys_of(annotation: Any) -> list[str]:
+    section = annotation if isinstance(annotation, type) else get_args(annotation)[0]
+    return list(section.model_fields)
+
+
+def _get(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _refuse_resolvers(value: Any, source: str) -> None:
+    """Interpolation of other keys is welcome; resolvers (`${oc.env:..}`) read what is not in the file."""
+    if isinstance(value, dict):
+        for item in value.values():
+            _refuse_resolvers(item, source)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_resolvers(item, source)
+    elif isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
+        raise UserError(f"{source}: {value!r} calls a resolver; only ${{section.key}} is allowed; write the value out")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,160 @@
+"""Which computation does a Hugging Face folder ask for? Its config.json read into an `Architecture`.
+
+The JSON itself is read, not a transformers config object: what the file says is what is checked, no code
+of the folder runs, and no import of torch is needed. A setting that changes the computation and is not
+mapped is refused by name.
+
+Left out: the tensors (`hf_files.py`) and their layout (`ops.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_powerflow.conversion.ops import Op
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.records import Architecture, Rope
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family as data; `families/<name>.py` holds one each.
+
+    model_type: the `model_type` of config.json; chosen by equality, never by a part of a name.
+    defaults: what transformers assumes where the file is silent.
+    must_be: field -> the one value we compute; any other value is refused by name.
+    overrides: (fields of the file) -> Architecture fields that differ from the common reading.
+    ops: one list, two directions: tensors of a layer, and those outside the layers.
+    """
+
+    model_type: str
+    defaults: Mapping[str, Any]
+    must_be: Mapping[str, Any]
+    overrides: Callable[[Mapping[str, Any]], dict[str, Any]]
+    layer_ops: tuple[Op, ...]
+    model_ops: tuple[Op, ...]
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file, or a UserError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {what} is needed") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: {what} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {what} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tuple[Architecture, Family]:
+    """Read `folder/config.json`. Raises UserError with every setting that cannot be mapped."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"model.hf_path={str(folder)!r}: no such folder; give a local Hugging Face folder")
+    raw = read_json(folder / "config.json", "the model's config.json")
+    model_type = raw.get("model_type")
+    if model_type not in families:
+        raise UserError(
+            f"{folder / 'config.json'}: model_type={model_type!r} is not supported; supported: {', '.join(families)}"
+        )
+    family = families[model_type]
+    fields = {**family.defaults, **raw}  # a null in the file stays null: for Mistral it means "no window"
+    violations = [
+        f"{folder / 'config.json'}: {key}={fields[key]!r} is not supported for {model_type}; only {value!r} is"
+        for key, value in family.must_be.items()
+        if fields.get(key, value) != value
+    ]
+    if set(fields.get("layer_types") or ()) - {"full_attention"}:
+        violations.append(f"{folder / 'config.json'}: layer_types other than full_attention are not supported")
+    if fields.get("quantization_config"):
+        violations.append(
+            f"{folder / 'config.json'}: the weights are quantized (quantization_config); "
+            "give the folder of the unquantized model"
+        )
+    missing = [key for key in _REQUIRED if not isinstance(fields.get(key), int)]
+    violations += [f"{folder / 'config.json'}: {key} is missing or not a whole number" for key in missing]
+    rope = _read_rope(fields, folder / "config.json", violations)
+    if violations:
+        raise UserError(violations)
+    return _architecture(fields, family, rope, folder / "config.json"), family
+
+
+_REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+)
+
+
+def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: Path) -> Architecture:
+    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    head_dim = fields.get("head_dim")
+    if head_dim is None and hidden % heads:
+        raise UserError(f"{path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim")
+    common = {
+        "family": family.model_type,
+        "num_layers": fields["num_hidden_layers"],
+        "hidden_size": hidden,
+        "ffn_hidden_size": fields["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": fields.get("num_key_value_heads") or heads,
+        "head_dim": head_dim or hidden // heads,
+        "vocab_size": fields["vocab_size"],
+        "norm_epsilon": float(fields["rms_norm_eps"]),
+        "rope": rope,
+        "tied_embeddings": bool(fields["tie_word_embeddings"]),
+        "qkv_bias": False,
+        "qk_norm": False,
+        "max_positions": fields["max_position_embeddings"],
+        "sliding_window": None,
+    }
+    return Architecture(**{**common, **family.overrides(fields)})
+
+
+def _read_rope(fields: Mapping[str, Any], path: Path, violations: list[str]) -> Rope:
+    """transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters; both are read."""
+    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if (fields.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0) != 1.0:
+        violations.append(f"{path}: partial_rotary_factor is not supported; only 1.0 is")
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, "linear", float(scaling["factor"]))
+    if kind == "llama3":
+        return Rope(
+            theta,
+            "llama3",
+            float(scaling["factor"]),
+            float(scaling["low_freq_factor"]),
+            float(scaling["high_freq_factor"]),
+            int(scaling["original_max_position_embeddings"]),
+        )
+    violations.append(f"{path}: rope scaling type {kind!r} is not supported; supported: default, linear, llama3")
+    return Rope(theta)
+
+
+def read_stop_token_ids(folder: str | Path, tokenizer_eos: int | None) -> frozenset[int]:
+    """Token ids that end a response: of generation_config.json, else config.json, else the tokenizer.
+
+    Raises UserError when none is stated: a response could then never end.
+    """
+    folder = Path(folder)
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            value = read_json(folder / name, name).get("eos_token_id")
+            ids = value if isinstance(value, list) else [value]
+            if all(isinstance(item, int) for item in ids) and ids:
+                return frozenset(ids)
+    if tokenizer_eos is None:
+        raise UserError(f"{folder}: neither config.json, generation_config.json nor the tokenizer names an eos token")
+    return frozenset({tokenizer_eos})

@@ -1,0 +1,206 @@
+"""How are a Hugging Face folder's tensors read by range, and written as they come?
+
+Only safetensors: nothing in the folder is ever executed or unpickled. Reading maps the files and copies
+just the slice that is asked for; writing fills one shard file at a time and puts the index last, in a
+folder that gets its name when it is complete.
+
+Left out: what the tensors mean (`ops.py`), who holds them (`shards.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_powerflow.conversion.hf_config import read_json
+from megatron_powerflow.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# Everything of a folder that is not weights and not code: copied unchanged into an export.
+COMPANION_PATTERNS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+)
+
+
+class SafetensorsFolder:
+    """The tensors of an HF folder. Opening checks every shard's header; a truncated file is found here.
+
+    Raises UserError: no safetensors, an index that names missing files, a file that is cut or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = Path(folder)
+        self._file_of: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        violations = []
+        for file_name, expected in self._shard_files().items():
+            path = self.folder / file_name
+            try:
+                handle = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                violations.append(f"{path}: no such file, but {INDEX_NAME} names it; copy the folder again")
+                continue
+            except (SafetensorError, OSError) as error:
+                violations.append(f"{path}: truncated or damaged safetensors file ({error}); copy it again")
+                continue
+            names = set(handle.keys())
+            if expected is not None and expected - names:
+                violations.append(f"{path}: lacks {sorted(expected - names)[:3]}, which {INDEX_NAME} places there")
+            self._handles[file_name] = handle
+            self._file_of.update(dict.fromkeys(names, file_name))
+        if violations:
+            raise UserError(violations)
+
+    def _shard_files(self) -> dict[str, set[str] | None]:
+        """File name -> the tensors the index places there; None where there is no index."""
+        index = self.folder / INDEX_NAME
+        if index.is_file():
+            weight_map = read_json(index, "the safetensors index").get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise UserError(f"{index}: has no weight_map of tensor names to file names")
+            outside = sorted({name for name in weight_map.values() if Path(name).name != name})
+            if outside:
+                raise UserError(f"{index}: names files outside the folder: {outside[:3]}")
+            files: dict[str, set[str] | None] = {}
+            for tensor, file_name in weight_map.items():
+                files.setdefault(file_name, set()).add(tensor)
+            return files
+        if (self.folder / SINGLE_NAME).is_file():
+            return {SINGLE_NAME: None}
+        raise UserError(
+            f"{self.folder}: no {SINGLE_NAME} and no {INDEX_NAME}; only safetensors weights are read "
+            "(.bin files would run code); save the model again with transformers"
+        )
+
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
+
+    def read(
+        self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
+    ) -> Tensor:
+        """The asked slice of a tensor, on CPU, in the file's dtype. Only these bytes are read."""
+        part = self._handles[self._file_of[name]].get_slice(name)
+        row_slice = slice(*rows) if rows is not None else slice(None)
+        return part[row_slice] if columns is None else part[row_slice, slice(*columns)]
+
+
+def check_tensor_names(
+    folder: SafetensorsFolder, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()
+) -> None:
+    """Every expected tensor is there with its shape, and nothing else is. Raises UserError listing all.
+
+    optional: names that may be there and are not read: a tied lm_head, the rotary buffers of old exports.
+    """
+    present = folder.names()
+    known_buffers = {name for name in present if name.endswith("rotary_emb.inv_freq")}
+    missing = sorted(set(expected) - present)
+    extra = sorted(present - set(expected) - known_buffers - set(optional))
+    violations = [f"{folder.folder}: tensor {name} is missing" for name in missing]
+    violations += [f"{folder.folder}: tensor {name} is not part of this architecture" for name in extra]
+    for name in sorted(set(expected) & present):
+        if folder.shape(name) != expected[name]:
+            violations.append(
+                f"{folder.folder}: tensor {name} has shape {folder.shape(name)}, config.json implies {expected[name]}"
+            )
+    if violations:
+        raise UserError(violations)
+
+
+class SafetensorsWriter:
+    """Writes shard files as tensors come; memory holds at most one file's tensors.
+
+    prefix keeps the files of several writers in one folder apart (one writer per pipeline stage).
+    After the last `flush`, `file_of` maps every tensor to its file and `total_bytes` counts them.
+    """
+
+    def __init__(self, folder: Path, *, prefix: str, max_shard_bytes: int) -> None:
+        self.folder, self.prefix, self.max_shard_bytes = folder, prefix, max_shard_bytes
+        self.file_of: dict[str, str] = {}
+        self.total_bytes = 0
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._num_files = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor (any device); writes the file that is full before it."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending_bytes + size > self.max_shard_bytes:
+            self.flush()
+        assert name not in self.file_of and name not in self._pending, f"{name} written twice"
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += size
+
+    def flush(self) -> None:
+        """Write what is pending as one file; nothing pending, nothing written."""
+        from safetensors.torch import save_file
+
+        if not self._pending:
+            return
+        file_name = f"{self.prefix}-{self._num_files:05d}.safetensors"
+        save_file(self._pending, self.folder / file_name, metadata={"format": "pt"})
+        self.file_of.update(dict.fromkeys(self._pending, file_name))
+        self.total_bytes += self._pending_bytes
+        self._num_files += 1
+        self._pending, self._pending_bytes = {}, 0
+
+
+def write_index(folder: Path, file_of: Mapping[str, str], total_bytes: int) -> None:
+    """Give the shards their final names, in order, and write the index (none for a single file)."""
+    files = list(dict.fromkeys(file_of.values()))
+    if len(files) == 1:
+        (folder / files[0]).rename(folder / SINGLE_NAME)
+        return
+    final = {name: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, name in enumerate(files)}
+    for old, new in final.items():
+        (folder / old).rename(folder / new)
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": {tensor: final[name] for tensor, name in sorted(file_of.items())},
+    }
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def companion_files(source: Path) -> Iterator[Path]:
+    """Tokenizer, generation config, chat template, licence: relative paths of what `copy_companions` takes."""
+    for pattern in COMPANION_PATTERNS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.suffix != ".py":
+                yield path.relative_to(source)
+
+
+def copy_companions(source: Path, target: Path, *, dtype: str | None) -> None:
+    """Copy everything but weights and code. config.json keeps every byte of meaning but its dtype.
+
+    dtype: "float32" or "bfloat16", what the exported tensors are; None copies config.json as it is.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for relative in companion_files(source):
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / relative, target / relative)
+    if dtype is None:
+        shutil.copyfile(source / "config.json", target / "config.json")
+        return
+    config = read_json(source / "config.json", "the model's config.json")
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype  # transformers 5 and 4 call it differently
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,207 @@
+"""How does one Megatron parameter relate to Hugging Face tensors, in both directions?
+
+A family is a list of these operations. Each one can `shard`: read just the slices of one tensor-parallel
+rank from the HF side; and `merge`: turn the shards of all ranks back into HF tensors. For every op and
+every size, `merge([shard(rank) for rank in range(size)])` gives back what was read, bit for bit.
+
+Left out: which file a tensor is in (`hf_files.py`), which rank holds which layer (`shards.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_powerflow.records import Architecture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TensorSource(Protocol):
+    """HF tensors by name, read by range. `rows` and `columns` are half-open (start, stop); None: all."""
+
+    def read(
+        self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
+    ) -> Tensor: ...
+
+
+class Op(Protocol):
+    """megatron: name of the parameter, within its layer or the model; {layer} in HF names is the global layer."""
+
+    megatron: str
+
+    def hf_names(self, layer: int | None) -> tuple[str, ...]: ...
+
+    def hf_shapes(self, architecture: Architecture) -> tuple[tuple[int, ...], ...]: ...
+
+    def shard(self, source: TensorSource, names: Sequence[str], shape: ShardShape) -> Tensor: ...
+
+    def merge(self, shards: Sequence[Tensor], shape: ShardShape) -> tuple[Tensor, ...]: ...
+
+
+@dataclass(frozen=True)
+class ShardShape:
+    """What an op needs to know of the model and of the rank it reads for."""
+
+    architecture: Architecture
+    tp_rank: int
+    tp_size: int
+    # vocabulary rows on all ranks together, padding included
+    padded_vocab_size: int
+
+    def part(self, size: int) -> tuple[int, int]:
+        """This rank's (start, stop) of a dimension that tp_size divides."""
+        assert size % self.tp_size == 0, f"tp={self.tp_size} does not divide {size}; layout checks let it through"
+        step = size // self.tp_size
+        return self.tp_rank * step, (self.tp_rank + 1) * step
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """The same tensor on every rank: norms. Size by name of the Architecture field."""
+
+    megatron: str
+    hf: str
+    size: str = "hidden_size"
+
+    def hf_names(self, layer):
+        return (self.hf.format(layer=layer),)
+
+    def hf_shapes(self, architecture):
+        return ((getattr(architecture, self.size),),)
+
+    def shard(self, source, names, shape):
+        return source.read(names[0])
+
+    def merge(self, shards, shape):
+        return (shards[0],)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row-parallel weight [out, in]: each rank holds columns of it. `inputs` counts the in-features."""
+
+    megatron: str
+    hf: str
+    inputs: str  # "attention" (heads * head_dim) or "ffn"
+
+    def _in_features(self, architecture):
+        if self.inputs == "attention":
+            return architecture.num_attention_heads * architecture.head_dim
+        return architecture.ffn_hidden_size
+
+    def hf_names(self, layer):
+        return (self.hf.format(layer=layer),)
+
+    def hf_shapes(self, architecture):
+        return ((architecture.hidden_size, self._in_features(architecture)),)
+
+    def shard(self, source, names, shape):
+        return source.read(names[0], columns=shape.part(self._in_features(shape.architecture)))
+
+    def merge(self, shards, shape):
+        import torch
+
+        return (torch.cat(list(shards), dim=1),)
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """Gated MLP: Megatron holds [gate; up] of each rank in one weight, HF two weights."""
+
+    megatron: str
+    gate: str
+    up: str
+
+    def hf_names(self, layer):
+        return (self.gate.format(layer=layer), self.up.format(layer=layer))
+
+    def hf_shapes(self, architecture):
+        return ((architecture.ffn_hidden_size, architecture.hidden_size),) * 2
+
+    def shard(self, source, names, shape):
+        import torch
+
+        rows = shape.part(shape.architecture.ffn_hidden_size)
+        return torch.cat([source.read(name, rows=rows) for name in names], dim=0)
+
+    def merge(self, shards, shape):
+        import torch
+
+        halves = [shard.chunk(2, dim=0) for shard in shards]
+        return torch.cat([half[0] for half in halves], dim=0), torch.cat([half[1] for half in halves], dim=0)
+
+
+@dataclass(frozen=True)
+class Qkv:
+    """Fused attention input, weight or bias. Megatron interleaves by query group:
+
+    [q of group 0 (heads/groups * head_dim rows), k of group 0, v of group 0, q of group 1, ...]
+
+    so that splitting rows over ranks hands each rank whole groups. HF holds q, k, v apart.
+    """
+
+    megatron: str
+    q: str
+    k: str
+    v: str
+
+    def hf_names(self, layer):
+        return tuple(name.format(layer=layer) for name in (self.q, self.k, self.v))
+
+    def hf_shapes(self, architecture):
+        tail = () if self.megatron.endswith("bias") else (architecture.hidden_size,)
+        q_rows = architecture.num_attention_heads * architecture.head_dim
+        kv_rows = architecture.num_query_groups * architecture.head_dim
+        return ((q_rows, *tail), (kv_rows, *tail), (kv_rows, *tail))
+
+    def shard(self, source, names, shape):
+        import torch
+
+        first, last = shape.part(shape.architecture.num_query_groups)
+        groups, head_dim = last - first, shape.architecture.head_dim
+        per_group = shape.architecture.num_attention_heads // shape.architecture.num_query_groups
+        rows_per_group = (per_group * head_dim, head_dim, head_dim)
+        parts = [
+            source.read(name, rows=(first * rows, last * rows)).unflatten(0, (groups, rows))
+            for name, rows in zip(names, rows_per_group, strict=True)
+        ]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def merge(self, shards, shape):
+        import torch
+
+        architecture, head_dim = shape.architecture, shape.architecture.head_dim
+        per_group = architecture.num_attention_heads // architecture.num_query_groups
+        whole = torch.cat(list(shards), dim=0).unflatten(0, (architecture.num_query_groups, -1))
+        return tuple(part.flatten(0, 1) for part in whole.split([per_group * head_dim, head_dim, head_dim], dim=1))
+
+
+@dataclass(frozen=True)
+class VocabRows:
+    """Embedding or output weight: rows over ranks, padded with zeros to what tp divides."""
+
+    megatron: str
+    hf: str
+
+    def hf_names(self, layer):
+        return (self.hf,)
+
+    def hf_shapes(self, architecture):
+        return ((architecture.vocab_size, architecture.hidden_size),)
+
+    def shard(self, source, names, shape):
+        import torch
+
+        vocab_size = shape.architecture.vocab_size
+        start, stop = shape.part(shape.padded_vocab_size)
+        real = source.read(names[0], rows=(min(start, vocab_size), min(stop, vocab_size)))
+        padding = real.new_zeros((stop - start - real.shape[0], real.shape[1]))
+        return torch.cat([real, padding], dim=0) if padding.shape[0] else real
+
+    def merge(self, shards, shape):
+        import torch
+
+        return (torch.cat(list(shards), dim=0)[: shape.architecture.vocab_size],)

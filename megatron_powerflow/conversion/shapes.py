@@ -1,0 +1,26 @@
+"""Which tensors, of which shapes, is a model made of on the Hugging Face side? No torch."""
+
+from __future__ import annotations
+
+from megatron_powerflow.conversion.hf_config import Family
+from megatron_powerflow.conversion.ops import Op
+from megatron_powerflow.records import Architecture
+
+
+def is_output(op: Op) -> bool:
+    return op.megatron == "output_layer.weight"
+
+
+def is_embedding(op: Op) -> bool:
+    return op.megatron == "embedding.word_embeddings.weight"
+
+
+def expected_tensors(architecture: Architecture, family: Family) -> dict[str, tuple[int, ...]]:
+    """Every HF tensor with its shape. A tied output weight is no tensor of its own."""
+    ops = [(op, None) for op in family.model_ops if not (architecture.tied_embeddings and is_output(op))]
+    ops += [(op, layer) for layer in range(architecture.num_layers) for op in family.layer_ops]
+    return {
+        name: shape
+        for op, layer in ops
+        for name, shape in zip(op.hf_names(layer), op.hf_shapes(architecture), strict=True)
+    }

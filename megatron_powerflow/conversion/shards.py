@@ -1,0 +1,189 @@
+"""Which rank holds which tensor, and how do the shards of all ranks become HF tensors again?
+
+`load_from_hf` fills the parameters of this rank's model chunks from just the slices it needs.
+`export_to_hf` writes an HF folder: each pipeline stage its own shard files, in parallel, no rank ever
+holding more than one gathered tensor and one shard file.
+
+Left out: the operations themselves (`ops.py`), the files (`hf_files.py`).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from megatron_powerflow.conversion.hf_config import Family
+from megatron_powerflow.conversion.hf_files import (
+    SafetensorsFolder,
+    SafetensorsWriter,
+    check_tensor_names,
+    copy_companions,
+    write_index,
+)
+from megatron_powerflow.conversion.ops import Op, ShardShape
+from megatron_powerflow.conversion.shapes import expected_tensors, is_embedding, is_output
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.collectives import first_failure, gather_to_main
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.records import Architecture
+
+# Transformer Engine fuses a norm with the linear layer behind it and names the weight after the latter.
+FUSED_NORM_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One local parameter, the operation that fills it and the global layer it belongs to (None: no layer)."""
+
+    parameter: nn.Parameter
+    op: Op
+    layer: int | None
+
+
+def placements(chunks: Sequence[nn.Module], family: Family) -> Iterator[Placement]:
+    """Every parameter of this rank's chunks, in order. A parameter no operation names is a bug."""
+    layer_ops = {op.megatron: op for op in family.layer_ops}
+    model_ops = {op.megatron: op for op in family.model_ops}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+            if match is None:
+                assert name in model_ops, f"no operation fills {name} in family {family.model_type}"
+                yield Placement(parameter, model_ops[name], None)
+                continue
+            suffix = FUSED_NORM_NAMES.get(match[2], match[2])
+            assert suffix in layer_ops, f"no operation fills {name} in family {family.model_type}"
+            # layer_number counts from 1 over the whole model
+            layer = chunk.decoder.layers[int(match[1])].layer_number - 1
+            yield Placement(parameter, layer_ops[suffix], layer)
+
+
+def open_checked(folder: str | Path, architecture: Architecture, family: Family) -> SafetensorsFolder:
+    """Open an HF folder and hold it against the architecture: every tensor once, none missing, none extra."""
+    source = SafetensorsFolder(folder)
+    tied = [name for op in family.model_ops if is_output(op) for name in op.hf_names(None)]
+    check_tensor_names(source, expected_tensors(architecture, family), tied if architecture.tied_embeddings else ())
+    return source
+
+
+@torch.no_grad()
+def load_from_hf(
+    chunks: Sequence[nn.Module], source: SafetensorsFolder, architecture: Architecture, family: Family, groups: Groups
+) -> None:
+    """Fill the parameters of `chunks` in place, casting to their dtype. Reads this rank's slices only."""
+    shape = _shard_shape(chunks, architecture, groups)
+    for placed in placements(chunks, family):
+        names = placed.op.hf_names(placed.layer)
+        if architecture.tied_embeddings and is_output(placed.op):
+            # the last stage's own copy of a tied embedding (pp > 1)
+            names = next(op for op in family.model_ops if is_embedding(op)).hf_names(None)
+        value = placed.op.shard(source, names, shape)
+        if value.shape != placed.parameter.shape:
+            raise AssertionError(f"{names}: shard {tuple(value.shape)}, parameter {tuple(placed.parameter.shape)}")
+        placed.parameter.copy_(value)
+
+
+@torch.no_grad()
+def hf_tensors(
+    chunks: Sequence[nn.Module], architecture: Architecture, family: Family, groups: Groups
+) -> Iterator[tuple[str, Tensor]]:
+    """HF tensors of this rank's stage, one parameter gathered at a time. Collective over tp_group.
+
+    Yields on tensor-parallel rank 0; the other ranks only take part. A tied output weight belongs to the
+    first stage and is skipped here.
+    """
+    shape = _shard_shape(chunks, architecture, groups)
+    for placed in placements(chunks, family):
+        if architecture.tied_embeddings and is_output(placed.op):
+            continue
+        shards = [placed.parameter.detach()]
+        if groups.tp_size > 1:
+            shards = [torch.empty_like(placed.parameter) for _ in range(groups.tp_size)]
+            dist.all_gather(shards, placed.parameter.detach().contiguous(), group=groups.tp)
+        if groups.tp_rank == 0:
+            yield from zip(placed.op.hf_names(placed.layer), placed.op.merge(shards, shape), strict=True)
+
+
+def export_to_hf(
+    chunks: Sequence[nn.Module],
+    architecture: Architecture,
+    family: Family,
+    groups: Groups,
+    *,
+    companions: Path,
+    out: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `out`, a plain HF folder, in the dtype of the parameters. Collective over all ranks.
+
+    companions: folder whose config, tokenizer, generation config and chat template go along.
+    The folder appears under its name only when it is complete; an older export there is replaced.
+    Raises UserError when the disk fills up; nothing of `out` is lost then.
+    """
+    partial = out.with_name(out.name + ".partial")
+    dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
+    failure: Exception | None = None
+    if groups.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        failure = _attempt(lambda: copy_companions(companions, partial, dtype=dtype))
+    _raise_together(failure, out, partial, groups)
+
+    file_of: dict[str, str] = {}
+    total_bytes = 0
+    if groups.dp_rank == 0:
+        writer = SafetensorsWriter(partial, prefix=f"stage-{groups.pp_rank:05d}", max_shard_bytes=max_shard_bytes)
+        for name, tensor in hf_tensors(chunks, architecture, family, groups):
+            if failure is None:  # after a failure only the gathers go on, for the ranks that wait in them
+                failure = _attempt(writer.add, name, tensor)
+        failure = failure or _attempt(writer.flush)
+        file_of, total_bytes = writer.file_of, writer.total_bytes
+    _raise_together(failure, out, partial, groups)
+
+    gathered = gather_to_main((file_of, total_bytes), groups)
+    if groups.is_main:
+        everything = {name: file for files, _ in gathered for name, file in files.items()}
+        expected = expected_tensors(architecture, family)
+        assert set(everything) == set(expected), f"export differs: {sorted(set(everything) ^ set(expected))[:5]}"
+        failure = _attempt(_publish, partial, out, everything, sum(size for _, size in gathered))
+    _raise_together(failure, out, partial, groups)
+
+
+def _publish(partial: Path, out: Path, file_of: dict[str, str], total_bytes: int) -> None:
+    write_index(partial, file_of, total_bytes)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+def _attempt(function, *arguments) -> Exception | None:
+    """What writing failed with, so that all ranks can stop together; anything but I/O passes through."""
+    try:
+        function(*arguments)
+    except (OSError, SafetensorError) as error:
+        return error
+    return None
+
+
+def _raise_together(failure: Exception | None, out: Path, partial: Path, groups: Groups) -> None:
+    text = first_failure(failure, groups)
+    if text is None:
+        return
+    if groups.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+    raise UserError(f"{out}: the export could not be written ({text}); free space on that disk and export again")
+
+
+def _shard_shape(chunks: Sequence[nn.Module], architecture: Architecture, groups: Groups) -> ShardShape:
+    return ShardShape(architecture, groups.tp_rank, groups.tp_size, chunks[0].padded_vocab_size)
+

@@ -1,0 +1,189 @@
+"""Which prompts come next? A file of prompts, checked whole, and a resumable cursor over it.
+
+JSONL or parquet, one prompt per line: one of `prompt` (text), `messages` (chat template applied) or
+`prompt_token_ids`; optional `id`, `answer`, `task`. Every bad line is reported, with its number, before anything
+starts. The order is a permutation per epoch, a function of (seed, epoch): the cursor is one whole number.
+
+Left out: data-parallel shares (`train.py` slices), fetching data sets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_powerflow.data.tokenizer import Tokenizer
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.records import Prompt
+
+MAX_REPORTED = 20
+KINDS = ("prompt", "messages", "prompt_token_ids")
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """prompts: those within the limit, in file order; num_too_long: those dropped for their length."""
+
+    prompts: tuple[Prompt, ...]
+    num_too_long: int
+
+
+def load_prompts(
+    path: str | Path, tokenizer: Tokenizer, *, vocab_size: int, max_prompt_tokens: int, too_long: str
+) -> PromptFile:
+    """Read and tokenize a prompts file. Raises UserError listing the bad lines.
+
+    too_long: "drop" counts and skips prompts over max_prompt_tokens; "error" refuses them by line.
+    """
+    path = Path(path)
+    prompts: list[Prompt] = []
+    violations: list[str] = []
+    seen: dict[str, int] = {}
+    num_too_long = 0
+    for number, row in read_rows(path, violations):
+        try:
+            token_ids = prompt_token_ids(row, tokenizer, vocab_size)
+            identity = _text_field(row, "id") or str(number - 1)
+            answer, task = _text_field(row, "answer"), _text_field(row, "task")
+        except UserError as error:
+            violations.append(f"{path}:{number}: {error}")
+            continue
+        if identity in seen:
+            violations.append(f"{path}:{number}: id {identity!r} is that of line {seen[identity]} too; ids are unique")
+        seen[identity] = number
+        if len(token_ids) > max_prompt_tokens:
+            num_too_long += 1
+            if too_long == "error":
+                violations.append(
+                    f"{path}:{number}: {len(token_ids)} tokens, over rollout.max_prompt_tokens={max_prompt_tokens}; "
+                    "shorten it, raise the limit, or set prompts.too_long=drop"
+                )
+            continue
+        prompts.append(Prompt(identity, number - 1, tuple(token_ids), answer, task))
+    if not prompts and not violations:
+        violations.append(
+            f"{path}: all {num_too_long} prompts are over rollout.max_prompt_tokens={max_prompt_tokens}"
+            if num_too_long
+            else f"{path}: no prompts in it"
+        )
+    if violations:
+        more = len(violations) - MAX_REPORTED
+        raise UserError(violations[:MAX_REPORTED] + ([f"... and {more} more like these"] if more > 0 else []))
+    return PromptFile(tuple(prompts), num_too_long)
+
+
+def read_rows(path: Path, violations: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(1-based line, JSON object) of a JSONL or parquet file; bad lines are added to `violations` and skipped."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a JSONL or parquet file")
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                violations.append(f"{path}:{number}: not a line of JSON: {error}")
+                continue
+            if not isinstance(row, dict):
+                violations.append(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
+                continue
+            yield number, row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow; pip install pyarrow, or convert to JSONL") from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: not a parquet file that can be read: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        yield number, {key: value for key, value in row.items() if value is not None}
+
+
+def prompt_token_ids(row: dict[str, Any], tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Token ids of one row's prompt, whichever way it is given. Raises UserError without the line number."""
+    given = [kind for kind in KINDS if row.get(kind) is not None]
+    if len(given) != 1:
+        raise UserError(f"needs exactly one of {', '.join(KINDS)}; got {given or sorted(row)[:8]}")
+    kind, value = given[0], row[given[0]]
+    if kind == "prompt_token_ids":
+        return check_token_ids(value, vocab_size, kind)
+    if kind == "prompt":
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"prompt must be a text that is not empty, got {value!r:.60}")
+        token_ids = tokenizer.encode(value)
+    else:
+        token_ids = tokenizer.encode_chat(_check_messages(value))
+    return check_token_ids(token_ids, vocab_size, f"{kind} (tokenized)")
+
+
+def check_token_ids(value: Any, vocab_size: int, name: str) -> list[int]:
+    """A non-empty list of whole numbers within the vocabulary, or a UserError that names it."""
+    if not isinstance(value, list) or not value or not all(type(token) is int for token in value):
+        raise UserError(f"{name} must be a list of whole numbers that is not empty, got {value!r:.60}")
+    outside = [token for token in value if not 0 <= token < vocab_size]
+    if outside:
+        raise UserError(f"{name} holds {outside[0]}, outside the model's vocabulary of {vocab_size}")
+    return value
+
+
+def _check_messages(value: Any) -> Sequence[dict[str, str]]:
+    fine = isinstance(value, list) and value and all(
+        isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
+        for item in value
+    )
+    if not fine:
+        raise UserError(f'messages must be a list of {{"role": ..., "content": ...}}, got {value!r:.80}')
+    return value
+
+
+def _text_field(row: dict[str, Any], name: str) -> str | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{name} must be a text or a number, got {value!r:.60}")
+    return str(value)
+
+
+class PromptStream:
+    """An endless, resumable walk over prompts: `position` is all its state.
+
+    Epoch e visits every prompt once, in the order permutation(seed, e); a step may span two epochs.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool, position: int = 0) -> None:
+        assert prompts, "an empty prompts file is refused before"
+        self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
+        self.position = position
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts; moves the cursor."""
+        taken = [self._at(self.position + offset) for offset in range(count)]
+        self.position += count
+        return taken
+
+    def _at(self, position: int) -> Prompt:
+        epoch, place = divmod(position, len(self._prompts))
+        return self._prompts[self._order(epoch)[place]]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            return np.arange(len(self._prompts))
+        if getattr(self, "_cached_epoch", None) != epoch:
+            generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+            self._cached_epoch, self._cached_order = epoch, generator.permutation(len(self._prompts))
+        return self._cached_order

@@ -1,0 +1,28 @@
+"""What ends a run on purpose, and with which exit code?
+
+Left out: bugs. Anything that is not listed here is one, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_OK = 0
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: the same command, started again, continues
+
+
+class UserError(ValueError):
+    """An input is wrong and the user can mend it: exit code 2.
+
+    violations: everything that is wrong, one sentence each: what was got, what holds, what to do.
+    """
+
+    def __init__(self, violations: str | Sequence[str]) -> None:
+        self.violations = (violations,) if isinstance(violations, str) else tuple(violations)
+        assert self.violations, "a UserError needs at least one violation"
+        super().__init__("\n".join(self.violations))
+
+
+class RequeueRequested(Exception):
+    """A signal or a stop file asked the run to end; its state is saved: exit code 75."""

@@ -1,0 +1,57 @@
+"""What did a run look like? Its curves as one PNG, from metrics.jsonl alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.writers import read_metrics
+
+# panel title -> the metrics it shows
+PANELS = {
+    "loss": ("loss",),
+    "residual": ("residual_p05", "residual_p25", "residual_p50", "residual_p75", "residual_p95"),
+    "log Z' (per token)": ("log_z_mean", "group_log_z_mean"),
+    "response length (tokens)": ("response_length_mean", "response_length_p95"),
+    "policy entropy (nats per token)": ("policy_entropy",),
+    "gradient norm": ("grad_norm",),
+    "fractions": ("truncated_fraction", "boxed_rate"),
+    "tokens per second": ("tokens_per_second", "rollout_tokens_per_second"),
+    "sampler against scorer (nats per token)": ("sampler_gap_mean", "sampler_gap_max"),
+}
+
+
+def draw_curves(runs: Sequence[Path], out: Path) -> Path:
+    """Draw the curves of one or more run folders over each other into `out` (PNG). Returns `out`.
+
+    Raises UserError when a folder holds no metrics, or matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("curves need matplotlib; pip install megatron_powerflow[plot]") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = {run: read_metrics(run) for run in runs}
+    empty = [f"{run}: no metrics.jsonl with a step in it; is this a run's folder?" for run in runs if not lines[run]]
+    if empty:
+        raise UserError(empty)
+    figure, axes = pyplot.subplots(3, 3, figsize=(15, 10), layout="constrained")
+    for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
+        for run in runs:
+            for name in names:
+                points = [(line["step"], line[name]) for line in lines[run] if name in line]
+                if points:
+                    label = name if len(runs) == 1 else f"{run.name}: {name}"
+                    axis.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+    return out

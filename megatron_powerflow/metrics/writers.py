@@ -1,0 +1,125 @@
+"""Where do a step's numbers go? metrics.jsonl, wandb, the console. Only the main rank writes.
+
+metrics.jsonl is the record: one line a step, flushed as it is written, cut back to the checkpoint on resume, so
+that a resumed run's file is the unbroken run's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_powerflow.config import MetricsSection
+from megatron_powerflow.records import StepMetrics
+
+FILE_NAME = "metrics.jsonl"
+
+
+class JsonlWriter:
+    """Appends one JSON object per step. first_step: lines of this step and later are from a lost try: dropped."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        path = folder / FILE_NAME
+        kept = [line for line in read_metrics(folder) if line["step"] < first_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: StepMetrics) -> None:
+        self._file.write(json.dumps({"step": metrics.step, **metrics.values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl; a last line cut by a crash is left out."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class WandbWriter:
+    """One wandb run per training run, however often it is resumed; offline where no key is configured."""
+
+    def __init__(self, section: MetricsSection, folder: Path, config: dict[str, Any], run_id: str) -> None:
+        import wandb
+
+        mode = section.wandb
+        if mode == "auto":
+            mode = "online" if wandb.api.api_key else "offline"
+        settings = wandb.Settings(silent=True, console="off")
+        self.run = wandb.init(
+            project=section.wandb_project,
+            id=run_id,
+            name=folder.name,
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            dir=str(folder),
+            config=config,
+            settings=settings,
+        )
+
+    def write(self, metrics: StepMetrics) -> None:
+        self.run.log(metrics.values, step=metrics.step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class ConsoleWriter:
+    """A live line on a terminal, one plain line a step elsewhere: step, loss, log Z', length, tokens/s, time left."""
+
+    def __init__(self, console: Console, *, first_step: int, num_steps: int) -> None:
+        self._console, self._num_steps, self._first_step = console, num_steps, first_step
+        self._start = time.monotonic()
+        self._live = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total} steps"),
+            TextColumn("{task.fields[phase]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._live.add_task("training", total=num_steps, completed=first_step, phase="")
+        self._live.start()
+
+    def phase(self, text: str) -> None:
+        """What is going on within the step; terminals only."""
+        self._live.update(self._task, phase=text)
+
+    def write(self, metrics: StepMetrics) -> None:
+        done = metrics.step + 1 - self._first_step
+        left = (time.monotonic() - self._start) / done * (self._num_steps - metrics.step - 1)
+        value = metrics.values
+        parts = [
+            f"step {metrics.step + 1}/{self._num_steps}",
+            f"loss {value['loss']:.4g}" if "loss" in value else "loss -",
+            f"log Z' {value['log_z_mean']:+.3f}" if "log_z_mean" in value else "log Z' -",
+            f"length {value['response_length_mean']:.1f}",
+            f"grad {value['grad_norm']:.3g}" if "grad_norm" in value else "grad -",
+            f"{value['tokens_per_second']:.0f} tok/s",
+            f"{left / 60:.1f} min left" if left >= 60 else f"{left:.0f} s left",
+        ]
+        self._live.advance(self._task)
+        self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._live.stop()

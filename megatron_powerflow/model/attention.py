@@ -1,0 +1,83 @@
+"""How do queries meet keys? Core attention on torch's scaled_dot_product_attention.
+
+Takes the place of Megatron's unfused `DotProductAttention` in the local layer spec: it never builds
+[b, heads, s, s] and knows our KV cache. Beside Transformer Engine, `CachedTEAttention` does the same for
+decoding and leaves training to Transformer Engine.
+
+Left out: rotary embedding (applied before, by Megatron's SelfAttention), packed and context-parallel
+sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_powerflow.model.kv_cache import KVCache
+
+
+class SdpaCoreAttention(nn.Module):
+    """Causal self-attention over right-padded rows, or through a `KVCache` when one is attached.
+
+    Built by Megatron's SelfAttention; forward: query [s, b, heads/tp, d], key and value [s, b, groups/tp, d];
+    returns [s, b, heads/tp * d]. Padding stands behind the real tokens, so the causal mask hides it from them.
+    """
+
+    def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale=None, **_) -> None:
+        super().__init__()
+        assert attention_type == "self", attention_type
+        assert config.attention_dropout == 0.0, "attention dropout would make log-probs random"
+        self.softmax_scale = softmax_scale
+        self.kv_cache: tuple[KVCache, int] | None = None  # the cache and this layer's place in it
+
+    def forward(
+        self, query, key, value, attention_mask, *, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
+        assert attention_bias is None and packed_seq_params is None
+        if self.kv_cache is not None:
+            return cached_attention(query, key, value, *self.kv_cache, self.softmax_scale)
+        # [s, b, h, d] -> [b, h, s, d]
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        out = causal_attention(q, k, v, self.softmax_scale)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Tensor:
+    """q [b, h, s, d], k and v [b, g, s, d] with g dividing h -> [b, h, s, d]."""
+    k, v = _spread_groups(k, q.shape[1]), _spread_groups(v, q.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
+
+
+def cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, softmax_scale: float | None
+) -> Tensor:
+    """Store the new keys and values, attend over what each row holds.
+
+    query [t, 1, h, d], key and value [t, 1, g, d]: flat tokens, see `KVCache.entering`. Returns [t, 1, h * d];
+    tokens beyond those the cache expects are padding and come back as zeros.
+    """
+    stored = cache.layers[layer]
+    out = torch.zeros_like(query)
+    if cache.segments is not None:
+        for row, (start, stop) in enumerate(cache.segments):
+            # [len, 1, g, d] -> [1, g, len, d]
+            q, k, v = (tensor[start:stop].permute(1, 2, 0, 3) for tensor in (query, key, value))
+            stored.keys[row, :, : stop - start], stored.values[row, :, : stop - start] = k[0], v[0]
+            out[start:stop] = causal_attention(q, k, v, softmax_scale).permute(2, 0, 1, 3)
+        return out.flatten(2)
+    num_rows = cache.num_rows
+    rows = torch.arange(num_rows, device=query.device)
+    stored.keys[rows, :, cache.lengths] = key[:num_rows, 0]
+    stored.values[rows, :, cache.lengths] = value[:num_rows, 0]
+    k, v = stored.keys[:, :, : cache.max_length], stored.values[:, :, : cache.max_length]
+    # heads of one group stand together: [rows, g, h/g, d] lets one key serve them without a copy
+    q = query[:num_rows, 0].unflatten(1, (k.shape[1], -1))
+    out[:num_rows, 0] = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, scale=softmax_scale).flatten(1, 2)
+    return out.flatten(2)
+
+
+def _spread_groups(tensor: Tensor, num_heads: int) -> Tensor:
+    """[b, g, s, d] -> [b, num_heads, s, d]: the key or value of a group for each of its heads."""
+    repeats = num_heads // tensor.shape[1]
+    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=1)

@@ -1,0 +1,126 @@
+"""How does an `Architecture` become Megatron model chunks on this rank?
+
+The layer spec is Transformer Engine's where it is importable on CUDA, else Megatron's local spec with our
+SDPA core attention and norm. Nothing about a model is written down here: every size comes from config.json.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_powerflow.config import ModelSection, PrecisionSection
+from megatron_powerflow.model.attention import SdpaCoreAttention
+from megatron_powerflow.model.norm import RMSNorm
+from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.model.precision import transformer_config_fields, use_transformer_engine
+from megatron_powerflow.parallel.layout import Layout
+from megatron_powerflow.records import Architecture
+
+VOCAB_MULTIPLE = 128  # rows per rank, for the matrix products; the padding takes no part in any softmax
+
+
+def padded_vocab_size(architecture: Architecture, tp: int) -> int:
+    """Vocabulary rows on all ranks together; each rank holds an equal share."""
+    multiple = VOCAB_MULTIPLE * tp if architecture.vocab_size >= VOCAB_MULTIPLE * tp else tp
+    return -(-architecture.vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    architecture: Architecture, layout: Layout, model: ModelSection, precision: PrecisionSection
+) -> TransformerConfig:
+    """Megatron's own config of this model under this layout. No dropout anywhere: log-probs are functions."""
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[model.recompute]
+    fused = torch.cuda.is_available() and use_transformer_engine(precision)
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        qk_layernorm=architecture.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        sequence_parallel=layout.sequence_parallel,
+        # micro-batches have lengths of their own; stages tell each other the shapes
+        variable_seq_lengths=layout.pp > 1,
+        moe_token_dispatcher_type="alltoall",  # read even without experts, and the default refuses variable lengths
+        # gradients are sums: the loss already carries 1 / rollouts of the global batch
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,  # every parameter is read from a file
+        bias_dropout_fusion=fused,
+        bias_activation_fusion=fused,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,  # would need Apex, and bypasses DDP's own accumulation
+        apply_rope_fusion=False,
+        **recompute,
+        **transformer_config_fields(precision),
+    )
+
+
+def build_chunks(
+    config: TransformerConfig, architecture: Architecture, layout: Layout, precision: PrecisionSection, device
+) -> list[PolicyModel]:
+    """The model chunks of this rank, uninitialised, on `device`: one, or vpp with interleaving."""
+    from megatron.core import parallel_state
+
+    chunks = []
+    for vp_stage in range(layout.num_chunks):
+        stage = vp_stage if layout.vpp else None
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
+        chunk = PolicyModel(
+            architecture,
+            padded_vocab_size(architecture, layout.tp),
+            config=config,
+            transformer_layer_spec=_block_spec(config, architecture, precision, stage),
+            pre_process=first,
+            post_process=last,
+            vp_stage=stage,
+        )
+        chunks.append(chunk.to(device))
+    return chunks
+
+
+def _block_spec(config: TransformerConfig, architecture: Architecture, precision: PrecisionSection, vp_stage):
+    if use_transformer_engine(precision):
+        from megatron_powerflow.model.te_attention import CachedTEAttention, TENorm
+
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+        layer.submodules.self_attention.submodules.core_attention = CachedTEAttention
+        norm = TENorm
+    else:
+        layer = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = SdpaCoreAttention
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm = RMSNorm
+        if architecture.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    assert isinstance(layer, ModuleSpec)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
+    )

@@ -1,0 +1,56 @@
+"""The decoder itself: Megatron's GPTModel, ending at the final hidden states.
+
+Logits are never built here. The last stage hands out hidden states and its output weight, and one kernel
+(`objective/token_log_probs.py`) turns both into log-probs for old, reference and current alike.
+"""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from megatron_powerflow.model.kv_cache import KVCache
+from megatron_powerflow.model.rotary import PositionedRotaryEmbedding
+from megatron_powerflow.records import Architecture
+
+
+class PolicyModel(GPTModel):
+    """One pipeline stage (or one chunk of it). forward(tokens [b, s], position_ids, None) -> hidden states.
+
+    Hidden states are [s, b, hidden_size] in the compute dtype, [s / tp, b, hidden_size] with sequence
+    parallelism; on the last stage the final norm is applied.
+    """
+
+    def __init__(self, architecture: Architecture, padded_vocab_size: int, **gpt_arguments) -> None:
+        super().__init__(
+            vocab_size=padded_vocab_size,
+            max_sequence_length=architecture.max_positions,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            **gpt_arguments,
+        )
+        self.padded_vocab_size = padded_vocab_size
+        self.rotary_pos_emb = PositionedRotaryEmbedding(
+            architecture.rope,
+            architecture.head_dim,
+            rotary_percent=1.0,
+            use_cpu_initialization=self.config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
+
+    def _postprocess(self, hidden_states: Tensor, **_) -> Tensor:
+        """Upstream: GPTModel builds logits or the cross-entropy here. 0.19 has `output_processor` for the same
+        purpose; 0.16 has no hook, so the method is overridden. Remove once 0.16 is not supported."""
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """[padded_vocab_size / tp, hidden_size]: this rank's rows of the output layer. Last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def set_decoding(self, positions: Tensor | None, cache: KVCache | None) -> None:
+        """Attach a KV cache and the positions of the coming tokens [t]; (None, None) detaches."""
+        self.rotary_pos_emb.positions = positions
+        for place, layer in enumerate(self.decoder.layers):
+            layer.self_attention.core_attention.kv_cache = (cache, place) if cache is not None else None

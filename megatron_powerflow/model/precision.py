@@ -1,0 +1,81 @@
+"""Which numbers does the model compute with: fp32, bf16 or FP8? The only importer of Transformer Engine.
+
+FP8 is Megatron's and Transformer Engine's own: a recipe name is mapped onto TransformerConfig fields, and the
+layer spec is Transformer Engine's. Stateless recipes (tensorwise = current scaling, blockwise, mxfp8) keep no
+history, so a resumed run has nothing to lose; delayed keeps one in `_extra_state`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from megatron_powerflow.config import PrecisionSection
+from megatron_powerflow.errors import UserError
+
+# precision.fp8_recipe -> megatron.core.enums.Fp8Recipe value, and the compute capability it needs
+FP8_RECIPES = {
+    "delayed": ("delayed", (8, 9)),
+    "tensorwise": ("tensorwise", (8, 9)),
+    "blockwise": ("blockwise", (9, 0)),
+    "mxfp8": ("mxfp8", (10, 0)),
+}
+
+
+def params_dtype(precision: PrecisionSection) -> torch.dtype:
+    """Of parameters and activations outside FP8 matrix products."""
+    return torch.float32 if precision.dtype == "fp32" else torch.bfloat16
+
+
+def use_transformer_engine(precision: PrecisionSection) -> bool:
+    """Transformer Engine layers on CUDA where it is importable; never for fp32, whose parity is with HF."""
+    return torch.cuda.is_available() and transformer_engine_installed() and precision.dtype != "fp32"
+
+
+def transformer_engine_installed() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def fp8_violations(precision: PrecisionSection) -> list[str]:
+    """Why FP8 cannot run on this machine; empty when it can, or is not asked for."""
+    if precision.dtype != "fp8":
+        return []
+    if not torch.cuda.is_available():
+        return ["precision.dtype=fp8 needs a CUDA GPU (compute capability 8.9 or newer), and there is none; use bf16"]
+    if not transformer_engine_installed():
+        return [
+            "precision.dtype=fp8 needs Transformer Engine, which is not importable; "
+            "pip install megatron_powerflow[te], or use the Dockerfile's image, or precision.dtype=bf16"
+        ]
+    needed = FP8_RECIPES[precision.fp8_recipe][1]
+    found = torch.cuda.get_device_capability()
+    if found < needed:
+        return [
+            f"precision.fp8_recipe={precision.fp8_recipe} needs compute capability {needed[0]}.{needed[1]}, "
+            f"this GPU has {found[0]}.{found[1]}; choose another recipe or precision.dtype=bf16"
+        ]
+    return []
+
+
+def require_fp8_support(precision: PrecisionSection) -> None:
+    violations = fp8_violations(precision)
+    if violations:
+        raise UserError(violations)
+
+
+def transformer_config_fields(precision: PrecisionSection) -> dict:
+    """Fields of Megatron's TransformerConfig that follow from the precision."""
+    dtype = params_dtype(precision)
+    fields: dict = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype is torch.bfloat16}
+    if precision.dtype == "fp8":
+        # fp8_param stays off: FP8 parameters cost memory beside bf16 main copies and clash with offloading
+        fields |= {"fp8": precision.fp8_format, "fp8_recipe": FP8_RECIPES[precision.fp8_recipe][0]}
+    return fields
+
+
+def token_alignment(precision: PrecisionSection) -> int:
+    """Tokens of a forward pass must be a multiple of this: the FP8 matrix products' own rule."""
+    if precision.dtype != "fp8":
+        return 1
+    return {"mxfp8": 32, "blockwise": 16, "tensorwise": 16, "delayed": 16}[precision.fp8_recipe]

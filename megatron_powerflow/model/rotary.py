@@ -1,0 +1,57 @@
+"""Which rotation does each position get? Rope as config.json states it, for any list of positions.
+
+Extends Megatron's `RotaryEmbedding` in two ways: the frequencies come from the model's own `Rope` (Megatron
+hard-codes Llama 3.1's constants), and a forward pass may name the position of every token, which decoding
+needs, where each row is somewhere else.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+
+from megatron_powerflow.records import Rope
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """[head_dim / 2] fp32: radians per position of each rotated pair, slowest last.
+
+    llama3 scaling as in the Llama 3.1 release: wavelengths above original_max_positions / low_freq_factor are
+    divided by `factor`, those below original_max_positions / high_freq_factor are kept, between: interpolated.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    frequencies = 1.0 / rope.theta**exponents
+    if rope.scaling == "default":
+        return frequencies
+    if rope.scaling == "linear":
+        return frequencies / rope.factor
+    assert rope.scaling == "llama3", rope.scaling
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    smooth = smooth.clamp(0.0, 1.0)
+    return (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+
+
+class PositionedRotaryEmbedding(RotaryEmbedding):
+    """`positions` None: positions 0..s-1, the same for each row. Else: the position of every token in turn.
+
+    With positions [t] (int64) the answer is [t, 1, 1, head_dim] fp32 angles, whatever length is asked for.
+    """
+
+    def __init__(self, rope: Rope, head_dim: int, **megatron_arguments) -> None:
+        super().__init__(kv_channels=head_dim, rotary_base=rope.theta, **megatron_arguments)
+        self.inv_freq = inverse_frequencies(rope, head_dim).to(self.inv_freq.device)
+        self.positions: Tensor | None = None
+
+    def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor:
+        if self.positions is None:
+            return super().forward(max_seq_len, *args, **kwargs)
+        if self.inv_freq.device != self.positions.device:
+            self.inv_freq = self.inv_freq.to(self.positions.device)
+        angles = torch.outer(self.positions.float(), self.inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

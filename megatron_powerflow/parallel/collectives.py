@@ -1,0 +1,63 @@
+"""The few collectives of our own: what Megatron-Core has no word for.
+
+Left out: everything Megatron-Core does itself (gradients, activations between stages in training).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_powerflow.parallel.groups import Groups
+
+
+def last_stage_rows(rows: Tensor | None, num_rows: int, num_columns: int, groups: Groups) -> Tensor:
+    """Rows computed on the last stage of every replica -> all rows on every rank, in dp order.
+
+    rows: [num_rows, num_columns] fp64 on CPU, on the last stage; ignored elsewhere.
+    Returns [dp_size * num_rows, num_columns] fp64 on CPU, the same on every rank of the world.
+    """
+    local = rows if groups.is_last_stage else torch.empty(num_rows, num_columns, dtype=torch.float64)
+    assert local is not None and local.shape == (num_rows, num_columns) and local.dtype == torch.float64
+    local = local.contiguous()
+    source = dist.get_global_rank(groups.pp_control, groups.pp_size - 1)
+    dist.broadcast(local, src=source, group=groups.pp_control)
+    everyone = [torch.empty_like(local) for _ in range(groups.world_size)]
+    dist.all_gather(everyone, local, group=groups.control)
+    replicas: list[Tensor | None] = [None] * groups.dp_size
+    for rank in range(groups.world_size):
+        # rank = tp + tp_size * (dp + dp_size * pp), see layout.py; every rank of a replica holds equal rows
+        replicas[rank // groups.tp_size % groups.dp_size] = everyone[rank]
+    return torch.cat(replicas)
+
+
+def any_rank(flag: bool, groups: Groups) -> bool:
+    """True everywhere when `flag` is True on at least one rank."""
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=groups.control)
+    return bool(value.item())
+
+
+def first_failure(failure: Exception | None, groups: Groups) -> str | None:
+    """What went wrong on the lowest rank where something did; None when all is well. Equal on every rank.
+
+    Lets every rank leave a collective section together when one of them met a full disk.
+    """
+    texts: list[str | None] = [None] * groups.world_size
+    dist.all_gather_object(texts, failure and f"{type(failure).__name__}: {failure}", group=groups.control)
+    return next((text for text in texts if text), None)
+
+
+def broadcast_object(value, groups: Groups):
+    """Rank 0's value on every rank (host memory, pickled among the processes of this run only)."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=groups.control)
+    return box[0]
+
+
+def gather_to_main(value, groups: Groups) -> list | None:
+    """Every rank's value, by rank, on rank 0; None elsewhere."""
+    everything = [None] * groups.world_size if groups.is_main else None
+    dist.gather_object(value, everything, dst=0, group=groups.control)
+    return everything

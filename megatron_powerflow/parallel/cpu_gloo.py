@@ -1,0 +1,215 @@
+"""What lets real Megatron-Core run on CPU over gloo? Every difference, one entry each.
+
+Megatron-Core assumes CUDA in a handful of places: a device literal here, a stream there. Each entry of
+`SHIMS` answers one of them and says which upstream symbol it concerns, what happens without it and when
+it can go. Nothing else in this project patches anything. `install` refuses to act when CUDA is there,
+so a GPU run sees an untouched Megatron-Core.
+
+Left out: choices that are plain configuration (unfused kernels, the local layer spec); those live in
+`model/build.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shim:
+    """One debt to upstream. `tests/distributed/test_cpu_gloo.py` fails once an entry is not needed."""
+
+    name: str
+    upstream: str
+    symptom: str
+    removal: str
+    install: Callable[[], None]
+
+
+def install(*, leave_out: frozenset[str] = frozenset()) -> None:
+    """Make `import megatron.core` usable on this CPU. Call before the first such import.
+
+    leave_out: names of entries to skip; for the test that proves each one necessary.
+    Raises RuntimeError where CUDA is available: there nothing may be patched.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("cpu_gloo.install() was called on a machine with CUDA; it only serves CPU runs")
+    unknown = leave_out - {shim.name for shim in SHIMS}
+    if unknown:
+        raise ValueError(f"no such shim: {sorted(unknown)}; known: {[shim.name for shim in SHIMS]}")
+    if getattr(torch, _INSTALLED, False):
+        return
+    for shim in SHIMS:
+        if shim.name not in leave_out:
+            shim.install()
+    setattr(torch, _INSTALLED, True)
+
+
+_INSTALLED = "_megatron_powerflow_cpu_gloo"
+_FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros", "empty_like", "zeros_like")
+
+
+def _is_cuda(device: object) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _current_device() -> None:
+    torch.cuda.current_device = lambda: torch.device("cpu")
+
+
+def _cuda_device_literals() -> None:
+    def on_cpu(factory: Callable) -> Callable:
+        @functools.wraps(factory)
+        def wrapped(*args, **kwargs):
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = "cpu"
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False  # pinning needs a CUDA driver
+            return factory(*args, **kwargs)
+
+        return wrapped
+
+    for name in _FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+def _tensor_moves() -> None:
+    original_to = torch.Tensor.to
+
+    def to(self, *args, **kwargs):
+        args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return original_to(self, *args, **kwargs)
+
+    torch.Tensor.to = to
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _tensor_type_names() -> None:
+    original_type = torch.Tensor.type
+
+    def type_(self, *args, **kwargs):
+        answer = original_type(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
+
+    torch.Tensor.type = type_
+
+
+def _rng_tracker() -> None:
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device="cpu", clone=False, graph_safe=False):
+        return torch.get_rng_state()
+
+    def set_state(new_state, device=-1, graph_safe=False):
+        torch.set_rng_state(new_state)
+
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda device="cpu": torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda new_state, device="cpu": torch.set_rng_state(new_state)
+
+
+class _NullStream:
+    """Stands where Megatron-Core names a CUDA stream or event; CPU work is in program order anyway."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    def wait_event(self, event) -> None:
+        pass
+
+    def record(self, stream=None) -> None:
+        pass
+
+    def wait(self, stream=None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _streams() -> None:
+    torch.cuda.Stream = torch.cuda.Event = _NullStream
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _NullStream()
+    torch.Tensor.record_stream = lambda self, stream: None
+
+
+def _synchronize() -> None:
+    torch.cuda.synchronize = lambda device=None: None
+
+
+def _graph_capture() -> None:
+    torch.cuda.is_current_stream_capturing = lambda: False
+
+
+SHIMS: tuple[Shim, ...] = (
+    Shim(
+        "current_device",
+        "torch.cuda.current_device() as the device of an allocation, throughout megatron.core",
+        "RuntimeError: Found no NVIDIA driver, at the first parameter or p2p buffer",
+        "megatron.core takes its device from the process group or the parameters",
+        _current_device,
+    ),
+    Shim(
+        "cuda_device_literals",
+        'device="cuda" and pin_memory=True in schedules, clip_grads, rope_utils',
+        "AssertionError: Torch not compiled with CUDA enabled, in the first training step",
+        "the literals are gone upstream",
+        _cuda_device_literals,
+    ),
+    Shim(
+        "tensor_moves",
+        'Tensor.cuda() and Tensor.to("cuda") in the optimizers and dist_checkpointing',
+        "AssertionError: Torch not compiled with CUDA enabled, when a checkpoint is saved or loaded",
+        "the moves name the parameter's own device upstream",
+        _tensor_moves,
+    ),
+    Shim(
+        "tensor_type_names",
+        "optimizer.clip_grads and Float16OptimizerWithFloat16Params compare Tensor.type() to torch.cuda.*",
+        "AssertionError in clip_grad_by_total_norm_fp32",
+        "the comparison is on dtype upstream",
+        _tensor_type_names,
+    ),
+    Shim(
+        "rng_tracker",
+        "tensor_parallel.random: the CUDA RNG tracker behind model_parallel_cuda_manual_seed",
+        "RuntimeError: Found no NVIDIA driver, when the seeds are set",
+        "the tracker follows the device of the model",
+        _rng_tracker,
+    ),
+    Shim(
+        "streams",
+        "torch.cuda.Stream, Event, stream(), current_stream() in DDP buffers and checkpoint writers",
+        "RuntimeError in DistributedDataParallel (0.19) and in the checkpoint writer",
+        "streams are only touched for CUDA tensors upstream",
+        _streams,
+    ),
+    Shim(
+        "synchronize",
+        "torch.cuda.synchronize() in p2p_communication and in dist_checkpointing",
+        "AssertionError: Torch not compiled with CUDA enabled, after a batched send/receive",
+        "synchronisation is only asked for CUDA tensors upstream",
+        _synchronize,
+    ),
+    Shim(
+        "graph_capture",
+        "torch.cuda.is_current_stream_capturing() in DDP hooks and attention (0.19)",
+        "RuntimeError: Torch not compiled with CUDA enabled, in the first forward pass",
+        "the call is guarded by torch.cuda.is_available() upstream",
+        _graph_capture,
+    ),
+)

@@ -1,0 +1,68 @@
+"""Which process groups does this rank belong to? One record, handed to whoever communicates.
+
+Left out: how the groups come to be (`initialize.py`) and what is sent over them (`collectives.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Process groups, ranks and device of this process.
+
+    `tp pp dp` run on the compute backend (nccl, or gloo on CPU). `control` and `pp_control` are gloo groups
+    over host memory on every machine: decisions and tokens go there and never queue behind a kernel.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    # all ranks that hold the same stage: tp x dp
+    tp_dp: dist.ProcessGroup
+    control: dist.ProcessGroup
+    pp_control: dist.ProcessGroup
+
+    @property
+    def tp_rank(self) -> int:
+        return dist.get_rank(self.tp)
+
+    @property
+    def tp_size(self) -> int:
+        return dist.get_world_size(self.tp)
+
+    @property
+    def pp_rank(self) -> int:
+        return dist.get_rank(self.pp)
+
+    @property
+    def pp_size(self) -> int:
+        return dist.get_world_size(self.pp)
+
+    @property
+    def dp_rank(self) -> int:
+        return dist.get_rank(self.dp)
+
+    @property
+    def dp_size(self) -> int:
+        return dist.get_world_size(self.dp)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that prints and writes metrics."""
+        return self.rank == 0

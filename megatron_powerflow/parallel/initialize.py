@@ -1,0 +1,168 @@
+"""How does one process find the others? torchrun, srun or alone -> process groups, device, seeds.
+
+The only module that reads the environment of the launcher. Validation has happened before: by the time a
+process group exists, the run is known to be possible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.layout import Layout
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the launcher says about this process. No torch needed."""
+
+    launcher: str  # "torchrun", "srun" or "alone"
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_launch() -> Launch:
+    """torchrun's variables first, then srun's; without either this process is alone."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env or ("RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env):
+        return Launch(
+            "torchrun",
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env.get("LOCAL_RANK", 0)),
+            int(env.get("LOCAL_WORLD_SIZE", 1)),
+        )
+    if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env and "SLURM_STEP_NODELIST" in env:
+        return Launch(
+            "srun",
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_STEP_NUM_TASKS"]),
+            int(env["SLURM_LOCALID"]),
+            int(env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
+        )
+    return Launch("alone", 0, 1, 0, 1)
+
+
+@contextlib.contextmanager
+def initialized(layout: Layout, launch: Launch, *, seed: int) -> Iterator:
+    """Process groups for the layout, as a `Groups`; torn down at exit.
+
+    On a machine without CUDA the CPU layer (`cpu_gloo.py`) is installed first. Reproducible: seeds torch's
+    and Megatron's generators, although nothing in a run draws from them (see rollout/sampling.py).
+    """
+    import torch
+    import torch.distributed as dist
+
+    use_cuda = torch.cuda.is_available()
+    if not use_cuda:
+        from megatron_powerflow.parallel import cpu_gloo
+
+        cpu_gloo.install()
+    elif launch.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {launch.local_rank} has no GPU of its own: {torch.cuda.device_count()} on this node; "
+            "start one process per GPU"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Apex is not installed", once per module
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if use_cuda:
+        torch.cuda.set_device(launch.local_rank)
+    device = torch.device("cuda", launch.local_rank) if use_cuda else torch.device("cpu")
+    _init_process_group(launch, "nccl" if use_cuda else "gloo")
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+        )
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+        yield _groups(launch, layout, device)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _init_process_group(launch: Launch, backend: str) -> None:
+    import torch.distributed as dist
+
+    if launch.launcher == "alone":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif launch.launcher == "torchrun":
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        host, port = _srun_rendezvous()
+        store = dist.TCPStore(host, port, launch.world_size, is_master=launch.rank == 0, timeout=TIMEOUT)
+        dist.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
+        )
+
+
+def _groups(launch: Launch, layout: Layout, device):
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_powerflow.parallel.groups import Groups
+
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    pp_control = None
+    model_ranks = layout.tp * layout.cp * layout.dp
+    for first in range(model_ranks):  # every rank takes part in making every group
+        ranks = list(range(first, layout.world_size, model_ranks))
+        group = dist.new_group(ranks, backend="gloo", timeout=TIMEOUT)
+        if launch.rank in ranks:
+            pp_control = group
+    return Groups(
+        rank=launch.rank,
+        world_size=launch.world_size,
+        device=device,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        tp_dp=parallel_state.get_tensor_and_data_parallel_group(),
+        control=control,
+        pp_control=pp_control,
+    )
+
+
+def _srun_rendezvous() -> tuple[str, int]:
+    """Address of the step's first node, and a port that follows from the job and step ids.
+
+    NodeAddr is asked of SLURM, because node names need not resolve. MASTER_ADDR and MASTER_PORT win.
+    """
+    env = os.environ
+    port = int(env.get("MASTER_PORT", 20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 20000))
+    if "MASTER_ADDR" in env:
+        return env["MASTER_ADDR"], port
+    try:
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+        ).stdout.split()
+        node = subprocess.run(
+            ["scontrol", "show", "node", names[0]], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(f"srun without MASTER_ADDR, and scontrol does not answer ({error}); set MASTER_ADDR") from None
+    addresses = [word.removeprefix("NodeAddr=") for word in node.split() if word.startswith("NodeAddr=")]
+    return (addresses or names)[0], port

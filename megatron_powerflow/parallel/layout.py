@@ -1,0 +1,171 @@
+"""How are tp, pp, cp and dp laid over the processes, and which layouts are impossible?
+
+Ranks count through tp first, then cp, dp, pp (Megatron's order "tp-cp-ep-dp-pp"). tp=2, pp=2, dp=2:
+
+                 stage 0            stage 1
+        dp 0     0  1  (tp)         4  5
+        dp 1     2  3               6  7
+
+Arithmetic only: no torch, no process groups. Every impossible layout is refused with the reason and the
+nearest possible choices, before any process group exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_powerflow.config import Config, ParallelSection
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.records import Architecture
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sizes of each way of splitting. world_size = tp * cp * pp * dp."""
+
+    tp: int
+    pp: int
+    vpp: int | None
+    cp: int
+    ep: int
+    dp: int
+    sequence_parallel: bool
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks on each rank: 1, or vpp with interleaving."""
+        return self.vpp or 1
+
+    def describe(self) -> str:
+        """One line: `8 processes = tp 2 x pp 2 x dp 2`."""
+        parts = [f"{name} {getattr(self, name)}" for name in ("tp", "cp", "pp", "dp")]
+        extras = [f"vpp {self.vpp}"] if self.vpp else []
+        extras += ["sequence parallel"] if self.sequence_parallel else []
+        return f"{self.world_size} processes = {' x '.join(parts)}" + (f" ({', '.join(extras)})" if extras else "")
+
+    def picture(self, max_rows: int = 8) -> str:
+        """The ranks of each stage, one row per data-parallel replica."""
+        width = max(len(str(self.world_size)) + 1, 3)
+        cell = self.tp * self.cp
+        header = "".join(f"stage {stage}".ljust(max(cell * width, 9) + 2) for stage in range(self.pp))
+        lines = ["         " + header]
+        for replica in range(min(self.dp, max_rows)):
+            row = ""
+            for stage in range(self.pp):
+                first = (stage * self.dp + replica) * cell
+                ranks = "".join(str(first + i).ljust(width) for i in range(cell))
+                row += ranks.ljust(max(cell * width, 9) + 2)
+            lines.append(f"  dp {replica:<3} {row}".rstrip())
+        if self.dp > max_rows:
+            lines.append(f"  ... {self.dp - max_rows} more")
+        return "\n".join(lines)
+
+
+def plan_layout(config: Config, architecture: Architecture, world_size: int) -> Layout:
+    """The layout of a run on `world_size` processes. Raises UserError with every violation."""
+    parallel = config.parallel
+    violations = _size_violations(parallel, world_size) + model_violations(parallel, architecture)
+    if not violations:
+        layout = _layout(parallel, world_size)
+        violations = _batch_violations(config, layout)
+        if not violations:
+            return layout
+    raise UserError(violations)
+
+
+def inference_layout(parallel: ParallelSection, architecture: Architecture, world_size: int) -> Layout:
+    """The layout for scoring or generating: no batch to divide."""
+    violations = _size_violations(parallel, world_size) + model_violations(parallel, architecture)
+    if violations:
+        raise UserError(violations)
+    return _layout(parallel, world_size)
+
+
+def _layout(parallel: ParallelSection, world_size: int) -> Layout:
+    return Layout(
+        tp=parallel.tp,
+        pp=parallel.pp,
+        vpp=parallel.vpp,
+        cp=parallel.cp,
+        ep=parallel.ep,
+        dp=world_size // (parallel.tp * parallel.cp * parallel.pp),
+        sequence_parallel=parallel.sequence_parallel,
+    )
+
+
+def _size_violations(parallel: ParallelSection, world_size: int) -> list[str]:
+    found = []
+    if parallel.cp > 1:
+        found.append(f"parallel.cp={parallel.cp}: context parallelism is not supported yet; use parallel.cp=1")
+    if parallel.ep > 1:
+        found.append(f"parallel.ep={parallel.ep}: no supported family has experts; use parallel.ep=1")
+    model_size = parallel.tp * parallel.cp * parallel.pp
+    if world_size % model_size:
+        found.append(
+            f"{world_size} processes do not hold tp={parallel.tp} x cp={parallel.cp} x pp={parallel.pp} = {model_size}; "
+            f"start a multiple of {model_size} processes (torchrun --nproc-per-node), or change parallel.*"
+        )
+    return found
+
+
+def model_violations(parallel: ParallelSection, architecture: Architecture) -> list[str]:
+    """Why this model cannot be split this way."""
+    tp, pp, vpp = parallel.tp, parallel.pp, parallel.vpp or 1
+    found = []
+    counts = {
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+    }
+    for name, count in counts.items():
+        if count % tp:
+            found.append(f"parallel.tp={tp} does not divide {name}={count}; choose {_choices(_common_divisors(counts))}")
+    if architecture.num_layers % (pp * vpp):
+        found.append(
+            f"parallel.pp={pp}" + (f" x vpp={vpp}" if vpp > 1 else "") + f" does not divide num_layers="
+            f"{architecture.num_layers}; choose pp{' x vpp' if vpp > 1 else ''} among "
+            f"{_choices(_divisors(architecture.num_layers))}"
+        )
+    if parallel.vpp == 1:
+        found.append("parallel.vpp=1 is no interleaving; remove it, or use 2 or more")
+    return found
+
+
+def _batch_violations(config: Config, layout: Layout) -> list[str]:
+    rollout, micro = config.rollout, config.parallel.micro_batch_size
+    prompts_per_update = rollout.prompts_per_step // config.optimizer.updates_per_rollout
+    if prompts_per_update % layout.dp:
+        return [
+            f"dp={layout.dp} does not divide the {prompts_per_update} prompts of an update "
+            f"(rollout.prompts_per_step={rollout.prompts_per_step}); a group is never split, so choose a multiple of "
+            f"{layout.dp * config.optimizer.updates_per_rollout}"
+        ]
+    local = prompts_per_update // layout.dp * rollout.responses_per_prompt
+    if local % micro:
+        return [
+            f"parallel.micro_batch_size={micro} does not divide the {local} rollouts of a data-parallel rank's update; "
+            f"choose {_choices(_divisors(local))}"
+        ]
+    if layout.vpp and (local // micro) % layout.pp:
+        return [
+            f"{local // micro} micro-batches are no multiple of pp={layout.pp}, which interleaving (parallel.vpp) needs; "
+            "change parallel.micro_batch_size or rollout.prompts_per_step"
+        ]
+    return []
+
+
+def _divisors(number: int) -> list[int]:
+    return [i for i in range(1, number + 1) if number % i == 0]
+
+
+def _common_divisors(counts: dict[str, int]) -> list[int]:
+    return [i for i in _divisors(min(counts.values())) if all(count % i == 0 for count in counts.values())]
+
+
+def _choices(numbers: list[int], limit: int = 12) -> str:
+    shown = numbers if len(numbers) <= limit else [*numbers[: limit - 1], "...", numbers[-1]]
+    return ", ".join(map(str, shown[:-1])) + (" or " if len(shown) > 1 else "") + str(shown[-1])

@@ -1,0 +1,163 @@
+"""Which records travel from one part of the program to the next?
+
+    Prompt --rollout--> Rollout --pack--> MicroBatch --score--> + ref_log_probs --update--> StepMetrics
+
+Left out: anything that computes. Tensors appear in annotations only, so importing this is free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FinishReason = Literal["eos", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding as the model's config.json states it."""
+
+    theta: float
+    # "default", "linear" or "llama3"; the readers refuse every other kind
+    scaling: str = "default"
+    factor: float = 1.0
+    # llama3 only: wavelengths above `original_max_positions / low_freq_factor` are stretched by `factor`
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Everything about a model that decides its computation, read from its own config.json.
+
+    Example (SmolLM2-135M): 30 layers, hidden 576, ffn 1536, 9 heads in 3 query groups of head_dim 64,
+    vocabulary 49152, tied embeddings.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    norm_epsilon: float
+    rope: Rope
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    max_positions: int
+    # tokens a position may look back, itself included; None: no limit
+    sliding_window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question. `index` is its line in the prompts file (0-based) and names it in seeds."""
+
+    id: str
+    index: int
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+    task: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How responses are drawn. Untruncated by construction: no top_p, no top_k (their log-probs would lie)."""
+
+    responses_per_prompt: int
+    max_response_tokens: int
+    # logits are divided by it, in fp32, in the sampler and in the scorer alike; 0 means greedy
+    temperature: float
+    # any of these ends a response and counts as its last token
+    stop_token_ids: frozenset[int]
+    # uniforms are a function of (seed, step, slot of the prompt in the step, response): see rollout/sampling.py
+    seed: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One prompt, one sampled response.
+
+    Example: prompt of 12 tokens, response (318, 257, 2), finish_reason "eos", slot 5, response_index 1,
+    rollout_log_probs of 3 numbers, all <= 0, natural logarithm, at the sampling temperature.
+    """
+
+    prompt: Prompt
+    # position of the prompt in this step's global list, 0 <= slot < prompts_per_step; it names the group
+    slot: int
+    # 0 <= response_index < responses_per_prompt
+    response_index: int
+    response_token_ids: tuple[int, ...]
+    rollout_log_probs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rollouts padded into one forward pass. b rollouts, s token positions; all on the compute device.
+
+    Position t predicts `targets[:, t]`, the token at t + 1: labels are rolled here, once, before anything
+    splits the sequence. Example: prompt (7, 8), response (9, 2), s = 4:
+    tokens 7 8 9 2 / targets 8 9 2 0 / loss_mask F T T F / prompt_mask T T F F.
+    """
+
+    tokens: Tensor  # [b, s] int64, right-padded with 0
+    targets: Tensor  # [b, s] int64
+    loss_mask: Tensor  # [b, s] bool, True where the target is a response token (EOS included)
+    prompt_mask: Tensor  # [b, s] bool, True on prompt tokens; the pool of the log Z' head
+    num_response_tokens: Tensor  # [b] int64, the n of the method: EOS counted when it was emitted
+    rollout_log_probs: Tensor  # [b, s] fp32, 0 where loss_mask is False
+    rollout_index: Tensor  # [b] int64, slot * responses_per_prompt + response_index, unique in the step
+    group: Tensor  # [b] int64, slot of the prompt
+    psi: Tensor  # [b] fp32, format penalty, <= 0
+    boxed: Tensor  # [b] bool, the response holds a \boxed{...}
+    truncated: Tensor  # [b] bool, cut at max_response_tokens: no EOS
+    kept: Tensor  # [b] bool, False: takes part in nothing (objective.truncated=drop)
+    # what scoring adds; None before
+    ref_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the frozen reference
+    old_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the policy that sampled
+    # what the partition-free estimators add, detached: log Z' of each rollout's group, a factor on its weight
+    log_z: Tensor | None = None  # [b] fp32
+    weight_factor: Tensor | None = None  # [b] fp32, 1 but for `contrastive`
+
+
+# One row per rollout: the columns that every metric of a step is computed from.
+ROLLOUT_COLUMNS = (
+    "rollout_index",
+    "num_prompt_tokens",
+    "num_response_tokens",
+    "sequence_log_prob",
+    "ref_sequence_log_prob",
+    "rollout_sequence_log_prob",
+    "log_z",
+    "psi",
+    "boxed",
+    "residual",
+    "weight",
+    "ratio",
+    "kept",
+    "truncated",
+    "sampler_gap_sum",
+    "sampler_gap_max",
+    "max_log_prob",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one step tells the world: one line of metrics.jsonl.
+
+    values: name -> number; names and denominators are those of `metrics/reduce.py`. NaN never appears:
+    a quantity that does not exist in this step is absent.
+    """
+
+    step: int
+    values: dict[str, float]

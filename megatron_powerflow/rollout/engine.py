@@ -1,0 +1,26 @@
+"""What must an engine be able to do? Draw responses from the policy's current weights.
+
+One engine exists so far, in-process (`megatron_engine.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from megatron_powerflow.records import Prompt, Rollout, SamplingParams
+
+# called with (responses finished, responses asked for) on this data-parallel rank, now and then
+Progress = Callable[[int, int], None]
+
+
+class Engine(Protocol):
+    def generate(
+        self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams, progress: Progress | None = None
+    ) -> list[Rollout]:
+        """Responses for (slot, prompt) pairs of this data-parallel rank.
+
+        Returns responses_per_prompt rollouts for each, by slot, then response_index; the same list on every
+        tensor- and pipeline-parallel rank of the replica. Collective over those ranks.
+        """
+        ...

@@ -1,0 +1,87 @@
+"""Which token comes next? One uniform number per token, inverted through the cumulative distribution.
+
+The uniforms are a function of (run seed, step, slot of the prompt, response): no generator is carried along, so
+samples do not depend on which process draws them, in which batch, or whether the run was resumed. Inverting the
+distribution with one number means that tiny differences of arithmetic between layouts almost never change a token.
+
+Vocabulary-parallel: logits stay sharded over tp; every rank returns the same token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def uniforms(*, seed: int, step: int, slot: int, response: int, count: int) -> np.ndarray:
+    """[count] fp64 in [0, 1): the numbers that sample one response, by counter-based Philox."""
+    generator = np.random.Philox(counter=[0, 0, slot, response], key=[seed, step])
+    return np.random.Generator(generator).random(count)
+
+
+def sample_tokens(
+    logits: Tensor, uniform: Tensor | None, *, tp_group: dist.ProcessGroup, first: int
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per row from softmax(logits), the vocabulary split over tp_group.
+
+    logits: [r, V/tp] fp32, temperature applied, padding at -inf; `first` is the global id of column 0.
+    uniform: [r] fp64 in [0, 1); None: the most likely token (lowest id on ties).
+    Returns tokens [r] int64 and their log-probs [r] fp32, equal on every rank of tp_group.
+    """
+    maxima = logits.amax(dim=-1)
+    _reduce(maxima, dist.ReduceOp.MAX, tp_group)
+    # fp64: a running sum over 150,000 probabilities in fp32 would misplace its tail
+    mass = (logits - maxima[:, None]).double().exp_()
+    sums = _gather(mass.sum(dim=-1), tp_group)  # [tp, r]
+    total = sums.sum(dim=0)
+    if uniform is None:
+        columns, here = _local_argmax(logits, maxima, first, tp_group)
+    else:
+        columns, here = _local_inverse(mass, sums, uniform * total, tp_group)
+    chosen = logits.gather(1, columns[:, None]).squeeze(1)
+    answer = torch.stack([torch.where(here, columns + first, 0).double(), torch.where(here, chosen, 0.0).double()])
+    _reduce(answer, dist.ReduceOp.SUM, tp_group)
+    log_probs = answer[1] - maxima.double() - total.log()
+    return answer[0].long(), log_probs.float()
+
+
+def _local_inverse(mass: Tensor, sums: Tensor, threshold: Tensor, tp_group) -> tuple[Tensor, Tensor]:
+    """Column of this shard at which the running mass first exceeds the threshold, and whether it is here."""
+    before = (sums.cumsum(dim=0) - sums)[dist.get_rank(tp_group)]
+    running = mass.cumsum(dim=-1)
+    columns = torch.searchsorted(running, (threshold - before)[:, None], right=True).squeeze(1)
+    # rounding may carry the threshold past the last column that has any mass: stay on it
+    last = (mass > 0).double().cumsum(dim=-1).argmax(dim=-1)
+    columns = torch.minimum(columns, last)
+    return columns, dist.get_rank(tp_group) == _owner(sums, threshold)
+
+
+def _owner(sums: Tensor, threshold: Tensor) -> Tensor:
+    """[r] the rank whose share of the running total holds the threshold: the first that exceeds it."""
+    exceeds = sums.cumsum(dim=0) > threshold
+    last_with_mass = sums.shape[0] - 1 - (sums > 0).flip(0).int().argmax(dim=0)
+    return torch.where(exceeds.any(dim=0), exceeds.int().argmax(dim=0), last_with_mass)
+
+
+def _local_argmax(logits: Tensor, maxima: Tensor, first: int, tp_group) -> tuple[Tensor, Tensor]:
+    columns = logits.argmax(dim=-1)
+    at_maximum = logits.gather(1, columns[:, None]).squeeze(1) == maxima
+    candidate = torch.where(at_maximum, columns + first, torch.iinfo(torch.int64).max)
+    lowest = candidate.clone()
+    _reduce(lowest, dist.ReduceOp.MIN, tp_group)
+    return columns, candidate == lowest
+
+
+def _reduce(tensor: Tensor, op, group: dist.ProcessGroup) -> None:
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, op=op, group=group)
+
+
+def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if dist.get_world_size(group) == 1:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.stack(parts)

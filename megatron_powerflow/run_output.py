@@ -1,0 +1,159 @@
+"""What does a run show of itself while it goes on? Metrics, samples, the console; and how is it asked to stop?
+
+Only the main rank writes; collective parts run on every rank alike.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from megatron_powerflow.checkpoint.folder import STOP_NAME
+from megatron_powerflow.checkpoint.state import Progress
+from megatron_powerflow.metrics.curves import draw_curves
+from megatron_powerflow.metrics.reduce import reduce_rollouts
+from megatron_powerflow.metrics.throughput import peak_memory_bytes, throughput
+from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, WandbWriter
+from megatron_powerflow.parallel.collectives import any_rank
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.records import SamplingParams, StepMetrics
+from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.setup import Session
+from megatron_powerflow.training.update import Updated
+
+SAMPLES_NAME = "samples.jsonl"
+CURVES_NAME = "curves.png"
+
+
+class RunOutput:
+    """Everything a run writes beside its checkpoints. A context: files are closed however the run ends."""
+
+    def __init__(self, plan: Plan, session: Session, console: Console) -> None:
+        self._plan, self._session, self._console = plan, session, console
+        self._writers: list = []
+        self._line: ConsoleWriter | None = None
+
+    def __enter__(self) -> RunOutput:
+        plan, first_step = self._plan, self._session.progress.step
+        if self._session.groups.is_main:
+            if first_step:
+                self._console.print(f"continuing after step {first_step} from {plan.resume_from}", highlight=False)
+            self._line = ConsoleWriter(self._console, first_step=first_step, num_steps=plan.config.run.num_steps)
+            self._writers = [JsonlWriter(plan.run_folder, first_step=first_step), self._line]
+            if plan.config.metrics.wandb != "off":
+                config = plan.config.model_dump(exclude_none=True)
+                run_id = self._session.progress.wandb_run_id
+                self._writers.append(WandbWriter(plan.config.metrics, plan.run_folder, config, run_id))
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for writer in self._writers:
+            writer.close()
+        if self._session.groups.is_main and kind is None and self._plan.config.metrics.curves:
+            draw_curves([self._plan.run_folder], self._plan.run_folder / CURVES_NAME)
+
+    def phase(self, text: str) -> None:
+        if self._line is not None:
+            self._line.phase(text)
+
+    def rollout_progress(self, done: int, total: int) -> None:
+        self.phase(f"rollout {done}/{total}")
+
+    def write(self, step: int, updated: Updated, lr: float, seconds: dict[str, float], progress: Progress) -> None:
+        """One step's metrics, everywhere. Collective: the peak memory is that of the worst rank."""
+        config, groups = self._plan.config, self._session.groups
+        values = reduce_rollouts(
+            updated.rows.numpy(),
+            responses_per_prompt=config.rollout.responses_per_prompt,
+            clip_epsilon=config.objective.clip_epsilon,
+        )
+        finite = [stepped.grad_norm for stepped in updated.steps if stepped.applied]
+        if finite:
+            values["grad_norm"] = sum(finite) / len(finite)  # mean over the step's updates
+        values |= {"lr": lr, "num_skipped": float(progress.num_skipped)}
+        values |= throughput(seconds, values["num_prompt_tokens"], values["num_response_tokens"])
+        peak = torch.tensor([peak_memory_bytes()])
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.control)
+        values["peak_memory_bytes"] = float(peak)
+        for writer in self._writers:
+            writer.write(StepMetrics(step, values))
+        self.phase("")
+
+    def sample_if_due(self, step: int) -> None:
+        """Answers to the first prompts of the file, before step `step`, into samples.jsonl. Collective."""
+        plan, section, groups = self._plan, self._plan.config.evaluation, self._session.groups
+        ends = step in (0, plan.config.run.num_steps)
+        if not section.samples or not (ends or (section.interval and step % section.interval == 0)):
+            return
+        self.phase("samples")
+        sampling = SamplingParams(
+            responses_per_prompt=1,
+            max_response_tokens=plan.config.rollout.max_response_tokens,
+            temperature=plan.config.rollout.temperature,
+            stop_token_ids=plan.stop_token_ids,
+            seed=plan.config.run.seed,
+            step=0,  # the same uniforms each time: what differs is the policy
+        )
+        prompts = list(enumerate(plan.prompts[: section.samples]))
+        rollouts = self._session.engine.generate(prompts, sampling)
+        if not groups.is_main:
+            return
+        decode = plan.tokenizer.decode
+        lines = [
+            {
+                "step": step,
+                "id": rollout.prompt.id,
+                "prompt": decode(rollout.prompt.token_ids),
+                "response": decode(rollout.response_token_ids),
+                "answer": rollout.prompt.answer,
+                "finish_reason": rollout.finish_reason,
+                "num_response_tokens": len(rollout.response_token_ids),
+            }
+            for rollout in rollouts
+        ]
+        path = plan.run_folder / SAMPLES_NAME
+        kept = [line for line in read_samples(plan.run_folder) if line["step"] < step]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept + lines)
+        path.with_suffix(".partial").write_text(text, encoding="utf-8")
+        path.with_suffix(".partial").replace(path)
+
+
+def read_samples(folder: Path) -> list[dict]:
+    path = folder / SAMPLES_NAME
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+class StopSignal:
+    """Asked at the end of each step: SIGTERM, SIGUSR1 (SLURM's warning) or a file RUN/stop, on any rank.
+
+    All ranks agree, so all of them save the same step.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, folder: Path, groups: Groups) -> None:
+        self._file, self._groups = folder / STOP_NAME, groups
+        self._received = False
+
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        if self._groups.is_main:
+            self._file.unlink(missing_ok=True)  # of a try before this one
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        """Collective; the same answer everywhere."""
+        asked = self._received or (self._groups.is_main and self._file.exists())
+        return any_rank(asked, self._groups)
+
+    def _note(self, number: int, frame) -> None:
+        self._received = True

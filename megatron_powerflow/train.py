@@ -1,0 +1,124 @@
+"""PowerFlow, read aloud: sample, score with the frozen base, update towards its alpha-power.
+
+    for each step: prompts -> rollouts -> micro-batches -> reference scores -> update -> metrics -> checkpoint
+
+Left out: what each of those lines stands for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rich.console import Console
+
+from megatron_powerflow.checkpoint import storage
+from megatron_powerflow.checkpoint.folder import EXPORT_NAME
+from megatron_powerflow.checkpoint.state import Progress
+from megatron_powerflow.conversion.shards import export_to_hf
+from megatron_powerflow.data.prompts import PromptStream
+from megatron_powerflow.errors import RequeueRequested, UserError
+from megatron_powerflow.metrics.throughput import PhaseClock
+from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.records import SamplingParams
+from megatron_powerflow.run_output import RunOutput, StopSignal
+from megatron_powerflow.training.optimizer import set_learning_rates
+from megatron_powerflow.training.plan import Plan, write_config
+from megatron_powerflow.training.score import score_reference
+from megatron_powerflow.training.setup import Session, build_session, pack_updates
+from megatron_powerflow.training.update import calibrated_log_z, update
+
+
+def train(plan: Plan, launch: Launch, console: Console) -> None:
+    """Run `plan` to its end on this rank. Raises RequeueRequested when asked to stop; the state is saved then."""
+    with initialized(plan.layout, launch, seed=plan.config.run.seed) as groups:
+        if groups.is_main:
+            write_config(plan)
+        session = build_session(plan, groups)
+        with RunOutput(plan, session, console) as output, StopSignal(plan.run_folder, groups) as stop:
+            run_steps(plan, session, output, stop)
+            if plan.config.run.export:
+                output.phase("exporting")
+                export_to_hf(
+                    session.trainable.chunks,
+                    plan.architecture,
+                    plan.family,
+                    groups,
+                    companions=plan.hf_folder,
+                    out=plan.run_folder / EXPORT_NAME,
+                )
+
+
+def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal) -> Progress:
+    """The algorithm."""
+    config, progress = plan.config, session.progress
+    stream = PromptStream(
+        plan.prompts, seed=config.run.seed, shuffle=config.prompts.shuffle, position=progress.position
+    )
+    clock = PhaseClock()
+    for step in range(progress.step, config.run.num_steps):
+        output.sample_if_due(step)
+        with clock("rollout"):
+            prompts = stream.take(config.rollout.prompts_per_step)
+            rollouts = session.engine.generate(
+                plan.share_of(prompts, session.groups.dp_rank), sampling_params(plan, step), output.rollout_progress
+            )
+            updates = pack_updates(rollouts, plan, session)
+        with clock("reference"):
+            updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
+        if step == 0:
+            log_z = calibrated_log_z([batch for batches in updates for batch in batches], config.objective, session.groups)
+            if session.trainable.head is not None:
+                session.trainable.head.calibrate(log_z)
+        with clock("update"):
+            lr = set_learning_rates(session.trainable, config.optimizer, step, config.run.num_steps)
+            updated = update(session.trainable, updates, session.scorer, config.objective, config.optimizer)
+        progress = after(progress, stream, skipped=not all(stepped.applied for stepped in updated.steps))
+        output.write(step, updated, lr, clock.take(), progress)
+        refuse_endless_skipping(progress, config.optimizer.max_skipped_steps)
+        last, stopping = step + 1 == config.run.num_steps, stop.requested()
+        if last or stopping or (config.checkpoint.interval and (step + 1) % config.checkpoint.interval == 0):
+            output.phase("saving")
+            storage.save(
+                plan.run_folder,
+                session.trainable,
+                progress,
+                session.groups,
+                companions=plan.hf_folder,
+                keep=config.checkpoint.keep,
+            )
+        if stopping and not last:
+            raise RequeueRequested(f"stopped after step {step + 1}; the same command continues")
+    output.sample_if_due(config.run.num_steps)
+    return progress
+
+
+def sampling_params(plan: Plan, step: int) -> SamplingParams:
+    rollout = plan.config.rollout
+    return SamplingParams(
+        responses_per_prompt=rollout.responses_per_prompt,
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        stop_token_ids=plan.stop_token_ids,
+        seed=plan.config.run.seed,
+        step=step,
+    )
+
+
+def after(progress: Progress, stream: PromptStream, *, skipped: bool) -> Progress:
+    """One step further."""
+    return replace(
+        progress,
+        step=progress.step + 1,
+        position=stream.position,
+        skipped_in_a_row=progress.skipped_in_a_row + 1 if skipped else 0,
+        num_skipped=progress.num_skipped + skipped,
+    )
+
+
+def refuse_endless_skipping(progress: Progress, limit: int) -> None:
+    if progress.skipped_in_a_row >= limit:
+        raise UserError(
+            f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, or no response to "
+            "learn from; the weights are those before them. Lower optimizer.lr, look at residual_* and "
+            "truncated_fraction in metrics.jsonl, or continue from an earlier checkpoint"
+        )

@@ -1,0 +1,101 @@
+"""How does a micro-batch become per-token log-probs? The one scorer behind old, reference and current.
+
+`run_forward` and `run_forward_backward` are Megatron's schedules with our forward step: the output of a stage is
+its hidden states; on the last stage a function of (hidden states, micro-batch) makes what is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+
+from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.objective.token_log_probs import token_log_probs
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.records import MicroBatch
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Everything a log-prob depends on beside the weights and the tokens: the same for all three policies."""
+
+    groups: Groups
+    vocab_size: int
+    temperature: float
+    sequence_parallel: bool
+
+    def whole_sequence(self, hidden: Tensor) -> Tensor:
+        """[s / tp, b, H] -> [s, b, H] under sequence parallelism. Its gradient is complete on every rank already,
+        so the backward pass hands each rank its slice and adds nothing up."""
+        if not self.sequence_parallel:
+            return hidden
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.groups.tp)
+
+    def log_probs(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> Tensor:
+        """hidden [s, b, H] (whole sequence) -> [b, s] fp32 log-probs of the targets, 0 where loss_mask is False."""
+        values = token_log_probs(
+            hidden.transpose(0, 1)[batch.loss_mask],
+            chunk.output_weight(),
+            batch.targets[batch.loss_mask],
+            tp_group=self.groups.tp,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+        )
+        return values.new_zeros(batch.tokens.shape).masked_scatter(batch.loss_mask, values)
+
+
+# (hidden states of the whole sequence, last chunk, micro-batch) -> whatever the caller collects
+Readout = Callable[[Tensor, PolicyModel, MicroBatch], Any]
+
+
+@torch.no_grad()
+def run_forward(
+    chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer, readout: Readout
+) -> list[Any]:
+    """Forward only. One readout per micro-batch, in order, on the last stage; an empty list elsewhere."""
+
+    def at_the_end(hidden: Tensor, *, chunk, batch, non_loss_data: bool):
+        assert non_loss_data
+        return readout(scorer.whole_sequence(hidden), chunk, batch)
+
+    return _run(chunks, batches, at_the_end, forward_only=True, collect_non_loss_data=True)
+
+
+def run_forward_backward(
+    ddp_chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], scorer: Scorer, loss_and_rows: Readout
+) -> list[Any]:
+    """Forward and backward. `loss_and_rows` gives (scalar share of the loss, anything); gradients are summed over
+    micro-batches and data-parallel ranks, never averaged. Returns the anythings on the last stage."""
+
+    def at_the_end(hidden: Tensor, *, chunk, batch):
+        loss, rows = loss_and_rows(scorer.whole_sequence(hidden), chunk, batch)
+        # three values: Megatron then leaves the loss as it is (calculate_per_token_loss); the count is not used
+        return loss, torch.ones((), dtype=torch.int, device=loss.device), rows
+
+    return _run(ddp_chunks, batches, at_the_end, forward_only=False, collect_non_loss_data=False)
+
+
+def _run(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], at_the_end: Callable, **schedule) -> list[Any]:
+    def forward_step(iterator: Iterator[MicroBatch], model: nn.Module):
+        batch = next(iterator)
+        bare = model if isinstance(model, PolicyModel) else model.module
+        hidden = model(batch.tokens, None, None)
+        return hidden, partial(at_the_end, chunk=bare, batch=batch)
+
+    iterators = [iter(batches) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],  # ignored with pp > 1: shapes are exchanged
+        micro_batch_size=batches[0].tokens.shape[0],
+        **schedule,
+    )

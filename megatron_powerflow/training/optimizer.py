@@ -1,0 +1,131 @@
+"""Who moves the weights? Megatron's DDP and optimizer for the policy, a plain AdamW for the log Z' head.
+
+The learning rate is a function of the step, so there is no scheduler to save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import nn
+
+from megatron_powerflow.checkpoint.state import Trainable
+from megatron_powerflow.config import Config, OptimizerSection
+from megatron_powerflow.model.log_z_head import LogZHead
+from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.model.precision import params_dtype
+from megatron_powerflow.parallel.groups import Groups
+
+
+def build_trainable(
+    chunks: Sequence[PolicyModel], head: LogZHead | None, config: Config, groups: Groups
+) -> Trainable:
+    """DDP around the chunks and both trainable. Takes the parameters as they are: load weights first."""
+    section = config.optimizer
+    transformer = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=section.distributed, overlap_grad_reduce=False
+    )
+    ddp_chunks = [
+        DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=place > 0)
+        for place, chunk in enumerate(chunks)
+    ]
+    # the loss is a sum already divided by the rollouts of the global batch: gradients are added, never scaled
+    transformer.finalize_model_grads_func = lambda model, num_tokens, **kw: finalize_model_grads(model, None, **kw)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=section.lr,
+            min_lr=section.min_lr or 0.0,
+            weight_decay=section.weight_decay,
+            adam_beta1=section.betas[0],
+            adam_beta2=section.betas[1],
+            adam_eps=section.eps,
+            clip_grad=section.clip_grad,
+            bf16=params_dtype(config.precision) is torch.bfloat16,
+            params_dtype=params_dtype(config.precision),
+            use_distributed_optimizer=section.distributed,
+        ),
+        ddp_chunks,
+        use_gloo_process_groups=False,
+    )
+    head_optimizer = None
+    if head is not None:
+        head_optimizer = torch.optim.AdamW(
+            head.parameters(), lr=section.log_z_lr, betas=tuple(section.betas), eps=section.eps, weight_decay=0.0
+        )
+    return Trainable(list(chunks), ddp_chunks, optimizer, head, head_optimizer)
+
+
+def decay(section: OptimizerSection, step: int, num_steps: int) -> float:
+    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, linear or cosine to 0."""
+    if step < section.warmup_steps:
+        return (step + 1) / section.warmup_steps
+    progress = (step - section.warmup_steps) / max(1, num_steps - section.warmup_steps)
+    return {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[section.lr_decay]
+
+
+def set_learning_rates(trainable: Trainable, section: OptimizerSection, step: int, num_steps: int) -> float:
+    """Give both optimizers their rate for this step; returns the policy's. min_lr bounds the policy's decay."""
+    share = decay(section, step, num_steps)
+    warming_up = step < section.warmup_steps
+    lr = section.lr * share if warming_up else max(section.lr * share, section.min_lr or 0.0)
+    for group in trainable.optimizer.param_groups:
+        group["lr"] = lr
+    if trainable.head_optimizer is not None:
+        for group in trainable.head_optimizer.param_groups:
+            group["lr"] = section.log_z_lr * share
+    return lr
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """grad_norm: of the policy, before clipping, global. applied: False when something was not finite."""
+
+    grad_norm: float
+    applied: bool
+
+
+def step_optimizers(trainable: Trainable, *, clip_grad: float, loss_is_finite: bool, groups: Groups) -> Stepped:
+    """Clip and apply the gradients, unless the loss or a gradient is not finite: then nothing moves, on any rank."""
+    optimizer = trainable.optimizer
+    overflow = optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    head_norm = _reduce_head_gradients(trainable, groups)
+    applied = not overflow and loss_is_finite and math.isfinite(grad_norm) and math.isfinite(head_norm)
+    if applied:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            parameters = part.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
+        optimizer.step_with_ready_grads()
+        if trainable.head_optimizer is not None:
+            nn.utils.clip_grad_norm_(trainable.head.parameters(), clip_grad)
+            trainable.head_optimizer.step()
+    return Stepped(grad_norm, applied)
+
+
+def _reduce_head_gradients(trainable: Trainable, groups: Groups) -> float:
+    """Sum the head's gradients over dp; average over tp, whose ranks computed the same. Returns their norm on
+    every rank, 0 without a head, so that all ranks judge alike."""
+    square = torch.zeros(1, dtype=torch.float64)
+    if trainable.head is not None:
+        for parameter in trainable.head.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=groups.tp_dp)
+            parameter.grad /= groups.tp_size
+            square += parameter.grad.double().square().sum().cpu()
+    dist.broadcast(square, src=dist.get_global_rank(groups.pp_control, groups.pp_size - 1), group=groups.pp_control)
+    return float(square.sqrt())

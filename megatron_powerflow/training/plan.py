@@ -1,0 +1,208 @@
+"""Can this run work at all? Everything that can be known without a GPU or a second process, all at once.
+
+`powerflow check` prints the answer; `powerflow train` asks the same question on every rank before any process
+group exists. What passes is a `Plan`: the config together with what the files say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_powerflow.checkpoint.folder import CONFIG_NAME, latest_checkpoint
+from megatron_powerflow.config import Config, dump_config, load_config
+from megatron_powerflow.conversion.families import FAMILIES
+from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_stop_token_ids
+from megatron_powerflow.conversion.hf_files import SafetensorsFolder
+from megatron_powerflow.data.prompts import PromptFile, load_prompts
+from megatron_powerflow.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.layout import Layout, plan_layout
+from megatron_powerflow.records import Architecture, Prompt
+
+# A run's folder belongs to the run that has these; anything else may change when a run is continued.
+CHANGEABLE = frozenset(
+    {"run.num_steps", "run.export", "model.reference", "model.recompute", "optimizer.distributed"}
+    | {"optimizer.max_skipped_steps", "rollout.max_concurrent_rows"}
+)
+CHANGEABLE_SECTIONS = frozenset({"parallel", "checkpoint", "evaluation", "metrics"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been found possible. resume_from: the checkpoint it continues, or None."""
+
+    config: Config
+    layout: Layout
+    architecture: Architecture
+    family: Family
+    tokenizer: Tokenizer
+    stop_token_ids: frozenset[int]
+    prompts: tuple[Prompt, ...]
+    num_prompts_too_long: int
+    resume_from: Path | None
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.config.run.output_dir)
+
+    @property
+    def hf_folder(self) -> Path:
+        return Path(self.config.model.hf_path)
+
+    def share_of(self, prompts: Sequence[Prompt], dp_rank: int) -> list[tuple[int, Prompt]]:
+        """(slot, prompt) pairs of one data-parallel rank: equal, contiguous shares of the step's prompts, cut so
+        that each of the step's updates takes an equal share of every rank."""
+        per_update = len(prompts) // self.config.optimizer.updates_per_rollout
+        per_rank = per_update // self.layout.dp
+        return [
+            (slot, prompt)
+            for slot, prompt in enumerate(prompts)
+            if slot % per_update // per_rank == dp_rank
+        ]
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """Raises UserError with every violation that can be found, not just the first."""
+    violations: list[str] = []
+    model = _collect(violations, lambda: read_architecture(config.model.hf_path, FAMILIES))
+    tokenizer = _collect(violations, lambda: load_tokenizer(config.model.hf_path))
+    resume_from = _collect(violations, lambda: _check_run_folder(config))
+    layout = stop_token_ids = prompt_file = None
+    if model is not None:
+        architecture, _ = model
+        layout = _collect(violations, lambda: plan_layout(config, architecture, world_size))
+        _collect(violations, lambda: SafetensorsFolder(config.model.hf_path))
+        violations += _length_violations(config, architecture)
+    if tokenizer is not None:
+        stop_token_ids = _collect(
+            violations, lambda: read_stop_token_ids(config.model.hf_path, tokenizer.eos_token_id)
+        )
+    if model is not None and tokenizer is not None:
+        prompt_file = _collect(violations, lambda: _read_prompts(config, tokenizer, model[0]))
+    if violations:
+        raise UserError(violations)
+    assert model and layout and stop_token_ids and prompt_file
+    return Plan(
+        config=config,
+        layout=layout,
+        architecture=model[0],
+        family=model[1],
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids,
+        prompts=prompt_file.prompts,
+        num_prompts_too_long=prompt_file.num_too_long,
+        resume_from=resume_from,
+    )
+
+
+def describe(plan: Plan) -> str:
+    """The layout and the sizes of a run, for `powerflow check`."""
+    config, architecture = plan.config, plan.architecture
+    rollouts = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    resumes = f"continues {plan.resume_from.name}" if plan.resume_from else "starts anew"
+    dropped = f", {plan.num_prompts_too_long} too long and dropped" if plan.num_prompts_too_long else ""
+    return "\n".join(
+        [
+            f"model     {architecture.family}, {architecture.num_layers} layers, hidden {architecture.hidden_size}, "
+            f"{num_parameters(architecture) / 1e6:,.1f} M parameters, {config.precision.dtype}",
+            f"prompts   {len(plan.prompts)} from {config.prompts.path}{dropped}",
+            f"step      {config.rollout.prompts_per_step} prompts x {config.rollout.responses_per_prompt} responses = "
+            f"{rollouts} rollouts, {config.optimizer.updates_per_rollout} update(s)",
+            f"objective {config.objective.preset}, alpha {config.objective.alpha}, log Z' {config.objective.log_z}",
+            f"run       {config.run.num_steps} steps into {config.run.output_dir} ({resumes})",
+            f"layout    {plan.layout.describe()}",
+            plan.layout.picture(),
+        ]
+    )
+
+
+def num_parameters(architecture: Architecture) -> int:
+    """Parameters of the whole model, tied embeddings once."""
+    from megatron_powerflow.conversion.shapes import expected_tensors
+
+    total = 0
+    for shape in expected_tensors(architecture, FAMILIES[architecture.family]).values():
+        size = 1
+        for extent in shape:
+            size *= extent
+        total += size
+    return total
+
+
+def _collect(violations: list[str], function: Callable):
+    """The function's value; or None, and its violations noted."""
+    try:
+        return function()
+    except UserError as error:
+        violations += error.violations
+        return None
+
+
+def _read_prompts(config: Config, tokenizer: Tokenizer, architecture: Architecture) -> PromptFile:
+    return load_prompts(
+        config.prompts.path,
+        tokenizer,
+        vocab_size=architecture.vocab_size,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        too_long=config.prompts.too_long,
+    )
+
+
+def _length_violations(config: Config, architecture: Architecture) -> list[str]:
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    limits = {"max_position_embeddings": architecture.max_positions}
+    if architecture.sliding_window is not None:
+        limits["sliding_window"] = architecture.sliding_window
+    return [
+        f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's {name}={limit}; "
+        "lower one of them"
+        for name, limit in limits.items()
+        if longest > limit
+    ]
+
+
+def _check_run_folder(config: Config) -> Path | None:
+    """The checkpoint to continue from. Raises UserError when the folder is another run's."""
+    folder = Path(config.run.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.output_dir={str(folder)!r} is a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(f"run.output_dir={str(folder)!r} holds other files and no run; name a new folder")
+    differences = _differences(load_config(folder / CONFIG_NAME), config)
+    if differences:
+        raise UserError(
+            [f"run.output_dir={str(folder)!r} is the folder of another run: {item}" for item in differences]
+            + ["name a new run.output_dir, or take these keys back"]
+        )
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is not None and config.checkpoint.resume == "never":
+        raise UserError(
+            f"run.output_dir={str(folder)!r} holds {checkpoint.name} and checkpoint.resume=never; "
+            "name a new folder, or continue with checkpoint.resume=auto"
+        )
+    return checkpoint
+
+
+def _differences(theirs: Config, ours: Config) -> list[str]:
+    found = []
+    for section, values in ours.model_dump().items():
+        other = theirs.model_dump()[section]
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if section in CHANGEABLE_SECTIONS or name in CHANGEABLE or name == "run.output_dir":
+                continue
+            if other[key] != value:
+                found.append(f"its {name} is {other[key]!r}, not {value!r}")
+    return found
+
+
+def write_config(plan: Plan) -> None:
+    """The resolved config into the run's folder, which is made here."""
+    plan.run_folder.mkdir(parents=True, exist_ok=True)
+    partial = plan.run_folder / (CONFIG_NAME + ".partial")
+    partial.write_text(dump_config(plan.config), encoding="utf-8")
+    partial.replace(plan.run_folder / CONFIG_NAME)

@@ -1,0 +1,32 @@
+"""What do the reference, and the policy before an update, think of the responses? Forward passes only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.model.reference import Reference
+from megatron_powerflow.records import MicroBatch
+from megatron_powerflow.training.forward_step import Scorer, run_forward
+
+
+def score(chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer) -> list[Tensor | None]:
+    """[b, s] fp32 log-probs of each micro-batch's responses on the last stage; None elsewhere."""
+    found = run_forward(chunks, batches, scorer, scorer.log_probs)
+    return found if found else [None] * len(batches)
+
+
+def score_reference(reference: Reference, batches: Sequence[MicroBatch], scorer: Scorer) -> list[MicroBatch]:
+    """The micro-batches with `ref_log_probs` (last stage only: nobody else needs them)."""
+    with reference.weights() as chunks:
+        scored = score(chunks, batches, scorer)
+    return [replace(batch, ref_log_probs=values) for batch, values in zip(batches, scored, strict=True)]
+
+
+def score_old(chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer) -> list[MicroBatch]:
+    """The micro-batches with `old_log_probs`: the policy that sampled, scored before its first update."""
+    scored = score(chunks, batches, scorer)
+    return [replace(batch, old_log_probs=values) for batch, values in zip(batches, scored, strict=True)]

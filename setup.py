@@ -1,0 +1,56 @@
+"""Packaging. What is imported is declared; what is tested is pinned in constraints.txt.
+
+Never `apex`: the package of that name on PyPI is unrelated. NVIDIA's comes with NVIDIA's PyTorch images.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = {}
+exec((here / "megatron_powerflow" / "__init__.py").read_text(), version)
+
+extras = {
+    "te": ["transformer-engine[pytorch]>=2.2"],
+    "vllm": ["vllm"],
+    "eval": ["math-verify>=0.8"],
+    "plot": ["matplotlib>=3.8"],
+    "example": ["gguf>=0.10", "accelerate>=1.0"],
+}
+extras["dev"] = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "pyarrow>=15",
+    *extras["plot"],
+    *extras["example"],
+]
+
+setup(
+    name="megatron_powerflow",
+    version=version["__version__"],
+    description="PowerFlow (arXiv 2603.18363) on Megatron-Core: label-free power-distribution fine-tuning",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["megatron_powerflow", "megatron_powerflow.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy>=1.26",
+        "transformers>=4.55",
+        "safetensors>=0.4.5",
+        "sentencepiece>=0.2",
+        "jinja2>=3.1",
+        "omegaconf>=2.3",
+        "pydantic>=2.8",
+        "pyyaml>=6.0",
+        "typer>=0.15",
+        "rich>=13.7",
+        "wandb>=0.19",
+    ],
+    extras_require=extras,
+    entry_points={"console_scripts": ["powerflow = megatron_powerflow.cli:main"]},
+)
