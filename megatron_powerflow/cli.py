@@ -6,7 +6,6 @@ and an impossible run never reaches it.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from megatron_powerflow.config import load_config
 from megatron_powerflow.errors import EXIT_REQUEUE, EXIT_USER_ERROR, RequeueRequested, UserError
-from megatron_powerflow.parallel.initialize import read_launch
+from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
 
 app = typer.Typer(
     name="powerflow",
@@ -45,6 +44,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
         from megatron_powerflow.training.plan import describe
 
         console.print(describe(plan), highlight=False, soft_wrap=True)
+    prepare_imports()
     from megatron_powerflow.train import train as run
 
     run(plan, launch, console)
@@ -72,30 +72,95 @@ def check(
     Console().print(describe(plan), highlight=False, soft_wrap=True)
 
 
+@app.command()
+def score(
+    model: Annotated[Path, typer.Option(help="HF folder, run folder or checkpoint")],
+    data: Annotated[Path, typer.Option(help="JSONL or parquet: a prompt and response or response_token_ids per line")],
+    out: Annotated[Path, typer.Option(help="JSONL: id, log_probs, sequence_log_prob")],
+    overrides: Overrides = None,
+) -> None:
+    """Log-probs of given responses, per token, by the scorer that training uses.
+
+    Example: powerflow score --model models/SmolLM2-135M-Instruct --data rows.jsonl --out scored.jsonl
+    """
+    launch = read_launch()
+    prepare_imports()
+    from megatron_powerflow.inference import SCORE_KEYS, open_model, score_file
+
+    opened = open_model(model, overrides or (), SCORE_KEYS, launch.world_size)
+    score_file(opened, data, out, launch, Console())
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option(help="HF folder, run folder or checkpoint")],
+    prompts: Annotated[Path, typer.Option(help="JSONL or parquet, as for training")],
+    out: Annotated[Path, typer.Option(help="JSONL: id, response_index, text, response_token_ids, log_probs, ...")],
+    num_responses: Annotated[int, typer.Option(min=1, help="responses per prompt")] = 1,
+    greedy: Annotated[bool, typer.Option("--greedy", help="always the most likely token")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Sample responses through the engine that training uses.
+
+    Example: powerflow generate --model runs/local --prompts examples/prompts/mixed.jsonl --out answers.jsonl
+    --num-responses 4 rollout.max_response_tokens=256
+    """
+    launch = read_launch()
+    prepare_imports()
+    from megatron_powerflow.inference import GENERATE_KEYS, generate_file, open_model
+
+    opened = open_model(model, overrides or (), GENERATE_KEYS, launch.world_size)
+    generate_file(opened, prompts, out, num_responses, greedy, launch, Console())
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="run folder (its latest) or checkpoint")],
+    out: Annotated[Path, typer.Option(help="Hugging Face folder to write")],
+    overrides: Overrides = None,
+) -> None:
+    """Write a training checkpoint as a plain Hugging Face folder, with any layout.
+
+    Example: powerflow export runs/local --out exported
+    """
+    launch = read_launch()
+    prepare_imports()
+    from megatron_powerflow.inference import COMMON_KEYS, export_file, open_model
+
+    opened = open_model(checkpoint, overrides or (), COMMON_KEYS, launch.world_size)
+    export_file(opened, out, launch, Console())
+
+
+@app.command()
+def curves(
+    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    out: Annotated[Path | None, typer.Option(help="PNG; default: curves.png in the first run")] = None,
+) -> None:
+    """Draw the training curves of one or more runs.
+
+    Example: powerflow curves runs/local
+    """
+    from megatron_powerflow.metrics.curves import draw_curves
+
+    print(draw_curves(runs, out or runs[0] / "curves.png"))
+
+
 def main() -> None:
     """Entry point of the console script. Exit codes: 0, 2 the user's mistake, 75 start me again, else a bug."""
-    # a traceback belongs to a bug; a user's mistake is one line per violation, printed once
     try:
-        app(standalone_mode=False)
+        app()
     except UserError as error:
-        if read_launch().rank == 0:
-            for violation in error.violations:
-                print(f"error: {violation}", file=sys.stderr)
-        _leave(EXIT_USER_ERROR)
+        _leave(EXIT_USER_ERROR, [f"error: {violation}" for violation in error.violations])
     except RequeueRequested as request:
-        if read_launch().rank == 0:
-            print(request, file=sys.stderr)
-        _leave(EXIT_REQUEUE)
-    except typer.Exit as request:
-        sys.exit(request.exit_code)
-    except typer.Abort:
-        sys.exit(130)
+        _leave(EXIT_REQUEUE, [str(request)])
 
 
-def _leave(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code) if read_launch().world_size > 1 else sys.exit(code)
+def _leave(code: int, lines: list[str]) -> None:
+    """Exit on every rank alike; one of them says why."""
+    launch = read_launch()
+    if launch.is_main:
+        print(*lines, sep="\n", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,11 @@ class MetricsSection(Section):
     wandb_project: str | None = Field(None, description="default megatron_powerflow")
     curves: bool = Field(True, description="draw curves.png at the end of the run")
 
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def off_is_a_word(cls, value: Any) -> Any:
+        return ("auto" if value else "off") if isinstance(value, bool) else value  # YAML reads a bare `off` as false
+
 
 class RunSection(Section):
     output_dir: str = Field(description="everything the run writes; a run has a folder of its own")

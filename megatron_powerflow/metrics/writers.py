@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_powerflow.config import MetricsSection
+from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import StepMetrics
 
 FILE_NAME = "metrics.jsonl"
@@ -60,19 +61,15 @@ class WandbWriter:
     def __init__(self, section: MetricsSection, folder: Path, config: dict[str, Any], run_id: str) -> None:
         import wandb
 
-        mode = section.wandb
-        if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
-        settings = wandb.Settings(silent=True, console="off")
         self.run = wandb.init(
             project=section.wandb_project,
             id=run_id,
             name=folder.name,
-            resume="allow" if mode == "online" else None,
-            mode=mode,
+            mode=_wandb_mode(section),
+            resume="allow",
             dir=str(folder),
             config=config,
-            settings=settings,
+            settings=wandb.Settings(silent=True, console="off"),
         )
 
     def write(self, metrics: StepMetrics) -> None:
@@ -80,6 +77,18 @@ class WandbWriter:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _wandb_mode(section: MetricsSection) -> str | None:
+    """None leaves it to wandb's own settings (WANDB_MODE), which is right where a key is configured."""
+    import wandb
+
+    if section.wandb != "auto":
+        return section.wandb
+    try:
+        return None if wandb.login(prompt=False, verify=False) else "offline"
+    except wandb.errors.AuthenticationError as error:
+        raise UserError(f"wandb: {error}; correct the key, or set metrics.wandb=offline") from None
 
 
 class ConsoleWriter:

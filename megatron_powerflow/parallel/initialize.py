@@ -7,6 +7,7 @@ process group exists, the run is known to be possible.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import warnings
@@ -57,31 +58,37 @@ def read_launch() -> Launch:
     return Launch("alone", 0, 1, 0, 1)
 
 
-@contextlib.contextmanager
-def initialized(layout: Layout, launch: Launch, *, seed: int) -> Iterator:
-    """Process groups for the layout, as a `Groups`; torn down at exit.
-
-    On a machine without CUDA the CPU layer (`cpu_gloo.py`) is installed first. Reproducible: seeds torch's
-    and Megatron's generators, although nothing in a run draws from them (see rollout/sampling.py).
-    """
+def prepare_imports() -> None:
+    """Call before anything imports megatron.core: installs the CPU layer where there is no CUDA, and keeps
+    Megatron's notices about packages a CPU run does without ("Apex is not installed", per module) off the screen."""
     import torch
-    import torch.distributed as dist
 
-    use_cuda = torch.cuda.is_available()
-    if not use_cuda:
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
         from megatron_powerflow.parallel import cpu_gloo
 
         cpu_gloo.install()
-    elif launch.local_rank >= torch.cuda.device_count():
+
+
+@contextlib.contextmanager
+def initialized(layout: Layout, launch: Launch, *, seed: int) -> Iterator:
+    """Process groups for the layout, as a `Groups`; torn down at exit. After `prepare_imports`.
+
+    Reproducible: seeds torch's and Megatron's generators, although nothing in a run draws from them
+    (see rollout/sampling.py).
+    """
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    use_cuda = torch.cuda.is_available()
+    if use_cuda and launch.local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {launch.local_rank} has no GPU of its own: {torch.cuda.device_count()} on this node; "
             "start one process per GPU"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "Apex is not installed", once per module
-        from megatron.core import parallel_state
-        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     if use_cuda:
         torch.cuda.set_device(launch.local_rank)
     device = torch.device("cuda", launch.local_rank) if use_cuda else torch.device("cpu")

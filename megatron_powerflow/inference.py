@@ -1,0 +1,295 @@
+"""How are files scored and answered outside a run? `powerflow score` and `powerflow generate`.
+
+The same model code, scorer and engine as in training, under any layout, from an HF folder or a checkpoint. Work goes
+in rounds over the data-parallel ranks; the main rank writes each round's lines, in the order of the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_powerflow.checkpoint import storage
+from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, find_checkpoint
+from megatron_powerflow.config import Config, load_config, parse_config
+from megatron_powerflow.conversion.families import FAMILIES
+from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_json, read_stop_token_ids
+from megatron_powerflow.conversion.shards import export_to_hf, load_from_hf, open_checked
+from megatron_powerflow.data.packing import Annotated, pack
+from megatron_powerflow.data.prompts import check_token_ids, load_prompts, prompt_token_ids, read_rows
+from megatron_powerflow.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.model.build import build_chunks, transformer_config
+from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.model.precision import require_fp8_support
+from megatron_powerflow.parallel.collectives import gather_to_main
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.layout import Layout, inference_layout
+from megatron_powerflow.records import Architecture, Prompt, Rollout, SamplingParams
+from megatron_powerflow.rollout.megatron_engine import MegatronEngine
+from megatron_powerflow.training.forward_step import Scorer
+from megatron_powerflow.training.score import score
+from megatron_powerflow.training.setup import alignment
+
+COMMON_KEYS = ("parallel.tp", "parallel.pp", "parallel.sequence_parallel", "precision.dtype", "precision.fp8_recipe")
+SCORE_KEYS = (*COMMON_KEYS, "parallel.micro_batch_size", "rollout.temperature")
+GENERATE_KEYS = (
+    *COMMON_KEYS,
+    "rollout.temperature",
+    "rollout.max_prompt_tokens",
+    "rollout.max_response_tokens",
+    "rollout.max_concurrent_rows",
+    "prompts.too_long",
+    "run.seed",
+)
+ROUND_ROWS = 64  # rows to score, or responses to draw, per data-parallel rank between two writes
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model folder that has been found usable; nothing of it is on a device yet."""
+
+    config: Config
+    layout: Layout
+    architecture: Architecture
+    family: Family
+    tokenizer: Tokenizer
+    hf_folder: Path  # config and tokenizer; the weights too, unless there is a checkpoint
+    checkpoint: Path | None
+
+
+def open_model(folder: Path, overrides: Sequence[str], allowed: Sequence[str], world_size: int) -> Opened:
+    """An HF folder, a run's folder (its latest checkpoint) or a checkpoint. Raises UserError with every violation.
+
+    Numbers default to what the folder says: the run's precision and temperature, or config.json's dtype.
+    """
+    foreign = [item for item in overrides if "=" in item and item.split("=", 1)[0] not in allowed]
+    if foreign:
+        raise UserError([f"{item.split('=', 1)[0]} has no effect here; known: {', '.join(allowed)}" for item in foreign])
+    checkpoint = find_checkpoint(folder) if folder.is_dir() else None
+    hf_folder = checkpoint / HF_NAME if checkpoint else folder
+    architecture, family = read_architecture(hf_folder, FAMILIES)
+    if checkpoint:
+        run = load_config(checkpoint / CONFIG_NAME)
+        defaults = {"dtype": run.precision.dtype, "fp8_recipe": run.precision.fp8_recipe}
+        temperature = run.rollout.temperature
+    else:
+        raw = read_json(hf_folder / "config.json", "the model's config.json")
+        defaults = {"dtype": "fp32" if raw.get("dtype", raw.get("torch_dtype")) in (None, "float32") else "bf16"}
+        temperature = 1.0
+    values = {
+        "model": {"hf_path": str(hf_folder)},
+        "precision": {key: value for key, value in defaults.items() if value is not None},
+        "prompts": {"path": "unused"},
+        "rollout": {"temperature": temperature},
+        "run": {"output_dir": "unused"},
+    }
+    config = parse_config(values, overrides)
+    layout = inference_layout(config.parallel, architecture, world_size)
+    return Opened(config, layout, architecture, family, load_tokenizer(hf_folder), hf_folder, checkpoint)
+
+
+def score_file(opened: Opened, data: Path, out: Path, launch: Launch, console: Console) -> None:
+    """One line per row of `data`: id, log_probs (one per response token, natural logarithm), sequence_log_prob."""
+    rows = read_scored_rows(data, opened)
+    with initialized(opened.layout, launch, seed=0) as groups:
+        chunks = _load(opened, groups)
+        scorer = Scorer(
+            groups, opened.architecture.vocab_size, opened.config.rollout.temperature, opened.layout.sequence_parallel
+        )
+        reports = groups.is_last_stage and groups.tp_rank == 0
+
+        def one_round(mine: Sequence[Rollout]) -> list[tuple[int, dict]] | None:
+            found = score_rollouts(mine, chunks, scorer, opened) if mine else []
+            return found if reports else None
+
+        _write_rounds(rows, one_round, ROUND_ROWS, out, groups, console, "scoring")
+
+
+def score_rollouts(
+    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: Opened
+) -> list[tuple[int, dict]]:
+    """(slot, output line) of each rollout on the last stage, an empty list elsewhere."""
+    batches = pack(
+        [Annotated(rollout) for rollout in rollouts],
+        micro_batch_size=opened.config.parallel.micro_batch_size,
+        responses_per_prompt=1,
+        drop_truncated=False,
+        multiple=alignment(opened.layout, opened.config.precision),
+        device=scorer.groups.device,
+    )
+    by_slot = {rollout.slot: rollout for rollout in rollouts}
+    lines = []
+    for batch, scored in zip(batches, score(chunks, batches, scorer), strict=True):
+        if scored is None:
+            continue
+        for row, slot in enumerate(batch.group.tolist()):
+            log_probs = scored[row][batch.loss_mask[row]].tolist()
+            line = {"id": by_slot[slot].prompt.id, "log_probs": log_probs, "sequence_log_prob": sum(log_probs)}
+            lines.append((slot, line))
+    return lines
+
+
+def generate_file(
+    opened: Opened, prompts_path: Path, out: Path, num_responses: int, greedy: bool, launch: Launch, console: Console
+) -> None:
+    """One line per response: id, response_index, text, response_token_ids, log_probs, finish_reason."""
+    config = opened.config
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > opened.architecture.max_positions:
+        raise UserError(
+            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's "
+            f"max_position_embeddings={opened.architecture.max_positions}; lower one of them"
+        )
+    prompts = load_prompts(
+        prompts_path,
+        opened.tokenizer,
+        vocab_size=opened.architecture.vocab_size,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        too_long=config.prompts.too_long,
+    )
+    if prompts.num_too_long and launch.is_main:
+        console.print(f"{prompts.num_too_long} prompts over rollout.max_prompt_tokens dropped", highlight=False)
+    sampling = SamplingParams(
+        responses_per_prompt=num_responses,
+        max_response_tokens=config.rollout.max_response_tokens,
+        temperature=0.0 if greedy else config.rollout.temperature,
+        stop_token_ids=read_stop_token_ids(opened.hf_folder, opened.tokenizer.eos_token_id),
+        seed=config.run.seed,
+        step=0,
+    )
+    with initialized(opened.layout, launch, seed=config.run.seed) as groups:
+        engine = MegatronEngine(
+            _load(opened, groups),
+            groups,
+            vocab_size=opened.architecture.vocab_size,
+            max_concurrent_rows=config.rollout.max_concurrent_rows,
+            alignment=alignment(opened.layout, config.precision),
+        )
+        reports = groups.pp_rank == 0 and groups.tp_rank == 0
+
+        def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
+            rollouts = engine.generate(mine, sampling) if mine else []
+            return [(rollout.slot, _response_line(rollout, opened.tokenizer)) for rollout in rollouts] if reports else None
+
+        per_round = max(1, max(ROUND_ROWS, config.rollout.max_concurrent_rows) // num_responses)
+        _write_rounds(list(enumerate(prompts.prompts)), one_round, per_round, out, groups, console, "generating")
+
+
+def export_file(opened: Opened, out: Path, launch: Launch, console: Console) -> None:
+    """A checkpoint's policy as an HF folder. Raises UserError for a folder that is no checkpoint."""
+    if opened.checkpoint is None:
+        raise UserError(f"{opened.hf_folder}: no checkpoint of a run; it is a Hugging Face folder already")
+    with initialized(opened.layout, launch, seed=0) as groups:
+        chunks = _load(opened, groups)
+        export_to_hf(chunks, opened.architecture, opened.family, groups, companions=opened.hf_folder, out=out)
+    if launch.is_main:
+        console.print(f"wrote {out}", highlight=False)
+
+
+def read_scored_rows(path: Path, opened: Opened) -> list[Rollout]:
+    """Rows to score: a prompt in any of its forms, and `response` (text) or `response_token_ids`.
+
+    A text is scored as it is, without an EOS behind it. Raises UserError with the bad lines.
+    """
+    vocab_size, tokenizer = opened.architecture.vocab_size, opened.tokenizer
+    rows, violations = [], []
+    for number, row in read_rows(path, violations):
+        try:
+            prompt = prompt_token_ids(row, tokenizer, vocab_size)
+            response = _response_token_ids(row, tokenizer, vocab_size)
+        except UserError as error:
+            violations.append(f"{path}:{number}: {error}")
+            continue
+        total = len(prompt) + len(response)
+        if total > opened.architecture.max_positions:
+            violations.append(f"{path}:{number}: {total} tokens, over the model's {opened.architecture.max_positions}")
+        identity = str(row.get("id", number - 1))
+        rows.append(
+            Rollout(
+                prompt=Prompt(identity, number - 1, tuple(prompt)),
+                slot=len(rows),
+                response_index=0,
+                response_token_ids=tuple(response),
+                rollout_log_probs=(0.0,) * len(response),
+                finish_reason="eos",
+            )
+        )
+    if violations or not rows:
+        raise UserError(violations or [f"{path}: no rows in it"])
+    return rows
+
+
+def _response_token_ids(row: dict[str, Any], tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    given = [name for name in ("response", "response_token_ids") if row.get(name) is not None]
+    if len(given) != 1:
+        raise UserError(f"needs exactly one of response, response_token_ids; got {given or sorted(row)[:8]}")
+    if given[0] == "response_token_ids":
+        return check_token_ids(row["response_token_ids"], vocab_size, "response_token_ids")
+    if not isinstance(row["response"], str):
+        raise UserError(f"response must be a text, got {row['response']!r:.60}")
+    return check_token_ids(tokenizer.encode_plain(row["response"]), vocab_size, "response (tokenized)")
+
+
+def _response_line(rollout: Rollout, tokenizer: Tokenizer) -> dict:
+    return {
+        "id": rollout.prompt.id,
+        "response_index": rollout.response_index,
+        "text": tokenizer.decode(rollout.response_token_ids),
+        "response_token_ids": list(rollout.response_token_ids),
+        "log_probs": list(rollout.rollout_log_probs),
+        "finish_reason": rollout.finish_reason,
+    }
+
+
+def _load(opened: Opened, groups: Groups) -> list[PolicyModel]:
+    config, architecture = opened.config, opened.architecture
+    require_fp8_support(config.precision)
+    transformer = transformer_config(architecture, opened.layout, config.model, config.precision)
+    chunks = build_chunks(transformer, architecture, opened.layout, config.precision, groups.device)
+    if opened.checkpoint is not None:
+        storage.load_weights(opened.checkpoint, chunks, groups)
+    else:
+        source = open_checked(opened.hf_folder, architecture, opened.family)
+        load_from_hf(chunks, source, architecture, opened.family, groups)
+    for chunk in chunks:
+        chunk.eval().requires_grad_(False)
+    return chunks
+
+
+def _write_rounds(
+    items: Sequence, one_round: Callable, per_rank: int, out: Path, groups: Groups, console: Console, title: str
+) -> None:
+    """Deal items to the data-parallel ranks round by round, gather the lines, write them in order; `out` appears
+    when all is done."""
+    partial = out.with_name(out.name + ".partial")
+    file = partial.open("w", encoding="utf-8") if groups.is_main else None
+    with _bar(console, groups.is_main) as bar:
+        task = bar.add_task(title, total=len(items))
+        for block in _blocks(items, per_rank * groups.dp_size):
+            gathered = gather_to_main(one_round(block[groups.dp_rank :: groups.dp_size]), groups)
+            if file is not None:
+                lines = sorted((item for part in gathered if part for item in part), key=lambda item: item[0])
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for _, line in lines)
+            bar.advance(task, len(block))
+    if file is not None:
+        file.close()
+        partial.replace(out)
+        console.print(f"wrote {out}", highlight=False)
+
+
+def _blocks(items: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _bar(console: Console, is_main: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not is_main)

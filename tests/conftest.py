@@ -1,0 +1,58 @@
+"""Fixtures: real gloo ranks, the real small model, random small models of every family."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gloo_workers import GlooWorkers
+from tests.tiny_models import make_tiny_model
+
+REPOSITORY = Path(__file__).parent.parent
+SMOLLM2 = REPOSITORY / "models" / "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def gloo():
+    """`gloo.run(4, function, ...)`: the function on four real gloo ranks."""
+    workers = GlooWorkers()
+    yield workers
+    workers.stop()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder: fetched by the project's own tool when it is not there."""
+    if not (SMOLLM2 / "model.safetensors").is_file():
+        tool = REPOSITORY / "tools" / "fetch_example_model.py"
+        subprocess.run([sys.executable, str(tool), "--out", str(SMOLLM2)], check=True)
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """tiny_model("qwen2", tied=True, ...) -> folder of a random small model, made once per set of arguments."""
+    made: dict[tuple, Path] = {}
+
+    def make(family: str, **changes) -> Path:
+        key = (family, *sorted(changes.items()))
+        if key not in made:
+            made[key] = make_tiny_model(tmp_path_factory.mktemp(family), family, **changes)
+        return made[key]
+
+    return make
+
+
+def run_cli(*arguments: str, num_processes: int = 1, timeout: float = 600, **popen) -> subprocess.CompletedProcess:
+    """The real command line, in a process of its own or under torchrun."""
+    if num_processes == 1:
+        command = [sys.executable, "-m", "megatron_powerflow.cli"]
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command = [*launcher, str(num_processes), "-m", "megatron_powerflow.cli"]
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, **popen
+    )

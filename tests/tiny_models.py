@@ -1,0 +1,100 @@
+"""Random small models of every family, as Hugging Face folders with a tokenizer.
+
+Each shape has an awkward side: a vocabulary that tp does not divide, head_dim other than hidden/heads.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+SIZES = {
+    "vocab_size": 301,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILY_DEFAULTS = {
+    "llama": {"tie_word_embeddings": True, "rope": LLAMA3_ROPE},
+    "mistral": {"tie_word_embeddings": False, "sliding_window": None, "head_dim": 16},
+    "qwen2": {"tie_word_embeddings": True, "vocab_size": 307},
+    "qwen3": {"tie_word_embeddings": False, "head_dim": 20},
+}
+FAMILIES = tuple(FAMILY_DEFAULTS)
+
+
+def make_tiny_model(folder: Path, family: str, *, seed: int = 0, scale: float = 0.3, **changes) -> Path:
+    """Save a random `family` model in fp32. scale: standard deviation of its weights, large enough to be opinionated."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    values = {**SIZES, **FAMILY_DEFAULTS[family], **changes}
+    rope = values.pop("rope", None)
+    if rope is not None:
+        values |= rope_arguments(CONFIG_MAPPING[family], rope)
+    config = CONFIG_MAPPING[family](**values)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, scale)
+            if "norm" in name:
+                parameter.add_(1.0)
+    model.save_pretrained(folder)
+    write_tokenizer(folder, values["vocab_size"])
+    return folder
+
+
+def rope_arguments(config_class, rope: dict) -> dict:
+    """transformers 5 takes rope_parameters, transformers 4 rope_scaling."""
+    if "rope_parameters" in config_class().to_dict():
+        return {"rope_parameters": {"rope_theta": 10000.0, **rope}}
+    return {"rope_scaling": rope}
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A word-level tokenizer: ids 0 <unk>, 1 <s>, 2 </s>, then w3, w4, ..."""
+    words = ["<unk>", "<s>", "</s>"] + [f"w{i}" for i in range(3, vocab_size)]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": words[i],
+                "special": True,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
+            for i in range(3)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        ),
+        encoding="utf-8",
+    )
