@@ -123,6 +123,7 @@ def score_rollouts(
         responses_per_prompt=1,
         drop_truncated=False,
         multiple=alignment(opened.layout, opened.config.precision),
+        uniform=False,
         device=scorer.groups.device,
     )
     by_slot = {rollout.slot: rollout for rollout in rollouts}

@@ -46,7 +46,7 @@ def make_tiny_model(folder: Path, family: str, *, seed: int = 0, scale: float = 
     rope = values.pop("rope", None)
     if rope is not None:
         values |= rope_arguments(CONFIG_MAPPING[family], rope)
-    config = CONFIG_MAPPING[family](**values)
+    config = CONFIG_MAPPING[family](**{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -33,25 +33,27 @@ def pack(
     responses_per_prompt: int,
     drop_truncated: bool,
     multiple: int,
+    uniform: bool,
     device: torch.device,
 ) -> list[MicroBatch]:
     """Micro-batches of `micro_batch_size` rollouts (the last may be smaller), long ones first.
 
     multiple: positions of each micro-batch are padded to a multiple of this (tp with sequence parallelism, FP8).
-    The order is a function of the rollouts alone.
+    uniform: all are as long as the longest (interleaved pipelines). The order is a function of the rollouts alone.
     """
     ordered = sorted(annotated, key=lambda a: (-a.num_tokens, a.rollout.slot, a.rollout.response_index))
+    parts = [ordered[start : start + micro_batch_size] for start in range(0, len(ordered), micro_batch_size)]
+    longest = [max(item.num_tokens for item in (ordered if uniform else part)) for part in parts]
     return [
-        _micro_batch(ordered[start : start + micro_batch_size], responses_per_prompt, drop_truncated, multiple, device)
-        for start in range(0, len(ordered), micro_batch_size)
+        _micro_batch(part, -(-length // multiple) * multiple, responses_per_prompt, drop_truncated, device)
+        for part, length in zip(parts, longest, strict=True)
     ]
 
 
 def _micro_batch(
-    annotated: Sequence[Annotated], responses_per_prompt: int, drop_truncated: bool, multiple: int, device: torch.device
+    annotated: Sequence[Annotated], positions: int, responses_per_prompt: int, drop_truncated: bool, device: torch.device
 ) -> MicroBatch:
-    size, longest = len(annotated), max(item.num_tokens for item in annotated)
-    positions = -(-longest // multiple) * multiple
+    size = len(annotated)
     tokens = torch.zeros(size, positions, dtype=torch.int64)
     targets = torch.zeros(size, positions, dtype=torch.int64)
     loss_mask = torch.zeros(size, positions, dtype=torch.bool)

@@ -12,6 +12,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -65,8 +71,13 @@ def transformer_config(
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         sequence_parallel=layout.sequence_parallel,
-        # micro-batches have lengths of their own; stages tell each other the shapes
-        variable_seq_lengths=layout.pp > 1,
+        # micro-batches have lengths of their own and stages tell each other the shapes
+        variable_seq_lengths=layout.pp > 1 and layout.vpp is None,
+        # Interleaving: with two stages the previous stage is the next one, and messages of a batch (activations,
+        # gradients, shapes) are matched by their order, wrongly. Overlapped sends keep the directions apart; shapes
+        # have no such path, so there all micro-batches are padded alike (`pack`).
+        overlap_p2p_comm=layout.vpp is not None,
+        batch_p2p_comm=layout.vpp is None,
         moe_token_dispatcher_type="alltoall",  # read even without experts, and the default refuses variable lengths
         # gradients are sums: the loss already carries 1 / rollouts of the global batch
         calculate_per_token_loss=True,
@@ -102,8 +113,23 @@ def build_chunks(
             post_process=last,
             vp_stage=stage,
         )
+        _mark_tensor_parallel(chunk)
         chunks.append(chunk.to(device))
     return chunks
+
+
+def _mark_tensor_parallel(chunk: PolicyModel) -> None:
+    """Say which weights are shards: gradient norm and checksum count a replicated weight once, a shard on its rank.
+
+    Upstream: the marks are set by the random initialisation, which `perform_initialization=False` skips. Without them
+    the gradient norm of tp > 1 misses every rank but the first. Remove when Megatron marks them always.
+    """
+    dimensions = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in chunk.modules():
+        dimension = dimensions.get(type(module))
+        weight = getattr(module, "weight", None)
+        if dimension is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
 
 
 def _block_spec(config: TransformerConfig, architecture: Architecture, precision: PrecisionSection, vp_stage):

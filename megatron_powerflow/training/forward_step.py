@@ -95,7 +95,7 @@ def _run(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], at_the_end:
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=batches[0].tokens.shape[1],  # ignored with pp > 1: shapes are exchanged
+        seq_length=batches[0].tokens.shape[1],  # counts with interleaving only, where all are alike
         micro_batch_size=batches[0].tokens.shape[0],
         **schedule,
     )

@@ -110,6 +110,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
             responses_per_prompt=config.rollout.responses_per_prompt,
             drop_truncated=config.objective.truncated == "drop",
             multiple=alignment(plan.layout, config.precision),
+            uniform=plan.layout.vpp is not None,
             device=session.groups.device,
         )
         for start in range(0, len(annotated), size)

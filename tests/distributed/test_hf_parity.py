@@ -49,6 +49,7 @@ def megatron_logits_and_log_probs(model: str, rows: list, tp: int, pp: int, sequ
             responses_per_prompt=1,
             drop_truncated=False,
             multiple=tp if sequence_parallel else 1,
+            uniform=False,
             device=groups.device,
         )
 

@@ -1,0 +1,143 @@
+"""The in-process engine: samples from the live weights, equal under every layout, ending where they should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny_models import FAMILIES
+
+LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2_pp2": (2, 2)}
+PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [20, 21]]
+
+
+def generate(
+    model: str,
+    tp: int,
+    pp: int,
+    *,
+    temperature: float = 1.0,
+    responses: int = 3,
+    max_rows: int = 256,
+    vpp: int | None = None,
+    sequence_parallel: bool = False,
+    max_tokens: int = 10,
+    stop: tuple = (2,),
+    prompts=PROMPTS,
+    step: int = 0,
+):
+    """[(slot, response_index, token ids, log-probs, finish reason)] on every rank."""
+    from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
+    from megatron_powerflow.conversion.families import FAMILIES as families
+    from megatron_powerflow.conversion.hf_config import read_architecture
+    from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.layout import inference_layout
+    from megatron_powerflow.records import Prompt, SamplingParams
+    from megatron_powerflow.rollout.megatron_engine import MegatronEngine
+    from megatron_powerflow.training.setup import alignment, build_policy
+
+    launch = read_launch()
+    architecture, family = read_architecture(model, families)
+    parallel = ParallelSection(tp=tp, pp=pp, vpp=vpp, sequence_parallel=sequence_parallel)
+    layout = inference_layout(parallel, architecture, launch.world_size)
+    precision = PrecisionSection(dtype="fp32")
+    with initialized(layout, launch, seed=0) as groups:
+        chunks = build_policy(architecture, family, layout, ModelSection(hf_path=model), precision, groups)
+        engine = MegatronEngine(
+            chunks,
+            groups,
+            vocab_size=architecture.vocab_size,
+            max_concurrent_rows=max_rows,
+            alignment=alignment(layout, precision),
+        )
+        sampling = SamplingParams(responses, max_tokens, temperature, frozenset(stop), seed=7, step=step)
+        given = [(slot, Prompt(str(slot), slot, tuple(tokens))) for slot, tokens in enumerate(prompts)]
+        rollouts = engine.generate(given, sampling)
+        return [
+            (r.slot, r.response_index, r.response_token_ids, np.array(r.rollout_log_probs), r.finish_reason)
+            for r in rollouts
+        ]
+
+
+def same_tokens(left, right) -> bool:
+    return [item[:3] + item[4:] for item in left] == [item[:3] + item[4:] for item in right]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_hugging_face(gloo, tiny_model, family):
+    from transformers import AutoModelForCausalLM
+
+    folder = str(tiny_model(family))
+    (ours,) = gloo.run(1, generate, folder, 1, 1, temperature=0.0, responses=1)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for slot, _, tokens, _, _ in ours:
+        prompt = torch.tensor([PROMPTS[slot]])
+        theirs = network.generate(prompt, max_new_tokens=10, do_sample=False, eos_token_id=2, pad_token_id=0)
+        assert list(tokens) == theirs[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
+def test_samples_do_not_depend_on_the_layout(gloo, tiny_model, layout):
+    folder = str(tiny_model("qwen3"))
+    (alone,) = gloo.run(1, generate, folder, 1, 1)
+    tp, pp = LAYOUTS[layout]
+    everyone = gloo.run(tp * pp, generate, folder, tp, pp)
+    for answer in everyone:  # every rank holds the same rollouts
+        assert same_tokens(answer, alone)
+        for (*_, ours, _), (*_, theirs, _) in zip(answer, alone, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_samples_do_not_depend_on_sequence_parallelism_or_interleaving(gloo, tiny_model):
+    folder = str(tiny_model("llama"))
+    (alone,) = gloo.run(1, generate, folder, 1, 1)
+    assert same_tokens(gloo.run(2, generate, folder, 2, 1, sequence_parallel=True)[0], alone)
+    assert same_tokens(gloo.run(2, generate, folder, 1, 2, vpp=2)[1], alone)
+
+
+def test_samples_do_not_depend_on_who_shares_the_batch(gloo, tiny_model):
+    folder = str(tiny_model("mistral"))
+    (together,) = gloo.run(1, generate, folder, 1, 1)
+    (in_waves,) = gloo.run(1, generate, folder, 1, 1, max_rows=3)
+    assert same_tokens(together, in_waves)
+
+
+def test_another_step_draws_other_samples(gloo, tiny_model):
+    folder = str(tiny_model("llama"))
+    first, second = (gloo.run(1, generate, folder, 1, 1, step=step)[0] for step in (0, 1))
+    assert not same_tokens(first, second)
+
+
+def test_responses_end_at_a_stop_token_or_at_the_limit(gloo, tiny_model):
+    folder = str(tiny_model("llama", scale=0.02))  # nearly uniform over 301 tokens: half of them stop
+    stop = tuple(range(150))
+    (rollouts,) = gloo.run(1, generate, folder, 1, 1, responses=16, stop=stop, max_tokens=4)
+    assert len(rollouts) == len(PROMPTS) * 16
+    for _, _, tokens, log_probs, reason in rollouts:
+        assert len(tokens) == len(log_probs)
+        assert not set(tokens[:-1]) & set(stop)
+        if reason == "eos":
+            assert tokens[-1] in stop
+        else:
+            assert len(tokens) == 4
+            assert tokens[-1] not in stop
+    assert {"eos", "length"} == {reason for *_, reason in rollouts}
+    assert len({len(tokens) for _, _, tokens, _, _ in rollouts}) > 1  # rows left the batch at different times
+
+
+def test_samples_follow_the_distribution_they_claim(gloo, tiny_model):
+    """First tokens of 2,000 responses to one prompt against exp(log-prob), by total variation."""
+    folder = str(tiny_model("llama", scale=0.1))
+    (rollouts,) = gloo.run(1, generate, folder, 1, 1, responses=2000, max_rows=2000, max_tokens=1, prompts=[[5]])
+    counts: dict[int, int] = {}
+    claimed: dict[int, float] = {}
+    for _, _, (token,), (log_prob,), _ in rollouts:
+        counts[token] = counts.get(token, 0) + 1
+        claimed[token] = float(np.exp(log_prob))
+    assert sum(claimed.values()) <= 1.0 + 1e-5
+    frequent = {token for token, p in claimed.items() if p > 0.01}
+    assert frequent
+    for token in frequent:
+        deviation = abs(counts[token] / 2000 - claimed[token])
+        assert deviation < 4 * (claimed[token] / 2000) ** 0.5

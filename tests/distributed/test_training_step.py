@@ -1,0 +1,162 @@
+"""The first step: its laws, and the same numbers under every layout."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_powerflow.records import ROLLOUT_COLUMNS
+from tests.distributed.megatron_sessions import config_for, opened_session
+
+PROMPTS = [[5, 6, 7], [9, 10], [11, 12, 13, 14, 15], [20], [3, 4], [8, 9, 10], [30, 31], [40]]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt_token_ids": tokens}) + "\n" for tokens in PROMPTS))
+    return path
+
+
+def one_step(config, step: int = 0):
+    """(rows, grad_norm, log Z' start value) of the first step, on every rank."""
+    from megatron_powerflow.train import sampling_params
+    from megatron_powerflow.training.optimizer import set_learning_rates
+    from megatron_powerflow.training.score import score_reference
+    from megatron_powerflow.training.setup import pack_updates
+    from megatron_powerflow.training.update import calibrated_log_z, update
+
+    with opened_session(config) as (plan, session):
+        prompts = plan.prompts[: config.rollout.prompts_per_step]
+        share = plan.share_of(prompts, session.groups.dp_rank)
+        rollouts = session.engine.generate(share, sampling_params(plan, step))
+        updates = pack_updates(rollouts, plan, session)
+        updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
+        log_z = calibrated_log_z([b for batches in updates for b in batches], config.objective, session.groups)
+        if session.trainable.head is not None:
+            session.trainable.head.calibrate(log_z)
+        set_learning_rates(session.trainable, config.optimizer, step, config.run.num_steps)
+        updated = update(session.trainable, updates, session.scorer, config.objective, config.optimizer)
+        return updated.rows.numpy(), [stepped.grad_norm for stepped in updated.steps], log_z
+
+
+def column(rows: np.ndarray, name: str) -> np.ndarray:
+    return rows[:, ROLLOUT_COLUMNS.index(name)]
+
+
+def loss_of(rows: np.ndarray) -> float:
+    return float((column(rows, "weight") * column(rows, "residual") ** 2).mean())
+
+
+LAYOUTS = {
+    "tp2": (2, ["parallel.tp=2"]),
+    "tp2_sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "pp2": (2, ["parallel.pp=2"]),
+    "pp2_vpp2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "dp2": (2, []),
+    "dp2_distributed": (2, ["optimizer.distributed=true"]),
+    "tp2_pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
+    "pp2_dp2": (4, ["parallel.pp=2"]),
+    "one_by_one": (1, ["parallel.micro_batch_size=1"]),
+    "all_at_once": (1, ["parallel.micro_batch_size=8"]),
+    "swap": (1, ["model.reference=swap"]),
+    "recompute": (1, ["model.recompute=full"]),
+    "recompute_selective": (1, ["model.recompute=selective"]),
+}
+
+
+@pytest.mark.parametrize("log_z", ["mlp", "group"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_gradient_norm_do_not_depend_on_the_layout(gloo, tiny_model, prompts, tmp_path, layout, log_z):
+    folder = tiny_model("qwen2")
+    common = [f"objective.log_z={log_z}", "objective.alpha=2"]
+    (alone,) = gloo.run(1, one_step, config_for(folder, prompts, tmp_path / "alone", *common))
+    num_ranks, overrides = LAYOUTS[layout]
+    config = config_for(folder, prompts, tmp_path / layout, *common, *overrides)
+    for rows, grad_norms, log_z_start in gloo.run(num_ranks, one_step, config):
+        assert (column(rows, "num_response_tokens") == column(alone[0], "num_response_tokens")).all()
+        assert loss_of(rows) == pytest.approx(loss_of(alone[0]), rel=1e-5)
+        assert grad_norms == pytest.approx(alone[1], rel=1e-4)
+        assert log_z_start == pytest.approx(alone[2], rel=1e-5)
+
+
+def test_at_alpha_1_every_residual_is_log_z_exactly(gloo, tiny_model, prompts, tmp_path):
+    """Law 4: policy and reference are one model through one scorer, so S - S_ref is 0 to the last bit."""
+    config = config_for(tiny_model("llama"), prompts, tmp_path / "run", "objective.alpha=1")
+    ((rows, _, log_z),) = gloo.run(1, one_step, config)
+    assert (column(rows, "residual") == column(rows, "log_z")).all()
+    assert log_z == 0.0
+
+
+def test_at_step_0_the_mean_residual_is_0(gloo, tiny_model, prompts, tmp_path):
+    """Law 3: log Z' starts at (alpha - 1) * mean token log-prob + alpha * mean psi."""
+    overrides = ["objective.alpha=4", "objective.psi=-0.5"]
+    config = config_for(tiny_model("llama"), prompts, tmp_path / "run", *overrides)
+    ((rows, _, log_z),) = gloo.run(1, one_step, config)
+    assert column(rows, "residual").mean() == pytest.approx(0.0, abs=1e-5)
+    assert column(rows, "residual").std() > 0.1
+    expected = 3 * (column(rows, "ref_sequence_log_prob") / column(rows, "num_response_tokens")).mean() - 2.0
+    assert log_z == pytest.approx(expected, rel=1e-6)
+
+
+def test_sampler_and_scorer_agree_on_every_token(gloo, smollm2, tmp_path, record_property):
+    """On the real model, in fp32: under 1e-3 a token (measured: about 3e-5)."""
+    path = tmp_path / "prompts.jsonl"
+    texts = ["The capital of France is", "Once upon a time", "def add(a, b):", "Two plus two is"]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    config = config_for(smollm2, path, tmp_path / "run", "objective.alpha=1")
+    ((rows, _, _),) = gloo.run(1, one_step, config)
+    record_property("sampler_gap_max", column(rows, "sampler_gap_max").max())
+    assert column(rows, "sampler_gap_max").max() < 1e-3
+    assert (column(rows, "residual") == column(rows, "log_z")).all()
+
+
+@pytest.mark.parametrize("log_z", ["mlp", "scalar", "group", "loo", "contrastive"])
+def test_one_update_has_weight_exactly_1(gloo, tiny_model, prompts, tmp_path, log_z):
+    """Law 19, first half: S_old is scored by the trainer, with the weights that sampled."""
+    overrides = ["objective.ratio=seq", f"objective.log_z={log_z}"]
+    config = config_for(tiny_model("llama"), prompts, tmp_path / "run", *overrides)
+    ((rows, _, _),) = gloo.run(1, one_step, config)
+    assert (column(rows, "ratio") == 1.0).all()
+
+
+@pytest.mark.parametrize("ratio", ["seq", "seq_mean"])
+def test_a_stale_update_has_weights_within_the_clip(gloo, tiny_model, prompts, tmp_path, ratio):
+    """Law 19, second half: the second of two updates is stale; its weight moves and is clipped."""
+    overrides = [f"objective.ratio={ratio}", "optimizer.updates_per_rollout=2", "objective.clip_epsilon=0.001"]
+    config = config_for(tiny_model("llama"), prompts, tmp_path / "run", *overrides)
+    ((rows, _, _),) = gloo.run(1, one_step, config)
+    first, second = column(rows, "ratio")[:4], column(rows, "ratio")[4:]
+    assert (first == 1.0).all()
+    assert (second != 1.0).all()
+    weight = column(rows, "weight")
+    assert weight.min() >= 0.999 - 1e-6
+    assert weight.max() <= 1.001 + 1e-6
+
+
+def test_a_wrong_estimator_of_old_would_show(gloo, tiny_model, prompts, tmp_path):
+    """With ratio=none the same two updates have weight 1: the option above really acts."""
+    config = config_for(tiny_model("llama"), prompts, tmp_path / "run", "optimizer.updates_per_rollout=2")
+    ((rows, grad_norms, _),) = gloo.run(1, one_step, config)
+    assert (column(rows, "weight") == 1.0).all()
+    assert len(grad_norms) == 2
+
+
+def test_dropped_truncated_responses_take_no_part(gloo, tiny_model, prompts, tmp_path):
+    """objective.truncated=drop: they count in no denominator and move nothing."""
+    folder = tiny_model("llama", scale=0.02, eos_token_id=tuple(range(2, 60)))
+    common = ["rollout.max_response_tokens=3", "objective.log_z=group", "rollout.responses_per_prompt=8"]
+    keep = config_for(folder, prompts, tmp_path / "keep", *common)
+    drop = config_for(folder, prompts, tmp_path / "drop", *common, "objective.truncated=drop")
+    ((kept_rows, kept_norm, _),) = gloo.run(1, one_step, keep)
+    ((rows, norm, _),) = gloo.run(1, one_step, drop)
+    truncated = column(rows, "truncated") > 0
+    assert 0 < truncated.sum() < len(rows)
+    assert ((column(rows, "kept") == 0) == truncated).all()
+    assert (column(kept_rows, "kept") == 1).all()
+    assert norm != pytest.approx(kept_norm, rel=1e-3)
+    ((two_ranks, norm_of_two, _), _) = gloo.run(2, one_step, drop)  # B is counted over both ranks
+    assert norm_of_two == pytest.approx(norm, rel=1e-4)
+    np.testing.assert_allclose(column(two_ranks, "log_z"), column(rows, "log_z"), rtol=1e-5)
