@@ -1,0 +1,176 @@
+"""A run that was killed and started again is the run that never was: the same metrics lines, to the last digit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY, run_cli
+
+TIMES = ("_seconds", "tokens_per_second", "peak_memory_bytes")
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path) -> Path:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt_token_ids": [5 + i, 6, 7]}) + "\n" for i in range(7)))
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"""
+model: {{hf_path: {tiny_model("llama")}}}
+precision: {{dtype: fp32}}
+prompts: {{path: {prompts}}}
+rollout: {{prompts_per_step: 4, responses_per_prompt: 2, max_prompt_tokens: 8, max_response_tokens: 6}}
+parallel: {{micro_batch_size: 2}}
+objective: {{alpha: 2}}
+optimizer: {{lr: 1e-3, lr_decay: cosine, warmup_steps: 2}}
+checkpoint: {{interval: 2}}
+metrics: {{wandb: "off", curves: false}}
+evaluation: {{samples: 2}}
+run: {{num_steps: 6, output_dir: {tmp_path / "run"}}}
+"""
+    )
+    return path
+
+
+def comparable(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in lines]
+
+
+def weights(run: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return {name: value for file in sorted(run.glob("hf_export/*.safetensors")) for name, value in load_file(file).items()}
+
+
+def start_and_kill_after_step(config: Path, run: Path, step: int, num_processes: int, *settings: str) -> None:
+    """Start training, wait until the line of `step` (0-based) is written, and kill every process of it by pid."""
+    command = [sys.executable, "-m", "megatron_powerflow.cli"]
+    if num_processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
+        command = [sys.executable, *launcher, "megatron_powerflow.cli"]
+    process = subprocess.Popen(
+        [*command, "train", str(config), f"run.output_dir={run}", *settings],
+        cwd=REPOSITORY,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    try:
+        while len((run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []) <= step:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+CASES = {
+    "one_process": (1, ()),
+    "pp2": (2, ("parallel.pp=2",)),
+    "tp2_group": (2, ("parallel.tp=2", "objective.log_z=group")),
+    "dp2_distributed": (2, ("optimizer.distributed=true",)),
+    "bf16": (1, ("precision.dtype=bf16",)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_continues_as_the_unbroken_one(config, tmp_path, case):
+    num_processes, settings = CASES[case]
+    done = run_cli("train", config, f"run.output_dir={tmp_path / 'whole'}", *settings, num_processes=num_processes)
+    assert done.returncode == 0, done.stderr
+    start_and_kill_after_step(config, tmp_path / "killed", 2, num_processes, *settings)
+    lines = comparable(tmp_path / "killed")
+    assert 3 <= len(lines) < 6
+    done = run_cli("train", config, f"run.output_dir={tmp_path / 'killed'}", *settings, num_processes=num_processes)
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step" in done.stdout
+    assert comparable(tmp_path / "killed") == comparable(tmp_path / "whole")
+    left, right = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("killed", "whole")]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1, ()), (2, ("parallel.tp=2",))),
+        ((2, ("parallel.tp=2",)), (2, ("parallel.pp=2",))),
+        ((2, ("parallel.pp=2",)), (1, ())),
+        ((2, ("optimizer.distributed=true",)), (2, ("parallel.pp=2", "optimizer.distributed=true"))),
+        ((2, ("parallel.pp=2",)), (2, ("parallel.pp=2", "parallel.vpp=2"))),
+    ],
+)
+def test_a_run_continues_under_another_layout(config, tmp_path, before, after):
+    """The state is the same; sums are ordered differently, so the next lines agree to rounding."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    assert run_cli("train", config, f"run.output_dir={whole}").returncode == 0
+    for (num_processes, settings), steps in ((before, 2), (after, 4)):
+        arguments = (f"run.output_dir={moved}", f"run.num_steps={steps}", "optimizer.lr_decay=constant", *settings)
+        done = run_cli("train", config, *arguments, num_processes=num_processes)
+        assert done.returncode == 0, done.stderr
+    reference = tmp_path / "reference"
+    done = run_cli("train", config, f"run.output_dir={reference}", "run.num_steps=4", "optimizer.lr_decay=constant")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = comparable(moved)[2], comparable(reference)[2]
+    assert ours["response_length_mean"] == theirs["response_length_mean"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+def test_a_stop_signal_saves_and_asks_to_be_started_again(config, tmp_path):
+    """SIGUSR1, as SLURM sends it before the limit: exit code 75, and the same command ends as the unbroken run."""
+    command = [sys.executable, "-m", "megatron_powerflow.cli", "train", str(config), f"run.output_dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 75, stderr
+    assert "the same command continues" in stderr
+    assert len(comparable(tmp_path / "run")) < 6
+    assert run_cli("train", config, f"run.output_dir={tmp_path / 'run'}").returncode == 0
+    assert run_cli("train", config, f"run.output_dir={tmp_path / 'whole'}").returncode == 0
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+
+
+def test_a_stop_file_ends_every_rank_at_the_same_step(config, tmp_path):
+    run = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*launcher, "megatron_powerflow.cli", "train", str(config), f"run.output_dir={run}", "run.num_steps=500"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (run / "stop").touch()
+    _, stderr = process.communicate(timeout=300)
+    assert "the same command continues" in stderr
+    assert "exitcode  : 75" in stderr
+    step = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+    assert len(comparable(run)) == step < 500
+
+
+def test_old_checkpoints_go_when_asked(config, tmp_path):
+    done = run_cli("train", config, "checkpoint.keep=1", "checkpoint.interval=1", "run.num_steps=3")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_000003"]
