@@ -7,6 +7,7 @@ and an impossible run never reaches it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -145,10 +146,30 @@ def curves(
     print(draw_curves(runs, out or runs[0] / "curves.png"))
 
 
+@app.command()
+def stop(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: Overrides = None) -> None:
+    """Ask a running run to save at the end of its step and to exit with 75. The same command continues it.
+
+    Example: powerflow stop examples/configs/local.yaml run.output_dir=runs/local
+    """
+    from megatron_powerflow.checkpoint.folder import CONFIG_NAME, STOP_NAME
+
+    folder = Path(load_config(config, overrides or ()).run.output_dir)
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(f"{folder}: no run has started there")
+    (folder / STOP_NAME).touch()
+    print(f"{folder} will stop at the end of its step")
+
+
 def main() -> None:
-    """Entry point of the console script. Exit codes: 0, 2 the user's mistake, 75 start me again, else a bug."""
+    """Entry point of the console script."""
+    exit_codes(app)
+
+
+def exit_codes(program: Callable[[], None]) -> None:
+    """Run a command line. Exit codes: 0, 2 the user's mistake, 75 start me again, else a bug with its traceback."""
     try:
-        app()
+        program()
     except UserError as error:
         _leave(EXIT_USER_ERROR, [f"error: {violation}" for violation in error.violations])
     except RequeueRequested as request:
@@ -157,8 +178,7 @@ def main() -> None:
 
 def _leave(code: int, lines: list[str]) -> None:
     """Exit on every rank alike; one of them says why."""
-    launch = read_launch()
-    if launch.is_main:
+    if read_launch().is_main:
         print(*lines, sep="\n", file=sys.stderr)
     sys.exit(code)
 

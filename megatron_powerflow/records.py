@@ -65,6 +65,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str | None = None
     task: str | None = None
+    text: str = ""  # what a person reads: the prompt, or the last message; empty for token ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,7 @@ class RunOutput:
                 "step": step,
                 "id": rollout.prompt.id,
                 "prompt": decode(rollout.prompt.token_ids),
+                "question": rollout.prompt.text,
                 "response": decode(rollout.response_token_ids),
                 "answer": rollout.prompt.answer,
                 "finish_reason": rollout.finish_reason,

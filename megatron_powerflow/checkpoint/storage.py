@@ -191,8 +191,9 @@ def _load_optimizer(trainable: Trainable, state: dict) -> None:
     if not (torch_adam and isinstance(parts[0], DistributedOptimizer)):
         trainable.optimizer.load_state_dict(state)
         return
-    # Upstream: DistributedOptimizer copies every entry of torch AdamW's state out of the checkpoint, and `step`, which
-    # is stored per group, is not there (KeyError). So: everything else first, then the moments without `step`.
+    # Upstream, with torch's AdamW: DistributedOptimizer looks for `step` beside the moments of each parameter, where it
+    # is not stored (KeyError), and hands one tensor to all parameters, who then all count it up. So: everything else
+    # first, the moments without `step`, and a `step` of its own for each. Remove when both are mended upstream.
     assert len(parts) == 1, "expert parameters have an optimizer of their own; no family has experts yet"
     (part,) = parts
     moments = state.pop("param_state")
@@ -202,7 +203,7 @@ def _load_optimizer(trainable: Trainable, state: dict) -> None:
     with torch.no_grad():
         part.load_parameter_state_from_fully_reshardable(moments)
     for parameter, step in steps.items():
-        part.optimizer.state[parameter]["step"] = step
+        part.optimizer.state[parameter]["step"] = step.clone()
 
 
 def _save_head(path: Path, trainable: Trainable) -> None:

@@ -64,7 +64,7 @@ def load_prompts(
                     "shorten it, raise the limit, or set prompts.too_long=drop"
                 )
             continue
-        prompts.append(Prompt(identity, number - 1, tuple(token_ids), answer, task))
+        prompts.append(Prompt(identity, number - 1, tuple(token_ids), answer, task, readable(row)))
     if not prompts and not violations:
         violations.append(
             f"{path}: all {num_too_long} prompts are over rollout.max_prompt_tokens={max_prompt_tokens}"
@@ -128,6 +128,13 @@ def prompt_token_ids(row: dict[str, Any], tokenizer: Tokenizer, vocab_size: int)
     else:
         token_ids = tokenizer.encode_chat(_check_messages(value))
     return check_token_ids(token_ids, vocab_size, f"{kind} (tokenized)")
+
+
+def readable(row: dict[str, Any]) -> str:
+    """What a person would read of a prompt that `prompt_token_ids` accepted."""
+    if row.get("messages") is not None:
+        return row["messages"][-1]["content"]
+    return row.get("prompt") or ""
 
 
 def check_token_ids(value: Any, vocab_size: int, name: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, run_cli
+from tests.distributed.megatron_sessions import run_training
 
 TIMES = ("_seconds", "tokens_per_second", "peak_memory_bytes")
 
@@ -76,32 +78,61 @@ def start_and_kill_after_step(config: Path, run: Path, step: int, num_processes:
         process.wait()
 
 
+def as_if_killed_after(whole: Path, crashed: Path, checkpoint: int, lines: int) -> None:
+    """What the disk holds when a run dies `lines` steps in: an older checkpoint, later lines, half a line."""
+    shutil.copytree(whole, crashed)
+    for path in (crashed / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > checkpoint:
+            shutil.rmtree(path)
+    (crashed / "checkpoints" / "latest").write_text(f"step_{checkpoint:06d}\n")
+    (crashed / "checkpoints" / "step_000004.partial").mkdir()
+    written = (crashed / "metrics.jsonl").read_text().splitlines()[: lines + 1]
+    (crashed / "metrics.jsonl").write_text("\n".join(written)[:-30])
+    samples = (crashed / "samples.jsonl").read_text().splitlines()[:2]
+    (crashed / "samples.jsonl").write_text("\n".join(samples) + "\n")
+    shutil.rmtree(crashed / "hf_export")
+
+
 CASES = {
     "one_process": (1, ()),
-    "pp2": (2, ("parallel.pp=2",)),
     "tp2_group": (2, ("parallel.tp=2", "objective.log_z=group")),
     "dp2_distributed": (2, ("optimizer.distributed=true",)),
+    "tp2_pp2_scalar": (4, ("parallel.tp=2", "parallel.pp=2", "objective.log_z=scalar")),
     "bf16": (1, ("precision.dtype=bf16",)),
+    "bf16_distributed_swap": (2, ("precision.dtype=bf16", "optimizer.distributed=true", "model.reference=swap")),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_killed_run_continues_as_the_unbroken_one(config, tmp_path, case):
+def test_a_crashed_run_continues_as_the_unbroken_one(gloo, config, tmp_path, case):
     num_processes, settings = CASES[case]
-    done = run_cli("train", config, f"run.output_dir={tmp_path / 'whole'}", *settings, num_processes=num_processes)
+    whole, crashed = tmp_path / "whole", tmp_path / "crashed"
+    gloo.run(num_processes, run_training, config, f"run.output_dir={whole}", *settings)
+    as_if_killed_after(whole, crashed, checkpoint=2, lines=3)
+    (printed, *_) = gloo.run(num_processes, run_training, config, f"run.output_dir={crashed}", *settings)
+    assert "continuing after step 2" in printed
+    assert len(comparable(whole)) == 6
+    assert_same_run(crashed, whole)
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_as_the_unbroken_one(gloo, config, tmp_path):
+    """The same with real processes under torchrun and SIGKILL, two pipeline stages."""
+    whole, killed, pp2 = tmp_path / "whole", tmp_path / "killed", "parallel.pp=2"
+    gloo.run(2, run_training, config, f"run.output_dir={whole}", pp2)
+    start_and_kill_after_step(config, killed, 2, 2, pp2)
+    assert 3 <= len(comparable(killed)) < 6
+    done = run_cli("train", config, f"run.output_dir={killed}", pp2, num_processes=2)
     assert done.returncode == 0, done.stderr
-    start_and_kill_after_step(config, tmp_path / "killed", 2, num_processes, *settings)
-    lines = comparable(tmp_path / "killed")
-    assert 3 <= len(lines) < 6
-    done = run_cli("train", config, f"run.output_dir={tmp_path / 'killed'}", *settings, num_processes=num_processes)
-    assert done.returncode == 0, done.stderr
-    assert "continuing after step" in done.stdout
-    assert comparable(tmp_path / "killed") == comparable(tmp_path / "whole")
-    left, right = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
-    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("killed", "whole")]
-    assert samples[0] == samples[1]
+    assert_same_run(killed, whole)
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    assert comparable(left) == comparable(right)
+    left_weights, right_weights = weights(left), weights(right)
+    assert left_weights.keys() == right_weights.keys()
+    assert all(torch.equal(left_weights[name], right_weights[name]) for name in left_weights)
+    assert (left / "samples.jsonl").read_text() == (right / "samples.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
@@ -110,28 +141,25 @@ def test_a_killed_run_continues_as_the_unbroken_one(config, tmp_path, case):
         ((1, ()), (2, ("parallel.tp=2",))),
         ((2, ("parallel.tp=2",)), (2, ("parallel.pp=2",))),
         ((2, ("parallel.pp=2",)), (1, ())),
-        ((2, ("optimizer.distributed=true",)), (2, ("parallel.pp=2", "optimizer.distributed=true"))),
+        ((2, ("optimizer.distributed=true",)), (4, ("parallel.pp=2", "optimizer.distributed=true"))),
         ((2, ("parallel.pp=2",)), (2, ("parallel.pp=2", "parallel.vpp=2"))),
     ],
 )
-def test_a_run_continues_under_another_layout(config, tmp_path, before, after):
+def test_a_run_continues_under_another_layout(gloo, config, tmp_path, before, after):
     """The state is the same; sums are ordered differently, so the next lines agree to rounding."""
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    assert run_cli("train", config, f"run.output_dir={whole}").returncode == 0
+    moved, reference = tmp_path / "moved", tmp_path / "reference"
+    constant = "optimizer.lr_decay=constant"
     for (num_processes, settings), steps in ((before, 2), (after, 4)):
-        arguments = (f"run.output_dir={moved}", f"run.num_steps={steps}", "optimizer.lr_decay=constant", *settings)
-        done = run_cli("train", config, *arguments, num_processes=num_processes)
-        assert done.returncode == 0, done.stderr
-    reference = tmp_path / "reference"
-    done = run_cli("train", config, f"run.output_dir={reference}", "run.num_steps=4", "optimizer.lr_decay=constant")
-    assert done.returncode == 0, done.stderr
+        overrides = (f"run.output_dir={moved}", f"run.num_steps={steps}", constant, *settings)
+        gloo.run(num_processes, run_training, config, *overrides)
+    gloo.run(1, run_training, config, f"run.output_dir={reference}", "run.num_steps=4", constant)
     ours, theirs = comparable(moved)[2], comparable(reference)[2]
     assert ours["response_length_mean"] == theirs["response_length_mean"]
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
-def test_a_stop_signal_saves_and_asks_to_be_started_again(config, tmp_path):
+def test_a_stop_signal_saves_and_asks_to_be_started_again(gloo, config, tmp_path):
     """SIGUSR1, as SLURM sends it before the limit: exit code 75, and the same command ends as the unbroken run."""
     command = [sys.executable, "-m", "megatron_powerflow.cli", "train", str(config), f"run.output_dir={tmp_path / 'run'}"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
@@ -147,8 +175,8 @@ def test_a_stop_signal_saves_and_asks_to_be_started_again(config, tmp_path):
     assert "the same command continues" in stderr
     assert len(comparable(tmp_path / "run")) < 6
     assert run_cli("train", config, f"run.output_dir={tmp_path / 'run'}").returncode == 0
-    assert run_cli("train", config, f"run.output_dir={tmp_path / 'whole'}").returncode == 0
-    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+    gloo.run(1, run_training, config, f"run.output_dir={tmp_path / 'whole'}")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_stop_file_ends_every_rank_at_the_same_step(config, tmp_path):
@@ -170,7 +198,6 @@ def test_a_stop_file_ends_every_rank_at_the_same_step(config, tmp_path):
     assert len(comparable(run)) == step < 500
 
 
-def test_old_checkpoints_go_when_asked(config, tmp_path):
-    done = run_cli("train", config, "checkpoint.keep=1", "checkpoint.interval=1", "run.num_steps=3")
-    assert done.returncode == 0, done.stderr
+def test_old_checkpoints_go_when_asked(gloo, config, tmp_path):
+    gloo.run(1, run_training, config, "checkpoint.keep=1", "checkpoint.interval=1", "run.num_steps=3")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_000003"]

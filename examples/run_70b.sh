@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Llama-3.1-70B on 8 nodes x 8 GPUs (tp 8 x pp 4 x dp 2), one torchrun per node. From the repository's root:
+#
+#   sbatch examples/run_70b.sh model.hf_path=/models/Llama-3.1-70B run.output_dir=/runs/70b [section.key=value ...]
+#
+# Nothing is passed through the environment: every setting is an argument and survives a requeue. SLURM's options stand
+# on the command line as usual, e.g. `sbatch --nodes 4 --partition gpu examples/run_70b.sh ...`. Model, prompts and
+# output folder must be on a file system that all nodes see. Before the time limit, or when the job is preempted, the
+# run saves at the end of its step and the job is put into the queue again; it continues where it was.
+#SBATCH --job-name=powerflow-70b
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#SBATCH --signal=B:USR1@900
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
+config=examples/configs/llama31_70b.yaml
+[ -f "$config" ] || { echo "error: submit from the repository's root; $PWD has no $config" >&2; exit 2; }
+python=python3
+[ -x .venv/bin/python ] && python=$PWD/.venv/bin/python
+
+# One process per GPU; on nodes without GPUs one per node.
+per_node=${SLURM_GPUS_ON_NODE:-1}
+[ "$per_node" -gt 0 ] 2>/dev/null || per_node=1
+
+# Everything that can be wrong is said here, once, before any process starts.
+"$python" -m megatron_powerflow.cli check "$config" "$@" --world-size $(( SLURM_JOB_NUM_NODES * per_node ))
+
+# The address of the first node as SLURM knows it: node names need not resolve.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | head -n 1 | cut -d= -f2)
+port=$(( 20000 + SLURM_JOB_ID % 20000 ))
+
+stopping=0
+stop() {
+    stopping=1
+    "$python" -m megatron_powerflow.cli stop "$config" "$@"
+}
+trap 'stop "$@"' USR1 TERM
+
+srun --kill-on-bad-exit=1 bash -c '
+    exec "$0" -m torch.distributed.run --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$1" \
+        --master-addr "$2" --master-port "$3" -m megatron_powerflow.cli train "${@:4}"
+' "$python" "$per_node" "${address:-$first}" "$port" "$config" "$@" &
+step=$!
+code=0
+while kill -0 "$step" 2>/dev/null; do  # a signal interrupts wait; the step goes on until it has saved
+    wait "$step" && code=0 || code=$?
+done
+
+if [ "$code" -ne 0 ] && [ "$stopping" -eq 1 ]; then
+    echo "stopped with its state saved; back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,164 @@
+"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd, in a folder of the test's own.
+
+Needs root and Debian's slurm-wlm and munge. Every daemon is stopped by the pid it wrote down.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+
+
+def why_not() -> str | None:
+    """The reason SLURM cannot be started here, or None."""
+    missing = [name for name in DAEMONS if shutil.which(name, path=_path()) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (apt-get install slurm-wlm munge)"
+    return None if os.geteuid() == 0 else "starting SLURM's daemons needs root"
+
+
+def _path() -> str:
+    return f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
+
+class SlurmCluster:
+    """`with SlurmCluster(folder) as cluster: cluster.run("sbatch", ...)`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment.pop("OMP_NUM_THREADS", None)
+
+    def __enter__(self) -> SlurmCluster:
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop()
+
+    def run(self, *command: str, **options) -> str:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, **options)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def wait_for(self, job: str, timeout: float) -> str:
+        """The final state of a job, e.g. COMPLETED."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            text = self.run("scontrol", "show", "job", job)
+            state = next(word.removeprefix("JobState=") for word in text.split() if word.startswith("JobState="))
+            if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+                return state
+            time.sleep(1)
+        return "TIMEOUT of the test"
+
+    def _start(self) -> None:
+        folder, host = self.folder, socket.gethostname().split(".")[0]
+        (folder / "state").mkdir(parents=True)
+        munge = folder / "munge"
+        munge.mkdir()
+        key = munge / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        for path in (munge, key):
+            shutil.chown(path, "munge", "munge")
+        for parent in (munge, *munge.parents):  # munged wants to reach its socket, and others to connect to it
+            if parent != Path("/"):
+                parent.chmod(parent.stat().st_mode | 0o755)
+        socket_path = munge / "munge.socket"
+        subprocess.run(
+            [
+                "runuser",
+                "-u",
+                "munge",
+                "--",
+                shutil.which("munged", path=_path()),
+                f"--key-file={key}",
+                f"--socket={socket_path}",
+                f"--pid-file={munge / 'munged.pid'}",
+                f"--log-file={munge / 'munged.log'}",
+                f"--seed-file={munge / 'munged.seed'}",
+                "--force",
+            ],
+            check=True,
+        )
+        ports = _free_ports(3)
+        (folder / "slurm.conf").write_text(
+            f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={socket_path}
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+StateSaveLocation={folder / "state"}
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+SchedulerParameters=batch_sched_delay=0,sched_interval=1
+KillWait=5
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+"""
+        )
+        self.run("slurmctld")
+        for node in ("n1", "n2"):
+            (folder / f"spool.{node}").mkdir()
+            self.run("slurmd", "-N", node)
+        deadline = time.monotonic() + 30
+        while self.run("sinfo", "-h", "-o", "%T").split() != ["idle"]:
+            assert time.monotonic() < deadline, self.run("sinfo")
+            time.sleep(0.3)
+
+    def _stop(self) -> None:
+        pid_files = [*self.folder.glob("slurmd.*.pid"), self.folder / "slurmctld.pid", self.folder / "munge/munged.pid"]
+        pids = [int(path.read_text()) for path in pid_files if path.exists()]
+        for pid in pids:
+            _signal(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
+            time.sleep(0.1)
+        for pid in pids:
+            _signal(pid, signal.SIGKILL)
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports

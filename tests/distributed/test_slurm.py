@@ -1,0 +1,113 @@
+"""`sbatch examples/run_70b.sh` on a real SLURM of two nodes: the script that users run, shrunk by its own arguments."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.distributed.slurm_cluster import SlurmCluster, why_not
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+def shrunk(model: Path, prompts: Path, run: Path, num_steps: int) -> list[str]:
+    return [
+        f"model.hf_path={model}",
+        "model.recompute=none",
+        "parallel.tp=1",
+        "parallel.pp=2",
+        "parallel.sequence_parallel=false",
+        "parallel.micro_batch_size=2",
+        "precision.dtype=fp32",
+        f"prompts.path={prompts}",
+        "rollout.prompts_per_step=2",
+        "rollout.responses_per_prompt=2",
+        "rollout.max_prompt_tokens=32",
+        "rollout.max_response_tokens=12",
+        f"run.num_steps={num_steps}",
+        f"run.output_dir={run}",
+        "evaluation.samples=1",
+        "metrics.wandb=offline",
+    ]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("The capital of France is", "One plus one")))
+    return path
+
+
+def submit(cluster: SlurmCluster, folder: Path, *settings: str) -> tuple[str, Path]:
+    log = folder / "job.log"
+    options = ["--nodes=2", "--gres=none", f"--output={log}", "--parsable"]
+    job = cluster.run("sbatch", *options, "examples/run_70b.sh", *settings, cwd=REPOSITORY).strip()
+    return job, log
+
+
+def test_the_70b_script_trains_over_two_nodes_and_exports(cluster, smollm2, prompts, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    run = tmp_path / "run"
+    job, log = submit(cluster, tmp_path, *shrunk(smollm2, prompts, run, num_steps=2))
+    state = cluster.wait_for(job, timeout=400)
+    assert state == "COMPLETED", log.read_text()
+    text = log.read_text()
+    assert "2 processes = tp 1 x cp 1 x pp 2 x dp 1" in text
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert AutoModelForCausalLM.from_pretrained(run / "hf_export").config.num_hidden_layers == 30
+    assert list((run / "wandb").glob("offline-run-*"))
+
+
+def test_a_warned_job_saves_requeues_and_continues(cluster, tiny_model, prompts, tmp_path):
+    """SIGUSR1 to the batch script, as SLURM sends it before the limit: saved, requeued, continued to the end."""
+    run = tmp_path / "run"
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"prompt": "w5 w6 w7"}\n{"prompt": "w8 w9"}\n')
+    job, log = submit(cluster, tmp_path, *shrunk(tiny_model("llama"), words, run, num_steps=60))
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    while "back into the queue" not in log.read_text():
+        assert time.monotonic() < deadline + 100, log.read_text()
+        time.sleep(0.5)
+    # a requeued job waits two minutes by default; it may start now
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    state = cluster.wait_for(job, timeout=400)
+    assert state == "COMPLETED", log.read_text()
+    assert "continuing after step" in log.read_text()
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(60))
+
+
+def test_srun_alone_needs_no_torchrun(cluster, tiny_model, prompts, tmp_path):
+    """`srun powerflow train`: the processes find each other by what SLURM says of the step."""
+    import sys
+
+    run = tmp_path / "run"
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"prompt": "w5 w6 w7"}\n{"prompt": "w8 w9"}\n')
+    command = [sys.executable, "-m", "megatron_powerflow.cli", "train", "examples/configs/llama31_70b.yaml"]
+    settings = shrunk(tiny_model("llama"), words, run, num_steps=2)
+    cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", *command, *settings, cwd=REPOSITORY, timeout=300)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_an_impossible_run_is_refused_before_any_process_starts(cluster, tiny_model, prompts, tmp_path):
+    settings = shrunk(tiny_model("llama"), prompts, tmp_path / "run", num_steps=2)
+    job, log = submit(cluster, tmp_path, *settings, "parallel.pp=3")
+    assert cluster.wait_for(job, timeout=100) == "FAILED"
+    assert "parallel.pp=3 does not divide num_layers=4" in log.read_text()
+    assert "ExitCode=2:0" in cluster.run("scontrol", "show", "job", job)
