@@ -52,7 +52,9 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
     if launch.is_main:
         from megatron_powerflow.checkpoint.folder import latest_checkpoint
 
-        console.print(f"done: {plan.run_folder} (latest checkpoint {latest_checkpoint(plan.run_folder)})", highlight=False)
+        console.print(
+            f"done: {plan.run_folder} (latest checkpoint {latest_checkpoint(plan.run_folder)})", highlight=False
+        )
 
 
 @app.command()

@@ -285,7 +285,9 @@ def _sentence(item: Any, plain: dict) -> str:
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{key}={got!r}: unknown key; {hint}known: {', '.join(siblings)}"
     if kind == "missing":
-        return f"{key}: missing; it has no default ({_description(path)})" if len(path) > 1 else f"{key}: section missing"
+        return (
+            f"{key}: missing; it has no default ({_description(path)})" if len(path) > 1 else f"{key}: section missing"
+        )
     if kind == "literal_error":
         return f"{key}={got!r}: must be one of {item['ctx']['expected']}"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")

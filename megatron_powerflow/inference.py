@@ -72,7 +72,9 @@ def open_model(folder: Path, overrides: Sequence[str], allowed: Sequence[str], w
     """
     foreign = [item for item in overrides if "=" in item and item.split("=", 1)[0] not in allowed]
     if foreign:
-        raise UserError([f"{item.split('=', 1)[0]} has no effect here; known: {', '.join(allowed)}" for item in foreign])
+        raise UserError(
+            [f"{item.split('=', 1)[0]} has no effect here; known: {', '.join(allowed)}" for item in foreign]
+        )
     checkpoint = find_checkpoint(folder) if folder.is_dir() else None
     hf_folder = checkpoint / HF_NAME if checkpoint else folder
     architecture, family = read_architecture(hf_folder, FAMILIES)
@@ -178,7 +180,9 @@ def generate_file(
 
         def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
             rollouts = engine.generate(mine, sampling) if mine else []
-            return [(rollout.slot, _response_line(rollout, opened.tokenizer)) for rollout in rollouts] if reports else None
+            return (
+                [(rollout.slot, _response_line(rollout, opened.tokenizer)) for rollout in rollouts] if reports else None
+            )
 
         per_round = max(1, max(ROUND_ROWS, config.rollout.max_concurrent_rows) // num_responses)
         _write_rounds(list(enumerate(prompts.prompts)), one_round, per_round, out, groups, console, "generating")

@@ -94,8 +94,7 @@ class Rollout:
     prompt: Prompt
     # position of the prompt in this step's global list, 0 <= slot < prompts_per_step; it names the group
     slot: int
-    # 0 <= response_index < responses_per_prompt
-    response_index: int
+    response_index: int  # from 0, below responses_per_prompt
     response_token_ids: tuple[int, ...]
     rollout_log_probs: tuple[float, ...]
     finish_reason: FinishReason

@@ -66,7 +66,9 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
         with clock("reference"):
             updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
         if step == 0:
-            log_z = calibrated_log_z([batch for batches in updates for batch in batches], config.objective, session.groups)
+            log_z = calibrated_log_z(
+                [batch for batches in updates for batch in batches], config.objective, session.groups
+            )
             if session.trainable.head is not None:
                 session.trainable.head.calibrate(log_z)
         with clock("update"):

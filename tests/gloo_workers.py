@@ -53,7 +53,7 @@ class RankFailed(AssertionError):
 
 
 class GlooWorkers:
-    """run(n, function, ...) -> the answers of ranks 0..n-1. The function is module-level and reads its launch itself."""
+    """run(n, function, ...) -> the answers of ranks 0..n-1. The function is module-level."""
 
     def __init__(self) -> None:
         self._workers: list = []

@@ -37,7 +37,7 @@ FAMILIES = tuple(FAMILY_DEFAULTS)
 
 
 def make_tiny_model(folder: Path, family: str, *, seed: int = 0, scale: float = 0.3, **changes) -> Path:
-    """Save a random `family` model in fp32. scale: standard deviation of its weights, large enough to be opinionated."""
+    """Save a random `family` model in fp32. scale: standard deviation of its weights."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -94,7 +94,12 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "unk_token": "<unk>",
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+            }
         ),
         encoding="utf-8",
     )

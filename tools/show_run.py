@@ -1,6 +1,6 @@
 """What did a run do to the model? Answers before and after, and proof that the export answers in transformers.
 
-    python tools/show_run.py examples/configs/local.yaml [section.key=value ...]
+python tools/show_run.py examples/configs/local.yaml [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def show_export(folder: Path, console: Console) -> None:
     with torch.no_grad():
         answer = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     console.rule("the export in transformers, greedy")
-    console.print(f"{question[0]['content']}  {tokenizer.decode(answer, skip_special_tokens=True).strip()}", markup=False)
+    console.print(
+        f"{question[0]['content']}  {tokenizer.decode(answer, skip_special_tokens=True).strip()}", markup=False
+    )
 
 
 if __name__ == "__main__":

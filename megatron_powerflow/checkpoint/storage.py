@@ -132,8 +132,8 @@ def weights_checksum(trainable: Trainable, groups: Groups) -> int:
             tied_copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
             sharded = getattr(parameter, "tensor_model_parallel", False)
             if groups.dp_rank == 0 and not tied_copy and (sharded or groups.tp_rank == 0):
-                bits = parameter.detach().contiguous().view(
-                    torch.int32 if parameter.element_size() == 4 else torch.int16
+                bits = (
+                    parameter.detach().contiguous().view(torch.int32 if parameter.element_size() == 4 else torch.int16)
                 )
                 total += bits.sum(dtype=torch.int64).cpu()
     dist.all_reduce(total, group=groups.control)
@@ -218,7 +218,7 @@ def _load_head(path: Path, trainable: Trainable) -> None:
     """Weights and moments of the log Z' head. Raises UserError when the file does not fit the head of this run."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
         own = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
         trainable.head.load_state_dict(own, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -96,9 +96,7 @@ class SafetensorsFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
 
-    def read(
-        self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
-    ) -> Tensor:
+    def read(self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Tensor:
         """The asked slice of a tensor, on CPU, in the file's dtype. Only these bytes are read."""
         part = self._handles[self._file_of[name]].get_slice(name)
         row_slice = slice(*rows) if rows is not None else slice(None)

@@ -186,4 +186,3 @@ def _raise_together(failure: Exception | None, out: Path, partial: Path, groups:
 
 def _shard_shape(chunks: Sequence[nn.Module], architecture: Architecture, groups: Groups) -> ShardShape:
     return ShardShape(architecture, groups.tp_rank, groups.tp_size, chunks[0].padded_vocab_size)
-

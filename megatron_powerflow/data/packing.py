@@ -51,7 +51,11 @@ def pack(
 
 
 def _micro_batch(
-    annotated: Sequence[Annotated], positions: int, responses_per_prompt: int, drop_truncated: bool, device: torch.device
+    annotated: Sequence[Annotated],
+    positions: int,
+    responses_per_prompt: int,
+    drop_truncated: bool,
+    device: torch.device,
 ) -> MicroBatch:
     size = len(annotated)
     tokens = torch.zeros(size, positions, dtype=torch.int64)

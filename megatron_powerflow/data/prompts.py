@@ -148,9 +148,13 @@ def check_token_ids(value: Any, vocab_size: int, name: str) -> list[int]:
 
 
 def _check_messages(value: Any) -> Sequence[dict[str, str]]:
-    fine = isinstance(value, list) and value and all(
-        isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
-        for item in value
+    fine = (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
+            for item in value
+        )
     )
     if not fine:
         raise UserError(f'messages must be a list of {{"role": ..., "content": ...}}, got {value!r:.80}')

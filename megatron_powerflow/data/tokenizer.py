@@ -43,7 +43,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return _HfTokenizer(folder)
     if (folder / "tokenizer.model").is_file():
         return _SentencePieceTokenizer(folder / "tokenizer.model")
-    raise UserError(f"{folder}: no tokenizer (tokenizer.json, vocab.json or tokenizer.model); copy it beside the weights")
+    raise UserError(
+        f"{folder}: no tokenizer (tokenizer.json, vocab.json or tokenizer.model); copy it beside the weights"
+    )
 
 
 class _HfTokenizer:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class KVCache:
         if prompt_lengths is not None:
             assert self.max_length == 0, "prefill into rows that hold tokens already"
             stops = torch.tensor([0, *prompt_lengths]).cumsum(0).tolist()
-            self.segments, self.mask = list(zip(stops[:-1], stops[1:], strict=True)), None
+            self.segments, self.mask = list(pairwise(stops)), None
             positions = torch.cat([torch.arange(length, device=device) for length in prompt_lengths])
             added = torch.tensor(list(prompt_lengths), device=device)
             self.max_length = max(prompt_lengths)

@@ -1,7 +1,8 @@
 """What is log Z'(q) when nobody learns it? Estimates from the group's own responses, as pure [B] functions.
 
-With s = `partial_residual` = (S - alpha * S_ref)/n - alpha * psi, a zero residual means s is the same for every response of a prompt,
-so minus its mean estimates log Z'. All are detached: the gradient of the loss is then 2 w (s + log_z) ds / B.
+With s = `partial_residual` = (S - alpha * S_ref)/n - alpha * psi, a zero residual means that s is the same for every
+response of a prompt, so minus its mean estimates log Z'. All are detached: the gradient of the loss is then
+2 w (s + log_z) ds / B.
 
     group        minus the w-weighted mean of the group; its expected gradient is (1 - 1/G) times calibrated LA-TB's
     loo          minus the w-weighted mean of the others; factor 1

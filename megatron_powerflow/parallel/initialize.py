@@ -121,9 +121,7 @@ def _init_process_group(launch: Launch, backend: str) -> None:
     else:
         host, port = _srun_rendezvous()
         store = dist.TCPStore(host, port, launch.world_size, is_master=launch.rank == 0, timeout=TIMEOUT)
-        dist.init_process_group(
-            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
-        )
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT)
 
 
 def _groups(launch: Launch, layout: Layout, device):
@@ -166,9 +164,7 @@ def _srun_rendezvous() -> tuple[str, int]:
         names = subprocess.run(
             ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
         ).stdout.split()
-        node = subprocess.run(
-            ["scontrol", "show", "node", names[0]], capture_output=True, text=True, check=True
-        ).stdout
+        node = subprocess.run(["scontrol", "show", "node", names[0]], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise UserError(f"srun without MASTER_ADDR, and scontrol does not answer ({error}); set MASTER_ADDR") from None
     addresses = [word.removeprefix("NodeAddr=") for word in node.split() if word.startswith("NodeAddr=")]

@@ -106,8 +106,8 @@ def _size_violations(parallel: ParallelSection, world_size: int) -> list[str]:
     model_size = parallel.tp * parallel.cp * parallel.pp
     if world_size % model_size:
         found.append(
-            f"{world_size} processes do not hold tp={parallel.tp} x cp={parallel.cp} x pp={parallel.pp} = {model_size}; "
-            f"start a multiple of {model_size} processes (torchrun --nproc-per-node), or change parallel.*"
+            f"{world_size} processes do not hold tp={parallel.tp} x cp={parallel.cp} x pp={parallel.pp} = {model_size}"
+            f"; start a multiple of {model_size} processes (torchrun --nproc-per-node), or change parallel.*"
         )
     return found
 
@@ -123,7 +123,9 @@ def model_violations(parallel: ParallelSection, architecture: Architecture) -> l
     }
     for name, count in counts.items():
         if count % tp:
-            found.append(f"parallel.tp={tp} does not divide {name}={count}; choose {_choices(_common_divisors(counts))}")
+            found.append(
+                f"parallel.tp={tp} does not divide {name}={count}; choose {_choices(_common_divisors(counts))}"
+            )
     if architecture.num_layers % (pp * vpp):
         found.append(
             f"parallel.pp={pp}" + (f" x vpp={vpp}" if vpp > 1 else "") + f" does not divide num_layers="
@@ -152,8 +154,8 @@ def _batch_violations(config: Config, layout: Layout) -> list[str]:
         ]
     if layout.vpp and (local // micro) % layout.pp:
         return [
-            f"{local // micro} micro-batches are no multiple of pp={layout.pp}, which interleaving (parallel.vpp) needs; "
-            "change parallel.micro_batch_size or rollout.prompts_per_step"
+            f"{local // micro} micro-batches are no multiple of pp={layout.pp}, which interleaving (parallel.vpp) needs"
+            "; change parallel.micro_batch_size or rollout.prompts_per_step"
         ]
     return []
 

@@ -63,7 +63,9 @@ class Lane:
         sampling = self._sampling
         return np.stack(
             [
-                uniforms(seed=sampling.seed, step=sampling.step, slot=slot, response=r, count=sampling.max_response_tokens)
+                uniforms(
+                    seed=sampling.seed, step=sampling.step, slot=slot, response=r, count=sampling.max_response_tokens
+                )
                 for slot, _ in self._prompts
                 for r in range(sampling.responses_per_prompt)
             ]

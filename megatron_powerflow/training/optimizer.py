@@ -24,9 +24,7 @@ from megatron_powerflow.model.precision import params_dtype
 from megatron_powerflow.parallel.groups import Groups
 
 
-def build_trainable(
-    chunks: Sequence[PolicyModel], head: LogZHead | None, config: Config, groups: Groups
-) -> Trainable:
+def build_trainable(chunks: Sequence[PolicyModel], head: LogZHead | None, config: Config, groups: Groups) -> Trainable:
     """DDP around the chunks and both trainable. Takes the parameters as they are: load weights first."""
     section = config.optimizer
     transformer = chunks[0].config

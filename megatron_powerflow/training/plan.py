@@ -56,11 +56,7 @@ class Plan:
         that each of the step's updates takes an equal share of every rank."""
         per_update = len(prompts) // self.config.optimizer.updates_per_rollout
         per_rank = per_update // self.layout.dp
-        return [
-            (slot, prompt)
-            for slot, prompt in enumerate(prompts)
-            if slot % per_update // per_rank == dp_rank
-        ]
+        return [(slot, prompt) for slot, prompt in enumerate(prompts) if slot % per_update // per_rank == dp_rank]
 
 
 def make_plan(config: Config, world_size: int) -> Plan:
@@ -76,9 +72,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         _collect(violations, lambda: SafetensorsFolder(config.model.hf_path))
         violations += _length_violations(config, architecture)
     if tokenizer is not None:
-        stop_token_ids = _collect(
-            violations, lambda: read_stop_token_ids(config.model.hf_path, tokenizer.eos_token_id)
-        )
+        stop_token_ids = _collect(violations, lambda: read_stop_token_ids(config.model.hf_path, tokenizer.eos_token_id))
     if model is not None and tokenizer is not None:
         prompt_file = _collect(violations, lambda: _read_prompts(config, tokenizer, model[0]))
     if violations:

@@ -65,9 +65,7 @@ def update(
 
         found = run_forward_backward(trainable.ddp_chunks, batches, scorer, loss_and_rows)
         num_rollouts = sum(batch.tokens.shape[0] for batch in batches)
-        table = last_stage_rows(
-            torch.cat(found).cpu() if found else None, num_rollouts, len(ROLLOUT_COLUMNS), groups
-        )
+        table = last_stage_rows(torch.cat(found).cpu() if found else None, num_rollouts, len(ROLLOUT_COLUMNS), groups)
         finite = bool(table[:, ROLLOUT_COLUMNS.index("residual")].isfinite().all()) and num_kept > 0
         steps.append(step_optimizers(trainable, clip_grad=section.clip_grad, loss_is_finite=finite, groups=groups))
         rows.append(table)

@@ -5,6 +5,7 @@ Needs root and Debian's slurm-wlm and munge. Every daemon is stopped by the pid 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -148,10 +149,8 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _free_ports(count: int) -> list[int]:

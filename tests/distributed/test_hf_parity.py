@@ -97,7 +97,9 @@ def compare(gloo, model: Path, tp: int, pp: int, **kwargs) -> float:
     (ours,) = [answer for rank, answer in enumerate(answers) if rank == (pp - 1) * tp]
     assert len(ours) == len(rows)
     worst = 0.0
-    for (_, logits, log_probs), (hf_logits, hf_log_probs) in zip(ours, hf_logits_and_log_probs(str(model), rows)):
+    for (_, logits, log_probs), (hf_logits, hf_log_probs) in zip(
+        ours, hf_logits_and_log_probs(str(model), rows), strict=True
+    ):
         worst = max(worst, float((torch.from_numpy(logits) - hf_logits).abs().max()))
         worst = max(worst, float((torch.from_numpy(log_probs) - hf_log_probs).abs().max()))
     return worst

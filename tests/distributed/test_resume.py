@@ -51,7 +51,9 @@ def comparable(run: Path) -> list[dict]:
 def weights(run: Path) -> dict:
     from safetensors.torch import load_file
 
-    return {name: value for file in sorted(run.glob("hf_export/*.safetensors")) for name, value in load_file(file).items()}
+    return {
+        name: value for file in sorted(run.glob("hf_export/*.safetensors")) for name, value in load_file(file).items()
+    }
 
 
 def start_and_kill_after_step(config: Path, run: Path, step: int, num_processes: int, *settings: str) -> None:
@@ -161,7 +163,14 @@ def test_a_run_continues_under_another_layout(gloo, config, tmp_path, before, af
 
 def test_a_stop_signal_saves_and_asks_to_be_started_again(gloo, config, tmp_path):
     """SIGUSR1, as SLURM sends it before the limit: exit code 75, and the same command ends as the unbroken run."""
-    command = [sys.executable, "-m", "megatron_powerflow.cli", "train", str(config), f"run.output_dir={tmp_path / 'run'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_powerflow.cli",
+        "train",
+        str(config),
+        f"run.output_dir={tmp_path / 'run'}",
+    ]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300

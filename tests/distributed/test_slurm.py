@@ -44,7 +44,9 @@ def shrunk(model: Path, prompts: Path, run: Path, num_steps: int) -> list[str]:
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("The capital of France is", "One plus one")))
+    path.write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in ("The capital of France is", "One plus one"))
+    )
     return path
 
 
