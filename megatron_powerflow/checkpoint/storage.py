@@ -218,7 +218,7 @@ def _load_head(path: Path, trainable: Trainable) -> None:
     """Weights and moments of the log Z' head. Raises UserError when the file does not fit the head of this run."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         own = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
         trainable.head.load_state_dict(own, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -1,0 +1,181 @@
+"""Configs: unknown keys, wrong types and keys without effect are errors that name key, value and choices."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_powerflow.config import CONDITIONAL, Config, config_keys, dump_config, load_config, parse_config
+from megatron_powerflow.errors import UserError
+
+MINIMAL = {"model": {"hf_path": "m"}, "prompts": {"path": "p"}, "run": {"output_dir": "o"}}
+
+
+def violations(*overrides: str, values: dict = MINIMAL) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        parse_config(values, overrides)
+    return caught.value.violations
+
+
+def test_the_names_that_users_rely_on_exist():
+    promised = {
+        "model": ["hf_path", "reference"],
+        "parallel": ["tp", "pp", "vpp", "cp", "ep", "sequence_parallel"],
+        "precision": ["dtype"],
+        "prompts": ["path"],
+        "rollout": [
+            "engine",
+            "prompts_per_step",
+            "responses_per_prompt",
+            "max_prompt_tokens",
+            "max_response_tokens",
+            "temperature",
+        ],
+        "objective": ["preset", "alpha", "psi", "log_z", "ratio", "clip_epsilon", "truncated"],
+        "optimizer": ["lr", "log_z_lr", "clip_grad", "weight_decay", "updates_per_rollout"],
+        "checkpoint": ["interval", "resume"],
+        "evaluation": [],
+        "metrics": [],
+        "run": ["num_steps", "seed", "output_dir"],
+    }
+    assert list(Config.model_fields) == list(promised)
+    assert {f"{section}.{key}" for section, keys in promised.items() for key in keys} <= set(config_keys())
+
+
+def test_every_violation_is_reported_at_once():
+    found = violations("objective.alpha=-1", "optimizer.lr=abc", "rollout.top_p=0.9", "parallel.tp=0")
+    assert len(found) == 4
+    assert any("objective.alpha=-1" in line for line in found)
+
+
+def test_an_unknown_key_names_the_likely_one_and_all_choices():
+    (line,) = violations("objective.alhpa=2")
+    assert "objective.alhpa=2" in line
+    assert "did you mean alpha" in line
+    assert "psi" in line
+
+
+def test_an_unknown_section_is_an_error():
+    (line,) = violations("objectives.alpha=2")
+    assert "did you mean objective" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("precision.dtype=fp16", ["precision.dtype='fp16'", "fp32", "bf16", "fp8"]),
+        ("parallel.tp=1.5", ["parallel.tp=1.5", "integer"]),
+        ("parallel.tp=two", ["parallel.tp='two'"]),
+        ("rollout.temperature=0", ["rollout.temperature=0", "greater than 0"]),
+        ("rollout.top_k=50", ["rollout.top_k=50", "truncated sampling"]),
+        ("objective.alpha=0", ["objective.alpha=0", "greater than 0"]),
+        ("objective.alpha=.inf", ["objective.alpha=inf"]),
+        ("objective.psi=0.5", ["objective.psi=0.5"]),
+        ("run.num_steps=0", ["run.num_steps=0"]),
+        ("optimizer.betas=[0.9]", ["optimizer.betas"]),
+        ("optimizer.betas=[0.9,1.0]", ["optimizer.betas"]),
+        ("rollout.prompts_per_step=yes", ["rollout.prompts_per_step=True"]),
+    ],
+)
+def test_wrong_values_say_what_was_got_and_what_holds(override, words):
+    (line,) = violations(override)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["objective.clip_epsilon=0.1"], "objective.ratio=none"),
+        (["optimizer.log_z_lr=0.1", "objective.log_z=group"], "nothing is learned"),
+        (["objective.log_z_detach=false", "objective.log_z=scalar"], "objective.log_z is not mlp"),
+        (["precision.fp8_recipe=delayed"], "precision.dtype is not fp8"),
+        (["parallel.vpp=2"], "parallel.pp=1"),
+        (["parallel.sequence_parallel=true"], "parallel.tp=1"),
+        (["optimizer.min_lr=1e-7"], "optimizer.lr_decay=constant"),
+        (["objective.psi_exempt_tasks=[creative]"], "objective.psi=0"),
+    ],
+)
+def test_a_key_without_effect_is_an_error(overrides, reason):
+    (line,) = violations(*overrides)
+    assert "has no effect" in line
+    assert reason in line
+
+
+def test_one_response_per_prompt_is_refused_for_group_estimates():
+    for log_z in ("group", "loo", "contrastive"):
+        (line,) = violations("rollout.responses_per_prompt=1", f"objective.log_z={log_z}")
+        assert "at least 2" in line
+    parse_config(MINIMAL, ["rollout.responses_per_prompt=1"])  # the learned head needs no group
+
+
+def test_conditional_defaults_appear_where_they_act():
+    config = parse_config(MINIMAL, ["objective.ratio=seq", "objective.psi=-0.5"])
+    assert config.objective.clip_epsilon == 0.2
+    assert config.objective.psi_exempt_tasks == ["creative"]
+    assert config.optimizer.log_z_lr == 1e-3
+    assert parse_config(MINIMAL).objective.clip_epsilon is None
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "objective.log_z": st.sampled_from(["mlp", "scalar", "group", "loo", "contrastive"]),
+            "objective.ratio": st.sampled_from(["none", "seq", "seq_mean"]),
+            "objective.alpha": st.floats(0.01, 100),
+            "optimizer.lr_decay": st.sampled_from(["constant", "linear", "cosine"]),
+            "precision.dtype": st.sampled_from(["fp32", "bf16", "fp8"]),
+            "metrics.wandb": st.sampled_from(["off", "auto"]),
+            "parallel.pp": st.integers(1, 8),
+        }
+    )
+)
+def test_a_written_config_reads_back_equal(settings):
+    config = parse_config(MINIMAL, [f"{key}={value}" for key, value in settings.items()])
+    import yaml
+
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_every_conditional_key_exists():
+    assert {key for key, *_ in CONDITIONAL} <= set(config_keys())
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(tmp_path / "none.yaml")
+    for text in ("- a\n- b\n", "a: [1\n", "\x00\x01", "a: 1\na: 2\n"):
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        with pytest.raises(UserError):
+            load_config(path)
+
+
+def test_nothing_of_a_config_runs_or_reads_the_environment(tmp_path):
+    marker = tmp_path / "ran"
+    path = tmp_path / "config.yaml"
+    path.write_text(f"model: !!python/object/apply:os.system ['touch {marker}']\n")
+    with pytest.raises(UserError):
+        load_config(path)
+    assert not marker.exists()
+    path.write_text("model: {hf_path: '${oc.env:HOME}'}\nprompts: {path: p}\nrun: {output_dir: o}\n")
+    with pytest.raises(UserError, match="resolver"):
+        load_config(path)
+
+
+def test_a_key_may_refer_to_another():
+    values = {**MINIMAL, "run": {"output_dir": "runs/${run.seed}", "seed": 7}}
+    assert parse_config(values).run.output_dir == "runs/7"
+
+
+@pytest.mark.parametrize("override", ["objective", "alpha=2", "=2", "objective.alpha", "a b.c=1"])
+def test_malformed_overrides_are_named(override):
+    (line,) = violations(override)
+    assert override in line
+    assert "section.key=value" in line
+
+
+def test_words_that_yaml_reads_as_booleans_mean_what_they_say():
+    assert parse_config(MINIMAL, ["metrics.wandb=off"]).metrics.wandb == "off"
+    assert parse_config(MINIMAL, ["checkpoint.resume=true"]).checkpoint.resume == "auto"
+    assert parse_config(MINIMAL, ["checkpoint.resume=false"]).checkpoint.resume == "never"

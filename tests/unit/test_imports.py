@@ -1,0 +1,96 @@
+"""Arrows point one way: a module imports only lower levels or its own folder; the package itself imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "megatron_powerflow"
+LEVELS = {
+    "errors": 0,
+    "config": 0,
+    "records": 0,
+    "parallel": 1,
+    "model": 2,
+    "objective": 2,
+    "data": 2,
+    "conversion": 2,
+    "metrics": 2,
+    "rollout": 3,
+    "checkpoint": 3,
+    "training": 4,
+    "evaluation": 4,
+    "run_output": 5,
+    "train": 5,
+    "inference": 5,
+    "cli": 5,
+}
+FREE_OF_TORCH = ("errors", "config", "records", "cli", "parallel.layout", "checkpoint.folder", "conversion.shapes")
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("megatron_powerflow"):
+            found.add(node.module)
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("megatron_powerflow")}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_lower_levels_or_its_own_folder(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for module in imports_of(path):
+        other = part_of(module)
+        if other and other != own:
+            allowed = LEVELS[other] < LEVELS[own] or LEVELS[other] == LEVELS[own] in (0, 5)
+            assert allowed, f"{path.name} (level {LEVELS[own]}) imports {module} (level {LEVELS[other]})"
+
+
+def test_the_objective_imports_nothing_of_ours():
+    for path in (PACKAGE / "objective").glob("*.py"):
+        assert not imports_of(path), path
+
+
+def test_only_one_module_patches_anything():
+    """`torch.x = ...` and the like, outside cpu_gloo.py."""
+    for path in MODULES:
+        if path.name == "cpu_gloo.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for target in targets:
+                text = ast.unparse(target)
+                assert not text.startswith(("torch.", "megatron.", "dist.", "os.environ")), f"{path}: {text} = ..."
+
+
+def test_only_initialize_reads_the_environment():
+    for path in MODULES:
+        if path.name != "initialize.py":
+            assert "os.environ" not in path.read_text(encoding="utf-8"), path
+            assert "getenv" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("module", ["", *(f".{name}" for name in FREE_OF_TORCH)])
+def test_importing_brings_neither_torch_nor_megatron(module):
+    code = (
+        f"import sys, megatron_powerflow{module}; "
+        "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_grab_bags():
+    names = {path.stem for path in MODULES}
+    assert not names & {"utils", "common", "helpers", "misc"}

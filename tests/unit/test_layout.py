@@ -1,0 +1,85 @@
+"""Layouts: which ranks go where, and why an impossible one is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_powerflow.config import parse_config
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.layout import Layout, plan_layout
+from megatron_powerflow.records import Architecture, Rope
+
+ARCHITECTURE = Architecture(
+    family="llama",
+    num_layers=30,
+    hidden_size=576,
+    ffn_hidden_size=1536,
+    num_attention_heads=9,
+    num_query_groups=3,
+    head_dim=64,
+    vocab_size=49152,
+    norm_epsilon=1e-5,
+    rope=Rope(1e5),
+    tied_embeddings=True,
+    qkv_bias=False,
+    qk_norm=False,
+    max_positions=8192,
+    sliding_window=None,
+)
+MINIMAL = {"model": {"hf_path": "m"}, "prompts": {"path": "p"}, "run": {"output_dir": "o"}}
+
+
+def plan(world_size: int, *overrides: str) -> Layout:
+    return plan_layout(parse_config(MINIMAL, overrides), ARCHITECTURE, world_size)
+
+
+def test_dp_follows_from_the_number_of_processes():
+    layout = plan(12, "parallel.tp=3", "parallel.pp=2")
+    assert (layout.tp, layout.pp, layout.dp, layout.world_size) == (3, 2, 2, 12)
+
+
+def test_the_picture_is_megatrons_rank_order():
+    picture = plan(12, "parallel.tp=3", "parallel.pp=2").picture()
+    assert picture.splitlines()[1].split() == ["dp", "0", "0", "1", "2", "6", "7", "8"]
+    assert picture.splitlines()[2].split() == ["dp", "1", "3", "4", "5", "9", "10", "11"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "words"),
+    [
+        (3, ["parallel.tp=2"], ["3 processes do not hold", "num_query_groups=3; choose 1 or 3"]),
+        (2, ["parallel.tp=2"], ["num_attention_heads=9; choose 1 or 3"]),
+        (4, ["parallel.pp=4"], ["parallel.pp=4 does not divide num_layers=30", "1, 2, 3, 5, 6, 10, 15 or 30"]),
+        (2, ["parallel.pp=2", "parallel.vpp=4"], ["parallel.pp=2 x vpp=4 does not divide num_layers=30"]),
+        (2, ["parallel.pp=2", "parallel.vpp=1"], ["no interleaving"]),
+        (2, ["parallel.cp=2"], ["parallel.cp=2", "not supported yet"]),
+        (2, ["parallel.ep=2"], ["no supported family has experts"]),
+        (3, [], ["dp=3 does not divide the 32 prompts"]),
+        (1, ["parallel.micro_batch_size=3"], ["micro_batch_size=3 does not divide the 512 rollouts"]),
+        (1, ["rollout.prompts_per_step=4", "optimizer.updates_per_rollout=8"], ["does not divide"]),
+    ],
+)
+def test_impossible_layouts_are_refused_with_the_reason(world_size, overrides, words):
+    with pytest.raises(UserError) as caught:
+        plan(world_size, *overrides)
+    text = "\n".join(caught.value.violations)
+    assert all(word in text for word in words), text
+
+
+def test_interleaving_needs_micro_batches_in_multiples_of_pp():
+    settings = ["parallel.pp=2", "parallel.vpp=3", "rollout.prompts_per_step=1", "rollout.responses_per_prompt=3"]
+    with pytest.raises(UserError, match="no multiple of pp=2"):
+        plan(2, *settings, "parallel.micro_batch_size=1")
+    assert plan(2, *settings[:3], "parallel.micro_batch_size=4").num_chunks == 3
+
+
+def test_prompts_are_shared_in_whole_groups_and_equal_updates():
+    from megatron_powerflow.training.plan import Plan
+
+    config = parse_config(MINIMAL, ["rollout.prompts_per_step=8", "optimizer.updates_per_rollout=2"])
+    layout = plan_layout(config, ARCHITECTURE, 2)
+    a_plan = Plan.__new__(Plan)
+    object.__setattr__(a_plan, "config", config)
+    object.__setattr__(a_plan, "layout", layout)
+    shares = [[slot for slot, _ in a_plan.share_of(list("abcdefgh"), rank)] for rank in range(2)]
+    assert shares == [[0, 1, 4, 5], [2, 3, 6, 7]]

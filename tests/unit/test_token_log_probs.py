@@ -1,0 +1,80 @@
+"""The log-prob kernel on one rank: values and gradients against full logits, in fp64. More ranks: tests/distributed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_powerflow.objective.token_log_probs import token_log_probs
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def case(num_tokens: int, vocab_size: int, padded: int, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(num_tokens, 16, generator=generator, dtype=dtype)
+    weight = torch.randn(padded, 16, generator=generator, dtype=dtype)
+    targets = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
+    return hidden, weight, targets
+
+
+def plain(hidden, weight, targets, vocab_size: int, temperature: float):
+    logits = (hidden @ weight[:vocab_size].t()) / temperature
+    return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("chunk_size", [1, 5, 512])
+@pytest.mark.parametrize(("vocab_size", "padded"), [(37, 37), (37, 48)])
+def test_values_and_gradients_equal_full_logits(alone, temperature, chunk_size, vocab_size, padded):
+    hidden, weight, targets = case(11, vocab_size, padded)
+    upstream = torch.randn(11, dtype=torch.float64)
+    results = []
+    for kernel in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if kernel:
+            values = token_log_probs(
+                h,
+                w,
+                targets,
+                tp_group=alone,
+                vocab_size=vocab_size,
+                temperature=temperature,
+                chunk_size=chunk_size,
+            )
+        else:
+            values = plain(h, w, targets, vocab_size, temperature)
+        values.backward(upstream)
+        results.append((values.detach(), h.grad, w.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert (results[0][2][vocab_size:] == 0).all()  # padding rows never move
+
+
+def test_gradcheck(alone):
+    hidden, weight, targets = case(4, 7, 9)
+
+    def function(h, w):
+        return token_log_probs(h, w, targets, tp_group=alone, vocab_size=7, temperature=0.9, chunk_size=3)
+
+    assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+def test_log_probs_are_fp32_and_at_most_0(alone):
+    hidden, weight, targets = case(64, 37, 37, dtype=torch.bfloat16)
+    values = token_log_probs(20 * hidden, weight, targets, tp_group=alone, vocab_size=37, temperature=1.0)
+    assert values.dtype == torch.float32
+    assert values.max() <= 1e-6
+    assert values.isfinite().all()
+
+
+def test_no_tokens_no_values(alone):
+    hidden, weight, targets = case(0, 37, 37)
+    assert token_log_probs(hidden, weight, targets, tp_group=alone, vocab_size=37, temperature=1.0).shape == (0,)
