@@ -1,0 +1,297 @@
+"""Conversion: one list, two directions; config.json read as transformers reads it; damaged folders named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_powerflow.conversion.families import FAMILIES
+from megatron_powerflow.conversion.hf_config import read_architecture, read_stop_token_ids
+from megatron_powerflow.conversion.hf_files import (
+    INDEX_NAME,
+    SafetensorsFolder,
+    SafetensorsWriter,
+    check_tensor_names,
+    copy_companions,
+    write_index,
+)
+from megatron_powerflow.conversion.ops import ShardShape
+from megatron_powerflow.conversion.shapes import expected_tensors
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.records import Architecture, Rope
+from tests.tiny_models import FAMILIES as FAMILY_NAMES
+from tests.tiny_models import LLAMA3_ROPE, make_tiny_model
+
+
+class InMemory:
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def read(self, name, *, rows=None, columns=None):
+        tensor = self.tensors[name]
+        if rows is not None:
+            tensor = tensor[slice(*rows)]
+        return tensor if columns is None else tensor[:, slice(*columns)]
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "tp": st.sampled_from([1, 2, 4]),
+        "groups_per_rank": st.integers(1, 2),
+        "heads_per_group": st.integers(1, 3),
+        "head_dim": st.sampled_from([2, 6]),
+        "ffn_per_rank": st.integers(1, 5),
+        "vocab_size": st.integers(3, 40),
+    }
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, st.sampled_from(sorted(FAMILIES)))
+def test_merging_the_shards_gives_back_every_tensor(shape, family_name):
+    """to_hf(from_hf(w)) == w, bit for bit, for each operation of each family and each tp."""
+    family, tp = FAMILIES[family_name], shape["tp"]
+    groups = tp * shape["groups_per_rank"]
+    architecture = Architecture(
+        family=family_name,
+        num_layers=2,
+        hidden_size=6,
+        ffn_hidden_size=tp * shape["ffn_per_rank"],
+        num_attention_heads=groups * shape["heads_per_group"],
+        num_query_groups=groups,
+        head_dim=shape["head_dim"],
+        vocab_size=shape["vocab_size"],
+        norm_epsilon=1e-6,
+        rope=Rope(1e4),
+        tied_embeddings=False,
+        qkv_bias=False,
+        qk_norm=False,
+        max_positions=16,
+        sliding_window=None,
+    )
+    names = expected_tensors(architecture, family)
+    tensors = {name: torch.randn(size) for name, size in names.items()}
+    source, seen = InMemory(tensors), set()
+    padded = -(-shape["vocab_size"] // tp) * tp
+    for op, layer in [(op, None) for op in family.model_ops] + [(op, 1) for op in family.layer_ops]:
+        hf_names = op.hf_names(layer)
+        shards = [op.shard(source, hf_names, ShardShape(architecture, rank, tp, padded)) for rank in range(tp)]
+        merged = op.merge(shards, ShardShape(architecture, 0, tp, padded))
+        for name, value in zip(hf_names, merged, strict=True):
+            assert torch.equal(value, tensors[name]), name
+            seen.add(name)
+    assert seen == {name for name in names if ".layers.0." not in name}
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_silent_config_means_what_transformers_takes_it_to_mean(tmp_path, family):
+    """config.json with the sizes only: heads, head_dim, window, ties and rope as transformers' defaults."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 4096,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
+    ours, _ = read_architecture(tmp_path, FAMILIES)
+    theirs = CONFIG_MAPPING[family](**sizes)
+    assert ours.num_query_groups == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 4096 // 32)
+    assert ours.norm_epsilon == theirs.rms_norm_eps
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+    assert ours.max_positions == theirs.max_position_embeddings
+    window = getattr(theirs, "sliding_window", None) if getattr(theirs, "use_sliding_window", True) else None
+    assert ours.sliding_window == window
+    assert ours.rope.theta == 10000.0
+
+
+def test_rope_is_read_in_the_words_of_transformers_4_and_5(tmp_path):
+    sizes = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    readings = []
+    for words in (
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE},
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3_ROPE}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(sizes | words))
+        readings.append(read_architecture(tmp_path, FAMILIES)[0].rope)
+    assert readings[0] == readings[1] == Rope(5e5, "llama3", 8.0, 1.0, 4.0, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt_neox"}, ["model_type='gpt_neox'", "llama, mistral, qwen2, qwen3"]),
+        ({"model_type": None}, ["model_type=None"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu'"]),
+        ({"attention_bias": True}, ["attention_bias=True"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope scaling type 'yarn'"]),
+        ({"quantization_config": {"bits": 4}}, ["quantized"]),
+        ({"num_hidden_layers": "many"}, ["num_hidden_layers"]),
+        ({"layer_types": ["sliding_attention"]}, ["layer_types"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_by_name(tiny_model, tmp_path, changes, words):
+    config = json.loads((tiny_model("llama") / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError) as caught:
+        read_architecture(tmp_path, FAMILIES)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "\x00"])
+def test_a_config_that_is_no_json_object_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_architecture(tmp_path, FAMILIES)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        read_architecture(tmp_path / "none", FAMILIES)
+    with pytest.raises(UserError, match="no such file"):
+        read_architecture(tmp_path, FAMILIES)
+
+
+def test_stop_tokens_come_from_the_generation_config_first(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert read_stop_token_ids(tmp_path, 9) == {2}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert read_stop_token_ids(tmp_path, 9) == {5, 6}
+    (tmp_path / "generation_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"eos_token_id": null}')
+    assert read_stop_token_ids(tmp_path, 9) == {9}
+    with pytest.raises(UserError, match="names an eos token"):
+        read_stop_token_ids(tmp_path, None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_tiny_model(tmp_path / "model", "qwen3")
+
+
+def checked(folder) -> SafetensorsFolder:
+    architecture, family = read_architecture(folder, FAMILIES)
+    source = SafetensorsFolder(folder)
+    check_tensor_names(source, expected_tensors(architecture, family))
+    return source
+
+
+def rewrite(folder, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_slices_are_what_the_whole_tensor_holds(folder):
+    from safetensors.torch import load_file
+
+    name = "model.layers.1.mlp.down_proj.weight"
+    whole = load_file(folder / "model.safetensors")[name]
+    source = checked(folder)
+    assert torch.equal(source.read(name, rows=(3, 9)), whole[3:9])
+    assert torch.equal(source.read(name, columns=(10, 40)), whole[:, 10:40])
+    assert torch.equal(source.read(name), whole)
+
+
+def test_a_truncated_file_is_named(folder):
+    path = folder / "model.safetensors"
+    for size in (path.stat().st_size - 10, 100, 4, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(UserError, match=r"model\.safetensors: truncated or damaged"):
+            SafetensorsFolder(folder)
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_named(folder):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.extra"] = torch.zeros(2)
+        tensors["lm_head.weight"] = torch.zeros(3, 3)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
+
+    rewrite(folder, change)
+    with pytest.raises(UserError) as caught:
+        checked(folder)
+    text = str(caught.value)
+    assert len(caught.value.violations) == 3
+    assert "tensor model.norm.weight is missing" in text
+    assert "tensor model.extra is not part" in text
+    assert "tensor lm_head.weight has shape (3, 3)" in text
+
+
+def test_only_safetensors_are_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="only safetensors"):
+        SafetensorsFolder(folder)
+
+
+def test_an_index_cannot_point_outside_its_folder_or_at_nothing(folder):
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    with pytest.raises(UserError, match="outside the folder"):
+        SafetensorsFolder(folder)
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(UserError, match=r"gone\.safetensors: no such file"):
+        SafetensorsFolder(folder)
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    with pytest.raises(UserError, match="lacks"):
+        SafetensorsFolder(folder)
+    (folder / INDEX_NAME).write_text("{}")
+    with pytest.raises(UserError, match="weight_map"):
+        SafetensorsFolder(folder)
+
+
+def test_what_is_written_is_read_back_in_several_shards(tmp_path):
+    tensors = {f"t{i}": torch.randn(10, 10) for i in range(7)}
+    writer = SafetensorsWriter(tmp_path, prefix="stage-0", max_shard_bytes=900)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.flush()
+    write_index(tmp_path, writer.file_of, writer.total_bytes)
+    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    assert index["metadata"]["total_size"] == 7 * 400
+    assert sorted(set(index["weight_map"].values())) == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    source = SafetensorsFolder(tmp_path)
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_companions_are_copied_unchanged_but_for_dtype_and_never_code(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    config = {"model_type": "llama", "torch_dtype": "float16", "max_position_embeddings": 1048576, "odd": [1, None]}
+    (source / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "generation_config.json", "merges.txt"):
+        (source / name).write_text(name)
+    (source / "tokenizer_custom.py").write_text("raise SystemExit")
+    (source / "model.safetensors").write_text("weights")
+    copy_companions(source, target, dtype="bfloat16")
+    assert json.loads((target / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
+    copied = {path.name for path in target.iterdir()}
+    assert copied == {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+    }
+    shutil.rmtree(target)
+    copy_companions(source, target, dtype=None)
+    assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
