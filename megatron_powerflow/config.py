@@ -58,7 +58,7 @@ class ParallelSection(Section):
 
 class PrecisionSection(Section):
     dtype: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="of weights and activations")
-    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8", "delayed"] | None = Field(
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] | None = Field(
         None, description="Transformer Engine scaling; default tensorwise (stateless current scaling)"
     )
     fp8_format: Literal["hybrid", "e4m3"] | None = Field(None, description="default hybrid")

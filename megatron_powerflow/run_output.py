@@ -5,7 +5,6 @@ Only the main rank writes; collective parts run on every rank alike.
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from megatron_powerflow.checkpoint.folder import STOP_NAME
 from megatron_powerflow.checkpoint.state import Progress
 from megatron_powerflow.metrics.curves import draw_curves
 from megatron_powerflow.metrics.reduce import reduce_rollouts
+from megatron_powerflow.metrics.samples import write_samples
 from megatron_powerflow.metrics.throughput import peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, WandbWriter
 from megatron_powerflow.parallel.collectives import any_rank
@@ -26,7 +26,6 @@ from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.setup import Session
 from megatron_powerflow.training.update import Updated
 
-SAMPLES_NAME = "samples.jsonl"
 CURVES_NAME = "curves.png"
 
 
@@ -117,16 +116,7 @@ class RunOutput:
             }
             for rollout in rollouts
         ]
-        path = plan.run_folder / SAMPLES_NAME
-        kept = [line for line in read_samples(plan.run_folder) if line["step"] < step]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept + lines)
-        path.with_suffix(".partial").write_text(text, encoding="utf-8")
-        path.with_suffix(".partial").replace(path)
-
-
-def read_samples(folder: Path) -> list[dict]:
-    path = folder / SAMPLES_NAME
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        write_samples(plan.run_folder, step, lines)
 
 
 class StopSignal:

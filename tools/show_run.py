@@ -45,7 +45,7 @@ def main(
 
 
 def show_samples(run: Path, console: Console) -> None:
-    from megatron_powerflow.run_output import read_samples
+    from megatron_powerflow.metrics.samples import read_samples
 
     by_prompt: dict[str, list[dict]] = {}
     for line in read_samples(run):
@@ -61,7 +61,9 @@ def show_samples(run: Path, console: Console) -> None:
 def show_export(folder: Path, console: Console) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     question = [{"role": "user", "content": "What is the capital of France?"}]

@@ -1,8 +1,9 @@
 """Can a checkpoint be opened without running its code? torch_dist keeps its index as a pickle; look before loading.
 
-torch.distributed.checkpoint reads `.metadata` with pickle.load, which would call whatever the file names. So the
-file is first read by an unpickler that knows only the few classes such an index consists of; anything else is
-refused by name. `common.pt` is read by torch.load, whose weights_only default does the same.
+torch.distributed.checkpoint reads `.metadata` with pickle.load, which would call whatever the file names, and objects
+other than tensors with torch.load(weights_only=False). So the index is first read by an unpickler that knows only the
+few classes an index of tensors consists of; anything else, an entry of bytes included, is refused by name. Our
+checkpoints hold no such entry. Tensors and `common.pt` are read with weights_only=True.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from megatron_powerflow.errors import UserError
 ALLOWED = frozenset(
     {
         ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
-        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
         ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
         ("torch.distributed.checkpoint.metadata", "Metadata"),
         ("torch.distributed.checkpoint.metadata", "MetadataIndex"),

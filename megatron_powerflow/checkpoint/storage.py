@@ -36,6 +36,7 @@ from megatron_powerflow.parallel.groups import Groups
 
 HEAD_FILE = "log_z_head.safetensors"
 PROGRESS_FILE = "progress.json"
+EXTRA_STATE = "_extra_state"
 # "fully_reshardable": optimizer moments are stored like weights, whatever split wrote them
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -82,8 +83,7 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> Progress:
         state = dist_checkpointing.load(sharded, str(checkpoint / POLICY_NAME))
     except IO_ERRORS as error:
         raise UserError(f"{checkpoint}: cannot be loaded: {' '.join(str(error).split())[:500]}") from error
-    for place, chunk in enumerate(trainable.chunks):
-        chunk.load_state_dict(state[f"model{place}"], strict=True)
+    _load_chunks(trainable.chunks, state)
     _load_optimizer(trainable, state["optimizer"])
     if trainable.head is not None:
         _load_head(checkpoint / HEAD_FILE, trainable)
@@ -104,8 +104,7 @@ def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
         state = dist_checkpointing.load(sharded, str(checkpoint / POLICY_NAME))
     except IO_ERRORS as error:
         raise UserError(f"{checkpoint}: cannot be loaded: {' '.join(str(error).split())[:500]}") from error
-    for place, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[f"model{place}"], strict=True)
+    _load_chunks(chunks, state)
 
 
 def read_progress(checkpoint: Path) -> dict:
@@ -159,10 +158,20 @@ def _sharded_state(trainable: Trainable, groups: Groups, *, is_loading: bool) ->
 
 
 def _model_state(chunk) -> dict:
+    """Tensors only. What Megatron saves beside them (`_extra_state`) is pickled, empty without FP8 and, for the
+    stateless FP8 recipes that there are, not needed: it is left out, and a checkpoint that holds it is refused."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return chunk.sharded_state_dict(metadata=METADATA | {"dp_cp_group": group})
+    state = chunk.sharded_state_dict(metadata=METADATA | {"dp_cp_group": group})
+    return {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
+
+
+def _load_chunks(chunks: list, state: dict) -> None:
+    for place, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(state[f"model{place}"], strict=False)
+        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
+        assert not missing and not unexpected, f"{missing[:3]} {unexpected[:3]}: the load plan was made of this model"
 
 
 def _optimizer_parts(trainable: Trainable) -> list:

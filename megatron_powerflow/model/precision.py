@@ -1,8 +1,8 @@
 """Which numbers does the model compute with: fp32, bf16 or FP8? The only importer of Transformer Engine.
 
 FP8 is Megatron's and Transformer Engine's own: a recipe name is mapped onto TransformerConfig fields, and the
-layer spec is Transformer Engine's. Stateless recipes (tensorwise = current scaling, blockwise, mxfp8) keep no
-history, so a resumed run has nothing to lose; delayed keeps one in `_extra_state`.
+layer spec is Transformer Engine's. Only stateless recipes (tensorwise = current scaling, blockwise, mxfp8): they keep no
+history, so a resumed run has nothing to lose. Delayed scaling keeps one, pickled, in the checkpoint: left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from megatron_powerflow.errors import UserError
 
 # precision.fp8_recipe -> megatron.core.enums.Fp8Recipe value, and the compute capability it needs
 FP8_RECIPES = {
-    "delayed": ("delayed", (8, 9)),
     "tensorwise": ("tensorwise", (8, 9)),
     "blockwise": ("blockwise", (9, 0)),
     "mxfp8": ("mxfp8", (10, 0)),
@@ -78,4 +77,4 @@ def token_alignment(precision: PrecisionSection) -> int:
     """Tokens of a forward pass must be a multiple of this: the FP8 matrix products' own rule."""
     if precision.dtype != "fp8":
         return 1
-    return {"mxfp8": 32, "blockwise": 16, "tensorwise": 16, "delayed": 16}[precision.fp8_recipe]
+    return {"mxfp8": 32, "blockwise": 16, "tensorwise": 16}[precision.fp8_recipe]

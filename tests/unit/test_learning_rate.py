@@ -1,0 +1,33 @@
+"""The learning rate is a function of the step."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_powerflow.parallel.initialize import prepare_imports
+
+prepare_imports()
+
+from megatron_powerflow.config import OptimizerSection  # noqa: E402
+from megatron_powerflow.training.optimizer import decay  # noqa: E402
+
+
+def section(**changes) -> OptimizerSection:
+    return OptimizerSection(**changes)
+
+
+def test_constant_without_warm_up():
+    assert [decay(section(), step, 10) for step in (0, 5, 9)] == [1, 1, 1]
+
+
+def test_warm_up_reaches_the_peak_at_its_last_step():
+    assert [decay(section(warmup_steps=4), step, 10) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("kind", "half_way"), [("linear", 0.5), ("cosine", 0.5)])
+def test_decay_runs_from_the_end_of_the_warm_up_to_the_last_step(kind, half_way):
+    values = [decay(section(warmup_steps=2, lr_decay=kind), step, 12) for step in range(13)]
+    assert values[2] == 1.0
+    assert values[7] == pytest.approx(half_way)
+    assert values[12] == pytest.approx(0.0)
+    assert values[2:] == sorted(values[2:], reverse=True)

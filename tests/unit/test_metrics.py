@@ -1,0 +1,146 @@
+"""Metrics: each from one table of rollouts, with its denominator; files survive crashes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.curves import draw_curves
+from megatron_powerflow.metrics.reduce import reduce_rollouts
+from megatron_powerflow.metrics.samples import read_samples, write_samples
+from megatron_powerflow.metrics.throughput import throughput
+from megatron_powerflow.metrics.writers import JsonlWriter, read_metrics
+from megatron_powerflow.records import ROLLOUT_COLUMNS, StepMetrics
+
+PROMISED = (
+    "loss",
+    "residual_mean",
+    "residual_std",
+    "log_z_mean",
+    "log_z_std",
+    "group_log_z_mean",
+    "group_log_z_std",
+    "weight_mean",
+    "response_length_mean",
+    "response_length_max",
+    "truncated_fraction",
+    "eos_fraction",
+    "boxed_rate",
+    "policy_entropy",
+    "sampler_gap_mean",
+    "sampler_gap_max",
+)
+
+
+def table(**columns) -> np.ndarray:
+    """Four rollouts of two prompts; columns by name, the others at harmless values."""
+    values = {name: np.zeros(4) for name in ROLLOUT_COLUMNS} | {
+        "rollout_index": np.arange(4.0),
+        "num_prompt_tokens": np.full(4, 3.0),
+        "num_response_tokens": np.array([2.0, 4, 6, 8]),
+        "sequence_log_prob": np.array([-2.0, -2, -6, -10]),
+        "weight": np.ones(4),
+        "ratio": np.ones(4),
+        "kept": np.ones(4),
+        "max_log_prob": np.full(4, -0.1),
+    }
+    values |= {name: np.asarray(value, dtype=float) for name, value in columns.items()}
+    return np.stack([values[name] for name in ROLLOUT_COLUMNS], axis=1)
+
+
+def reduced(clip_epsilon=None, **columns) -> dict[str, float]:
+    return reduce_rollouts(table(**columns), responses_per_prompt=2, clip_epsilon=clip_epsilon)
+
+
+def test_by_hand():
+    values = reduced(
+        residual=[1, -1, 2, 0],
+        weight=[1, 1, 0.5, 1],
+        log_z=[-1, -1, 3, 3],
+        boxed=[1, 0, 0, 0],
+        truncated=[0, 0, 0, 1],
+        sampler_gap_sum=[0.1, 0.2, 0.3, 0.4],
+        sampler_gap_max=[0.1, 0.1, 0.2, 0.1],
+    )
+    assert values["loss"] == pytest.approx((1 + 1 + 0.5 * 4) / 4)
+    assert values["weighted_residual_mean"] == pytest.approx((1 - 1 + 1) / 4)
+    assert values["response_length_mean"] == 5
+    assert values["policy_entropy"] == pytest.approx(20 / 20)  # nats per token, over tokens
+    assert values["sampler_gap_mean"] == pytest.approx(1.0 / 20)
+    assert values["sampler_gap_max"] == 0.2
+    assert (values["boxed_rate"], values["truncated_fraction"], values["eos_fraction"]) == (0.25, 0.25, 0.75)
+    assert values["log_z_mean"] == 1.0  # over prompts
+    assert values["group_log_z_mean"] == pytest.approx(((-1 - 0) + (3 - 1)) / 2)  # log Z' - mean residual, per prompt
+    assert set(PROMISED) <= set(values)
+
+
+def test_dropped_rollouts_enter_the_lengths_and_not_the_objective():
+    values = reduced(residual=[1, 1, 1, 100], kept=[1, 1, 1, 0])
+    assert values["loss"] == 1.0
+    assert values["num_rollouts_kept"] == 3
+    assert values["response_length_max"] == 8
+
+
+def test_clip_fraction_exists_only_where_something_clips():
+    assert "clip_fraction" not in reduced()
+    assert reduced(clip_epsilon=0.2, ratio=[1.0, 1.3, 0.5, 1.1])["clip_fraction"] == 0.5
+
+
+def test_a_step_without_kept_rollouts_has_no_loss_and_no_nan():
+    values = reduced(kept=[0, 0, 0, 0])
+    assert "loss" not in values
+    assert all(np.isfinite(list(values.values())))
+
+
+def test_a_log_prob_above_0_is_a_broken_scorer():
+    with pytest.raises(FloatingPointError, match="the scorer is broken"):
+        reduced(max_log_prob=[-1, -1, 123.0, -1])
+
+
+def test_the_order_of_rows_does_not_matter():
+    rows = table(residual=[1, -1, 2, 0], log_z=[-1, -1, 3, 3])
+    one = reduce_rollouts(rows, responses_per_prompt=2, clip_epsilon=None)
+    other = reduce_rollouts(rows[::-1].copy(), responses_per_prompt=2, clip_epsilon=None)
+    assert one == pytest.approx(other)
+
+
+def test_throughput_by_hand():
+    values = throughput({"rollout": 2.0, "reference": 1.0, "update": 2.0}, 50, 100)
+    assert values["tokens_per_second"] == 20
+    assert values["rollout_tokens_per_second"] == 50
+    assert values["reference_tokens_per_second"] == 150
+    assert values["update_tokens_per_second"] == 75
+    assert values["step_seconds"] == 5
+
+
+def test_a_resumed_file_drops_lines_of_the_lost_try_and_a_cut_line(tmp_path):
+    writer = JsonlWriter(tmp_path, first_step=0)
+    for step in range(4):
+        writer.write(StepMetrics(step, {"loss": float(step)}))
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    writer = JsonlWriter(tmp_path, first_step=2)
+    writer.write(StepMetrics(2, {"loss": 20.0}))
+    writer.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(0, 0.0), (1, 1.0), (2, 20.0)]
+
+
+def test_samples_of_a_lost_try_are_replaced(tmp_path):
+    write_samples(tmp_path, 0, [{"step": 0, "response": "a"}])
+    write_samples(tmp_path, 5, [{"step": 5, "response": "lost"}])
+    write_samples(tmp_path, 5, [{"step": 5, "response": "ü"}])
+    assert [line["response"] for line in read_samples(tmp_path)] == ["a", "ü"]
+
+
+def test_curves_are_drawn_from_the_file_alone(tmp_path):
+    lines = [{"step": i, "loss": 1 / (i + 1), "log_z_mean": -1.0, "grad_norm": 2.0} for i in range(5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = draw_curves([tmp_path], tmp_path / "curves.png")
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert out.stat().st_size > 20_000
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        draw_curves([tmp_path, tmp_path / "none"], out)

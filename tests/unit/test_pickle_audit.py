@@ -1,0 +1,66 @@
+"""A checkpoint's index is looked at before it is loaded: nothing it names ever runs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
+from megatron_powerflow.errors import UserError
+
+
+class Hostile:
+    def __init__(self, function, *arguments) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda marker: Hostile(os.system, f"touch {marker}"),
+        lambda marker: {"state_dict_metadata": [Hostile(open, str(marker), "w")]},
+        lambda marker: Hostile(eval, f"open({str(marker)!r}, 'w')"),
+        lambda marker: Hostile(torch.save, 1, str(marker)),
+        lambda marker: Hostile(__import__, "antigravity"),
+    ],
+)
+def test_an_index_that_calls_something_is_refused_unrun(tmp_path, attack):
+    marker = tmp_path / "ran"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(attack(marker)))
+    with pytest.raises(UserError, match="refused"):
+        audit_checkpoint(tmp_path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x04", pickle.dumps([1] * 100)[:-5]])
+def test_a_damaged_index_is_refused(tmp_path, content):
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(UserError, match="refused"):
+        audit_checkpoint(tmp_path)
+
+
+def test_a_missing_index_means_an_incomplete_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="not complete"):
+        audit_checkpoint(tmp_path)
+
+
+def test_an_entry_that_is_no_tensor_is_refused(tmp_path):
+    """torch would read it with weights_only=False."""
+    from torch.distributed import checkpoint
+
+    checkpoint.save({"a": torch.randn(3), "state": {"b": object}}, checkpoint_id=tmp_path)
+    with pytest.raises(UserError, match="BytesStorageMetadata"):
+        audit_checkpoint(tmp_path)
+
+
+def test_a_real_index_passes(tmp_path):
+    from torch.distributed import checkpoint
+
+    checkpoint.save({"a": torch.randn(3), "b": torch.zeros(2, dtype=torch.bfloat16)}, checkpoint_id=tmp_path)
+    audit_checkpoint(tmp_path)

@@ -1,0 +1,64 @@
+"""Sampling on one rank: uniforms are a function of their names, tokens follow the distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_powerflow.rollout.sampling import sample_tokens, uniforms
+
+
+@pytest.fixture(scope="module")
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_uniforms_depend_on_every_name_and_on_nothing_else():
+    names = {"seed": 1, "step": 2, "slot": 3, "response": 4}
+    same = uniforms(**names, count=5)
+    assert (uniforms(**names, count=9)[:5] == same).all()  # a longer limit changes no sample
+    others = [uniforms(**names | {name: 9}, count=5) for name in names]
+    everything = np.stack([same, *others])
+    assert len(np.unique(everything)) == everything.size
+    assert ((everything >= 0) & (everything < 1)).all()
+
+
+def test_neighbouring_streams_do_not_overlap():
+    """Philox counts in the low words; slot and response are in the high ones."""
+    streams = [uniforms(seed=0, step=0, slot=slot, response=r, count=4096) for slot in range(4) for r in range(4)]
+    assert len(np.unique(np.stack(streams))) == 16 * 4096
+
+
+def test_tokens_invert_the_cumulative_distribution(alone):
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(6, 4).contiguous()
+    uniform = torch.tensor([0.0, 0.0999, 0.1001, 0.35, 0.65, 0.9999], dtype=torch.float64)
+    tokens, log_probs = sample_tokens(logits, uniform, tp_group=alone, first=0)
+    assert tokens.tolist() == [0, 0, 1, 2, 3, 3]
+    torch.testing.assert_close(log_probs, logits[0][tokens])
+
+
+def test_impossible_tokens_are_never_drawn(alone):
+    logits = torch.full((3, 6), -torch.inf)
+    logits[:, 1] = logits[:, 3] = 0.0
+    uniform = torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)
+    assert sample_tokens(logits, uniform, tp_group=alone, first=0)[0].tolist() == [1, 3, 3]
+
+
+def test_greedy_takes_the_most_likely_and_the_lowest_id_on_ties(alone):
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0], [5.0, 0.0, 0.0, 0.0]])
+    tokens, log_probs = sample_tokens(logits, None, tp_group=alone, first=0)
+    assert tokens.tolist() == [1, 0]
+    torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1))
+
+
+def test_frequencies_follow_the_probabilities(alone):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 50, generator=generator)
+    uniform = torch.from_numpy(uniforms(seed=0, step=0, slot=0, response=0, count=20_000))
+    tokens, _ = sample_tokens(logits.expand(20_000, 50).contiguous(), uniform, tp_group=alone, first=0)
+    frequencies = torch.bincount(tokens, minlength=50) / 20_000
+    assert float((frequencies - logits.softmax(-1)[0]).abs().sum() / 2) < 0.03
