@@ -94,6 +94,7 @@ def open_model(folder: Path, overrides: Sequence[str], allowed: Sequence[str], w
         "run": {"output_dir": "unused"},
     }
     config = parse_config(values, overrides)
+    require_fp8_support(config.precision)
     layout = inference_layout(config.parallel, architecture, world_size)
     return Opened(config, layout, architecture, family, load_tokenizer(hf_folder), hf_folder, checkpoint)
 
@@ -256,7 +257,6 @@ def _response_line(rollout: Rollout, tokenizer: Tokenizer) -> dict:
 
 def _load(opened: Opened, groups: Groups) -> list[PolicyModel]:
     config, architecture = opened.config, opened.architecture
-    require_fp8_support(config.precision)
     transformer = transformer_config(architecture, opened.layout, config.model, config.precision)
     chunks = build_chunks(transformer, architecture, opened.layout, config.precision, groups.device)
     if opened.checkpoint is not None:

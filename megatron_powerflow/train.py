@@ -18,6 +18,7 @@ from megatron_powerflow.conversion.shards import export_to_hf
 from megatron_powerflow.data.prompts import PromptStream
 from megatron_powerflow.errors import RequeueRequested, UserError
 from megatron_powerflow.metrics.throughput import PhaseClock
+from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.records import SamplingParams
 from megatron_powerflow.run_output import RunOutput, StopSignal
@@ -30,6 +31,7 @@ from megatron_powerflow.training.update import calibrated_log_z, update
 
 def train(plan: Plan, launch: Launch, console: Console) -> None:
     """Run `plan` to its end on this rank. Raises RequeueRequested when asked to stop; the state is saved then."""
+    require_fp8_support(plan.config.precision)
     with initialized(plan.layout, launch, seed=plan.config.run.seed) as groups:
         if groups.is_main:
             write_config(plan)

@@ -1,9 +1,9 @@
-"""Can a checkpoint be opened without running its code? torch_dist keeps its index as a pickle; look before loading.
+"""Can a checkpoint be opened without running its code? torch_dist keeps pickles; look at them before loading.
 
-torch.distributed.checkpoint reads `.metadata` with pickle.load, which would call whatever the file names, and objects
-other than tensors with torch.load(weights_only=False). So the index is first read by an unpickler that knows only the
-few classes an index of tensors consists of; anything else, an entry of bytes included, is refused by name. Our
-checkpoints hold no such entry. Tensors and `common.pt` are read with weights_only=True.
+torch.distributed.checkpoint reads `.metadata` with pickle.load and every entry that is no tensor with
+torch.load(weights_only=False): both would call whatever the file names. So the index is first read by an unpickler
+that knows only the few classes an index consists of, and each such entry by torch.load(weights_only=True); what does
+not pass is refused by name. Tensors, and `common.pt`, are read with weights_only=True by torch itself.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ ALLOWED = frozenset(
         ("pathlib", "PosixPath"),
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
         ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
         ("torch.distributed.checkpoint.metadata", "Metadata"),
         ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
@@ -47,11 +48,30 @@ class _AuditUnpickler(pickle.Unpickler):
 
 
 def audit_checkpoint(folder: Path) -> None:
-    """Raises UserError when the folder's pickled index would do more than describe tensors, or is damaged."""
+    """Raises UserError when a pickled part of the folder would do more than describe data, or is damaged."""
     path = folder / ".metadata"
     try:
-        _AuditUnpickler(io.BytesIO(path.read_bytes())).load()
+        metadata = _AuditUnpickler(io.BytesIO(path.read_bytes())).load()
+        entries = dict(metadata.storage_data)
+        kinds = {name: type(kind).__name__ for name, kind in metadata.state_dict_metadata.items()}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the checkpoint is not complete") from None
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise UserError(f"{path}: refused, its index is damaged or not safe to load: {error}") from None
+    for index, place in entries.items():
+        file = folder / place.relative_path
+        if file.parent != folder or getattr(place, "transform_descriptors", None):
+            raise UserError(f"{path}: refused, {index.fqn} is not stored as it is in this folder: {place}")
+        if kinds.get(index.fqn) != "TensorStorageMetadata":
+            _audit_entry(file, index.fqn, place.offset, place.length)
+
+
+def _audit_entry(file: Path, name: str, offset: int, length: int) -> None:
+    try:
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            torch.load(io.BytesIO(stream.read(length)), weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{file}: refused, {name} is damaged or not safe to load: {str(error).splitlines()[0]}"
+        ) from None

@@ -159,7 +159,7 @@ def _sharded_state(trainable: Trainable, groups: Groups, *, is_loading: bool) ->
 
 def _model_state(chunk) -> dict:
     """Tensors only. What Megatron saves beside them (`_extra_state`) is pickled, empty without FP8 and, for the
-    stateless FP8 recipes that there are, not needed: it is left out, and a checkpoint that holds it is refused."""
+    stateless FP8 recipes that there are, not needed."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)

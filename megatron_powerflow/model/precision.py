@@ -1,8 +1,8 @@
 """Which numbers does the model compute with: fp32, bf16 or FP8? The only importer of Transformer Engine.
 
 FP8 is Megatron's and Transformer Engine's own: a recipe name is mapped onto TransformerConfig fields, and the
-layer spec is Transformer Engine's. Only stateless recipes (tensorwise = current scaling, blockwise, mxfp8): they keep no
-history, so a resumed run has nothing to lose. Delayed scaling keeps one, pickled, in the checkpoint: left out.
+layer spec is Transformer Engine's. Only stateless recipes (tensorwise = current scaling, blockwise, mxfp8): they keep
+no history, so a resumed run has nothing to lose. Delayed scaling keeps one, pickled, in the checkpoint: left out.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ class Shim:
     symptom: str
     removal: str
     install: Callable[[], None]
+    needed_from: tuple[int, int] = (0, 16)  # first version of Megatron-Core that fails without it
 
 
 def install(*, leave_out: frozenset[str] = frozenset()) -> None:
@@ -151,10 +152,6 @@ def _synchronize() -> None:
     torch.cuda.synchronize = lambda device=None: None
 
 
-def _graph_capture() -> None:
-    torch.cuda.is_current_stream_capturing = lambda: False
-
-
 SHIMS: tuple[Shim, ...] = (
     Shim(
         "current_device",
@@ -194,9 +191,10 @@ SHIMS: tuple[Shim, ...] = (
     Shim(
         "streams",
         "torch.cuda.Stream, Event, stream(), current_stream() in DDP buffers and checkpoint writers",
-        "RuntimeError in DistributedDataParallel (0.19) and in the checkpoint writer",
+        "RuntimeError: Found no NVIDIA driver, when DistributedDataParallel is made",
         "streams are only touched for CUDA tensors upstream",
         _streams,
+        needed_from=(0, 19),
     ),
     Shim(
         "synchronize",
@@ -204,12 +202,5 @@ SHIMS: tuple[Shim, ...] = (
         "AssertionError: Torch not compiled with CUDA enabled, after a batched send/receive",
         "synchronisation is only asked for CUDA tensors upstream",
         _synchronize,
-    ),
-    Shim(
-        "graph_capture",
-        "torch.cuda.is_current_stream_capturing() in DDP hooks and attention (0.19)",
-        "RuntimeError: Torch not compiled with CUDA enabled, in the first forward pass",
-        "the call is guarded by torch.cuda.is_available() upstream",
-        _graph_capture,
     ),
 )

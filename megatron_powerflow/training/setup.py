@@ -21,7 +21,7 @@ from megatron_powerflow.data.response_format import format_penalty, last_boxed
 from megatron_powerflow.model.build import build_chunks, transformer_config
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.model.precision import require_fp8_support, token_alignment
+from megatron_powerflow.model.precision import token_alignment
 from megatron_powerflow.model.reference import Reference, ResidentReference, SwapReference
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.layout import Layout
@@ -54,7 +54,6 @@ def build_policy(
     groups: Groups,
 ) -> list[PolicyModel]:
     """Model chunks of this rank, with the weights of model.hf_path: each rank reads its own slices."""
-    require_fp8_support(precision)
     config = transformer_config(architecture, layout, model, precision)
     chunks = build_chunks(config, architecture, layout, precision, groups.device)
     load_from_hf(chunks, open_checked(model.hf_path, architecture, family), architecture, family, groups)

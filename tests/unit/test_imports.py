@@ -29,7 +29,16 @@ LEVELS = {
     "inference": 5,
     "cli": 5,
 }
-FREE_OF_TORCH = ("errors", "config", "records", "cli", "parallel.layout", "checkpoint.folder", "conversion.shapes", "metrics.samples")
+FREE_OF_TORCH = (
+    "errors",
+    "config",
+    "records",
+    "cli",
+    "parallel.layout",
+    "checkpoint.folder",
+    "conversion.shapes",
+    "metrics.samples",
+)
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -49,9 +49,7 @@ def test_every_masked_target_is_a_response_token_and_none_is_missing():
     rollouts = [rollout([1] * p, range(3, 3 + n), slot=p, index=n % 2) for p, n in ((1, 1), (4, 2), (2, 9), (3, 3))]
     for batch in packed(rollouts):
         for row in range(len(batch.tokens)):
-            (source,) = [
-                r for r in rollouts if r.slot * 2 + r.response_index == int(batch.rollout_index[row])
-            ]
+            (source,) = [r for r in rollouts if r.slot * 2 + r.response_index == int(batch.rollout_index[row])]
             assert batch.targets[row][batch.loss_mask[row]].tolist() == list(source.response_token_ids)
             assert int(batch.num_response_tokens[row]) == len(source.response_token_ids)
 

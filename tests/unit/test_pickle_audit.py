@@ -50,17 +50,33 @@ def test_a_missing_index_means_an_incomplete_checkpoint(tmp_path):
         audit_checkpoint(tmp_path)
 
 
-def test_an_entry_that_is_no_tensor_is_refused(tmp_path):
+def test_an_entry_that_would_run_code_is_refused_unrun(tmp_path):
     """torch would read it with weights_only=False."""
     from torch.distributed import checkpoint
 
-    checkpoint.save({"a": torch.randn(3), "state": {"b": object}}, checkpoint_id=tmp_path)
-    with pytest.raises(UserError, match="BytesStorageMetadata"):
+    marker = tmp_path / "ran"
+    folder = tmp_path / "checkpoint"
+    checkpoint.save({"a": torch.randn(3), "b": Hostile(os.system, f"touch {marker}")}, checkpoint_id=folder)
+    with pytest.raises(UserError, match="b is damaged or not safe"):
+        audit_checkpoint(folder)
+    assert not marker.exists()
+
+
+def test_an_index_that_points_outside_is_refused(tmp_path):
+    from torch.distributed import checkpoint
+
+    checkpoint.save({"a": torch.randn(3)}, checkpoint_id=tmp_path)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    for place in metadata.storage_data.values():
+        object.__setattr__(place, "relative_path", "../elsewhere")
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="not stored as it is in this folder"):
         audit_checkpoint(tmp_path)
 
 
 def test_a_real_index_passes(tmp_path):
     from torch.distributed import checkpoint
 
-    checkpoint.save({"a": torch.randn(3), "b": torch.zeros(2, dtype=torch.bfloat16)}, checkpoint_id=tmp_path)
+    state = {"a": torch.randn(3), "b": torch.zeros(2, dtype=torch.bfloat16), "c": {"plain": [1, "two", None]}}
+    checkpoint.save(state, checkpoint_id=tmp_path)
     audit_checkpoint(tmp_path)

@@ -44,9 +44,7 @@ def test_a_dropped_response_counts_nowhere():
 batches = st.integers(1, 6).flatmap(
     lambda size: st.fixed_dictionaries(
         {
-            "log_probs": st.lists(
-                st.lists(st.floats(-5, -0.01), min_size=1, max_size=5), min_size=size, max_size=size
-            ),
+            "log_probs": st.lists(st.lists(st.floats(-5, -0.01), min_size=1, max_size=5), min_size=size, max_size=size),
             "reference": st.lists(st.floats(-20, -0.01), min_size=size, max_size=size),
             "psi": st.lists(st.sampled_from([0.0, -0.5]), min_size=size, max_size=size),
             "log_z": st.lists(st.floats(-3, 3), min_size=size, max_size=size),
@@ -60,7 +58,7 @@ batches = st.integers(1, 6).flatmap(
 @settings(deadline=None)
 @given(batches)
 def test_gradients_equal_the_closed_forms(batch):
-    """Law 8: 2 w delta / (n B) for every response token, (2/B) sum of w delta for log Z'; none through w, psi, S_ref."""
+    """Law 8: 2 w delta / (n B) for every response token, (2/B) sum of w delta for log Z'; none through w."""
     size = len(batch["log_probs"])
     tokens = [torch.tensor(row, dtype=torch.float64, requires_grad=True) for row in batch["log_probs"]]
     num_tokens = torch.tensor([len(row) for row in batch["log_probs"]], dtype=torch.float64)

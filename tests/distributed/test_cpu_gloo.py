@@ -1,0 +1,108 @@
+"""Each entry of the CPU layer is needed: without it, the run it serves fails. One not needed any more fails here.
+
+The layer patches a process for good, so each case is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_powerflow.parallel.cpu_gloo import SHIMS, install
+from tests.conftest import REPOSITORY
+from tests.distributed.megatron_sessions import run_training
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer never acts beside CUDA")
+
+MEGATRON_VERSION = tuple(int(part) for part in version("megatron-core").split(".")[:2])
+SCRIPT = """
+import sys
+from pathlib import Path
+from megatron_powerflow.parallel import cpu_gloo
+if __name__ == "__main__":
+    cpu_gloo.install(leave_out=frozenset(sys.argv[3:]))
+    from tests.distributed.megatron_sessions import run_training
+    run_training(Path(sys.argv[1]), "run.output_dir=" + sys.argv[2], "run.num_steps=2")
+"""
+
+
+@pytest.fixture(scope="module")
+def started(gloo, tiny_model, tmp_path_factory) -> Path:
+    """A run one step old: bf16, distributed optimizer, two pipeline stages, recomputation. Continuing it loads,
+    samples, trains and saves."""
+    folder = tmp_path_factory.mktemp("shims")
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt_token_ids": [5, 6, 7]}) + "\n")
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "config.yaml").write_text(
+        f"""
+model: {{hf_path: {tiny_model("llama")}, recompute: full}}
+prompts: {{path: {folder / "prompts.jsonl"}}}
+rollout: {{prompts_per_step: 1, responses_per_prompt: 2, max_prompt_tokens: 8, max_response_tokens: 4}}
+parallel: {{micro_batch_size: 1, pp: 2}}
+optimizer: {{lr: 1e-3, distributed: true}}
+metrics: {{wandb: "off", curves: false}}
+evaluation: {{samples: 0}}
+run: {{num_steps: 1, export: false, output_dir: {folder / "run"}}}
+"""
+    )
+    gloo.run(2, run_training, folder / "config.yaml")
+    return folder
+
+
+def continue_without(started: Path, tmp_path: Path, *names: str) -> tuple[int | None, str]:
+    """(exit code, stderr) of the continued run; None when it hangs."""
+    shutil.copytree(started / "run", tmp_path / "run")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*launcher, str(started / "script.py"), str(started / "config.yaml"), str(tmp_path / "run"), *names],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        _, stderr = process.communicate(timeout=90)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its workers, which have sessions of their own
+        _, stderr = process.communicate(timeout=60)
+        return None, stderr
+    return process.returncode, stderr
+
+
+@pytest.mark.slow
+def test_with_every_shim_the_run_works(started, tmp_path):
+    code, stderr = continue_without(started, tmp_path)
+    assert code == 0, stderr[-3000:]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_000002"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shim", SHIMS, ids=lambda shim: shim.name)
+def test_without_a_shim_the_run_fails(started, tmp_path, shim):
+    if shim.needed_from > MEGATRON_VERSION:
+        pytest.skip(f"needed from Megatron-Core {shim.needed_from} on")
+    code, _ = continue_without(started, tmp_path, shim.name)
+    assert code != 0, f"{shim.name} is not needed any more: remove it"
+
+
+def test_every_entry_says_what_it_owes():
+    for shim in SHIMS:
+        assert shim.upstream
+        assert shim.symptom
+        assert shim.removal
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="no such shim"):
+        install(leave_out=frozenset({"nothing"}))
