@@ -5,7 +5,10 @@ Only the main rank writes; collective parts run on every rank alike.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +20,7 @@ from megatron_powerflow.checkpoint.state import Progress
 from megatron_powerflow.metrics.curves import draw_curves
 from megatron_powerflow.metrics.reduce import reduce_rollouts
 from megatron_powerflow.metrics.samples import write_samples
-from megatron_powerflow.metrics.throughput import peak_memory_bytes, throughput
+from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, WandbWriter
 from megatron_powerflow.parallel.collectives import any_rank
 from megatron_powerflow.parallel.groups import Groups
@@ -36,6 +39,7 @@ class RunOutput:
         self._plan, self._session, self._console = plan, session, console
         self._writers: list = []
         self._line: ConsoleWriter | None = None
+        self._clock = PhaseClock()
 
     def __enter__(self) -> RunOutput:
         plan, first_step = self._plan, self._session.progress.step
@@ -56,14 +60,22 @@ class RunOutput:
         if self._session.groups.is_main and kind is None and self._plan.config.metrics.curves:
             draw_curves([self._plan.run_folder], self._plan.run_folder / CURVES_NAME)
 
-    def phase(self, text: str) -> None:
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Say what is going on, on terminals, and count its seconds for the next line of metrics."""
+        self._say(name)
+        with self._clock(name):
+            yield
+        self._say("")
+
+    def rollout_progress(self, done: int, total: int) -> None:
+        self._say(f"rollout {done}/{total}")
+
+    def _say(self, text: str) -> None:
         if self._line is not None:
             self._line.phase(text)
 
-    def rollout_progress(self, done: int, total: int) -> None:
-        self.phase(f"rollout {done}/{total}")
-
-    def write(self, step: int, updated: Updated, lr: float, seconds: dict[str, float], progress: Progress) -> None:
+    def write(self, step: int, updated: Updated, lr: float, progress: Progress) -> None:
         """One step's metrics, everywhere. Collective: the peak memory is that of the worst rank."""
         config, groups = self._plan.config, self._session.groups
         values = reduce_rollouts(
@@ -75,13 +87,12 @@ class RunOutput:
         if finite:
             values["grad_norm"] = sum(finite) / len(finite)  # mean over the step's updates
         values |= {"lr": lr, "num_skipped": float(progress.num_skipped)}
-        values |= throughput(seconds, values["num_prompt_tokens"], values["num_response_tokens"])
+        values |= throughput(self._clock.take(), values["num_prompt_tokens"], values["num_response_tokens"])
         peak = torch.tensor([peak_memory_bytes()])
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.control)
         values["peak_memory_bytes"] = float(peak)
         for writer in self._writers:
             writer.write(StepMetrics(step, values))
-        self.phase("")
 
     def sample_if_due(self, step: int) -> None:
         """Answers to the first prompts of the file, before step `step`, into samples.jsonl. Collective."""
@@ -89,7 +100,6 @@ class RunOutput:
         ends = step in (0, plan.config.run.num_steps)
         if not section.samples or not (ends or (section.interval and step % section.interval == 0)):
             return
-        self.phase("samples")
         sampling = SamplingParams(
             responses_per_prompt=1,
             max_response_tokens=plan.config.rollout.max_response_tokens,
@@ -99,7 +109,8 @@ class RunOutput:
             step=0,  # the same uniforms each time: what differs is the policy
         )
         prompts = list(enumerate(plan.prompts[: section.samples]))
-        rollouts = self._session.engine.generate(prompts, sampling)
+        with self.phase("samples"):
+            rollouts = self._session.engine.generate(prompts, sampling)
         if not groups.is_main:
             return
         decode = plan.tokenizer.decode
@@ -117,6 +128,17 @@ class RunOutput:
             for rollout in rollouts
         ]
         write_samples(plan.run_folder, step, lines)
+
+
+@contextlib.contextmanager
+def announced(what: str, console: Console | None) -> Iterator[None]:
+    """Say that something long begins, and how long it took. No console: a rank that does not print."""
+    start = time.monotonic()
+    if console is not None:
+        console.print(what, highlight=False)
+    yield
+    if console is not None:
+        console.print(f"  took {time.monotonic() - start:.1f} s", highlight=False)
 
 
 class StopSignal:

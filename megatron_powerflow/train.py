@@ -17,11 +17,10 @@ from megatron_powerflow.checkpoint.state import Progress
 from megatron_powerflow.conversion.shards import export_to_hf
 from megatron_powerflow.data.prompts import PromptStream
 from megatron_powerflow.errors import RequeueRequested, UserError
-from megatron_powerflow.metrics.throughput import PhaseClock
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.records import SamplingParams
-from megatron_powerflow.run_output import RunOutput, StopSignal
+from megatron_powerflow.run_output import RunOutput, StopSignal, announced
 from megatron_powerflow.training.optimizer import set_learning_rates
 from megatron_powerflow.training.plan import Plan, write_config
 from megatron_powerflow.training.score import score_reference
@@ -35,19 +34,20 @@ def train(plan: Plan, launch: Launch, console: Console) -> None:
     with initialized(plan.layout, launch, seed=plan.config.run.seed) as groups:
         if groups.is_main:
             write_config(plan)
-        session = build_session(plan, groups)
+        with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
+            session = build_session(plan, groups)
         with RunOutput(plan, session, console) as output, StopSignal(plan.run_folder, groups) as stop:
             run_steps(plan, session, output, stop)
             if plan.config.run.export:
-                output.phase("exporting")
-                export_to_hf(
-                    session.trainable.chunks,
-                    plan.architecture,
-                    plan.family,
-                    groups,
-                    companions=plan.hf_folder,
-                    out=plan.run_folder / EXPORT_NAME,
-                )
+                with output.phase("export"):
+                    export_to_hf(
+                        session.trainable.chunks,
+                        plan.architecture,
+                        plan.family,
+                        groups,
+                        companions=plan.hf_folder,
+                        out=plan.run_folder / EXPORT_NAME,
+                    )
 
 
 def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal) -> Progress:
@@ -56,16 +56,15 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
     stream = PromptStream(
         plan.prompts, seed=config.run.seed, shuffle=config.prompts.shuffle, position=progress.position
     )
-    clock = PhaseClock()
     for step in range(progress.step, config.run.num_steps):
         output.sample_if_due(step)
-        with clock("rollout"):
+        with output.phase("rollout"):
             prompts = stream.take(config.rollout.prompts_per_step)
             rollouts = session.engine.generate(
                 plan.share_of(prompts, session.groups.dp_rank), sampling_params(plan, step), output.rollout_progress
             )
             updates = pack_updates(rollouts, plan, session)
-        with clock("reference"):
+        with output.phase("reference"):
             updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
         if step == 0:
             log_z = calibrated_log_z(
@@ -73,23 +72,23 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
             )
             if session.trainable.head is not None:
                 session.trainable.head.calibrate(log_z)
-        with clock("update"):
+        with output.phase("update"):
             lr = set_learning_rates(session.trainable, config.optimizer, step, config.run.num_steps)
             updated = update(session.trainable, updates, session.scorer, config.objective, config.optimizer)
         progress = after(progress, stream, skipped=not all(stepped.applied for stepped in updated.steps))
-        output.write(step, updated, lr, clock.take(), progress)
+        output.write(step, updated, lr, progress)
         refuse_endless_skipping(progress, config.optimizer.max_skipped_steps)
         last, stopping = step + 1 == config.run.num_steps, stop.requested()
         if last or stopping or (config.checkpoint.interval and (step + 1) % config.checkpoint.interval == 0):
-            output.phase("saving")
-            storage.save(
-                plan.run_folder,
-                session.trainable,
-                progress,
-                session.groups,
-                companions=plan.hf_folder,
-                keep=config.checkpoint.keep,
-            )
+            with output.phase("checkpoint"):
+                storage.save(
+                    plan.run_folder,
+                    session.trainable,
+                    progress,
+                    session.groups,
+                    companions=plan.hf_folder,
+                    keep=config.checkpoint.keep,
+                )
         if stopping and not last:
             raise RequeueRequested(f"stopped after step {step + 1}; the same command continues")
     output.sample_if_due(config.run.num_steps)

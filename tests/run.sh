@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs all of them; arguments go to pytest.
+#
+#   bash tests/run.sh                    everything: about 25 minutes on 2 cores
+#   bash tests/run.sh -m "not slow"      what a change deserves before each commit: about 12 minutes
+#   bash tests/run.sh tests/unit         half a minute
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+source tools/environment.sh dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check --quiet .
+.venv/bin/python tools/fetch_example_model.py --out models/SmolLM2-135M-Instruct
+exec .venv/bin/python -m pytest "$@"
