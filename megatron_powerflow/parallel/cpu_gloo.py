@@ -65,6 +65,11 @@ def _current_device() -> None:
 
 
 def _cuda_device_literals() -> None:
+    # `with torch.device(...)` acts on a set of functions that torch fills at its first use. Filled after this, it would
+    # miss the originals, and transformers would load models with rope left uninitialised. So: use it now.
+    with torch.device("cpu"):
+        torch.empty(0)
+
     def on_cpu(factory: Callable) -> Callable:
         @functools.wraps(factory)
         def wrapped(*args, **kwargs):

@@ -1,7 +1,4 @@
-"""Who moves the weights? Megatron's DDP and optimizer for the policy, a plain AdamW for the log Z' head.
-
-The learning rate is a function of the step, so there is no scheduler to save.
-"""
+"""Who moves the weights? Megatron's DDP and optimizer for the policy, a plain AdamW for the log Z' head."""
 
 from __future__ import annotations
 
@@ -22,6 +19,7 @@ from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import params_dtype
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.training.learning_rate import learning_rates
 
 
 def build_trainable(chunks: Sequence[PolicyModel], head: LogZHead | None, config: Config, groups: Groups) -> Trainable:
@@ -62,28 +60,14 @@ def build_trainable(chunks: Sequence[PolicyModel], head: LogZHead | None, config
     return Trainable(list(chunks), ddp_chunks, optimizer, head, head_optimizer)
 
 
-def decay(section: OptimizerSection, step: int, num_steps: int) -> float:
-    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, linear or cosine to 0."""
-    if step < section.warmup_steps:
-        return (step + 1) / section.warmup_steps
-    progress = (step - section.warmup_steps) / max(1, num_steps - section.warmup_steps)
-    return {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[section.lr_decay]
-
-
 def set_learning_rates(trainable: Trainable, section: OptimizerSection, step: int, num_steps: int) -> float:
-    """Give both optimizers their rate for this step; returns the policy's. min_lr bounds the policy's decay."""
-    share = decay(section, step, num_steps)
-    warming_up = step < section.warmup_steps
-    lr = section.lr * share if warming_up else max(section.lr * share, section.min_lr or 0.0)
+    """Give both optimizers their rate for this step; returns the policy's."""
+    lr, log_z_lr = learning_rates(section, step, num_steps)
     for group in trainable.optimizer.param_groups:
         group["lr"] = lr
     if trainable.head_optimizer is not None:
         for group in trainable.head_optimizer.param_groups:
-            group["lr"] = section.log_z_lr * share
+            group["lr"] = log_z_lr
     return lr
 
 

@@ -106,3 +106,25 @@ def test_every_entry_says_what_it_owes():
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="no such shim"):
         install(leave_out=frozenset({"nothing"}))
+
+
+def hf_logits(model: str) -> list:
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(model).eval()(torch.tensor([[5, 6, 7, 8]])).logits.tolist()
+
+
+def test_transformers_loads_models_as_without_the_layer(gloo, tiny_model):
+    """The layer wraps torch's factories, which transformers calls under `torch.device("meta")`."""
+    model = str(tiny_model("llama"))
+    plain = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import hf_logits; print(hf_logits({model!r}))"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    (patched,) = gloo.run(1, hf_logits, model)
+    torch.testing.assert_close(torch.tensor(patched), torch.tensor(json.loads(plain.stdout)))

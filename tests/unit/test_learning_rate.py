@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_powerflow.parallel.initialize import prepare_imports
-
-prepare_imports()
-
-from megatron_powerflow.config import OptimizerSection  # noqa: E402
-from megatron_powerflow.training.optimizer import decay  # noqa: E402
+from megatron_powerflow.config import OptimizerSection
+from megatron_powerflow.training.learning_rate import decay, learning_rates
 
 
 def section(**changes) -> OptimizerSection:
@@ -31,3 +27,9 @@ def test_decay_runs_from_the_end_of_the_warm_up_to_the_last_step(kind, half_way)
     assert values[7] == pytest.approx(half_way)
     assert values[12] == pytest.approx(0.0)
     assert values[2:] == sorted(values[2:], reverse=True)
+
+
+def test_the_floor_holds_for_the_policy_after_its_warm_up():
+    section_ = section(lr=1e-3, log_z_lr=1e-2, min_lr=5e-4, warmup_steps=4, lr_decay="linear")
+    assert learning_rates(section_, 0, 12) == (2.5e-4, 2.5e-3)
+    assert learning_rates(section_, 11, 12) == (5e-4, pytest.approx(1.25e-3))

@@ -1,0 +1,28 @@
+"""How fast at which step? The learning rates as functions of the step, so that there is no scheduler to save."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_powerflow.config import OptimizerSection
+
+
+def learning_rates(section: OptimizerSection, step: int, num_steps: int) -> tuple[float, float]:
+    """(policy's, log Z' head's) at a step (0-based). min_lr bounds the policy's decay, not its warm-up."""
+    share = decay(section, step, num_steps)
+    lr = section.lr * share
+    if step >= section.warmup_steps:
+        lr = max(lr, section.min_lr or 0.0)
+    return lr, section.log_z_lr * share
+
+
+def decay(section: OptimizerSection, step: int, num_steps: int) -> float:
+    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, linear or cosine to 0."""
+    if step < section.warmup_steps:
+        return (step + 1) / section.warmup_steps
+    progress = (step - section.warmup_steps) / max(1, num_steps - section.warmup_steps)
+    return {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[section.lr_decay]
