@@ -1,4 +1,4 @@
-"""The command line: `powerflow train|check|score|generate|curves`.
+"""The command line: `powerflow train|check|score|generate|export|curves|stop`.
 
 Thin: parses, validates, hands over. torch is imported inside the commands only, so `--help` and `check` are quick
 and an impossible run never reaches it.

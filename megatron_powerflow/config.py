@@ -4,7 +4,7 @@ YAML plus dotted overrides (`objective.alpha=2`), read by OmegaConf, checked by 
 a wrong type and a key that would have no effect are errors; all of them are reported together.
 
 Left out: checks that need the model folder or the number of processes; those are in `parallel/layout.py`
-and `check.py`. Imports no torch.
+and `training/plan.py`. Imports no torch.
 """
 
 from __future__ import annotations

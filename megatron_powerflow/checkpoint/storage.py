@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_000050/     policy/   torch_dist shards of weights and optimizer (any layout can load them)
                                      hf/       the source's config.json, tokenizer, generation config, chat template
-                                     log_z_head.safetensors, progress.json, config.yaml
+                                     log_z_head.safetensors, progress.json, config.yaml, SHA256SUMS
     RUN/checkpoints/latest           the name of the newest complete checkpoint
 
 A checkpoint is written under another name and renamed when complete; `latest` is replaced after that. A full disk or
@@ -16,22 +16,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_powerflow.checkpoint.digests import check_share, digest_share, write_sums
 from megatron_powerflow.checkpoint.folder import HF_NAME, LATEST_NAME, POLICY_NAME, checkpoint_name, checkpoints_of
 from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
 from megatron_powerflow.checkpoint.state import FORMAT, Progress, Trainable
 from megatron_powerflow.conversion.hf_files import copy_companions
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.collectives import any_rank, first_failure
+from megatron_powerflow.parallel.collectives import any_rank, first_failure, gather_to_main
 from megatron_powerflow.parallel.groups import Groups
 
 HEAD_FILE = "log_z_head.safetensors"
@@ -63,9 +64,15 @@ def save(
     _stop_together(_attempt(lambda: _save_policy(partial / POLICY_NAME, trainable, groups)), partial, groups)
     if trainable.head is not None and groups.tp_rank == 0 and groups.dp_rank == 0:
         failure = _attempt(lambda: _save_head(partial / HEAD_FILE, trainable))
-    checksum = weights_checksum(trainable, groups)
     if groups.is_main and failure is None:
-        failure = _attempt(lambda: _finish(run, partial, final, progress, checksum, companions, keep))
+        failure = _attempt(lambda: _save_small_files(run, partial, progress, companions))
+    _stop_together(failure, partial, groups)
+    digests: dict[str, str] = {}
+    failure = _attempt(lambda: digests.update(digest_share(partial, groups.rank, groups.world_size)))
+    _stop_together(failure, partial, groups)
+    shares = gather_to_main(digests, groups)
+    if shares is not None:
+        failure = _attempt(lambda: _finish(run, partial, final, shares, keep))
     _stop_together(failure, partial, groups)
     return final
 
@@ -75,7 +82,8 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> Progress:
 
     Nothing in the checkpoint is executed: pickled parts are audited first. Raises UserError when it is damaged.
     """
-    described = read_progress(checkpoint)
+    progress = read_progress(checkpoint)
+    _refuse_damage(checkpoint, groups)
     audit_checkpoint(checkpoint / POLICY_NAME)
     _init_optimizer_state(trainable)
     sharded = _sharded_state(trainable, groups, is_loading=True)
@@ -87,17 +95,12 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> Progress:
     _load_optimizer(trainable, state["optimizer"])
     if trainable.head is not None:
         _load_head(checkpoint / HEAD_FILE, trainable)
-    found = weights_checksum(trainable, groups)
-    if found != described["weights_checksum"]:
-        raise UserError(
-            f"{checkpoint}: the weights are not those that were saved (checksum {found}, "
-            f"{described['weights_checksum']} was noted); resume from another checkpoint"
-        )
-    return Progress.from_json(described, str(checkpoint / PROGRESS_FILE))
+    return progress
 
 
 def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
     """Only the policy's weights, for scoring and generating. Collective; any layout."""
+    _refuse_damage(checkpoint, groups)
     audit_checkpoint(checkpoint / POLICY_NAME)
     sharded = {f"model{place}": _model_state(chunk) for place, chunk in enumerate(chunks)}
     try:
@@ -107,36 +110,23 @@ def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
     _load_chunks(chunks, state)
 
 
-def read_progress(checkpoint: Path) -> dict:
+def read_progress(checkpoint: Path) -> Progress:
     """progress.json of a checkpoint. Raises UserError when it is missing, damaged or of another format."""
     path = checkpoint / PROGRESS_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); is {checkpoint} a checkpoint of this program?") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT or "weights_checksum" not in values:
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{path}: not a progress file of format {FORMAT}")
-    return values
+    return Progress.from_json(values, str(path))
 
 
-@torch.no_grad()
-def weights_checksum(trainable: Trainable, groups: Groups) -> int:
-    """Sum of the bit patterns of all weights, mod 2^64: the same under every layout, different after a flipped bit.
-
-    Each element counts once: replicated tensors on tensor-parallel rank 0, a tied output weight with the embedding.
-    """
-    total = torch.zeros((), dtype=torch.int64)
-    for chunk in trainable.chunks:
-        for name, parameter in chunk.named_parameters():
-            tied_copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
-            sharded = getattr(parameter, "tensor_model_parallel", False)
-            if groups.dp_rank == 0 and not tied_copy and (sharded or groups.tp_rank == 0):
-                bits = (
-                    parameter.detach().contiguous().view(torch.int32 if parameter.element_size() == 4 else torch.int16)
-                )
-                total += bits.sum(dtype=torch.int64).cpu()
-    dist.all_reduce(total, group=groups.control)
-    return int(total)
+def _refuse_damage(checkpoint: Path, groups: Groups) -> None:
+    """Every rank checks its share of the files; all of them refuse together. Collective."""
+    failure = _attempt(lambda: check_share(checkpoint, groups.rank, groups.world_size), UserError)
+    if text := first_failure(failure, groups):
+        raise UserError(text.removeprefix("UserError: "))
 
 
 def _fresh_folder(partial: Path) -> None:
@@ -239,14 +229,16 @@ def _load_head(path: Path, trainable: Trainable) -> None:
             trainable.head_optimizer.state[parameter] = {"step": moments["step"], **on_device}
 
 
-def _finish(
-    run: Path, partial: Path, final: Path, progress: Progress, checksum: int, companions: Path, keep: int | None
-) -> None:
-    """The small files, then the name, then `latest`, then the old ones away."""
+def _save_small_files(run: Path, partial: Path, progress: Progress, companions: Path) -> None:
     copy_companions(companions, partial / HF_NAME, dtype=None)
     shutil.copyfile(run / "config.yaml", partial / "config.yaml")
-    values = {"format": FORMAT, **progress.to_json(), "weights_checksum": checksum}
+    values = {"format": FORMAT, **progress.to_json()}
     (partial / PROGRESS_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _finish(run: Path, partial: Path, final: Path, shares: Sequence[dict[str, str]], keep: int | None) -> None:
+    """The digests, then the name, then `latest`, then the old ones away."""
+    write_sums(partial, {name: digest for share in shares for name, digest in share.items()})
     _sync_files(partial)
     if final.exists():
         shutil.rmtree(final)
@@ -270,11 +262,11 @@ def _sync_files(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _attempt(function) -> Exception | None:
-    """What writing failed with, so that all ranks can stop together."""
+def _attempt(function: Callable[[], object], *more: type[Exception]) -> Exception | None:
+    """What reading or writing failed with, so that all ranks can stop together."""
     try:
         function()
-    except IO_ERRORS as error:
+    except (*IO_ERRORS, *more) as error:
         return error
     return None
 

@@ -119,7 +119,7 @@ def build_chunks(
 
 
 def _mark_tensor_parallel(chunk: PolicyModel) -> None:
-    """Say which weights are shards: gradient norm and checksum count a replicated weight once, a shard on its rank.
+    """Say which weights are shards: the gradient norm counts a replicated weight once, a shard on its rank.
 
     Upstream: the marks are set by the random initialisation, which `perform_initialization=False` skips. Without them
     the gradient norm of tp > 1 misses every rank but the first. Remove when Megatron marks them always.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.state import Progress, Trainable
-from megatron_powerflow.config import LEARNED_LOG_Z, Config, ModelSection, PrecisionSection
+from megatron_powerflow.config import LEARNED_LOG_Z, ModelSection, PrecisionSection
 from megatron_powerflow.conversion.hf_config import Family
 from megatron_powerflow.conversion.shards import load_from_hf, open_checked
 from megatron_powerflow.data.packing import Annotated, pack
@@ -118,7 +118,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
 
 def _annotate(rollout: Rollout, plan: Plan) -> Annotated:
     boxed = last_boxed(plan.tokenizer.decode(rollout.response_token_ids)) is not None
-    objective: Config = plan.config.objective
+    objective = plan.config.objective
     return Annotated(
         rollout,
         psi=format_penalty(rollout, boxed, psi=objective.psi, exempt_tasks=objective.psi_exempt_tasks or ()),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import resource
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -202,23 +202,33 @@ def damage(path: Path) -> None:
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(gloo, config, tmp_path):
+    """Anywhere: weights, moments, metadata, the head, the position in the prompts."""
     from tests.gloo_workers import RankFailed
 
-    gloo.run(1, run_training, config, "run.num_steps=1", "run.export=false", "objective.log_z=group")
-    policy = tmp_path / "run" / "checkpoints" / "step_000001" / "policy"
-    data = max(policy.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    original = data.read_bytes()
-    noticed = 0
-    for place in range(1, 10):
-        content = bytearray(original)
-        content[len(content) * place // 10] ^= 1
-        data.write_bytes(bytes(content))
-        with contextlib.suppress(RankFailed):
-            gloo.run(1, run_training, config, "run.num_steps=1", "run.export=false", "objective.log_z=group")
-            noticed -= 1
-        noticed += 1
-    # a third of the bytes are weights and checked; the optimizer's moments are not
-    assert noticed >= 2
+    gloo.run(2, run_training, config, "run.num_steps=1", "run.export=false")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000001"
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "SHA256SUMS"]
+    assert {path.name for path in files} >= {".metadata", "progress.json", "log_z_head.safetensors", "config.json"}
+    assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=checkpoint).returncode == 0
+    originals = [path.read_bytes() for path in files]
+    for path in files:
+        damage(path)
+    with pytest.raises(RankFailed) as caught:
+        gloo.run(1, check_checkpoint, checkpoint)
+    assert all(f"{path.relative_to(checkpoint)} is damaged" in caught.value.violations[0] for path in files)
+    for path, original in zip(files, originals, strict=True):
+        path.write_bytes(original)
+    damage(max(files, key=lambda path: path.stat().st_size))
+    with pytest.raises(RankFailed) as caught:
+        gloo.run(2, run_training, config)
+    assert caught.value.kind == "UserError"
+    assert "is damaged" in caught.value.violations[0]
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    from megatron_powerflow.checkpoint.digests import check_share
+
+    check_share(checkpoint, rank=0, world_size=1)
 
 
 def test_a_checkpoint_that_lost_a_file_is_named(gloo, config, tmp_path):
@@ -233,6 +243,15 @@ def test_a_checkpoint_that_lost_a_file_is_named(gloo, config, tmp_path):
     assert "not a progress file" in caught.value.violations[0]
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_000099\n")
     assert "names 'step_000099', which is not there" in violations(config)
+
+
+def test_a_list_of_digests_names_nothing_outside_the_checkpoint(tmp_path):
+    from megatron_powerflow.checkpoint.digests import check_share
+
+    for name in ("../outside", "/etc/passwd", "policy/../../outside"):
+        (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
+        with pytest.raises(UserError, match="not lines of"):
+            check_share(tmp_path, 0, 1)
 
 
 def test_losses_that_are_not_finite_are_skipped_counted_and_end_the_run(gloo, config, tmp_path):

@@ -1,0 +1,67 @@
+"""Are the files of a checkpoint those that were written? SHA-256 of each, in the format of `sha256sum -c`.
+
+Every rank reads its share of the files, so that a large checkpoint is read once and by everybody. Nothing here
+communicates; `storage.py` brings the shares together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_powerflow.errors import UserError
+
+SUMS_NAME = "SHA256SUMS"
+
+
+def digest_share(folder: Path, rank: int, world_size: int) -> dict[str, str]:
+    """Relative path -> SHA-256 of this rank's share of the files in `folder`. Raises OSError."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return {name: _digest(folder / name) for name in _share(folder, names, rank, world_size) if name != SUMS_NAME}
+
+
+def write_sums(folder: Path, digests: dict[str, str]) -> None:
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
+    (folder / SUMS_NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def check_share(folder: Path, rank: int, world_size: int) -> None:
+    """Raises UserError with every file of this rank's share that is missing, damaged or not on the list."""
+    expected = read_sums(folder)
+    unlisted = [path.relative_to(folder).as_posix() for path in folder.glob("policy/*") if path.is_file()]
+    bad = []
+    for name in _share(folder, {*expected, *unlisted}, rank, world_size):
+        if not (folder / name).is_file():
+            bad.append(f"{name} is missing")
+        elif name not in expected:
+            bad.append(f"{name} is not in {SUMS_NAME}")
+        elif _digest(folder / name) != expected[name]:
+            bad.append(f"{name} is damaged")
+    if bad:
+        raise UserError(f"{folder}: {', '.join(bad)}; resume from another checkpoint (checkpoints/latest names it)")
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256. Raises UserError when there is no such list, or not one of `sha256sum`."""
+    path = folder / SUMS_NAME
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); is {folder} a checkpoint of this program?") from None
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ((?!/)(?!.*\.\.).+)", line) for line in lines]
+    if not lines or not all(matches):
+        raise UserError(f"{path}: not lines of `sha256sum`; resume from another checkpoint")
+    return {match[2]: match[1] for match in matches if match}
+
+
+def _share(folder: Path, names: Iterable[str], rank: int, world_size: int) -> list[str]:
+    """The largest files go to different ranks. The same on every rank as long as the folder is."""
+    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in names}
+    return sorted(sizes, key=lambda name: (-sizes[name], name))[rank::world_size]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
