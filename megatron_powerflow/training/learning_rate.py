@@ -7,13 +7,14 @@ import math
 from megatron_powerflow.config import OptimizerSection
 
 
-def learning_rates(section: OptimizerSection, step: int, num_steps: int) -> tuple[float, float]:
-    """(policy's, log Z' head's) at a step (0-based). min_lr bounds the policy's decay, not its warm-up."""
+def learning_rates(section: OptimizerSection, step: int, num_steps: int) -> tuple[float, float | None]:
+    """(policy's, log Z' head's) at a step (0-based); None where nobody learns log Z'. min_lr bounds the policy's
+    decay, not its warm-up."""
     share = decay(section, step, num_steps)
     lr = section.lr * share
     if step >= section.warmup_steps:
         lr = max(lr, section.min_lr or 0.0)
-    return lr, section.log_z_lr * share
+    return lr, None if section.log_z_lr is None else section.log_z_lr * share
 
 
 def decay(section: OptimizerSection, step: int, num_steps: int) -> float:
