@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.presets import PRESETS, Balance, EntropyMinimum, PolicyGradient
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -28,7 +29,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 LogZ = Literal["mlp", "scalar", "group", "loo", "contrastive"]
-Ratio = Literal["none", "seq", "seq_mean"]
+Ratio = Literal["none", "seq", "seq_mean", "token"]
 LEARNED_LOG_Z = ("mlp", "scalar")
 
 
@@ -94,17 +95,40 @@ class RolloutSection(Section):
 
 
 class ObjectiveSection(Section):
-    preset: Literal["la_tb"] = Field("la_tb", description="length-aware trajectory balance, Eq. 10")
-    alpha: PositiveFloat = Field(4.0, description="power of the base model; > 1 sharpens, < 1 flattens")
-    psi: Annotated[float, Field(le=0, allow_inf_nan=False)] = Field(
-        0.0, description="added to the energy, per token, of a response without \\boxed{}; the paper: -0.5"
+    """Where a key says "default ..." it is None until the config is resolved, and stays None where it has no effect."""
+
+    preset: Literal[*PRESETS] = Field("la_tb", description="which loss; presets.py has each one's formula and source")
+    alpha: PositiveFloat | None = Field(
+        None, description="power of the base model, default 4; > 1 sharpens, < 1 flattens"
+    )
+    alpha_warmup_steps: NonNegativeInt | None = Field(None, description="alpha rises from 1 over these; default 0")
+    psi: Annotated[float, Field(le=0, allow_inf_nan=False)] | None = Field(
+        None, description="added to the energy, per token, of a response without \\boxed{}; default 0, the paper: -0.5"
     )
     psi_exempt_tasks: list[str] | None = Field(None, description="tasks without psi; default [creative]")
-    log_z: LogZ = Field("mlp", description="who says log Z'(q): a learned head, or the group's own mean")
+    log_z: LogZ | None = Field(None, description="who says log Z'(q): a learned head (mlp), or the group's own mean")
     log_z_detach: bool | None = Field(None, description="head does not train the policy; default true")
-    ratio: Ratio = Field("none", description="importance weight: none, of the sequence, of its token mean")
+    tilt_cap: PositiveInt | None = Field(
+        None, description="lengths count up to this in the target's tilt exp(-lambda |y|); against repetition"
+    )
+    task_reward: Literal["none", "gold", "majority", "boxed"] | None = Field(
+        None, description="added to the energy beside alpha log p_base; default none"
+    )
+    reward_scale: NonNegativeFloat | None = Field(None, description="beta, of task_reward; default 1")
+    reward_advantage: bool | None = Field(None, description="task_reward centred and scaled in its group; default no")
+    kl_coefficient: NonNegativeFloat | None = Field(None, description="of KL(policy || base) in rivals; default 0")
+    ratio: Ratio = Field("none", description="importance weight: none, of the sequence, of its token mean, per token")
+    clip: Literal["two_sided", "upper"] | None = Field(None, description="sides on which it is clipped; default both")
     clip_epsilon: PositiveFloat | None = Field(None, description="w is clipped to 1 +- this; default 0.2")
     truncated: Literal["keep", "drop"] = Field("keep", description="responses cut at the length limit")
+
+    @property
+    def form(self) -> Balance | PolicyGradient | EntropyMinimum:
+        return PRESETS[self.preset]
+
+    @property
+    def learns_log_z(self) -> bool:
+        return self.log_z in LEARNED_LOG_Z
 
 
 class OptimizerSection(Section):
@@ -135,7 +159,9 @@ class CheckpointSection(Section):
 
 class EvaluationSection(Section):
     samples: NonNegativeInt = Field(3, description="prompts answered before and after, into samples.jsonl")
-    interval: NonNegativeInt = Field(0, description="steps between samples; 0: only first and last")
+    interval: NonNegativeInt = Field(0, description="steps between samples, evaluations; 0: only first and last")
+    prompts: str | None = Field(None, description="prompts with answers, answered at each interval: evaluations.jsonl")
+    num_responses: PositiveInt | None = Field(None, description="responses to each of them; default 4")
 
 
 class MetricsSection(Section):
@@ -156,6 +182,7 @@ class RunSection(Section):
     num_steps: PositiveInt = 500
     seed: NonNegativeInt = 0
     export: bool = Field(True, description="write the policy as a Hugging Face folder at the end")
+    stop_on_alarm: bool = Field(False, description="end the run when responses lengthen out of hand: see trap_*")
 
 
 class Config(Section):
@@ -172,23 +199,51 @@ class Config(Section):
     run: RunSection
 
 
-# Keys whose default depends on another key: (key, value when it applies, when it applies, why it does not).
-# Where a key does not apply it stays None, and setting it is an error: nothing is accepted and ignored.
+def _has_alpha(c: Config) -> bool:
+    form = c.objective.form
+    return isinstance(form, Balance) or (isinstance(form, PolicyGradient) and form.powers)
+
+
+def _balances(c: Config) -> bool:
+    return isinstance(c.objective.form, Balance)
+
+
+def _tilts(c: Config) -> bool:
+    form = c.objective.form
+    return isinstance(form, Balance) and form.policy_norm == form.reference_norm == "length" and not form.per_token
+
+
+def _rewarded(c: Config) -> bool:
+    return c.objective.task_reward not in (None, "none")
+
+
+def _for_flow_rl(value: Any, otherwise: Any) -> Callable[[Config], Any]:
+    return lambda c: value if c.objective.preset == "flow_rl" else otherwise
+
+
+# Keys whose default depends on another key: (key, its default or a function that gives it, when it applies, why not).
+# Where a key does not apply it stays None, and setting it is an error: nothing is accepted and ignored. In this order.
 _Conditional = tuple[str, Any, Callable[[Config], bool], str]
 CONDITIONAL: tuple[_Conditional, ...] = (
-    ("objective.clip_epsilon", 0.2, lambda c: c.objective.ratio != "none", "objective.ratio=none"),
+    ("objective.alpha", _for_flow_rl(1.0, 4.0), _has_alpha, "this objective.preset knows no alpha"),
+    ("objective.alpha_warmup_steps", 0, _has_alpha, "this objective.preset knows no alpha"),
+    ("objective.psi", 0.0, _has_alpha, "this objective.preset knows no energy"),
+    ("objective.psi_exempt_tasks", ["creative"], lambda c: bool(c.objective.psi), "objective.psi=0"),
+    ("objective.log_z", "mlp", _balances, "this objective.preset has no log Z'"),
     ("objective.log_z_detach", True, lambda c: c.objective.log_z == "mlp", "objective.log_z is not mlp"),
-    ("objective.psi_exempt_tasks", ["creative"], lambda c: c.objective.psi != 0, "objective.psi=0"),
-    (
-        "optimizer.log_z_lr",
-        1e-3,
-        lambda c: c.objective.log_z in LEARNED_LOG_Z,
-        "objective.log_z is neither mlp nor scalar, so nothing is learned",
-    ),
+    ("objective.tilt_cap", None, _tilts, "this objective.preset has no tilt on length that could be capped"),
+    ("objective.task_reward", _for_flow_rl("gold", "none"), _balances, "this objective.preset has no energy to add to"),
+    ("objective.reward_scale", _for_flow_rl(15.0, 1.0), _rewarded, "objective.task_reward=none"),
+    ("objective.reward_advantage", _for_flow_rl(True, False), _rewarded, "objective.task_reward=none"),
+    ("objective.kl_coefficient", 0.0, lambda c: not _has_alpha(c), "this objective.preset has p_base in its target"),
+    ("objective.clip", "two_sided", lambda c: c.objective.ratio != "none", "objective.ratio=none"),
+    ("objective.clip_epsilon", 0.2, lambda c: c.objective.ratio != "none", "objective.ratio=none"),
+    ("optimizer.log_z_lr", 1e-3, lambda c: c.objective.learns_log_z, "objective.log_z is not learned"),
     ("optimizer.min_lr", 0.0, lambda c: c.optimizer.lr_decay != "constant", "optimizer.lr_decay=constant"),
     ("precision.fp8_recipe", "tensorwise", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
     ("precision.fp8_format", "hybrid", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
     ("parallel.vpp", None, lambda c: c.parallel.pp > 1, "parallel.pp=1"),
+    ("evaluation.num_responses", 4, lambda c: c.evaluation.prompts is not None, "evaluation.prompts is not given"),
     ("metrics.wandb_project", "megatron_powerflow", lambda c: c.metrics.wandb != "off", "metrics.wandb=off"),
 )
 
@@ -236,33 +291,43 @@ def _validate(plain: dict) -> Config:
         config = Config.model_validate(plain)
     except ValidationError as error:
         raise UserError([_sentence(item, plain) for item in error.errors()]) from None
-    violations = [
-        f"{key}={value!r} has no effect because {why}; remove it"
-        for key, _, applies, why in CONDITIONAL
-        if not applies(config) and (value := _get(config, key)) is not None
-    ]
+    violations = []
+    for key, default, applies, why in CONDITIONAL:
+        value = _get(config, key)
+        if applies(config) and value is None:
+            config = _with(config, key, default(config) if callable(default) else default)
+        elif not applies(config) and value is not None:
+            violations.append(f"{key}={value!r} has no effect because {why}; remove it")
     if config.parallel.sequence_parallel and config.parallel.tp == 1:
         violations.append("parallel.sequence_parallel=true has no effect because parallel.tp=1; remove it")
     violations += _cross_checks(config)
     if violations:
         raise UserError(violations)
-    updates: dict[str, dict[str, Any]] = {}
-    for key, default, applies, _ in CONDITIONAL:
-        section, name = key.split(".")
-        if applies(config) and _get(config, key) is None:
-            updates.setdefault(section, {})[name] = default
-    sections = {name: getattr(config, name).model_copy(update=new) for name, new in updates.items()}
-    return config.model_copy(update=sections)
+    return config
+
+
+def _with(config: Config, key: str, value: Any) -> Config:
+    section, name = key.split(".")
+    return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
 
 
 def _cross_checks(config: Config) -> list[str]:
     rollout, objective, optimizer = config.rollout, config.objective, config.optimizer
     found = []
-    if objective.log_z not in LEARNED_LOG_Z and rollout.responses_per_prompt == 1:
+    by_group = objective.log_z or f"the advantage of objective.preset={objective.preset}"
+    alone = objective.learns_log_z or isinstance(objective.form, EntropyMinimum)
+    if not alone and rollout.responses_per_prompt == 1:
         found.append(
-            f"rollout.responses_per_prompt=1 with objective.log_z={objective.log_z}: the estimate is a mean over "
-            "the group and needs at least 2 responses; raise it or choose objective.log_z=mlp"
+            f"rollout.responses_per_prompt=1 with {by_group}: it is a mean over the group and needs at least 2 "
+            "responses; raise it" + (" or choose objective.log_z=mlp" if objective.log_z else "")
         )
+    if objective.ratio == "token" and not isinstance(objective.form, PolicyGradient):
+        found.append(
+            f"objective.ratio=token with objective.preset={objective.preset}: a residual belongs to a whole response; "
+            "must be one of 'none', 'seq', 'seq_mean'"
+        )
+    if objective.ratio != "none" and isinstance(objective.form, EntropyMinimum):
+        found.append(f"objective.ratio={objective.ratio} with one_shot_em: it has no reward to weigh; remove it")
     if rollout.prompts_per_step % optimizer.updates_per_rollout:
         found.append(
             f"optimizer.updates_per_rollout={optimizer.updates_per_rollout} does not divide "

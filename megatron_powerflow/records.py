@@ -118,18 +118,25 @@ class MicroBatch:
     rollout_index: Tensor  # [b] int64, slot * responses_per_prompt + response_index, unique in the step
     group: Tensor  # [b] int64, slot of the prompt
     psi: Tensor  # [b] fp32, format penalty, <= 0
-    boxed: Tensor  # [b] bool, the response holds a \boxed{...}
+    reward: Tensor  # [b] fp32, of the text: times its scale in the energy, or what a rival's advantage is made of
     truncated: Tensor  # [b] bool, cut at max_response_tokens: no EOS
     kept: Tensor  # [b] bool, False: takes part in nothing (objective.truncated=drop)
+    annotations: Tensor  # [b, len(ANNOTATION_COLUMNS)] fp32: only for the metrics; NaN: does not exist
     # what scoring adds; None before
     ref_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the frozen reference
     old_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the policy that sampled
-    # what the partition-free estimators add, detached: log Z' of each rollout's group, a factor on its weight
+    # what needs the whole group, detached: log Z' of the partition-free estimators and a factor on the weight, or a
+    # rival's advantage
     log_z: Tensor | None = None  # [b] fp32
     weight_factor: Tensor | None = None  # [b] fp32, 1 but for `contrastive`
+    advantage: Tensor | None = None  # [b] fp32
 
 
-# One row per rollout: the columns that every metric of a step is computed from.
+# What the text of a rollout says, for the metrics: a \boxed{} (0 or 1), the prompt's answer (0 or 1; NaN without one),
+# the share of its 4-grams that it has had before, and, of its group as a whole, distinct 2- and 3-grams / all of them.
+ANNOTATION_COLUMNS = ("boxed", "correct", "repeated_share", "distinct_2", "distinct_3")
+
+# One row per rollout: the columns that every metric of a step is computed from. NaN: does not exist.
 ROLLOUT_COLUMNS = (
     "rollout_index",
     "num_prompt_tokens",
@@ -137,17 +144,25 @@ ROLLOUT_COLUMNS = (
     "sequence_log_prob",
     "ref_sequence_log_prob",
     "rollout_sequence_log_prob",
+    "loss_term",  # what the loss is the mean of
     "log_z",
     "psi",
-    "boxed",
-    "residual",
-    "weight",
-    "ratio",
+    "reward",
+    "residual",  # of the balance; NaN for the rivals
+    "advantage",  # of the rivals; NaN for the balance
+    "weight",  # clipped
+    "ratio",  # before clipping
+    "clipped",  # 0 or 1, or the share of clipped tokens
     "kept",
     "truncated",
-    "sampler_gap_sum",
+    "sampler_gap_sum",  # |scorer - sampler| over the tokens
     "sampler_gap_max",
+    "token_ratio_sum",  # exp(scorer - sampler) over the tokens
     "max_log_prob",
+    "loop_tokens",  # of the longest loop; NaN without one
+    "loop_nats",  # a token, once in it
+    "entry_nats",  # of going into it
+    *ANNOTATION_COLUMNS,
 )
 
 

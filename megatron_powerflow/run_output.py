@@ -18,12 +18,13 @@ from rich.console import Console
 from megatron_powerflow.checkpoint.folder import STOP_NAME
 from megatron_powerflow.checkpoint.state import Progress
 from megatron_powerflow.metrics.curves import draw_curves
-from megatron_powerflow.metrics.reduce import reduce_rollouts
+from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
 from megatron_powerflow.metrics.samples import write_samples
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, WandbWriter
 from megatron_powerflow.parallel.collectives import any_rank
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.presets import Balance
 from megatron_powerflow.records import SamplingParams, StepMetrics
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.setup import Session
@@ -75,14 +76,18 @@ class RunOutput:
         if self._line is not None:
             self._line.phase(text)
 
-    def write(self, step: int, updated: Updated, lr: float, progress: Progress) -> None:
+    def write(self, step: int, updated: Updated, lr: float, alpha: float | None, progress: Progress) -> None:
         """One step's metrics, everywhere. Collective: the peak memory is that of the worst rank."""
         config, groups = self._plan.config, self._session.groups
-        values = reduce_rollouts(
-            updated.rows.numpy(),
+        form = config.objective.form
+        target = Target(
             responses_per_prompt=config.rollout.responses_per_prompt,
-            clip_epsilon=config.objective.clip_epsilon,
+            max_response_tokens=config.rollout.max_response_tokens,
+            alpha=alpha,
+            tilt_cap=config.objective.tilt_cap,
+            has_tilt=isinstance(form, Balance) and form.policy_norm == form.reference_norm == "length",
         )
+        values = reduce_rollouts(updated.rows.numpy(), target)
         finite = [stepped.grad_norm for stepped in updated.steps if stepped.applied]
         if finite:
             values["grad_norm"] = sum(finite) / len(finite)  # mean over the step's updates

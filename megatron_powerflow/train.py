@@ -14,6 +14,7 @@ from rich.console import Console
 from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import EXPORT_NAME
 from megatron_powerflow.checkpoint.state import Progress
+from megatron_powerflow.config import ObjectiveSection
 from megatron_powerflow.conversion.shards import export_to_hf
 from megatron_powerflow.data.prompts import PromptStream
 from megatron_powerflow.errors import RequeueRequested, UserError
@@ -25,7 +26,7 @@ from megatron_powerflow.training.optimizer import set_learning_rates
 from megatron_powerflow.training.plan import Plan, write_config
 from megatron_powerflow.training.score import score_reference
 from megatron_powerflow.training.setup import Session, build_session, pack_updates
-from megatron_powerflow.training.update import calibrated_log_z, update
+from megatron_powerflow.training.update import calibrate_head, update
 
 
 def train(plan: Plan, launch: Launch, console: Console) -> None:
@@ -66,17 +67,15 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
             updates = pack_updates(rollouts, plan, session)
         with output.phase("reference"):
             updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
-        if step == 0:
-            log_z = calibrated_log_z(
-                [batch for batches in updates for batch in batches], config.objective, session.groups
-            )
-            if session.trainable.head is not None:
-                session.trainable.head.calibrate(log_z)
+        alpha = alpha_of_step(config.objective, step)
+        if step == 0 and config.objective.learns_log_z:
+            first = [batch for batches in updates for batch in batches]
+            calibrate_head(session.trainable, first, config.objective, alpha, session.groups)
         with output.phase("update"):
             lr = set_learning_rates(session.trainable, config.optimizer, step, config.run.num_steps)
-            updated = update(session.trainable, updates, session.scorer, config.objective, config.optimizer)
+            updated = update(session.trainable, updates, session.scorer, config.objective, config.optimizer, alpha)
         progress = after(progress, stream, skipped=not all(stepped.applied for stepped in updated.steps))
-        output.write(step, updated, lr, progress)
+        output.write(step, updated, lr, alpha, progress)
         refuse_endless_skipping(progress, config.optimizer.max_skipped_steps)
         last, stopping = step + 1 == config.run.num_steps, stop.requested()
         if last or stopping or (config.checkpoint.interval and (step + 1) % config.checkpoint.interval == 0):
@@ -93,6 +92,13 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
             raise RequeueRequested(f"stopped after step {step + 1}; the same command continues")
     output.sample_if_due(config.run.num_steps)
     return progress
+
+
+def alpha_of_step(objective: ObjectiveSection, step: int) -> float | None:
+    """The power of the base model that this step aims at: from 1 to objective.alpha, linearly, then constant."""
+    if objective.alpha is None or step + 1 >= objective.alpha_warmup_steps:
+        return objective.alpha
+    return 1.0 + (objective.alpha - 1.0) * (step + 1) / objective.alpha_warmup_steps
 
 
 def sampling_params(plan: Plan, step: int) -> SamplingParams:

@@ -36,8 +36,10 @@ FAMILY_DEFAULTS = {
 FAMILIES = tuple(FAMILY_DEFAULTS)
 
 
-def make_tiny_model(folder: Path, family: str, *, seed: int = 0, scale: float = 0.3, **changes) -> Path:
-    """Save a random `family` model in fp32. scale: standard deviation of its weights."""
+def make_tiny_model(
+    folder: Path, family: str, *, seed: int = 0, scale: float = 0.3, boxes: bool = False, **changes
+) -> Path:
+    """Save a random `family` model in fp32. scale: standard deviation of its weights; boxes: see `write_tokenizer`."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -55,7 +57,7 @@ def make_tiny_model(folder: Path, family: str, *, seed: int = 0, scale: float = 
             if "norm" in name:
                 parameter.add_(1.0)
     model.save_pretrained(folder)
-    write_tokenizer(folder, values["vocab_size"])
+    write_tokenizer(folder, values["vocab_size"], boxes=boxes)
     return folder
 
 
@@ -66,9 +68,12 @@ def rope_arguments(config_class, rope: dict) -> dict:
     return {"rope_scaling": rope}
 
 
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A word-level tokenizer: ids 0 <unk>, 1 <s>, 2 </s>, then w3, w4, ..."""
+def write_tokenizer(folder: Path, vocab_size: int, *, boxes: bool = False) -> None:
+    """A word-level tokenizer: ids 0 <unk>, 1 <s>, 2 </s>, then w3, w4, ...; with boxes ids 3 to 6 are
+    \\boxed{0} to \\boxed{3}."""
     words = ["<unk>", "<s>", "</s>"] + [f"w{i}" for i in range(3, vocab_size)]
+    if boxes:
+        words[3:7] = [f"\\boxed{{{i}}}" for i in range(4)]
     tokenizer = {
         "version": "1.0",
         "truncation": None,

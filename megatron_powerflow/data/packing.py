@@ -5,21 +5,23 @@ Left out: token budgets and packed sequences; the reference's and the policy's l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron_powerflow.records import MicroBatch, Rollout
+from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Rollout
 
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """A rollout and what its text says: psi <= 0, the format penalty; boxed, whether it holds a \\boxed{}."""
+    """A rollout and what its text says: psi <= 0, the format penalty; its reward; numbers for the metrics."""
 
     rollout: Rollout
     psi: float = 0.0
-    boxed: bool = False
+    reward: float = 0.0
+    annotations: tuple[float, ...] = (math.nan,) * len(ANNOTATION_COLUMNS)
 
     @property
     def num_tokens(self) -> int:
@@ -85,8 +87,9 @@ def _micro_batch(
         "rollout_index": torch.tensor([r.slot * responses_per_prompt + r.response_index for r in rollouts]),
         "group": torch.tensor([rollout.slot for rollout in rollouts]),
         "psi": torch.tensor([item.psi for item in annotated], dtype=torch.float32),
-        "boxed": torch.tensor([item.boxed for item in annotated]),
+        "reward": torch.tensor([item.reward for item in annotated], dtype=torch.float32),
         "truncated": truncated,
         "kept": ~truncated if drop_truncated else torch.ones_like(truncated),
+        "annotations": torch.tensor([item.annotations for item in annotated], dtype=torch.float32),
     }
     return MicroBatch(**{name: tensor.to(device) for name, tensor in batch.items()})

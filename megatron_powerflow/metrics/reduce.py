@@ -8,15 +8,30 @@ Left out: collecting the rows (`training/update.py`), times (`throughput.py`), w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from megatron_powerflow.metrics.repetition import estimate_tilt, trap_margin
 from megatron_powerflow.records import ROLLOUT_COLUMNS
 
 RESIDUAL_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+LENGTH_QUARTERS = 4
 MAX_LOG_PROB = 1e-3  # above 0 by more than rounding: a broken kernel
 
 
-def reduce_rollouts(rows: np.ndarray, *, responses_per_prompt: int, clip_epsilon: float | None) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the metrics need to know of the run: group size, cap, and of its target the power and the tilt cap."""
+
+    responses_per_prompt: int
+    max_response_tokens: int
+    alpha: float | None = None
+    tilt_cap: int | None = None
+    has_tilt: bool = False  # the fixed point is p_base^alpha exp(-lambda |y|)
+
+
+def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
     """rows: [B, len(ROLLOUT_COLUMNS)] fp64 -> metrics. Natural logarithms; lengths in tokens.
 
     Means run over kept rollouts unless the name says token or prompt. What does not exist is absent, never NaN.
@@ -26,56 +41,146 @@ def reduce_rollouts(rows: np.ndarray, *, responses_per_prompt: int, clip_epsilon
     highest = every["max_log_prob"].max(initial=-np.inf)
     if highest > MAX_LOG_PROB:
         raise FloatingPointError(f"a token has log-prob {highest:.4g}; probabilities end at 1, the scorer is broken")
-    num_tokens = every["num_response_tokens"].sum()
-    values = {
-        "num_rollouts": float(len(rows)),
-        "num_rollouts_kept": float(every["kept"].sum()),
-        "num_prompt_tokens": float(every["num_prompt_tokens"].sum()),
-        "num_response_tokens": float(num_tokens),
-        # over all rollouts
-        "response_length_mean": every["num_response_tokens"].mean(),
-        "response_length_max": every["num_response_tokens"].max(),
-        "response_length_p95": np.quantile(every["num_response_tokens"], 0.95),
-        "truncated_fraction": every["truncated"].mean(),
-        "eos_fraction": 1.0 - every["truncated"].mean(),
-        "boxed_rate": every["boxed"].mean(),
-        # over response tokens of all rollouts
-        "policy_entropy": -every["sequence_log_prob"].sum() / num_tokens,  # sampled estimate, nats per token
-        "ref_log_prob_mean": every["ref_sequence_log_prob"].sum() / num_tokens,
-        "sampler_gap_mean": every["sampler_gap_sum"].sum() / num_tokens,  # |scorer - sampler| per token
-        "sampler_gap_max": every["sampler_gap_max"].max(),
-        # over all rollouts: |S - S_sampler|, what a sequence weight would feel
-        "sampler_gap_sequence_mean": np.abs(every["sequence_log_prob"] - every["rollout_sequence_log_prob"]).mean(),
-    }
+    values = _rollout_metrics(every)
     kept = {name: column[every["kept"] > 0] for name, column in every.items()}
     if len(kept["kept"]):
-        values |= _objective_metrics(kept, responses_per_prompt, clip_epsilon)
+        kept["prompt"] = kept["rollout_index"] // target.responses_per_prompt
+        values |= _objective_metrics(kept)
+        values |= _power_metrics(kept, target) if target.alpha is not None else {}
+        values |= _trap_metrics(kept, target) if target.has_tilt else {}
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
 
 
-def _objective_metrics(kept: dict[str, np.ndarray], responses_per_prompt: int, clip_epsilon: float | None) -> dict:
+def _rollout_metrics(every: dict[str, np.ndarray]) -> dict[str, float]:
+    """What the sampled responses are like, dropped ones included."""
+    lengths, num_tokens = every["num_response_tokens"], every["num_response_tokens"].sum()
+    drift = every["sequence_log_prob"] - every["rollout_sequence_log_prob"]
+    sequence_ratio = np.exp(np.clip(drift, -50.0, 50.0))
+    return {
+        "num_rollouts": float(len(lengths)),
+        "num_rollouts_kept": every["kept"].sum(),
+        "num_prompt_tokens": every["num_prompt_tokens"].sum(),
+        "num_response_tokens": num_tokens,
+        # over all rollouts
+        "response_length_mean": lengths.mean(),
+        "response_length_max": lengths.max(),
+        "response_length_p95": np.quantile(lengths, 0.95),
+        "truncated_fraction": every["truncated"].mean(),
+        "eos_fraction": 1.0 - every["truncated"].mean(),
+        "boxed_rate": every["boxed"].mean(),
+        "repeated_share": every["repeated_share"].mean(),  # of a response's 4-grams, those it has had before
+        "loop_fraction": np.isfinite(every["loop_tokens"]).mean(),
+        "distinct_2": every["distinct_2"].mean(),
+        "distinct_3": every["distinct_3"].mean(),
+        # over the rollouts whose prompt has an answer
+        "accuracy": _mean(every["correct"]),
+        # over response tokens of all rollouts
+        "policy_entropy": -every["sequence_log_prob"].sum() / num_tokens,  # sampled estimate, nats per token
+        "ref_log_prob_mean": every["ref_sequence_log_prob"].sum() / num_tokens,
+        "kl_per_token": (every["sequence_log_prob"] - every["ref_sequence_log_prob"]).sum() / num_tokens,
+        "sampler_gap_mean": every["sampler_gap_sum"].sum() / num_tokens,  # |scorer - sampler| per token
+        "sampler_gap_max": every["sampler_gap_max"].max(),
+        "token_ratio_mean": every["token_ratio_sum"].sum() / num_tokens,  # scorer / sampler; 1 when they agree
+        # over all rollouts
+        "kl_per_response": (every["sequence_log_prob"] - every["ref_sequence_log_prob"]).mean(),  # KL(policy || base)
+        "sampler_gap_sequence_mean": np.abs(drift).mean(),  # |S - S_sampler|, what a sequence weight would feel
+        "sequence_ratio_mean": sequence_ratio.mean(),
+        "effective_sample_share": sequence_ratio.sum() ** 2 / (len(lengths) * (sequence_ratio**2).sum()),
+    }
+
+
+def _objective_metrics(kept: dict[str, np.ndarray]) -> dict[str, float]:
     """Means over kept rollouts; `prompt` in a name: over prompts."""
-    residual, weight, ratio = kept["residual"], kept["weight"], kept["ratio"]
-    prompts = kept["rollout_index"] // responses_per_prompt
+    residual, weight, prompts = kept["residual"], kept["weight"], kept["prompt"]
     head = _per_prompt(kept["log_z"], prompts)
     estimate = _per_prompt(kept["log_z"] - residual, prompts)  # minus the mean of (S - alpha S_ref)/n - alpha psi
-    values = {
-        "loss": (weight * residual**2).mean(),
+    return {
+        "loss": kept["loss_term"].mean(),
         "residual_mean": residual.mean(),
         "residual_std": residual.std(),
         **{f"residual_p{int(100 * q):02d}": np.quantile(residual, q) for q in RESIDUAL_QUANTILES},
+        **_by_length(residual, kept["num_response_tokens"]),
         "weighted_residual_mean": (weight * residual).mean(),  # E[w delta]: 0 where log Z' is stationary
         "log_z_mean": head.mean(),
         "log_z_std": head.std(),
         "group_log_z_mean": estimate.mean(),
         "group_log_z_std": estimate.std(),
+        "log_z_explained_variance": _explained_variance(estimate, head),
         "weight_mean": weight.mean(),
-        "ratio_mean": ratio.mean(),
+        "ratio_mean": kept["ratio"].mean(),
+        "clip_fraction": kept["clipped"].mean(),
         "psi_mean": kept["psi"].mean(),
+        "reward_mean": kept["reward"].mean(),
+        "advantage_std": kept["advantage"].std(),
     }
-    if clip_epsilon is not None:
-        values["clip_fraction"] = (np.abs(ratio - 1.0) > clip_epsilon).mean()
+
+
+def _power_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:
+    """How the policy stands to p_base^alpha."""
+    self_reward = kept["ref_sequence_log_prob"] / kept["num_response_tokens"]
+    judged = np.isfinite(kept["correct"])
+    values = {"alpha": target.alpha, "inversion_rate": _inversion_rate(kept, target.alpha)}
+    if judged.any():
+        values["self_reward_covariance"] = np.cov(self_reward[judged], kept["correct"][judged], bias=True)[0, 1]
     return values
+
+
+def _trap_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:
+    """Whether the target rewards the cheapest loop among the rollouts: see `repetition.py`."""
+    lengths = kept["num_response_tokens"]
+    counted = lengths if target.tilt_cap is None else np.minimum(lengths, target.tilt_cap)
+    energy = kept["sequence_log_prob"], kept["ref_sequence_log_prob"], counted
+    tilt = estimate_tilt(*energy, target.alpha)
+    values = {"trap_lambda": -tilt}
+    looping = np.isfinite(kept["loop_nats"])
+    if looping.any():
+        nats, entry = kept["loop_nats"][looping], kept["entry_nats"][looping]
+        margins = trap_margin(
+            nats,
+            entry,
+            alpha=target.alpha,
+            tilt=tilt,
+            max_response_tokens=target.max_response_tokens,
+            tilt_cap=target.tilt_cap,
+        )
+        worst = margins.argmax()
+        values |= {"trap_margin": margins[worst], "trap_loop_nats": nats[worst], "trap_entry_nats": entry[worst]}
+    return values
+
+
+def _by_length(residual: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    """Mean residual of each quarter of the rollouts, shortest first: a slope is a bias on length."""
+    order = lengths.argsort(kind="stable")
+    parts = np.array_split(residual[order], LENGTH_QUARTERS)
+    return {f"residual_length_q{number}": part.mean() for number, part in enumerate(parts, start=1) if len(part)}
+
+
+def _explained_variance(estimate: np.ndarray, head: np.ndarray) -> float:
+    """1 - var(estimate - head) / var(estimate) over prompts; NaN where the estimates do not vary."""
+    variance = estimate.var()
+    return 1.0 - (estimate - head).var() / variance if variance > 1e-12 else np.nan
+
+
+def _inversion_rate(kept: dict[str, np.ndarray], alpha: float) -> float:
+    """Share of pairs of one prompt's responses that the policy ranks against p_base^alpha; ties are no pair.
+
+    The pair (i, j) is inverted when S_i - S_j and alpha (S_ref,i - S_ref,j) have opposite signs; at the tilted optimum
+    this is sign(alpha d log p_base) != sign(alpha d log p_base - lambda d|y|).
+    """
+    inverted = pairs = 0
+    for prompt in np.unique(kept["prompt"]):
+        own = kept["prompt"] == prompt
+        policy, power = kept["sequence_log_prob"][own], alpha * kept["ref_sequence_log_prob"][own]
+        product = np.sign(policy[:, None] - policy) * np.sign(power[:, None] - power)
+        inverted += (product < 0).sum() / 2
+        pairs += (product != 0).sum() / 2
+    return inverted / pairs if pairs else np.nan
+
+
+def _mean(values: np.ndarray) -> float:
+    """Over what exists; NaN when nothing does."""
+    finite = values[np.isfinite(values)]
+    return finite.mean() if len(finite) else np.nan
 
 
 def _per_prompt(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:

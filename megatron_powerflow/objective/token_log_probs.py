@@ -1,4 +1,5 @@
-"""What did the model think of each token? From hidden states to one fp32 log-prob, vocabulary-parallel.
+"""What did the model think of each token? From hidden states to one fp32 log-prob, vocabulary-parallel; on request
+the entropy of its distribution and its certainty.
 
 One function for old, reference and current log-probs. [tokens, vocabulary] never exists as a whole: logits
 are built for `chunk_size` tokens at a time, reduced to three numbers per token, and built again in the
@@ -7,11 +8,22 @@ backward pass. Imports nothing of ours; the process group is an argument.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_TOKENS = 512
+
+
+class TokenStatistics(NamedTuple):
+    """log_probs: of the targets. entropy: -sum_v p_v log p_v. certainty: logsumexp - mean of the logits, which is
+    KL(Uniform || p) + log(vocabulary), detached. All [t] fp32, nats."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    certainty: Tensor
 
 
 def token_log_probs(
@@ -32,49 +44,99 @@ def token_log_probs(
     Returns [t] fp32, equal on every rank of tp_group. Gradients reach hidden (complete on every rank, in its
     dtype) and output_weight (this rank's rows). Logits are multiplied in hidden's dtype and reduced in fp32.
     """
-    return _TokenLogProbs.apply(hidden, output_weight, targets, tp_group, vocab_size, temperature, chunk_size)
+    arguments = (tp_group, vocab_size, temperature, chunk_size)
+    return _TokenStatistics.apply(hidden, output_weight, targets, False, *arguments)[0]
 
 
-class _TokenLogProbs(torch.autograd.Function):
+def token_statistics(
+    hidden: Tensor,
+    output_weight: Tensor,
+    targets: Tensor,
+    *,
+    tp_group: dist.ProcessGroup,
+    vocab_size: int,
+    temperature: float,
+    chunk_size: int = CHUNK_TOKENS,
+) -> TokenStatistics:
+    """`token_log_probs` and, of the same distributions, entropy (with gradient) and certainty (without)."""
+    arguments = (tp_group, vocab_size, temperature, chunk_size)
+    return TokenStatistics(*_TokenStatistics.apply(hidden, output_weight, targets, True, *arguments))
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """`everything` False: the log-probs alone; the other two are empty."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, targets, tp_group, vocab_size, temperature, chunk_size):
+    def forward(ctx, hidden, weight, targets, everything, tp_group, vocab_size, temperature, chunk_size):
         first = dist.get_rank(tp_group) * weight.shape[0]
         maxima = hidden.new_empty(hidden.shape[0], dtype=_accurate(hidden.dtype))
-        sums, target_logits = torch.empty_like(maxima), torch.empty_like(maxima)
+        # of this rank's columns, per token: sum of exp(logit - max), the target's logit;
+        # with everything also sum of exp(logit - max) * (logit - max), sum of logits
+        sums = hidden.new_zeros(4 if everything else 2, hidden.shape[0], dtype=maxima.dtype)
         for rows in _chunks(hidden.shape[0], chunk_size):
             logits = _logits(hidden[rows], weight, first, vocab_size, temperature)
             maxima[rows] = logits.amax(dim=-1)
-            sums[rows] = (logits - _finite(maxima[rows])[:, None]).exp().sum(dim=-1)
-            target_logits[rows] = _pick(logits, targets[rows] - first)
+            shifted = logits - _finite(maxima[rows])[:, None]
+            mass = shifted.exp()
+            sums[0, rows] = mass.sum(dim=-1)
+            sums[1, rows] = _pick(logits, targets[rows] - first)
+            if everything:
+                real = logits > -torch.inf
+                sums[2, rows] = torch.where(real, mass * shifted, 0.0).sum(dim=-1)
+                sums[3, rows] = torch.where(real, logits, 0.0).sum(dim=-1)
         if dist.get_world_size(tp_group) > 1:
-            global_maxima = maxima.clone()
-            dist.all_reduce(global_maxima, op=dist.ReduceOp.MAX, group=tp_group)
-            parts = torch.stack([sums * (_finite(maxima) - global_maxima).exp(), target_logits])
-            parts[0][maxima == -torch.inf] = 0.0  # a rank that holds padding rows only
-            dist.all_reduce(parts, group=tp_group)
-            maxima, (sums, target_logits) = global_maxima, parts
-        log_normaliser = maxima + sums.log()
-        ctx.save_for_backward(hidden, weight, targets, log_normaliser)
+            maxima, sums = _over_ranks(maxima, sums, tp_group)
+        log_normaliser = maxima + sums[0].log()
+        log_probs = sums[1] - log_normaliser
+        entropy = certainty = log_probs.new_empty(0)
+        if everything:
+            entropy = sums[0].log() - sums[2] / sums[0]  # log Z - E[logit], both from the maximum
+            certainty = log_normaliser - sums[3] / vocab_size
+        ctx.save_for_backward(hidden, weight, targets, log_normaliser, entropy)
         ctx.arguments = tp_group, first, vocab_size, temperature, chunk_size
-        return (target_logits - log_normaliser).to(torch.promote_types(hidden.dtype, torch.float32))
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        answer = tuple(values.to(dtype) for values in (log_probs, entropy.clone(), certainty))
+        ctx.mark_non_differentiable(answer[2])
+        return answer
 
     @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets, log_normaliser = ctx.saved_tensors
+    def backward(ctx, grad, grad_entropy, _):
+        hidden, weight, targets, log_normaliser, entropy = ctx.saved_tensors
         tp_group, first, vocab_size, temperature, chunk_size = ctx.arguments
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=_accurate(weight.dtype))
         for rows in _chunks(hidden.shape[0], chunk_size):
             logits = _logits(hidden[rows], weight, first, vocab_size, temperature)
+            log_p = logits - log_normaliser[rows, None]
             # d log p(target) / d logit_v = [v == target] - p(v)
-            grad_logits = (logits - log_normaliser[rows, None]).exp_().mul_(-grad[rows, None])
+            slope = -grad[rows, None]
+            if entropy.numel():
+                # d entropy / d logit_v = -p(v) (log p(v) + entropy); p(v) is 0 in the padding
+                finite_log_p = torch.where(log_p > -torch.inf, log_p, 0.0)
+                slope = slope - grad_entropy[rows, None] * (finite_log_p + entropy[rows, None])
+            grad_logits = log_p.exp_().mul_(slope)
             _add_at(grad_logits, targets[rows] - first, grad[rows])
             grad_logits = grad_logits.div_(temperature).to(hidden.dtype)
             grad_hidden[rows] = grad_logits @ weight
             grad_weight += grad_logits.t() @ hidden[rows]
         if dist.get_world_size(tp_group) > 1:
             dist.all_reduce(grad_hidden, group=tp_group)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 6
+
+
+def _over_ranks(maxima: Tensor, sums: Tensor, tp_group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Maximum and sums over all columns of all ranks, the sums taken from the common maximum."""
+    everywhere = maxima.clone()
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=tp_group)
+    empty = maxima == -torch.inf  # a rank that holds padding rows only
+    shift = torch.where(empty, 0.0, maxima - everywhere)
+    scale = torch.where(empty, 0.0, shift.exp())
+    parts = sums.clone()
+    parts[0] = sums[0] * scale
+    if len(sums) > 2:
+        parts[2] = (sums[2] + shift * sums[0]) * scale  # sum of m (l - max) after the change of m and max
+    dist.all_reduce(parts, group=tp_group)
+    return everywhere, parts
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:

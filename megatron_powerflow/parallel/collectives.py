@@ -56,6 +56,17 @@ def broadcast_object(value, groups: Groups):
     return box[0]
 
 
+def from_last_stage(value, groups: Groups):
+    """The value of this replica's last stage, first tensor-parallel rank, on all ranks of the replica.
+
+    For what must be one thing though its computation may end differently (a parser with a time limit). Host memory.
+    """
+    says = groups.is_last_stage and groups.tp_rank == 0
+    everything = [None] * groups.world_size
+    dist.all_gather_object(everything, (groups.dp_rank, value) if says else None, group=groups.control)
+    return next(item[1] for item in everything if item is not None and item[0] == groups.dp_rank)
+
+
 def gather_to_main(value, groups: Groups) -> list | None:
     """Every rank's value, by rank, on rank 0; None elsewhere."""
     everything = [None] * groups.world_size if groups.is_main else None

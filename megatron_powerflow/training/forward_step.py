@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.objective.token_log_probs import token_log_probs
+from megatron_powerflow.objective.token_log_probs import TokenStatistics, token_log_probs, token_statistics
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import MicroBatch
 
@@ -49,6 +49,19 @@ class Scorer:
             temperature=self.temperature,
         )
         return values.new_zeros(batch.tokens.shape).masked_scatter(batch.loss_mask, values)
+
+    def statistics(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> TokenStatistics:
+        """`log_probs` with the entropy and certainty of the same distributions, each [b, s] fp32, 0 where masked."""
+        found = token_statistics(
+            hidden.transpose(0, 1)[batch.loss_mask],
+            chunk.output_weight(),
+            batch.targets[batch.loss_mask],
+            tp_group=self.groups.tp,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+        )
+        spread = [values.new_zeros(batch.tokens.shape).masked_scatter(batch.loss_mask, values) for values in found]
+        return TokenStatistics(*spread)
 
 
 # (hidden states of the whole sequence, last chunk, micro-batch) -> whatever the caller collects

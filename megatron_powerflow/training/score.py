@@ -19,6 +19,21 @@ def score(chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: 
     return found if found else [None] * len(batches)
 
 
+def score_certainty(
+    chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer
+) -> list[Tensor | None]:
+    """[b] mean over each response's tokens of logsumexp - mean of the logits, on the last stage; None elsewhere.
+
+    Self-certainty (Intuitor, arXiv 2505.19590), KL(Uniform || p), up to the constant log(vocabulary).
+    """
+
+    def mean_certainty(hidden, chunk, batch) -> Tensor:
+        return scorer.statistics(hidden, chunk, batch).certainty.sum(dim=1) / batch.num_response_tokens
+
+    found = run_forward(chunks, batches, scorer, mean_certainty)
+    return found if found else [None] * len(batches)
+
+
 def score_reference(reference: Reference, batches: Sequence[MicroBatch], scorer: Scorer) -> list[MicroBatch]:
     """The micro-batches with `ref_log_probs` (last stage only: nobody else needs them)."""
     with reference.weights() as chunks:

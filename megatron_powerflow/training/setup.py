@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.state import Progress, Trainable
-from megatron_powerflow.config import LEARNED_LOG_Z, ModelSection, PrecisionSection
+from megatron_powerflow.config import ModelSection, PrecisionSection
 from megatron_powerflow.conversion.hf_config import Family
 from megatron_powerflow.conversion.shards import load_from_hf, open_checked
-from megatron_powerflow.data.packing import Annotated, pack
-from megatron_powerflow.data.response_format import format_penalty, last_boxed
+from megatron_powerflow.data.packing import pack
 from megatron_powerflow.model.build import build_chunks, transformer_config
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
@@ -31,6 +30,7 @@ from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.optimizer import build_trainable
 from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.rewards import annotate
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def build_session(plan: Plan, groups: Groups) -> Session:
     chunks = policy()
     reference = SwapReference(chunks) if config.model.reference == "swap" else ResidentReference(policy())
     head = None
-    if config.objective.log_z in LEARNED_LOG_Z and groups.is_last_stage:
+    if config.objective.learns_log_z and groups.is_last_stage:
         head = LogZHead(
             architecture.hidden_size,
             kind=config.objective.log_z,
@@ -100,7 +100,7 @@ def build_session(plan: Plan, groups: Groups) -> Session:
 def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> list[list[MicroBatch]]:
     """This rank's rollouts as micro-batches, one list per optimizer update; groups stay whole."""
     config = plan.config
-    annotated = [_annotate(rollout, plan) for rollout in rollouts]
+    annotated = annotate(rollouts, config.objective, plan.tokenizer, session.groups)
     size = len(annotated) // config.optimizer.updates_per_rollout
     return [
         pack(
@@ -114,13 +114,3 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
         )
         for start in range(0, len(annotated), size)
     ]
-
-
-def _annotate(rollout: Rollout, plan: Plan) -> Annotated:
-    boxed = last_boxed(plan.tokenizer.decode(rollout.response_token_ids)) is not None
-    objective = plan.config.objective
-    return Annotated(
-        rollout,
-        psi=format_penalty(rollout, boxed, psi=objective.psi, exempt_tasks=objective.psi_exempt_tasks or ()),
-        boxed=boxed,
-    )

@@ -87,7 +87,7 @@ def test_wrong_values_say_what_was_got_and_what_holds(override, words):
     ("overrides", "reason"),
     [
         (["objective.clip_epsilon=0.1"], "objective.ratio=none"),
-        (["optimizer.log_z_lr=0.1", "objective.log_z=group"], "nothing is learned"),
+        (["optimizer.log_z_lr=0.1", "objective.log_z=group"], "objective.log_z is not learned"),
         (["objective.log_z_detach=false", "objective.log_z=scalar"], "objective.log_z is not mlp"),
         (["precision.fp8_recipe=blockwise"], "precision.dtype is not fp8"),
         (["parallel.vpp=2"], "parallel.pp=1"),

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.curves import draw_curves
-from megatron_powerflow.metrics.reduce import reduce_rollouts
+from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
 from megatron_powerflow.metrics.samples import read_samples, write_samples
 from megatron_powerflow.metrics.throughput import throughput
 from megatron_powerflow.metrics.writers import JsonlWriter, read_metrics
@@ -51,12 +51,16 @@ def table(**columns) -> np.ndarray:
     return np.stack([values[name] for name in ROLLOUT_COLUMNS], axis=1)
 
 
-def reduced(clip_epsilon=None, **columns) -> dict[str, float]:
-    return reduce_rollouts(table(**columns), responses_per_prompt=2, clip_epsilon=clip_epsilon)
+TARGET = Target(responses_per_prompt=2, max_response_tokens=8)
+
+
+def reduced(target: Target = TARGET, **columns) -> dict[str, float]:
+    return reduce_rollouts(table(**columns), target)
 
 
 def test_by_hand():
     values = reduced(
+        loss_term=[1, 1, 2, 0],
         residual=[1, -1, 2, 0],
         weight=[1, 1, 0.5, 1],
         log_z=[-1, -1, 3, 3],
@@ -78,15 +82,15 @@ def test_by_hand():
 
 
 def test_dropped_rollouts_enter_the_lengths_and_not_the_objective():
-    values = reduced(residual=[1, 1, 1, 100], kept=[1, 1, 1, 0])
-    assert values["loss"] == 1.0
+    values = reduced(loss_term=[1, 1, 1, 0], residual=[1, 1, 1, 100], kept=[1, 1, 1, 0])
+    assert values["loss"] == values["residual_mean"] == 1.0
     assert values["num_rollouts_kept"] == 3
     assert values["response_length_max"] == 8
 
 
 def test_clip_fraction_exists_only_where_something_clips():
-    assert "clip_fraction" not in reduced()
-    assert reduced(clip_epsilon=0.2, ratio=[1.0, 1.3, 0.5, 1.1])["clip_fraction"] == 0.5
+    assert "clip_fraction" not in reduced(clipped=[np.nan] * 4)
+    assert reduced(clipped=[0, 1, 1, 0])["clip_fraction"] == 0.5
 
 
 def test_a_step_without_kept_rollouts_has_no_loss_and_no_nan():
@@ -102,8 +106,8 @@ def test_a_log_prob_above_0_is_a_broken_scorer():
 
 def test_the_order_of_rows_does_not_matter():
     rows = table(residual=[1, -1, 2, 0], log_z=[-1, -1, 3, 3])
-    one = reduce_rollouts(rows, responses_per_prompt=2, clip_epsilon=None)
-    other = reduce_rollouts(rows[::-1].copy(), responses_per_prompt=2, clip_epsilon=None)
+    one = reduce_rollouts(rows, TARGET)
+    other = reduce_rollouts(rows[::-1].copy(), TARGET)
     assert one == pytest.approx(other)
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from megatron_powerflow.objective.log_z_estimate import contrastive_log_z, group_log_z, loo_log_z
 from megatron_powerflow.objective.trajectory_balance import (
+    balance_loss,
     importance_weight,
     initial_log_z,
-    la_tb_loss,
     partial_residual,
 )
 
@@ -29,14 +29,14 @@ def test_loss_by_hand():
     """
     partial = partial_residual(t(-6, -4, -1), t(-3, -5, -2), t(3, 2, 1), t(0, -0.5, 0), alpha=2.0)
     assert partial.tolist() == [0, 4, 3]
-    loss, residual = la_tb_loss(partial, t(-1, -1, -1), t(1, 0.8, 1.2), torch.tensor([True] * 3), num_kept=3)
+    loss, residual, _ = balance_loss(partial, t(-1, -1, -1), t(1, 0.8, 1.2), torch.tensor([True] * 3), num_kept=3)
     assert residual.tolist() == [-1, 3, 2]
     assert float(loss) == pytest.approx(13 / 3)
 
 
 def test_a_dropped_response_counts_nowhere():
     arguments = (t(0, 4, 3), t(-1, -1, -1), t(1, 1, 1))
-    loss, residual = la_tb_loss(*arguments, torch.tensor([True, False, True]), num_kept=2)
+    loss, residual, _ = balance_loss(*arguments, torch.tensor([True, False, True]), num_kept=2)
     assert float(loss) == pytest.approx((1 + 4) / 2)
     assert residual.tolist() == [-1, 3, 2]
 
@@ -68,7 +68,7 @@ def test_gradients_equal_the_closed_forms(batch):
     )
     sequence = torch.stack([row.sum() for row in tokens])
     partial = partial_residual(sequence, reference.detach(), num_tokens, psi.detach(), batch["alpha"])
-    loss, residual = la_tb_loss(partial, log_z, weight, torch.ones(size, dtype=torch.bool), num_kept=size)
+    loss, residual, _ = balance_loss(partial, log_z, weight, torch.ones(size, dtype=torch.bool), num_kept=size)
     loss.backward()
     expected = 2 * weight.detach() * residual.detach() / (num_tokens * size)
     for row, value in zip(tokens, expected, strict=True):
@@ -89,7 +89,7 @@ def test_length_normalised_tb_is_la_tb():
         s, z = sequence.clone().requires_grad_(), log_z.clone().requires_grad_()
         if formula == "ours":
             partial = partial_residual(s, reference, num_tokens, torch.zeros(8), 3.0)
-            loss = la_tb_loss(partial, z, torch.ones(8), torch.ones(8, dtype=torch.bool), 8).loss
+            loss = balance_loss(partial, z, torch.ones(8), torch.ones(8, dtype=torch.bool), 8).loss
         else:
             loss = (((s - 3.0 * reference) / num_tokens + z) ** 2).mean()
         loss.backward()
@@ -109,8 +109,8 @@ def test_the_start_value_makes_the_mean_residual_0():
     """Law 3."""
     reference, num_tokens, psi = t(-3, -8, -1), t(2, 9, 4), t(0, -0.5, -0.5)
     kept = torch.tensor([True, True, True])
-    log_z = initial_log_z(reference, num_tokens, psi, kept, alpha=4.0)
     partial = partial_residual(reference, reference, num_tokens, psi, alpha=4.0)
+    log_z = initial_log_z(partial, torch.ones(3, dtype=torch.float64), kept)
     assert float((log_z + partial).mean()) == pytest.approx(0.0, abs=1e-12)
     assert log_z == pytest.approx(3 * (-3 / 2 - 8 / 9 - 1 / 4) / 3 + 4 * (-1 / 3))
 
@@ -170,7 +170,7 @@ def gradient_of(estimator: str, partial: torch.Tensor, weight: torch.Tensor) -> 
     else:
         log_z = {"group": group_log_z, "loo": loo_log_z}[estimator](s, GROUPS, weight, KEPT)
     assert not log_z.requires_grad
-    la_tb_loss(s, log_z, weight * factor, KEPT, num_kept=5).loss.backward()
+    balance_loss(s, log_z, weight * factor, KEPT, num_kept=5).loss.backward()
     return s.grad
 
 

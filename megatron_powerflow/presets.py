@@ -1,0 +1,81 @@
+"""Which objective does `objective.preset` name? Every preset is a row of settings; the formulas are written once.
+
+    Balance          loss = w m (log Z' + S / a - alpha S_ref / c - alpha psi - beta r)^2    trajectory balance
+    PolicyGradient   loss = -A S / a, A the advantage of a reward within its group           RL ablations, rivals
+    EntropyMinimum   loss = mean entropy of the tokens of a response                          one-shot EM
+
+S, S_ref: log-probs of the response by policy and reference; a, c, m: 1 or the length n. Sources are named at each row.
+Left out: the formulas (`objective/`), the rewards of text (`training/rewards.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Norm = Literal["none", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """policy_norm, reference_norm: what S and S_ref are divided by. weight: m. per_token: the square of each token's
+    residual, averaged over the response, in place of the square of the average."""
+
+    policy_norm: Norm
+    reference_norm: Norm
+    weight: Norm = "none"
+    per_token: bool = False
+
+    @property
+    def per_length(self) -> bool:
+        """log Z' is a number per token."""
+        return self.policy_norm == "length" or self.per_token
+
+
+# power: alpha S_ref - S + alpha psi, the log-ratio to the target; power_per_token: the same over n; the others: of text
+Reward = Literal["power", "power_per_token", "gold", "cluster", "majority", "certainty", "boxed"]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyGradient:
+    """divide_by_std: A = (r - mean) / (std + 1e-6), as in GRPO; else r - mean. score_norm: what S is divided by."""
+
+    reward: Reward
+    divide_by_std: bool
+    score_norm: Norm
+
+    @property
+    def powers(self) -> bool:
+        """The reward is made of log-probs under the alpha-power of the reference."""
+        return self.reward in ("power", "power_per_token")
+
+
+@dataclass(frozen=True, slots=True)
+class EntropyMinimum:
+    """No reward and no target: the gradient of the entropy itself."""
+
+
+Form = Balance | PolicyGradient | EntropyMinimum
+
+PRESETS: dict[str, Form] = {
+    # length-aware trajectory balance: Eq. 10, arXiv 2603.18363; fixed point p_base^alpha exp(-lambda |y|)
+    "la_tb": Balance("length", "length"),
+    # trajectory balance: Eq. 5; fixed point p_base^alpha / Z
+    "tb_traj": Balance("none", "none"),
+    # three readings of the paper's "TB-token", whose loss it does not print
+    "tb_token_target": Balance("none", "length"),
+    "tb_token_score": Balance("length", "length", weight="length"),
+    "tb_token_step": Balance("length", "length", per_token=True),
+    # alpha = 1 and an advantage in the energy: arXiv 2509.15207, whose coefficient is 15
+    "flow_rl": Balance("length", "length"),
+    # policy gradient towards the alpha-power: optimum p_base^alpha / Z (arXiv 2605.04542); the same with reward / n
+    "rl_traj": PolicyGradient("power", divide_by_std=False, score_norm="none"),
+    "rl_token": PolicyGradient("power_per_token", divide_by_std=False, score_norm="none"),
+    # rivals: the reward differs, nothing else. Advantage and 1/n as in GRPO, arXiv 2402.03300
+    "grpo": PolicyGradient("gold", divide_by_std=True, score_norm="length"),
+    "empo": PolicyGradient("cluster", divide_by_std=True, score_norm="length"),  # arXiv 2504.05812
+    "ttrl": PolicyGradient("majority", divide_by_std=True, score_norm="length"),  # arXiv 2504.16084
+    "intuitor": PolicyGradient("certainty", divide_by_std=True, score_norm="length"),  # arXiv 2505.19590
+    "format_only": PolicyGradient("boxed", divide_by_std=True, score_norm="length"),
+    "one_shot_em": EntropyMinimum(),  # arXiv 2505.20282
+}

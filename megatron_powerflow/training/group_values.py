@@ -1,0 +1,148 @@
+"""What must be known of a whole group before any of its losses? log Z' estimates and advantages.
+
+Both are made of the policy as it is now, so they cost a forward pass; a group is whole on its data-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_powerflow.config import ObjectiveSection
+from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.objective.log_z_estimate import contrastive_log_z, group_log_z, loo_log_z
+from megatron_powerflow.objective.policy_gradient import group_advantage, power_reward
+from megatron_powerflow.objective.trajectory_balance import importance_weight, partial_residual
+from megatron_powerflow.presets import Balance, Norm, PolicyGradient
+from megatron_powerflow.records import MicroBatch
+from megatron_powerflow.training.forward_step import Scorer
+from megatron_powerflow.training.score import score, score_certainty
+
+
+def with_group_values(
+    chunks: Sequence[PolicyModel],
+    batches: Sequence[MicroBatch],
+    scorer: Scorer,
+    objective: ObjectiveSection,
+    alpha: float,
+    *,
+    old_is_current: bool,
+) -> list[MicroBatch]:
+    """The micro-batches with what their form needs, on the last stage; as they were where it needs nothing.
+
+    old_is_current: old_log_probs, where there are any, are those of the policy as it is (a step's first update).
+    """
+    form = objective.form
+    if isinstance(form, Balance) and not objective.learns_log_z:
+        return _with_log_z(batches, _current(chunks, batches, scorer, old_is_current), objective, form, alpha)
+    if isinstance(form, PolicyGradient):
+        if form.reward == "certainty":
+            means = score_certainty(chunks, batches, scorer)
+            return _with_advantage(batches, means, form) if scorer.groups.is_last_stage else list(batches)
+        if not form.powers:
+            return _with_advantage(batches, [batch.reward for batch in batches], form)
+        current = _current(chunks, batches, scorer, old_is_current)
+        norm: Norm = "length" if form.reward == "power_per_token" else "none"
+        if not scorer.groups.is_last_stage:
+            return list(batches)
+        rewards = [
+            power_reward(log_probs.sum(dim=1), b.ref_log_probs.sum(dim=1), b.num_response_tokens, b.psi, alpha, norm)
+            for b, log_probs in zip(batches, current, strict=True)
+        ]
+        return _with_advantage(batches, rewards, form)
+    return list(batches)
+
+
+def tilt_length(batch: MicroBatch, objective: ObjectiveSection) -> Tensor:
+    """[b] the length that the residual divides by: n, or min(n, tilt_cap)."""
+    if objective.tilt_cap is None:
+        return batch.num_response_tokens
+    return batch.num_response_tokens.clamp(max=objective.tilt_cap)
+
+
+def residual_weight(batch: MicroBatch, form: Balance) -> Tensor:
+    """[b] m: 1, or the number of response tokens."""
+    return batch.num_response_tokens.to(batch.psi.dtype) if form.weight == "length" else torch.ones_like(batch.psi)
+
+
+def partial_of(
+    sequence_log_prob: Tensor, batch: MicroBatch, objective: ObjectiveSection, form: Balance, alpha: float
+) -> Tensor:
+    """[b] `partial_residual` of a micro-batch, given the policy's sequence log-probs."""
+    return partial_residual(
+        sequence_log_prob,
+        batch.ref_log_probs.sum(dim=1),
+        tilt_length(batch, objective),
+        batch.psi,
+        alpha,
+        policy_norm=form.policy_norm,
+        reference_norm=form.reference_norm,
+        reward=batch.reward,
+    )
+
+
+def weight_of(sequence_log_prob: Tensor, batch: MicroBatch, objective: ObjectiveSection):
+    """(w, ratio) [b] of a micro-batch; the old policy is the current one where no other was scored."""
+    old = batch.old_log_probs.sum(dim=1) if batch.old_log_probs is not None else sequence_log_prob.detach()
+    return importance_weight(
+        sequence_log_prob,
+        old,
+        batch.num_response_tokens,
+        ratio=objective.ratio,
+        clip_epsilon=objective.clip_epsilon or 0.0,
+        upper_only=objective.clip == "upper",
+    )
+
+
+def _current(
+    chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer, old_is_current: bool
+) -> list[Tensor | None]:
+    if old_is_current and batches[0].old_log_probs is not None:
+        return [batch.old_log_probs for batch in batches]
+    return score(chunks, batches, scorer)
+
+
+def _with_log_z(
+    batches: Sequence[MicroBatch],
+    current: Sequence[Tensor | None],
+    objective: ObjectiveSection,
+    form: Balance,
+    alpha: float,
+) -> list[MicroBatch]:
+    if current[0] is None:
+        return list(batches)
+    sequences = [log_probs.sum(dim=1) for log_probs in current]
+    pairs = list(zip(sequences, batches, strict=True))
+    arguments = (
+        torch.cat([partial_of(sequence, batch, objective, form, alpha) for sequence, batch in pairs]),
+        torch.cat([batch.group for batch in batches]),
+        torch.cat([weight_of(s, b, objective).weight * residual_weight(b, form) for s, b in pairs]),
+        torch.cat([batch.kept for batch in batches]),
+    )
+    if objective.log_z == "contrastive":
+        log_z, factor = contrastive_log_z(*arguments)
+    else:
+        log_z = {"group": group_log_z, "loo": loo_log_z}[objective.log_z](*arguments)
+        factor = torch.ones_like(log_z)
+    sizes = [len(batch.group) for batch in batches]
+    return [
+        replace(batch, log_z=own_log_z, weight_factor=own_factor)
+        for batch, own_log_z, own_factor in zip(batches, log_z.split(sizes), factor.split(sizes), strict=True)
+    ]
+
+
+def _with_advantage(batches: Sequence[MicroBatch], rewards: Sequence[Tensor], form: PolicyGradient) -> list[MicroBatch]:
+    advantage = group_advantage(
+        torch.cat(list(rewards)),
+        torch.cat([batch.group for batch in batches]),
+        torch.cat([batch.kept for batch in batches]),
+        divide_by_std=form.divide_by_std,
+    )
+    sizes = [len(batch.group) for batch in batches]
+    return [
+        replace(batch, advantage=own, reward=reward)
+        for batch, own, reward in zip(batches, advantage.split(sizes), rewards, strict=True)
+    ]

@@ -1,0 +1,128 @@
+"""What does the text of each rollout say? Format penalty, reward, correctness, and numbers for the metrics.
+
+Left out: rewards made of log-probs (`group_values.py`), equality of answers (`data/answers.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+
+from megatron_powerflow.config import ObjectiveSection
+from megatron_powerflow.data.answers import cluster_answers, extract_answer, same_answer
+from megatron_powerflow.data.packing import Annotated
+from megatron_powerflow.data.response_format import format_penalty
+from megatron_powerflow.data.tokenizer import Tokenizer
+from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
+from megatron_powerflow.objective.policy_gradient import group_advantage
+from megatron_powerflow.parallel.collectives import from_last_stage
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.presets import PolicyGradient
+from megatron_powerflow.records import Rollout
+
+
+def annotate(
+    rollouts: Sequence[Rollout], objective: ObjectiveSection, tokenizer: Tokenizer, groups: Groups
+) -> list[Annotated]:
+    """Collective over the ranks of the run; every rank of a replica holds the same rollouts, sorted by slot."""
+    answers = [extract_answer(tokenizer.decode(rollout.response_token_ids)) for rollout in rollouts]
+    reward_name = reward_of_text(objective)
+    # equality of answers has a time limit, so one rank per replica decides
+    decides = groups.is_last_stage and groups.tp_rank == 0
+    correct, rewards = from_last_stage(
+        (correctness(rollouts, answers), text_rewards(rollouts, answers, reward_name)) if decides else None, groups
+    )
+    if objective.task_reward not in (None, "none"):
+        rewards = _energy_rewards(rewards, rollouts, objective)
+    distinct = {slot: (distinct_n(group, 2), distinct_n(group, 3)) for slot, group in _token_groups(rollouts)}
+    return [
+        Annotated(
+            rollout,
+            psi=format_penalty(
+                rollout, answer is not None, psi=objective.psi or 0.0, exempt_tasks=objective.psi_exempt_tasks or ()
+            ),
+            reward=reward,
+            annotations=(
+                float(answer is not None),
+                right,
+                repeated_share(rollout.response_token_ids),
+                *distinct[rollout.slot],
+            ),
+        )
+        for rollout, answer, right, reward in zip(rollouts, answers, correct, rewards, strict=True)
+    ]
+
+
+def reward_of_text(objective: ObjectiveSection) -> str:
+    """Which reward of text this objective uses: gold, cluster, majority, boxed, or none."""
+    if isinstance(objective.form, PolicyGradient):
+        return objective.form.reward if objective.form.reward in TEXT_REWARDS else "none"
+    return objective.task_reward or "none"
+
+
+def needs_answers(objective: ObjectiveSection) -> bool:
+    """The prompts must come with gold answers."""
+    return reward_of_text(objective) == "gold"
+
+
+def correctness(rollouts: Sequence[Rollout], answers: Sequence[str | None]) -> list[float]:
+    """1 where the answer is the prompt's, 0 where it is not, NaN where the prompt has none."""
+    return [
+        math.nan if rollout.prompt.answer is None else float(same_answer(rollout.prompt.answer, answer))
+        for rollout, answer in zip(rollouts, answers, strict=True)
+    ]
+
+
+def text_rewards(rollouts: Sequence[Rollout], answers: Sequence[str | None], name: str) -> list[float]:
+    """The named reward of each rollout; 0 for "none". Groups are whole."""
+    rewards: list[float] = []
+    for _, members in groupby(zip(rollouts, answers, strict=True), key=lambda pair: pair[0].slot):
+        group, group_answers = zip(*members, strict=True)
+        if name == "gold":
+            rewards += [0.0 if math.isnan(value) else value for value in correctness(group, group_answers)]
+        else:
+            rewards += TEXT_REWARDS[name](group_answers) if name != "none" else [0.0] * len(group)
+    return rewards
+
+
+def cluster_reward(answers: Sequence[str | None]) -> list[float]:
+    """EMPO (arXiv 2504.05812): r_i = (size of i's cluster) / G; a response without an answer is alone."""
+    clusters = cluster_answers(answers)
+    sizes = Counter(clusters)
+    return [sizes[cluster] / len(answers) for cluster in clusters]
+
+
+def majority_reward(answers: Sequence[str | None]) -> list[float]:
+    """TTRL (arXiv 2504.16084): r_i = 1 where the answer is the most common one; the earliest of equally common ones."""
+    clusters = cluster_answers(answers)
+    votes = Counter(cluster for cluster, answer in zip(clusters, answers, strict=True) if answer is not None)
+    if not votes:
+        return [0.0] * len(answers)
+    (label, _), *_ = votes.most_common(1)
+    return [float(cluster == label) for cluster in clusters]
+
+
+def boxed_reward(answers: Sequence[str | None]) -> list[float]:
+    """1 where there is an answer in a box at all."""
+    return [float(answer is not None) for answer in answers]
+
+
+TEXT_REWARDS = {"gold": None, "cluster": cluster_reward, "majority": majority_reward, "boxed": boxed_reward}
+
+
+def _energy_rewards(rewards: Sequence[float], rollouts: Sequence[Rollout], objective: ObjectiveSection) -> list[float]:
+    """beta r, or beta times the advantage of r in its group (FlowRL, arXiv 2509.15207)."""
+    values = torch.tensor(rewards, dtype=torch.float64)
+    if objective.reward_advantage:
+        slots = torch.tensor([rollout.slot for rollout in rollouts])
+        values = group_advantage(values, slots, torch.ones_like(slots, dtype=torch.bool), divide_by_std=True)
+    return (objective.reward_scale * values).tolist()
+
+
+def _token_groups(rollouts: Sequence[Rollout]):
+    for slot, members in groupby(rollouts, key=lambda rollout: rollout.slot):
+        yield slot, [rollout.response_token_ids for rollout in members]
