@@ -23,7 +23,7 @@ LEVELS = {
     "rollout": 3,
     "checkpoint": 3,
     "training": 4,
-    "evaluation": 4,
+    "evaluation": 5,
     "run_output": 5,
     "train": 5,
     "inference": 5,
@@ -38,6 +38,8 @@ FREE_OF_TORCH = (
     "checkpoint.folder",
     "conversion.shapes",
     "metrics.samples",
+    "metrics.counts",
+    "metrics.diversity",
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
