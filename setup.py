@@ -42,6 +42,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
         "transformers>=4.55",
+        "huggingface_hub>=0.30",
         "safetensors>=0.4.5",
         "math-verify>=0.8",
         "sentencepiece>=0.2",

@@ -48,8 +48,8 @@ def load_prompts(
     for number, row in read_rows(path, violations):
         try:
             token_ids = prompt_token_ids(row, tokenizer, vocab_size)
-            identity = _text_field(row, "id") or str(number - 1)
-            answer, task = _text_field(row, "answer"), _text_field(row, "task")
+            identity = text_field(row, "id") or str(number - 1)
+            answer, task = text_field(row, "answer"), text_field(row, "task")
         except UserError as error:
             violations.append(f"{path}:{number}: {error}")
             continue
@@ -72,9 +72,14 @@ def load_prompts(
             else f"{path}: no prompts in it"
         )
     if violations:
-        more = len(violations) - MAX_REPORTED
-        raise UserError(violations[:MAX_REPORTED] + ([f"... and {more} more like these"] if more > 0 else []))
+        raise UserError(first_violations(violations))
     return PromptFile(tuple(prompts), num_too_long)
+
+
+def first_violations(violations: Sequence[str]) -> list[str]:
+    """As many as a person reads, and how many more there are."""
+    more = len(violations) - MAX_REPORTED
+    return [*violations[:MAX_REPORTED], *([f"... and {more} more like these"] if more > 0 else [])]
 
 
 def read_rows(path: Path, violations: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -90,7 +95,7 @@ def read_rows(path: Path, violations: list[str]) -> Iterator[tuple[int, dict[str
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also numbers of over 4,300 digits
                 violations.append(f"{path}:{number}: not a line of JSON: {error}")
                 continue
             if not isinstance(row, dict):
@@ -161,7 +166,8 @@ def _check_messages(value: Any) -> Sequence[dict[str, str]]:
     return value
 
 
-def _text_field(row: dict[str, Any], name: str) -> str | None:
+def text_field(row: dict[str, Any], name: str) -> str | None:
+    """An optional text or number of a row, as text. Raises UserError without the line number."""
     value = row.get(name)
     if value is None:
         return None

@@ -40,6 +40,8 @@ FREE_OF_TORCH = (
     "checkpoint.folder",
     "conversion.shapes",
     "metrics.samples",
+    "metrics.counts",
+    "metrics.diversity",
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

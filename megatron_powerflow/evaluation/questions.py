@@ -1,0 +1,139 @@
+"""Which questions is a model to be asked? Data files or hub names in, questions with gold answers out.
+
+The format of a file is detected by its columns or named; every bad row is reported by its place before anything
+starts.
+
+Left out: the formats themselves (`readers.py`), tokens (`evaluate.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_powerflow.data.prompts import KINDS, first_violations, text_field
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.evaluation.hub import fetch, is_hub_name
+from megatron_powerflow.evaluation.readers import BENCHMARKS
+from megatron_powerflow.evaluation.rows import Row, read_file
+
+OWN = "prompts"
+COLUMNS_OF_ROWS = 100  # rows whose columns tell the format: a row may leave some out
+FORMATS = (*BENCHMARKS, OWN)
+PromptAs = Literal["chat", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question. (task, id) is unique; `place` is where it stands, for messages."""
+
+    id: str
+    task: str
+    prompt: Row  # one of `prompt`, `messages`, `prompt_token_ids`, as data/prompts.py reads it
+    answer: str | None  # None: there is nothing to compare with
+    place: str
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """num_left_out: rows that ask for a proof or a picture, or whose solution has no box."""
+
+    questions: tuple[Question, ...]
+    num_left_out: int
+
+
+def load_questions(
+    data: Sequence[str], *, format: str | None = None, suffix: str | None = None, prompt_as: PromptAs | None = None
+) -> Questions:
+    """Questions of files, or of data sets by hub name, in their order. Raises UserError with every bad row.
+
+    format: one of FORMATS for all of `data`; None detects. suffix: appended to a benchmark's questions; None is the
+    format's own, "" nothing. prompt_as: a benchmark's question as the one user message of the model's chat template
+    (None too), or as bare text. Prompts of our own are taken as they are.
+    """
+    if format is not None and format not in FORMATS:
+        raise UserError(f"--format {format}: unknown; known are {', '.join(FORMATS)}")
+    violations: list[str] = []
+    questions: list[Question] = []
+    used: set[str] = set()
+    num_left_out = 0
+    for path in [path for name in data for path in local_files(name)]:
+        rows = read_file(path, violations)
+        if not rows:
+            violations += [] if violations else [f"{path}: no rows in it"]
+            continue
+        name = format or _detect(path, rows)
+        used.add(name)
+        for number, row in rows:
+            try:
+                question = _question(name, row, path, number, suffix, prompt_as)
+            except UserError as error:
+                violations.append(f"{path}:{number}: {error}")
+                continue
+            if question is None:
+                num_left_out += 1
+            else:
+                questions.append(question)
+    violations += _repeated(questions)
+    if used == {OWN}:
+        given = {"--suffix": suffix, "--prompt-as": prompt_as}
+        violations += [
+            f"{option} has no effect on prompts of one's own, which are taken as they are; remove it"
+            for option, value in given.items()
+            if value is not None
+        ]
+    if not questions and not violations:
+        violations.append(f"{', '.join(data)}: all {num_left_out} rows ask for proofs or pictures, or have no box")
+    if violations:
+        raise UserError(first_violations(violations))
+    return Questions(tuple(questions), num_left_out)
+
+
+def local_files(name: str) -> list[Path]:
+    """The file itself, or those of a data set on the hub, fetched."""
+    if Path(name).exists() or not is_hub_name(name):
+        return [Path(name)]
+    return fetch(name)
+
+
+def _detect(path: Path, rows: Sequence[tuple[int, Row]]) -> str:
+    columns = {name for _, row in rows[:COLUMNS_OF_ROWS] for name in row}
+    found = next((name for name, benchmark in BENCHMARKS.items() if benchmark.detect(columns)), None)
+    if found is None and not columns & set(KINDS):
+        raise UserError(
+            f"{path}: columns {', '.join(sorted(columns)[:12])} are those of no known format; "
+            f"name one with --format: {', '.join(FORMATS)}"
+        )
+    return found or OWN
+
+
+def _question(
+    name: str, row: Row, path: Path, number: int, suffix: str | None, prompt_as: PromptAs | None
+) -> Question | None:
+    place = f"{path}:{number}"
+    if name == OWN:
+        identity, answer, task = (text_field(row, key) for key in ("id", "answer", "task"))
+        prompt = {kind: row[kind] for kind in KINDS if kind in row}
+        return Question(identity or str(number - 1), task or path.stem, prompt, answer, place)
+    benchmark = BENCHMARKS[name]
+    problem = benchmark.read(row)
+    if problem is None:
+        return None
+    ending = benchmark.suffix if suffix is None else suffix
+    text = problem.text
+    if ending:
+        text += ending if text[-1].isspace() else f" {ending}"
+    prompt = {"prompt": text} if prompt_as == "text" else {"messages": [{"role": "user", "content": text}]}
+    return Question(problem.id or f"{path.stem}:{number}", name, prompt, problem.answer, place, problem.tolerance)
+
+
+def _repeated(questions: Sequence[Question]) -> list[str]:
+    places: dict[tuple[str, str], str] = {}
+    return [
+        f"{question.place}: id {question.id!r} of task {question.task} is that of {first} too; ids are unique"
+        for question in questions
+        if (first := places.setdefault((question.task, question.id), question.place)) != question.place
+    ]

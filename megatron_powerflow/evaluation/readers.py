@@ -1,0 +1,160 @@
+"""Which question, and which gold answer, does a row of a published benchmark hold?
+
+One function a format, on the columns as published (read on the data sets' cards and in code that loads them):
+
+    math500         HuggingFaceH4/MATH-500: problem, solution, answer, subject, level, unique_id
+    aime24          HuggingFaceH4/aime_2024: id, problem, solution, answer, url, year
+    aime25          opencompass/AIME2025: question, answer; math-ai/aime25: problem, answer, id
+    amc23           math-ai/amc23: id, question, answer (27.0 for 27), url
+    olympiadbench   Hothan/OlympiadBench: question, context, final_answer (list), is_multiple_answer, unit, answer_type,
+                    error, image_1, ... (a sample row: EvalScope's page on olympiad_bench)
+    gpqa            Idavidrein/gpqa: Question, Correct Answer, Incorrect Answer 1, 2 and 3, Record ID
+    numina          AI-MO/NuminaMath-CoT: source, problem, solution (ending in a box), messages
+
+Left out: files (`rows.py`), the hub (`hub.py`), prompts of our own and everything common to all (`questions.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from megatron_powerflow.data.response_format import last_boxed
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.evaluation.rows import Row
+
+# EMPO's (github.com/QingyangZhang/EMPO), which the paper's recipe follows
+MATH_SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."
+CHOICE_SUFFIX = "Let's think step by step and output the letter of the final answer within \\boxed{}."
+LETTERS = "ABCD"
+GPQA_COLUMNS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a row says: the question's text, without a suffix, and its answer."""
+
+    text: str
+    answer: str
+    id: str | None  # the data set's own
+    tolerance: float | None = None  # numbers this near to the answer are right too
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """detect: do these columns look like it? read: None for a row that asks for what cannot be given or compared.
+
+    read raises UserError, without the place, for a row that is not of the format.
+    """
+
+    detect: Callable[[set[str]], bool]
+    read: Callable[[Row], Problem | None]
+    suffix: str = MATH_SUFFIX
+
+
+def read_math500(row: Row) -> Problem:
+    return Problem(_text(row, "problem"), _text(row, "answer"), _identity(row, "unique_id"))
+
+
+def read_aime(row: Row) -> Problem:
+    return Problem(_text(row, "problem" if "problem" in row else "question"), _aime_answer(row), _identity(row, "id"))
+
+
+def read_amc(row: Row) -> Problem:
+    return Problem(_text(row, "question"), _plain_number(_text(row, "answer")), _identity(row, "id"))
+
+
+def read_olympiadbench(row: Row) -> Problem | None:
+    """None: proofs, and questions about a picture. Several answers are one, in any order, separated by commas."""
+    answers = row.get("final_answer") or []
+    answers = [answers] if isinstance(answers, str) else answers
+    if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise UserError(f"final_answer must be a list of texts, got {row['final_answer']!r:.60}")
+    pictured = any(re.fullmatch(r"image_\d+", name) for name in row)
+    if not answers or pictured or row.get("answer_type") == "Need_human_evaluate":
+        return None
+    if len(answers) > 1 and not row.get("is_multiple_answer"):
+        raise UserError(f"final_answer has {len(answers)} entries, but is_multiple_answer is not true")
+    text = _text(row, "question")
+    if isinstance(row.get("context"), str) and row["context"].strip():
+        text = f"{row['context'].strip()}\n{text}"
+    if isinstance(row.get("unit"), str) and row["unit"].strip():
+        text += f"\nThe answer is in {row['unit'].strip()}; leave the unit out.\n"
+    answer = ", ".join(re.sub(r"(?<!\\)\$", "", answer).strip() for answer in answers)
+    return Problem(text, answer, _identity(row, "id"), _tolerance(row.get("error")))
+
+
+def read_gpqa(row: Row) -> Problem:
+    """The choices in an order that depends on nothing but their texts and the question's."""
+    question = _text(row, "Question")
+    choices = [(name, _text(row, name)) for name in GPQA_COLUMNS]
+    choices.sort(key=lambda choice: hashlib.sha256(f"{question}\0{choice[1]}".encode()).digest())
+    lines = [f"{letter}. {choice}\n" for letter, (_, choice) in zip(LETTERS, choices, strict=True)]
+    gold = next(place for place, (name, _) in enumerate(choices) if name == GPQA_COLUMNS[0])
+    return Problem(f"{question}\n\n{''.join(lines)}", LETTERS[gold], _identity(row, "Record ID"))
+
+
+def read_numina(row: Row) -> Problem | None:
+    """None: a solution without a box, most of them proofs."""
+    answer = last_boxed(_text(row, "solution"))
+    return None if answer is None else Problem(_text(row, "problem"), answer, None)
+
+
+# Asked in this order; what is told apart by few columns comes last.
+BENCHMARKS = {
+    "gpqa": Benchmark(lambda c: {"Question", *GPQA_COLUMNS} <= c, read_gpqa, CHOICE_SUFFIX),
+    "olympiadbench": Benchmark(lambda c: {"question", "final_answer"} <= c, read_olympiadbench),
+    "math500": Benchmark(lambda c: {"problem", "answer", "subject", "level"} <= c, read_math500),
+    "aime24": Benchmark(lambda c: {"problem", "answer", "url", "year"} <= c, read_aime),
+    "numina": Benchmark(lambda c: {"problem", "solution", "source"} <= c and "answer" not in c, read_numina),
+    "amc23": Benchmark(lambda c: {"question", "answer", "url"} <= c, read_amc),
+    "aime25": Benchmark(lambda c: c - {"id"} in ({"question", "answer"}, {"problem", "answer"}), read_aime),
+}
+
+
+def _text(row: Row, name: str) -> str:
+    """A text or number that is there and not empty, as text."""
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{name} must be a text or a number, got {value!r:.60}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, got {value}")
+    if not str(value).strip():
+        raise UserError(f"{name} is empty")
+    return str(value).strip()
+
+
+def _identity(row: Row, name: str) -> str | None:
+    return _text(row, name) if name in row else None
+
+
+def _aime_answer(row: Row) -> str:
+    """Whole, 0 to 999: 025 is 25, and one published answer is in degrees (336^\\circ in opencompass/AIME2025)."""
+    given = _text(row, "answer")
+    number = _plain_number(re.sub(r"\^\{?\\circ\}?$", "", given.strip("$").strip()))
+    if not re.fullmatch(r"\d{1,3}", number):
+        raise UserError(
+            f"answer must be a whole number from 0 to 999, got {given!r:.60}; is this AIME? name the format"
+        )
+    return number
+
+
+def _plain_number(text: str) -> str:
+    """27.0 and 027 as 27; what is no decimal number as it is."""
+    if not re.fullmatch(r"[-+]?\d{1,40}(\.\d{0,40})?", text):
+        return text
+    number = Fraction(text)
+    return str(number.numerator) if number.denominator == 1 else text
+
+
+def _tolerance(error: object) -> float | None:
+    """OlympiadBench's `error`, an absolute one: a text such as 1e-1. Several, one per answer, are not used."""
+    try:
+        value = float(error) if isinstance(error, str | float | int) else 0.0
+    except ValueError:
+        return None
+    return value if 0 < value < math.inf else None

@@ -1,0 +1,115 @@
+"""How good are the responses to a set of questions? avg@k, pass@k, maj@k, from what is counted per question.
+
+Pure functions of whole numbers and flags; no torch. The evaluation uses them on files, training on its own rollouts.
+
+Left out: who is right (`data/answers.py`), how different the texts are (`diversity.py`), reading and writing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionCounts:
+    """The n responses to one question, in the order they were drawn; every tuple has n entries, n >= 1.
+
+    Example (n = 4, gold 7, answers 7, none, 5, 7.0): correct (True, False, False, True), clusters (0, None, 1, 0).
+    """
+
+    task: str
+    num_response_tokens: tuple[int, ...]
+    truncated: tuple[bool, ...]  # cut at the length limit
+    clusters: tuple[int | None, ...]  # equal answers share a number; None: no answer in a box
+    correct: tuple[bool, ...] | None  # None: the question has no gold answer
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.clusters)
+
+
+def summarize_tasks(questions: Sequence[QuestionCounts]) -> tuple[dict[str, dict], dict]:
+    """(`summarize` by task, in order of appearance; `summarize` of all questions together)."""
+    tasks = dict.fromkeys(question.task for question in questions)
+    return {task: summarize([q for q in questions if q.task == task]) for task in tasks}, summarize(questions)
+
+
+def summarize(questions: Sequence[QuestionCounts]) -> dict:
+    """One row of an evaluation's table.
+
+    num_questions; num_responses, over all questions; avg, avg_se, pass_at and pass_at_se {k: value}, maj: over the
+    questions that have a gold answer, None (and empty) where there are none; response_length_mean in tokens,
+    truncated_fraction, boxed_rate: over all responses. maj is over all n responses of a question.
+    """
+    assert questions, "a summary needs at least one question"
+    graded = [question for question in questions if question.correct is not None]
+    means = [sum(question.correct) / question.num_responses for question in graded]
+    pass_at = {k: [_pass_of(question, k) for question in graded] for k in _ks(graded)}
+    num_responses = sum(question.num_responses for question in questions)
+    return {
+        "num_questions": len(questions),
+        "num_responses": num_responses,
+        "avg": mean(means),
+        "avg_se": standard_error(means),
+        "pass_at": {str(k): mean(values) for k, values in pass_at.items()},
+        "pass_at_se": {str(k): standard_error(values) for k, values in pass_at.items()},
+        "maj": mean([majority_correctness(question.clusters, question.correct) for question in graded]),
+        "response_length_mean": sum(sum(question.num_response_tokens) for question in questions) / num_responses,
+        "truncated_fraction": sum(sum(question.truncated) for question in questions) / num_responses,
+        "boxed_rate": sum(c is not None for question in questions for c in question.clusters) / num_responses,
+    }
+
+
+def pass_at_k(num_responses: int, num_correct: int, k: int) -> float:
+    """Chance that at least one of k responses, drawn without replacement from the n there are, is correct.
+
+    1 - C(n-c, k) / C(n, k), unbiased (Chen et al., arXiv 2107.03374), as a product of factors in [0, 1]:
+    the binomials themselves overflow.
+    """
+    assert 0 <= num_correct <= num_responses and 1 <= k <= num_responses
+    if num_responses - num_correct < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(num_responses - num_correct + 1, num_responses + 1))
+
+
+def majority_correctness(clusters: Sequence[int | None], correct: Sequence[bool], k: int | None = None) -> float:
+    """Expected correctness of the most common answer among the first k responses (None: among all).
+
+    Responses without an answer do not vote. Tied clusters are chosen from uniformly, and so is a member of the
+    chosen cluster: equality of answers is not quite transitive, so members may differ. 0 when nobody votes.
+    """
+    members: dict[int, list[bool]] = {}
+    for cluster, is_correct in list(zip(clusters, correct, strict=True))[:k]:
+        if cluster is not None:
+            members.setdefault(cluster, []).append(is_correct)
+    largest = max(map(len, members.values()), default=0)
+    winners = [sum(votes) / len(votes) for votes in members.values() if len(votes) == largest]
+    return mean(winners) or 0.0
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return math.fsum(values) / len(values) if values else None
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean over questions: sqrt(sum (x - mean)^2 / (q - 1)) / sqrt(q), q questions; None for q < 2.
+
+    It says how far another draw of questions would move the mean. The noise of sampling n responses is inside x.
+    """
+    if len(values) < 2:
+        return None
+    center = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((x - center) ** 2 for x in values) / (len(values) - 1) / len(values))
+
+
+def _ks(questions: Sequence[QuestionCounts]) -> list[int]:
+    """1, 2, 4, ... up to the number of responses that every question has."""
+    fewest = min((question.num_responses for question in questions), default=0)
+    return [1 << power for power in range(fewest.bit_length()) if 1 << power <= fewest]
+
+
+def _pass_of(question: QuestionCounts, k: int) -> float:
+    return pass_at_k(question.num_responses, sum(question.correct), k)
