@@ -127,6 +127,14 @@ class ObjectiveSection(Section):
         return PRESETS[self.preset]
 
     @property
+    def text_reward(self) -> str:
+        """gold, cluster, majority or boxed: the reward that is made of the responses' text; none."""
+        form = self.form
+        if isinstance(form, PolicyGradient):
+            return "none" if form.powers or form.reward == "certainty" else form.reward
+        return self.task_reward or "none"
+
+    @property
     def learns_log_z(self) -> bool:
         return self.log_z in LEARNED_LOG_Z
 

@@ -17,15 +17,17 @@ from rich.console import Console
 
 from megatron_powerflow.checkpoint.folder import STOP_NAME
 from megatron_powerflow.checkpoint.state import Progress
+from megatron_powerflow.metrics.alarm import length_alarm
 from megatron_powerflow.metrics.curves import draw_curves
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
-from megatron_powerflow.metrics.samples import write_samples
+from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, write_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
-from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, WandbWriter
+from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, WandbWriter, read_metrics
 from megatron_powerflow.parallel.collectives import any_rank
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.presets import Balance
 from megatron_powerflow.records import SamplingParams, StepMetrics
+from megatron_powerflow.training.held_out import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.setup import Session
 from megatron_powerflow.training.update import Updated
@@ -41,6 +43,8 @@ class RunOutput:
         self._writers: list = []
         self._line: ConsoleWriter | None = None
         self._clock = PhaseClock()
+        self._lines: list[dict[str, float]] = []  # of metrics.jsonl; what the alarm listens to
+        self._alarm: str | None = None
 
     def __enter__(self) -> RunOutput:
         plan, first_step = self._plan, self._session.progress.step
@@ -49,6 +53,8 @@ class RunOutput:
                 self._console.print(f"continuing after step {first_step} from {plan.resume_from}", highlight=False)
             self._line = ConsoleWriter(self._console, first_step=first_step, num_steps=plan.config.run.num_steps)
             self._writers = [JsonlWriter(plan.run_folder, first_step=first_step), self._line]
+            self._lines = read_metrics(plan.run_folder)
+            self._alarm = length_alarm(self._lines)
             if plan.config.metrics.wandb != "off":
                 config = plan.config.model_dump(exclude_none=True)
                 run_id = self._session.progress.wandb_run_id
@@ -96,26 +102,68 @@ class RunOutput:
         peak = torch.tensor([peak_memory_bytes()])
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.control)
         values["peak_memory_bytes"] = float(peak)
+        if groups.is_main:
+            self._listen(step, values)
         for writer in self._writers:
             writer.write(StepMetrics(step, values))
 
-    def sample_if_due(self, step: int) -> None:
-        """Answers to the first prompts of the file, before step `step`, into samples.jsonl. Collective."""
-        plan, section, groups = self._plan, self._plan.config.evaluation, self._session.groups
-        ends = step in (0, plan.config.run.num_steps)
-        if not section.samples or not (ends or (section.interval and step % section.interval == 0)):
+    def _listen(self, step: int, values: dict[str, float]) -> None:
+        """Note the alarm in the metrics; say so when it begins."""
+        self._lines.append(values)
+        rings = length_alarm(self._lines)
+        values["alarm"] = float(rings is not None)
+        if rings and not self._alarm:
+            margin = f", trap_margin {values['trap_margin']:.1f} nats" if "trap_margin" in values else ""
+            self._console.print(
+                f"[bold red]alarm[/] at step {step + 1}: {rings}{margin}. The target may reward repetition: see the "
+                "README on lower limits, objective.tilt_cap and objective.alpha_warmup_steps",
+                highlight=False,
+            )
+        self._alarm = rings
+
+    def alarmed(self) -> bool:
+        """The alarm rings and the run is to end when it does. Collective; the same answer everywhere."""
+        return self._plan.config.run.stop_on_alarm and any_rank(self._alarm is not None, self._session.groups)
+
+    def look(self, step: int) -> None:
+        """Where it is due before `step`: samples, and answers to the held-out prompts. Collective."""
+        interval = self._plan.config.evaluation.interval
+        ended = step == self._plan.config.run.num_steps or self.alarmed()
+        if step == 0 or ended or (interval and step % interval == 0):
+            self._sample(step)
+            self._evaluate(step)
+
+    def _evaluate(self, step: int) -> None:
+        """The held-out prompts into evaluations.jsonl."""
+        plan, section = self._plan, self._plan.config.evaluation
+        if not plan.evaluation_prompts:
             return
-        sampling = SamplingParams(
-            responses_per_prompt=1,
+        sampling = self._sampling(section.num_responses)
+        with self.phase("evaluation"):
+            line = evaluate_held_out(plan, self._session, sampling, step, self.rollout_progress)
+        if line is not None:
+            write_step_log(plan.run_folder / EVALUATIONS_NAME, step, [line])
+
+    def _sampling(self, responses_per_prompt: int) -> SamplingParams:
+        """As in training, with the same uniforms each time: what differs is the policy."""
+        plan = self._plan
+        return SamplingParams(
+            responses_per_prompt=responses_per_prompt,
             max_response_tokens=plan.config.rollout.max_response_tokens,
             temperature=plan.config.rollout.temperature,
             stop_token_ids=plan.stop_token_ids,
             seed=plan.config.run.seed,
-            step=0,  # the same uniforms each time: what differs is the policy
+            step=0,
         )
+
+    def _sample(self, step: int) -> None:
+        """Answers to the first prompts of the file into samples.jsonl."""
+        plan, section, groups = self._plan, self._plan.config.evaluation, self._session.groups
+        if not section.samples:
+            return
         prompts = list(enumerate(plan.prompts[: section.samples]))
         with self.phase("samples"):
-            rollouts = self._session.engine.generate(prompts, sampling)
+            rollouts = self._session.engine.generate(prompts, self._sampling(1))
         if not groups.is_main:
             return
         decode = plan.tokenizer.decode
@@ -132,7 +180,7 @@ class RunOutput:
             }
             for rollout in rollouts
         ]
-        write_samples(plan.run_folder, step, lines)
+        write_step_log(plan.run_folder / SAMPLES_NAME, step, lines)
 
 
 @contextlib.contextmanager

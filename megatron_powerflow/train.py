@@ -58,7 +58,9 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
         plan.prompts, seed=config.run.seed, shuffle=config.prompts.shuffle, position=progress.position
     )
     for step in range(progress.step, config.run.num_steps):
-        output.sample_if_due(step)
+        if output.alarmed():
+            break
+        output.look(step)
         with output.phase("rollout"):
             prompts = stream.take(config.rollout.prompts_per_step)
             rollouts = session.engine.generate(
@@ -77,7 +79,7 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
         progress = after(progress, stream, skipped=not all(stepped.applied for stepped in updated.steps))
         output.write(step, updated, lr, alpha, progress)
         refuse_endless_skipping(progress, config.optimizer.max_skipped_steps)
-        last, stopping = step + 1 == config.run.num_steps, stop.requested()
+        last, stopping = step + 1 == config.run.num_steps or output.alarmed(), stop.requested()
         if last or stopping or (config.checkpoint.interval and (step + 1) % config.checkpoint.interval == 0):
             with output.phase("checkpoint"):
                 storage.save(
@@ -90,7 +92,7 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
                 )
         if stopping and not last:
             raise RequeueRequested(f"stopped after step {step + 1}; the same command continues")
-    output.sample_if_due(config.run.num_steps)
+    output.look(progress.step)
     return progress
 
 

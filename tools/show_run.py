@@ -45,10 +45,10 @@ def main(
 
 
 def show_samples(run: Path, console: Console) -> None:
-    from megatron_powerflow.metrics.samples import read_samples
+    from megatron_powerflow.metrics.step_log import SAMPLES_NAME, read_step_log
 
     by_prompt: dict[str, list[dict]] = {}
-    for line in read_samples(run):
+    for line in read_step_log(run / SAMPLES_NAME):
         by_prompt.setdefault(line["id"], []).append(line)
     for identity, lines in by_prompt.items():
         first, last = lines[0], lines[-1]

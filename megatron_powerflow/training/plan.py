@@ -41,6 +41,7 @@ class Plan:
     stop_token_ids: frozenset[int]
     prompts: tuple[Prompt, ...]
     num_prompts_too_long: int
+    evaluation_prompts: tuple[Prompt, ...]
     resume_from: Path | None
 
     @property
@@ -65,7 +66,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     model = _collect(violations, lambda: read_architecture(config.model.hf_path, FAMILIES))
     tokenizer = _collect(violations, lambda: load_tokenizer(config.model.hf_path))
     resume_from = _collect(violations, lambda: _check_run_folder(config))
-    layout = stop_token_ids = prompt_file = None
+    layout = stop_token_ids = prompt_file = evaluation_file = None
     if model is not None:
         architecture, _ = model
         layout = _collect(violations, lambda: plan_layout(config, architecture, world_size))
@@ -74,7 +75,11 @@ def make_plan(config: Config, world_size: int) -> Plan:
     if tokenizer is not None:
         stop_token_ids = _collect(violations, lambda: read_stop_token_ids(config.model.hf_path, tokenizer.eos_token_id))
     if model is not None and tokenizer is not None:
-        prompt_file = _collect(violations, lambda: _read_prompts(config, tokenizer, model[0]))
+        prompt_file = _collect(violations, lambda: _read_prompts(config, config.prompts.path, tokenizer, model[0]))
+        if prompt_file is not None:
+            violations += _answer_violations(config, prompt_file)
+        if path := config.evaluation.prompts:
+            evaluation_file = _collect(violations, lambda: _read_prompts(config, path, tokenizer, model[0]))
     if violations:
         raise UserError(violations)
     assert model and layout and stop_token_ids and prompt_file
@@ -87,6 +92,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         stop_token_ids=stop_token_ids,
         prompts=prompt_file.prompts,
         num_prompts_too_long=prompt_file.num_too_long,
+        evaluation_prompts=evaluation_file.prompts if evaluation_file else (),
         resume_from=resume_from,
     )
 
@@ -134,9 +140,20 @@ def _collect(violations: list[str], function: Callable):
         return None
 
 
-def _read_prompts(config: Config, tokenizer: Tokenizer, architecture: Architecture) -> PromptFile:
+def _answer_violations(config: Config, prompt_file: PromptFile) -> list[str]:
+    without = [prompt.index + 1 for prompt in prompt_file.prompts if prompt.answer is None]
+    if config.objective.text_reward != "gold" or not without:
+        return []
+    return [
+        f"{config.prompts.path}: {len(without)} of {len(prompt_file.prompts)} prompts have no `answer` (line "
+        f"{without[0]} first), which the gold reward of objective.preset={config.objective.preset} compares with; "
+        "add answers or leave those prompts out"
+    ]
+
+
+def _read_prompts(config: Config, path: str, tokenizer: Tokenizer, architecture: Architecture) -> PromptFile:
     return load_prompts(
-        config.prompts.path,
+        path,
         tokenizer,
         vocab_size=architecture.vocab_size,
         max_prompt_tokens=config.rollout.max_prompt_tokens,

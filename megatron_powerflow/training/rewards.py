@@ -21,7 +21,6 @@ from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
 from megatron_powerflow.objective.policy_gradient import group_advantage
 from megatron_powerflow.parallel.collectives import from_last_stage
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.presets import PolicyGradient
 from megatron_powerflow.records import Rollout
 
 
@@ -30,11 +29,11 @@ def annotate(
 ) -> list[Annotated]:
     """Collective over the ranks of the run; every rank of a replica holds the same rollouts, sorted by slot."""
     answers = [extract_answer(tokenizer.decode(rollout.response_token_ids)) for rollout in rollouts]
-    reward_name = reward_of_text(objective)
     # equality of answers has a time limit, so one rank per replica decides
     decides = groups.is_last_stage and groups.tp_rank == 0
     correct, rewards = from_last_stage(
-        (correctness(rollouts, answers), text_rewards(rollouts, answers, reward_name)) if decides else None, groups
+        (correctness(rollouts, answers), text_rewards(rollouts, answers, objective.text_reward)) if decides else None,
+        groups,
     )
     if objective.task_reward not in (None, "none"):
         rewards = _energy_rewards(rewards, rollouts, objective)
@@ -57,18 +56,6 @@ def annotate(
     ]
 
 
-def reward_of_text(objective: ObjectiveSection) -> str:
-    """Which reward of text this objective uses: gold, cluster, majority, boxed, or none."""
-    if isinstance(objective.form, PolicyGradient):
-        return objective.form.reward if objective.form.reward in TEXT_REWARDS else "none"
-    return objective.task_reward or "none"
-
-
-def needs_answers(objective: ObjectiveSection) -> bool:
-    """The prompts must come with gold answers."""
-    return reward_of_text(objective) == "gold"
-
-
 def correctness(rollouts: Sequence[Rollout], answers: Sequence[str | None]) -> list[float]:
     """1 where the answer is the prompt's, 0 where it is not, NaN where the prompt has none."""
     return [
@@ -85,7 +72,7 @@ def text_rewards(rollouts: Sequence[Rollout], answers: Sequence[str | None], nam
         if name == "gold":
             rewards += [0.0 if math.isnan(value) else value for value in correctness(group, group_answers)]
         else:
-            rewards += TEXT_REWARDS[name](group_answers) if name != "none" else [0.0] * len(group)
+            rewards += OF_ANSWERS[name](group_answers)
     return rewards
 
 
@@ -111,7 +98,12 @@ def boxed_reward(answers: Sequence[str | None]) -> list[float]:
     return [float(answer is not None) for answer in answers]
 
 
-TEXT_REWARDS = {"gold": None, "cluster": cluster_reward, "majority": majority_reward, "boxed": boxed_reward}
+OF_ANSWERS = {
+    "cluster": cluster_reward,
+    "majority": majority_reward,
+    "boxed": boxed_reward,
+    "none": lambda answers: [0.0] * len(answers),
+}
 
 
 def _energy_rewards(rewards: Sequence[float], rollouts: Sequence[Rollout], objective: ObjectiveSection) -> list[float]:

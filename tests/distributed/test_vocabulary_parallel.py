@@ -20,10 +20,10 @@ def inputs() -> tuple[torch.Tensor, ...]:
 
 
 def kernel_on_a_shard(temperature: float, chunk_size: int):
-    """(values, gradient of hidden, gradient of this rank's rows)."""
+    """(log-probs, entropy and certainty, gradient of hidden, gradient of this rank's rows)."""
     import torch.distributed as dist
 
-    from megatron_powerflow.objective.token_log_probs import token_log_probs
+    from megatron_powerflow.objective.token_log_probs import token_statistics
 
     dist.init_process_group("gloo")
     try:
@@ -31,7 +31,7 @@ def kernel_on_a_shard(temperature: float, chunk_size: int):
         rows = PADDED // dist.get_world_size()
         shard = weight[dist.get_rank() * rows :][:rows].clone().requires_grad_()
         hidden.requires_grad_()
-        values = token_log_probs(
+        log_probs, entropy, certainty = token_statistics(
             hidden,
             shard,
             targets,
@@ -40,24 +40,28 @@ def kernel_on_a_shard(temperature: float, chunk_size: int):
             temperature=temperature,
             chunk_size=chunk_size,
         )
-        values.backward(upstream)
-        return values.detach().numpy(), hidden.grad.numpy(), shard.grad.numpy()
+        (upstream @ log_probs + upstream.flip(0) @ entropy).backward()
+        values = torch.stack([log_probs, entropy, certainty]).detach().numpy()
+        return values, hidden.grad.numpy(), shard.grad.numpy()
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize(("temperature", "chunk_size"), [(1.0, 512), (0.7, 5)])
-def test_log_probs_and_gradients_equal_full_logits(gloo, tp, temperature, chunk_size):
+def test_values_and_gradients_equal_full_logits(gloo, tp, temperature, chunk_size):
     hidden, weight, targets, upstream = inputs()
     hidden.requires_grad_()
     weight.requires_grad_()
     logits = hidden @ weight[:VOCAB].t() / temperature
-    values = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    values.backward(upstream)
+    every = logits.log_softmax(-1)
+    log_probs = every.gather(1, targets[:, None]).squeeze(1)
+    entropy, certainty = -(every.exp() * every).sum(-1), logits.logsumexp(-1) - logits.mean(-1)
+    (upstream @ log_probs + upstream.flip(0) @ entropy).backward()
+    values = torch.stack([log_probs, entropy, certainty]).detach().numpy()
     answers = gloo.run(tp, kernel_on_a_shard, temperature, chunk_size)
     for ours, grad_hidden, _ in answers:  # complete and equal on every rank
-        np.testing.assert_allclose(ours, values.detach().numpy(), rtol=1e-10)
+        np.testing.assert_allclose(ours, values, rtol=1e-10)
         np.testing.assert_allclose(grad_hidden, hidden.grad.numpy(), rtol=1e-8, atol=1e-10)
     grad_weight = np.concatenate([answer[2] for answer in answers])
     np.testing.assert_allclose(grad_weight, weight.grad.numpy(), rtol=1e-8, atol=1e-10)

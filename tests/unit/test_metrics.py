@@ -10,7 +10,7 @@ import pytest
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.curves import draw_curves
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
-from megatron_powerflow.metrics.samples import read_samples, write_samples
+from megatron_powerflow.metrics.step_log import read_step_log, write_step_log
 from megatron_powerflow.metrics.throughput import throughput
 from megatron_powerflow.metrics.writers import JsonlWriter, read_metrics
 from megatron_powerflow.records import ROLLOUT_COLUMNS, StepMetrics
@@ -134,10 +134,11 @@ def test_a_resumed_file_drops_lines_of_the_lost_try_and_a_cut_line(tmp_path):
 
 
 def test_samples_of_a_lost_try_are_replaced(tmp_path):
-    write_samples(tmp_path, 0, [{"step": 0, "response": "a"}])
-    write_samples(tmp_path, 5, [{"step": 5, "response": "lost"}])
-    write_samples(tmp_path, 5, [{"step": 5, "response": "ü"}])
-    assert [line["response"] for line in read_samples(tmp_path)] == ["a", "ü"]
+    path = tmp_path / "samples.jsonl"
+    write_step_log(path, 0, [{"step": 0, "response": "a"}])
+    write_step_log(path, 5, [{"step": 5, "response": "lost"}])
+    write_step_log(path, 5, [{"step": 5, "response": "ü"}])
+    assert [line["response"] for line in read_step_log(path)] == ["a", "ü"]
 
 
 def test_curves_are_drawn_from_the_file_alone(tmp_path):

@@ -15,7 +15,6 @@ from megatron_powerflow.training.rewards import (
     cluster_reward,
     correctness,
     majority_reward,
-    reward_of_text,
     text_rewards,
 )
 
@@ -73,8 +72,9 @@ def test_empo_and_ttrl_equal_their_formulas(answers):
 
 
 def test_which_reward_an_objective_uses():
-    assert reward_of_text(ObjectiveSection(preset="grpo")) == "gold"
-    assert reward_of_text(ObjectiveSection(preset="ttrl")) == "majority"
-    assert reward_of_text(ObjectiveSection(preset="rl_traj")) == "none"
-    assert reward_of_text(ObjectiveSection(preset="la_tb", task_reward="majority")) == "majority"
-    assert reward_of_text(ObjectiveSection(preset="la_tb")) == "none"
+    assert ObjectiveSection(preset="grpo").text_reward == "gold"
+    assert ObjectiveSection(preset="ttrl").text_reward == "majority"
+    assert ObjectiveSection(preset="rl_traj").text_reward == "none"
+    assert ObjectiveSection(preset="intuitor").text_reward == "none"
+    assert ObjectiveSection(preset="la_tb", task_reward="majority").text_reward == "majority"
+    assert ObjectiveSection(preset="la_tb").text_reward == "none"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_powerflow.objective.token_log_probs import token_log_probs
+from megatron_powerflow.objective.token_log_probs import token_log_probs, token_statistics
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,38 @@ def test_log_probs_are_fp32_and_at_most_0(alone):
 def test_no_tokens_no_values(alone):
     hidden, weight, targets = case(0, 37, 37)
     assert token_log_probs(hidden, weight, targets, tp_group=alone, vocab_size=37, temperature=1.0).shape == (0,)
+
+
+@pytest.mark.parametrize("chunk_size", [5, 512])
+@pytest.mark.parametrize(("vocab_size", "padded"), [(37, 37), (37, 48)])
+def test_entropy_and_certainty_equal_full_logits(alone, chunk_size, vocab_size, padded):
+    hidden, weight, targets = case(11, vocab_size, padded)
+    weight[vocab_size:] = 50.0  # padding that would dominate if it took part
+    upstream = torch.randn(2, 11, dtype=torch.float64)
+    results = []
+    for kernel in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if kernel:
+            arguments = {"tp_group": alone, "vocab_size": vocab_size, "temperature": 0.8, "chunk_size": chunk_size}
+            log_probs, entropy, certainty = token_statistics(h, w, targets, **arguments)
+            torch.testing.assert_close(log_probs, token_log_probs(h, w, targets, **arguments), rtol=0, atol=0)
+        else:
+            logits = h @ w[:vocab_size].t() / 0.8
+            every = logits.log_softmax(-1)
+            log_probs = every.gather(1, targets[:, None]).squeeze(1)
+            entropy, certainty = -(every.exp() * every).sum(-1), (logits.logsumexp(-1) - logits.mean(-1)).detach()
+        assert not certainty.requires_grad
+        (upstream[0] @ log_probs + upstream[1] @ entropy).backward()
+        results.append((log_probs.detach(), entropy.detach(), certainty, h.grad, w.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_certainty_is_the_divergence_of_the_uniform_distribution(alone):
+    """KL(Uniform || p) = certainty - log V (Intuitor, arXiv 2505.19590)."""
+    hidden, weight, targets = case(11, 37, 37)
+    certainty = token_statistics(hidden, weight, targets, tp_group=alone, vocab_size=37, temperature=1.0).certainty
+    log_p = (hidden @ weight.t()).log_softmax(-1)
+    uniform = torch.full_like(log_p, 1 / 37)
+    divergence = (uniform * (uniform.log() - log_p)).sum(-1)
+    torch.testing.assert_close(certainty - torch.tensor(37.0, dtype=torch.float64).log(), divergence)

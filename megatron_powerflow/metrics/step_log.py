@@ -1,0 +1,31 @@
+"""What was looked at now and then? Files of JSON lines that each belong to a step: samples.jsonl, evaluations.jsonl.
+
+A resumed run replaces the lines of the steps that were lost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SAMPLES_NAME = "samples.jsonl"
+EVALUATIONS_NAME = "evaluations.jsonl"
+
+
+def read_step_log(path: Path) -> list[dict[str, Any]]:
+    """Lines, each with a `step`. samples.jsonl: id, question, prompt, response, answer, finish_reason,
+    num_response_tokens. evaluations.jsonl: see `training/held_out.py`. Empty where there is no file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_step_log(path: Path, step: int, lines: Sequence[dict[str, Any]]) -> None:
+    """Add the lines made before `step`; those of this step and later, from a lost try, are replaced."""
+    kept = [line for line in read_step_log(path) if line["step"] < step]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*kept, *lines])
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,74 @@
+"""How well does the policy answer prompts it is not trained on? A line of evaluations.jsonl.
+
+Left out: benchmarks and files (`evaluation/`), which `powerflow evaluate` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from megatron_powerflow.data.answers import cluster_answers, extract_answer
+from megatron_powerflow.metrics.counts import QuestionCounts, summarize
+from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
+from megatron_powerflow.parallel.collectives import gather_to_main
+from megatron_powerflow.records import Rollout, SamplingParams
+from megatron_powerflow.rollout.engine import Progress
+from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.rewards import correctness
+from megatron_powerflow.training.setup import Session
+
+STREAM = 2**32 - 1  # the `step` of the sampler's uniforms: those of no training step, and the same at each evaluation
+
+
+def evaluate_held_out(
+    plan: Plan, session: Session, sampling: SamplingParams, step: int, progress: Progress | None = None
+) -> dict[str, Any] | None:
+    """On the main rank a line with step, accuracy, accuracy_se, pass_at, maj, response_length_mean,
+    truncated_fraction, boxed_rate, distinct_2, distinct_3, repeated_share, policy_entropy (nats a token);
+    None elsewhere. Collective."""
+    groups, section = session.groups, plan.config.evaluation
+    sampling = replace(sampling, responses_per_prompt=section.num_responses, step=STREAM)
+    mine = list(enumerate(plan.evaluation_prompts))[groups.dp_rank :: groups.dp_size]
+    rollouts = session.engine.generate(mine, sampling, progress) if mine else []
+    reports = groups.is_first_stage and groups.tp_rank == 0
+    gathered = gather_to_main(rollouts if reports else [], groups)
+    if gathered is None:
+        return None
+    every = sorted((r for part in gathered for r in part), key=lambda r: (r.slot, r.response_index))
+    by_prompt = [list(members) for _, members in groupby(every, key=lambda rollout: rollout.slot)]
+    summary = summarize([_counts(members, plan) for members in by_prompt])
+    tokens = [[rollout.response_token_ids for rollout in members] for members in by_prompt]
+    return {
+        "step": step,
+        "accuracy": summary["avg"],
+        "accuracy_se": summary["avg_se"],
+        **{
+            name: summary[name]
+            for name in ("pass_at", "maj", "response_length_mean", "truncated_fraction", "boxed_rate")
+        },
+        "num_prompts": len(by_prompt),
+        "num_responses": section.num_responses,
+        "distinct_2": float(np.mean([distinct_n(group, 2) for group in tokens])),
+        "distinct_3": float(np.mean([distinct_n(group, 3) for group in tokens])),
+        "repeated_share": float(np.mean([repeated_share(response) for group in tokens for response in group])),
+        "policy_entropy": -sum(sum(r.rollout_log_probs) for r in every) / sum(len(r.response_token_ids) for r in every),
+    }
+
+
+def _counts(members: Sequence[Rollout], plan: Plan) -> QuestionCounts:
+    """One prompt's responses, counted."""
+    answers = [extract_answer(plan.tokenizer.decode(rollout.response_token_ids)) for rollout in members]
+    clusters = cluster_answers(answers)
+    has_answer = members[0].prompt.answer is not None
+    return QuestionCounts(
+        task=members[0].prompt.task or "",
+        num_response_tokens=tuple(len(rollout.response_token_ids) for rollout in members),
+        truncated=tuple(rollout.finish_reason == "length" for rollout in members),
+        clusters=tuple(None if a is None else c for a, c in zip(answers, clusters, strict=True)),
+        correct=tuple(value == 1.0 for value in correctness(members, answers)) if has_answer else None,
+    )

@@ -1,0 +1,83 @@
+"""Held-out prompts are answered while training goes on, the same under every layout; the alarm can end a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.step_log import read_step_log
+from megatron_powerflow.metrics.writers import read_metrics
+from megatron_powerflow.training.plan import make_plan
+from tests.distributed.megatron_sessions import config_for, run_training
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path) -> Path:
+    model = tiny_model("llama", vocab_size=10, scale=0.2, boxes=True, eos_token_id=2)
+    for name, answer in (("train", None), ("held_out", "1")):
+        lines = [{"prompt_token_ids": [5 + i % 4, 7], **({"answer": answer} if answer else {})} for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"""
+model: {{hf_path: {model}}}
+precision: {{dtype: fp32}}
+prompts: {{path: {tmp_path / "train.jsonl"}}}
+rollout: {{prompts_per_step: 2, responses_per_prompt: 4, max_prompt_tokens: 8, max_response_tokens: 6}}
+objective: {{log_z: group}}
+optimizer: {{lr: 1e-2}}
+evaluation: {{prompts: {tmp_path / "held_out.jsonl"}, num_responses: 8, interval: 2, samples: 1}}
+metrics: {{wandb: "off", curves: false}}
+run: {{num_steps: 3, export: false, output_dir: {tmp_path / "run"}}}
+"""
+    )
+    return path
+
+
+def test_evaluations_are_written_when_due_and_alike_under_every_layout(gloo, config, tmp_path):
+    gloo.run(1, run_training, config)
+    lines = read_step_log(tmp_path / "run" / "evaluations.jsonl")
+    assert [line["step"] for line in lines] == [0, 2, 3]
+    assert lines[0]["num_prompts"] == 6
+    assert 0 < lines[0]["accuracy"] < 1
+    assert set(lines[0]["pass_at"]) == {"1", "2", "4", "8"}
+    assert lines[0]["pass_at"]["1"] == pytest.approx(lines[0]["accuracy"])
+    assert lines[0]["policy_entropy"] > 0
+    for name, num_ranks, layout in (("pp2", 2, "parallel.pp=2"), ("dp2", 2, "parallel.micro_batch_size=2")):
+        gloo.run(num_ranks, run_training, config, f"run.output_dir={tmp_path / name}", layout)
+        for ours, theirs in zip(read_step_log(tmp_path / name / "evaluations.jsonl"), lines, strict=True):
+            assert ours["accuracy"] == theirs["accuracy"]
+            assert ours["pass_at"] == theirs["pass_at"]
+            assert ours["policy_entropy"] == pytest.approx(theirs["policy_entropy"], rel=1e-4)
+
+
+def test_an_alarm_ends_the_run_when_it_is_told_to(gloo, config, tmp_path):
+    """Nothing is trained (lr 0), and the log of the steps before tells of a collapse: the alarm is a function of it."""
+    common = ["optimizer.lr=0", "checkpoint.interval=1"]
+    gloo.run(1, run_training, config, "run.num_steps=20", *common)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = read_metrics(tmp_path / "run")
+    assert [line["alarm"] for line in lines] == [0.0] * 20
+    for number, line in enumerate(lines):
+        line["truncated_fraction"] = 0.0 if number < 10 else 1.0
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # what may change when a run goes on: the number of steps; so the option was there from the start in a second run
+    settings = [*common, "run.stop_on_alarm=true", f"run.output_dir={tmp_path / 'second'}"]
+    gloo.run(2, run_training, config, "run.num_steps=20", *settings)
+    (tmp_path / "second" / "metrics.jsonl").write_text(metrics.read_text())
+    (printed, _) = gloo.run(2, run_training, config, "run.num_steps=30", *settings)
+    assert len(read_metrics(tmp_path / "second")) == 20
+    assert (tmp_path / "second" / "checkpoints" / "latest").read_text().strip() == "step_000020"
+    gloo.run(1, run_training, config, "run.num_steps=22", *common)
+    assert [line["alarm"] for line in read_metrics(tmp_path / "run")[20:]] == [1.0, 1.0]
+    assert printed is not None
+
+
+def test_a_gold_reward_needs_answers(tiny_model, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt_token_ids": [5], "answer": "1"}\n{"prompt_token_ids": [6]}\n')
+    config = config_for(tiny_model("llama"), tmp_path / "prompts.jsonl", tmp_path / "run", "objective.preset=grpo")
+    with pytest.raises(UserError, match="1 of 2 prompts have no `answer` \\(line 2 first\\)"):
+        make_plan(config, 1)
