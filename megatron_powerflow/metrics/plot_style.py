@@ -27,6 +27,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.labelsize": 12.5,
+    "axes.labelpad": 6.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
@@ -53,13 +54,20 @@ class LineStyle:
     color: str
     dashes: tuple[float, ...]
     marker: str
+    edge: str = "white"  # of the marker; black: evaluated only
+    width: float = 1.9
 
     def line(self) -> dict:
         """Keywords for `axis.plot`; without the marker."""
-        return {"color": self.color, "linestyle": (0, self.dashes) if self.dashes else "-"}
+        linestyle = (0, self.dashes) if self.dashes else "-"
+        return {"color": self.color, "linestyle": linestyle, "linewidth": self.width}
 
     def marked(self) -> dict:
-        return self.line() | {"marker": self.marker, "markeredgecolor": "white", "markeredgewidth": 0.6}
+        return self.line() | {"marker": self.marker, "markeredgecolor": self.edge, "markeredgewidth": 0.7}
+
+    def point(self) -> dict:
+        """Keywords of a marker that stands alone."""
+        return self.marked() | {"linestyle": "none", "markeredgecolor": "black", "markersize": 11.0}
 
 
 def line_styles(count: int) -> list[LineStyle]:

@@ -1,6 +1,6 @@
 """Does accuracy rise at a stable length, or does an arm collapse? The two pictures of the paper's Fig. 3.
 
-From evaluations.jsonl; arms that were only evaluated are a diamond, or a level line.
+From evaluations.jsonl; arms that were only evaluated are a point, or a level line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from megatron_powerflow.report.seeds import band
 
 START = {"marker": "o", "markerfacecolor": "white", "markersize": 10, "markeredgewidth": 1.8, "linestyle": "none"}
 END = {"marker": "*", "markersize": 17, "markeredgecolor": "white", "markeredgewidth": 0.8, "linestyle": "none"}
-POINT = {"marker": "d", "markersize": 11, "markeredgecolor": "black", "markeredgewidth": 0.9, "linestyle": "none"}
 
 
 def draw_accuracy_against_length(cast: Cast) -> Picture | None:
@@ -40,8 +39,6 @@ def draw_accuracy_against_length(cast: Cast) -> Picture | None:
         axis.set_ylabel("accuracy")
         extra = [Line2D([], [], **START, color=GREY, label="first evaluation")]
         extra.append(Line2D([], [], **END, color=GREY, label="last evaluation"))
-        if points:
-            extra.append(Line2D([], [], **POINT, color=GREY, label="evaluated only"))
         png = finish(figure, [pair for pair in cast.pairs() if pair in paths or pair in points], extra)
     return Picture(
         name="accuracy_against_length",
@@ -112,7 +109,7 @@ def _draw_point(axis: Axes, arm: Arm, style: LineStyle) -> bool:
     axis.errorbar(
         length.mean, accuracy.mean, xerr=length.se, yerr=accuracy.se, fmt="none", ecolor=style.color, elinewidth=1.4
     )
-    axis.plot(length.mean, accuracy.mean, **POINT, color=style.color, zorder=7)
+    axis.plot(length.mean, accuracy.mean, **style.point(), zorder=7)
     return True
 
 
@@ -120,9 +117,9 @@ def _draw_level(axis: Axes, arm: Arm, style: LineStyle, name: str, place: int, c
     point = arm.point(name)
     if point is None:
         return
-    axis.axhline(point.mean, **(style.line() | {"linestyle": (0, (6, 3))}), linewidth=1.6)
+    axis.axhline(point.mean, **style.line())
     # one marker, so that level lines that lie close are told apart
-    axis.plot((place + 1) / (count + 1), point.mean, **(style.marked() | {"linestyle": "none"}),
-              transform=axis.get_yaxis_transform(), clip_on=False, markersize=8)  # fmt: skip
+    across = (place + 1) / (count + 1)
+    axis.plot(across, point.mean, **style.point(), transform=axis.get_yaxis_transform(), zorder=4)
     if point.se:
         axis.axhspan(point.mean - point.se, point.mean + point.se, color=style.color, alpha=0.1, linewidth=0)

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from megatron_powerflow.metrics.plot_style import LineStyle
-from megatron_powerflow.report.accuracy_and_length import END, POINT, START
+from megatron_powerflow.report.accuracy_and_length import END, START
 from megatron_powerflow.report.arms import Arm, estimate_of
 from megatron_powerflow.report.pictures import GREY, Cast, Picture, finish, in_style, panels
 from megatron_powerflow.report.runs import Evaluation
@@ -63,8 +63,6 @@ def draw_frontier(cast: Cast) -> Picture | None:
         if any(len(path) > 1 for view in views for _, path in view.paths):
             extra.append(Line2D([], [], **START, color=GREY, label="first evaluation"))
             extra.append(Line2D([], [], **END, color=GREY, label="last evaluation"))
-        if any(len(path) == 1 for view in views for _, path in view.paths):
-            extra.append(Line2D([], [], **POINT, color=GREY, label="one evaluation"))
         png = finish(figure, [pair for place, pair in enumerate(cast.pairs()) if place in appear], extra)
     absent = [arm.label for place, arm in enumerate(cast.arms) if place not in appear]
     if absent:
@@ -96,9 +94,10 @@ def _views(arms: Sequence[Arm]) -> list[View]:
             paths = tuple((place, path) for place, path in found if path)
             if len(paths) > 1 or any(len(path) > 1 for _, path in paths):
                 here.append(View(x_name, y_name, in_training, paths))
-        views += here[:MAX_PANELS]
-    # a source without a trained arm shows nothing that the other one does not
-    return [view for view in views if any(arms[place].trained for place, _ in view.paths)] or views[:MAX_PANELS]
+        # without a trained arm it shows nothing that the other source does not
+        with_trained = [view for view in here if any(arms[place].trained for place, _ in view.paths)]
+        views += with_trained[:MAX_PANELS] if any(arm.trained for arm in arms) or in_training else here[:MAX_PANELS]
+    return views
 
 
 def _everything(arm: Arm, in_training: bool) -> list[Evaluation]:
@@ -134,14 +133,16 @@ def _draw_view(axis: Axes, cast: Cast, view: View) -> str:
         axis.plot([one.x.mean, other.x.mean], [one.y.mean, other.y.mean], color="#999999", linewidth=1.3, zorder=1.6)
     name, reference = _reference(cast.arms, view)
     axis.margins(0.08)
-    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     corner = (reference.x.mean, reference.y.mean)
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    right = max(right, corner[0] + 0.22 * (right - left))  # room for the shaded side, wherever the reference lies
+    top = max(top, corner[1] + 0.16 * (top - bottom))
     axis.fill_between([corner[0], right], corner[1], top, color="#8a8a8a", alpha=0.16, linewidth=0, zorder=0.5)
     axis.plot([corner[0], corner[0], right], [top, corner[1], corner[1]], color=GREY, linewidth=1.0, zorder=0.6)
     axis.set_xlim(left, right)
     axis.set_ylim(bottom, top)
     axis.annotate(
-        "better on both", (1, 1), xycoords="axes fraction", xytext=(-6, -6), textcoords="offset points",
+        "better\non both", (1, 1), xycoords="axes fraction", xytext=(-6, -6), textcoords="offset points",
         ha="right", va="top", color="#333333", style="italic",
     )  # fmt: skip
     axis.set_xlabel(f"{DIVERSITY[view.x_name]} (diversity)")
@@ -158,7 +159,7 @@ def _draw_path(axis: Axes, style: LineStyle, path: Sequence[Place]) -> None:
         alpha=0.35 if len(path) > 1 else 0.9,
     )  # fmt: skip
     if len(path) == 1:
-        axis.plot(xs, ys, **(POINT | {"marker": style.marker}), color=style.color, zorder=7)
+        axis.plot(xs, ys, **style.point(), zorder=7)
         return
     axis.plot(xs, ys, **style.marked(), zorder=3)
     axis.plot(xs[-1], ys[-1], **END, color=style.color, zorder=5)

@@ -37,12 +37,13 @@ class Panel:
     title: str
     name: str
     thin: str | None = None
+    around_0: bool = False
 
 
 PANELS = (
     Panel("log Z′; thin: the group's estimate", "log_z_mean", "group_log_z_mean"),
-    Panel("E[w · residual]; 0: log Z′ is stationary", "weighted_residual_mean"),
-    Panel("Trap margin (nats); above 0 the loop pays", "trap_margin"),
+    Panel("E[w · residual]; 0: log Z′ is stationary", "weighted_residual_mean", around_0=True),
+    Panel("Trap margin (nats); above 0 the loop pays", "trap_margin", around_0=True),
     Panel("Trap: λ per token", "trap_lambda"),
     Panel("Trap: cost of the loop (nats per token)", "trap_loop_nats"),
     Panel("Trap: cost of entering it (nats)", "trap_entry_nats"),
@@ -67,7 +68,8 @@ def draw_log_z(cast: Cast) -> Picture | None:
                 if panel.name == "trap_margin":
                     alarms += _mark_alarms(axis, arm, style)
             scale = scale_to(axis, series, signed=True)
-            zero_line(axis)
+            if panel.around_0:
+                zero_line(axis)
             if panel.name == "trap_margin":
                 _shade_above_0(axis)
             axis.set_title(panel.title + scale)

@@ -9,7 +9,9 @@ Left out: judgement. The page shows numbers and their errors; it does not say wh
 from __future__ import annotations
 
 import base64
+import importlib.util
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,9 +22,9 @@ from markupsafe import Markup
 from megatron_powerflow import __version__
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.report.answers import answers_of
-from megatron_powerflow.report.arms import Arm, group_runs
+from megatron_powerflow.report.arms import group_runs
 from megatron_powerflow.report.reading import visible
-from megatron_powerflow.report.runs import read_runs
+from megatron_powerflow.report.runs import EvaluationFile, read_runs
 from megatron_powerflow.report.tables import arms_table, differences_table, evaluations_table, start_sentence
 
 PAGE_NAME = "index.html"
@@ -36,15 +38,16 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
 
     Raises UserError when a folder is no run, one seed is there twice, matplotlib is missing or OUT cannot be written.
     """
-    try:
-        from megatron_powerflow.report.drawing import draw_all, swatch
-    except ImportError:
-        raise UserError("a report needs matplotlib; pip install megatron_powerflow[plot]") from None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("a report needs matplotlib; pip install megatron_powerflow[plot]")
+    from megatron_powerflow.report.drawing import draw_all, swatch
+
     notes: list[str] = []
     arms = group_runs(read_runs(folders, notes))
     sections, styles = draw_all(arms)
     for section in sections:
         notes += [f"{picture.title}: {note}" for picture in section.pictures for note in picture.notes]
+    files = [file for arm in arms for run in arm.members for file in run.files]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -61,7 +64,8 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
         differences=differences_table(arms),
         evaluations=evaluations_table(arms),
         answers=[answers_of(arm) for arm in arms],
-        versions=_versions(arms),
+        versions=_versions(files),
+        commands=list(dict.fromkeys(file.command for file in files if file.command)),
         command=visible(command, 5000),
         own_versions=_own_versions(),
         notes=[visible(note, 600) for note in notes[:MAX_NOTES]],
@@ -71,15 +75,9 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
     return out / PAGE_NAME
 
 
-def _versions(arms: Sequence[Arm]) -> list[tuple[str, str, str]]:
-    """(where, versions, command) that evaluation files state, each pair once."""
-    found = {
-        (", ".join(f"{name} {value}" for name, value in sorted(file.versions.items())), file.command): file.where
-        for arm in arms
-        for run in reversed(arm.members)
-        for file in reversed(run.files)
-    }
-    return [(where, versions, command) for (versions, command), where in found.items() if versions or command]
+def _versions(files: Sequence[EvaluationFile]) -> list[tuple[str, int]]:
+    """The versions that evaluations state, and how many of them state the same."""
+    return list(Counter(", ".join(f"{k} {v}" for k, v in sorted(file.versions.items())) for file in files).items())
 
 
 def _own_versions() -> str:

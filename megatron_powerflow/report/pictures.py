@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from megatron_powerflow.metrics.plot_style import STYLE, LineStyle, line_styles
 from megatron_powerflow.report.arms import Arm
@@ -27,6 +28,7 @@ WIDTH = 11.0  # inches; CSS_WIDTH pixels on the page where there is room
 CSS_WIDTH = 1056
 MARKS = 8  # markers along a curve
 GREY = "#555555"
+LEVEL_DASHES = (4.0, 2.5)
 LABEL_CHARACTERS = 34  # of a legend's line
 FAR_APART = 30.0  # between arms or within one: then the axis is logarithmic
 
@@ -55,7 +57,12 @@ class Cast:
 
 
 def cast(arms: Sequence[Arm]) -> Cast:
-    return Cast(tuple(arms), tuple(line_styles(len(arms))))
+    """Arms that were only evaluated are dashed, with black-edged markers."""
+    styles = [
+        style if arm.trained else replace(style, dashes=LEVEL_DASHES, edge="black", width=1.5)
+        for arm, style in zip(arms, line_styles(len(arms)), strict=True)
+    ]
+    return Cast(tuple(arms), tuple(styles))
 
 
 def panels(count: int, *, columns: int = 2, height: float = 3.5) -> tuple[Figure, list[Axes]]:
@@ -108,7 +115,7 @@ def draw_band(axis: Axes, style: LineStyle, per_seed: Sequence[Mapping[int, floa
     if found is None:
         return False
     if thin:
-        axis.plot(found.steps, found.mean, color=style.color, linewidth=1.0, alpha=0.75)
+        axis.plot(found.steps, found.mean, color=style.color, linewidth=1.0, zorder=3)
         return True
     axis.plot(found.steps, found.mean, **style.marked(), markevery=marks(found, style))
     if len(per_seed) > 1:
@@ -139,12 +146,20 @@ def scale_to(axis: Axes, series: Sequence[Mapping[int, float]], *, signed: bool)
         if max(typical) < FAR_APART * min(typical):
             return ""
         axis.set_yscale("symlog", linthresh=max(min(typical), max(typical) * 1e-4))
-        return ", symlog"
+        _plain_ticks(axis)
+        return " (symlog)"
     positive = all(value > 0 for points in series for value in points.values())
     if positive and high > FAR_APART * low:
         axis.set_yscale("log")
-        return ", log"
+        _plain_ticks(axis)
+        return " (log)"
     return ""
+
+
+def _plain_ticks(axis: Axes) -> None:
+    """Numbers as text: matplotlib writes powers as mathematics, which STYLE turns off."""
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def zero_line(axis: Axes) -> None:

@@ -14,7 +14,7 @@ from math import ceil
 
 import numpy as np
 
-MAX_POINTS = 150  # of a drawn curve; longer ones are averaged in bins of equal width
+MAX_POINTS = 80  # of a drawn curve; longer ones are averaged in bins of equal width
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ COLUMNS = {
     "cut at limit": ("truncated_fraction", 3),
     "boxed": ("boxed_rate", 3),
     "entropy (nats)": ("policy_entropy", 3),
+    "pass@1": ("pass@1", 3),
 }
-EVALUATION_COLUMNS = {title: column for title, column in COLUMNS.items() if title != "entropy (nats)"}
+EVALUATION_COLUMNS = {title: column for title, column in COLUMNS.items() if title not in ("entropy (nats)", "pass@1")}
 DIVERSITY_COLUMNS = {
     "distinct-1": ("distinct_1", 3),
     "distinct-2": ("distinct_2", 3),
@@ -46,7 +47,8 @@ class Row:
     first: bool
     head: tuple[str, ...]
     cells: tuple[Cell, ...]
-    span: int = 1  # lines of the arm, on its first line
+    span: int = 1  # lines of the arm
+    about: str = ""  # the arm, on its first line
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +58,20 @@ class Table:
 
 
 def arms_table(arms: Sequence[Arm]) -> Table:
-    """Best and last evaluation of each trained arm, the evaluation of the others. head: seeds, steps, which, when."""
+    """Best and last evaluation of each trained arm, the evaluation of the others. head: which, at which steps."""
     rows: list[Row] = []
+    largest = _largest([e for arm in arms for _, _, evaluations in _lines(arm) for e in evaluations])
     for place, arm in enumerate(arms):
         lines = _lines(arm)
         for number, (which, at, evaluations) in enumerate(lines):
             seeds = str(len(arm.members)) if len(arm.members) == len(evaluations) or not evaluations else (
                 f"{len(evaluations)} of {len(arm.members)}"
             )  # fmt: skip
-            head = (seeds, _steps(arm), which, at)
-            rows.append(Row(place, number == 0, head, _cells(evaluations, COLUMNS), len(lines)))
-    columns = ("seeds", "steps", "evaluation", "at step", *COLUMNS, "pass@1", "pass@max")
-    return _without_empty(Table(columns, tuple(rows)), keep=4 + 1)
+            about = f"{seeds} {'seed' if seeds == '1' else 'seeds'}{_steps(arm)}"
+            cells = (*_cells(evaluations, COLUMNS), _at_largest(evaluations, largest))
+            rows.append(Row(place, number == 0, (f"{which}{at}",), cells, len(lines), about))
+    columns = ("evaluation", *COLUMNS, _title(largest))
+    return _without_empty(Table(columns, tuple(rows)), keep=2)
 
 
 def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
@@ -105,39 +109,54 @@ def differences_table(arms: Sequence[Arm]) -> Table | None:
 def evaluations_table(arms: Sequence[Arm]) -> Table | None:
     """Every evaluation.json; one line per task where there are several. None when there are none."""
     rows: list[Row] = []
+    largest = _largest([file.overall for arm in arms for run in arm.members for file in run.files])
     for place, arm in enumerate(arms):
         mine: list[Row] = []
         for run in arm.members:
             for file in run.files:
                 for task, evaluation in _tasks(file):
-                    cells = (*_cells([evaluation], EVALUATION_COLUMNS), *_diversity([evaluation]))
-                    mine.append(Row(place, not mine, (*_protocol(file), task), cells))
+                    cells = _cells([evaluation], EVALUATION_COLUMNS), _cells([evaluation], DIVERSITY_COLUMNS)
+                    cells = (*cells[0], _at_largest([evaluation], largest), *cells[1])
+                    seed = run.seed if arm.trained else file.seed
+                    mine.append(Row(place, not mine, (*_protocol(file), seed, task), cells))
         rows += [Row(r.arm, r.first, r.head, r.cells, len(mine)) for r in mine]
-    columns = ("data", "T", "responses", "seed", "task", *EVALUATION_COLUMNS, "pass@1", "pass@max", *DIVERSITY_COLUMNS)
+    columns = ("data", "T", "responses", "seed", "task", *EVALUATION_COLUMNS, _title(largest), *DIVERSITY_COLUMNS)
     return _without_empty(Table(columns, tuple(rows)), keep=5) if rows else None
 
 
 def _lines(arm: Arm) -> list[tuple[str, str, list[Evaluation]]]:
     """(which, at which steps, one evaluation per seed)."""
     if not arm.trained:
-        return [("evaluated only", "–", [file.overall for file in arm.measured()])]
+        return [("evaluated only", "", [file.overall for file in arm.measured()])]
     having = [run.evaluations for run in arm.members if run.evaluations]
     if not having:
-        return [("none in training", "–", [])]
+        return [("none in training", "", [])]
     best = [found for evaluations in having if (found := best_of(evaluations))]
     last = [evaluations[-1] for evaluations in having]
-    return [("best*", _range(best), best), ("last", _range(last), last)]
+    return [("best* at ", _range(best), best), ("last, at ", _range(last), last)]
 
 
 def _cells(evaluations: Sequence[Evaluation], columns: dict[str, tuple[str, int]]) -> tuple[Cell, ...]:
-    cells = [_cell(estimate_of(evaluations, name), decimals) for name, decimals in columns.values()]
-    largest = max((k for e in evaluations for k in e.pass_at), default=0)
-    at_1, at_max = estimate_pass_at(evaluations, 1), estimate_pass_at(evaluations, largest)
-    return (*cells, _cell(at_1, 3), _cell(at_max if largest > 1 else None, 3, f" (k={largest})"))
+    return tuple(
+        _cell(estimate_pass_at(evaluations, 1) if name == "pass@1" else estimate_of(evaluations, name), decimals)
+        for name, decimals in columns.values()
+    )
 
 
-def _diversity(evaluations: Sequence[Evaluation]) -> tuple[Cell, ...]:
-    return tuple(_cell(estimate_of(evaluations, name), decimals) for name, decimals in DIVERSITY_COLUMNS.values())
+def _largest(evaluations: Sequence[Evaluation]) -> int | None:
+    """The largest k of pass@k, where all evaluations have the same; else None: each line says its own."""
+    found = {max(e.pass_at) for e in evaluations if e.pass_at}
+    return found.pop() if len(found) == 1 else None
+
+
+def _title(largest: int | None) -> str:
+    return "pass@max" if largest is None else f"pass@{largest}"
+
+
+def _at_largest(evaluations: Sequence[Evaluation], largest: int | None) -> Cell:
+    k = max((k for e in evaluations for k in e.pass_at), default=0)
+    found = estimate_pass_at(evaluations, k) if k > 1 else None
+    return _cell(found, 3, f" (k={k})" if largest is None else "")
 
 
 def _cell(found: Estimate | None, decimals: int, suffix: str = "") -> Cell:
@@ -170,13 +189,13 @@ def _protocol(file: EvaluationFile) -> tuple[str, ...]:
     def shown(value: float | None) -> str:
         return "–" if value is None else f"{value:g}"
 
-    return (short_name(file.data), shown(file.temperature), shown(file.num_responses), file.seed)
+    return (short_name(file.data), shown(file.temperature), shown(file.num_responses))
 
 
 def _steps(arm: Arm) -> str:
     """Steps made, by seed: the number of lines' last step + 1."""
     made = [1 + max(max(series) for series in run.metrics.values()) for run in arm.members if run.metrics]
-    return _span(made) if made else "–"
+    return f", {_span(made)} steps" if made else ""
 
 
 def _range(evaluations: Sequence[Evaluation]) -> str:
@@ -197,5 +216,7 @@ def _without_empty(table: Table, *, keep: int) -> Table:
         if heads + place < keep or any(row.cells[place].text != "–" for row in table.rows)
     ]
     columns = (*table.columns[:heads], *(table.columns[heads + place] for place in used))
-    rows = tuple(Row(r.arm, r.first, r.head, tuple(r.cells[place] for place in used), r.span) for r in table.rows)
+    rows = tuple(
+        Row(r.arm, r.first, r.head, tuple(r.cells[place] for place in used), r.span, r.about) for r in table.rows
+    )
     return Table(columns, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_powerflow.report.pictures import Cast, Picture, draw_band, finish, in_style, panels, scale_to, zero_line
+from megatron_powerflow.report.seeds import MAX_POINTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,8 @@ PANELS = (
     Panel("log Z′; thin: the group's estimate", "log_z_mean", "group_log_z_mean", signed=True),
     Panel("Policy entropy (nats per token)", "policy_entropy"),
     Panel("Response length (tokens); thin: 95 %", "response_length_mean", "response_length_p95"),
-    Panel("Share of responses cut at the limit", "truncated_fraction"),
-    Panel("Share of responses with a box", "boxed_rate"),
+    Panel("Responses cut at the limit (share)", "truncated_fraction"),
+    Panel("Responses with a box (share)", "boxed_rate"),
     Panel("Response tokens per second", "tokens_per_second"),
 )
 
@@ -53,7 +54,7 @@ def draw_training_curves(cast: Cast) -> Picture | None:
                 if panel.thin:
                     draw_band(axis, style, arm.metric(panel.thin), thin=True)
             scale = scale_to(axis, series, signed=panel.signed)
-            if panel.signed:
+            if panel.main == "residual_mean":
                 zero_line(axis)
             axis.set_title(panel.title + scale)
             axis.set_xlabel("step")
@@ -63,11 +64,11 @@ def draw_training_curves(cast: Cast) -> Picture | None:
         title="Training curves",
         alt=f"Training metrics against step for {len(shown)} arms: " + ", ".join(panel.main for panel in there),
         caption=(
-            "Line: mean over the seeds that reached the step. Band: from the lowest to the highest seed. Runs of more "
-            "than 150 steps are averaged in bins of steps, each seed alone, before the band is taken; markers only "
-            "tell lines apart. The residual and log Z′ are per token where the objective is (la_tb), so arms with "
-            "other objectives may differ in unit. The group's estimate is minus the mean of the other terms of the "
-            "residual: what log Z′ would have to be for the mean residual to vanish."
+            "Line: mean over the seeds that reached the step. Band: from the lowest to the highest seed. Runs of "
+            f"more than {MAX_POINTS} steps are averaged in bins of steps, each seed alone, before the band is taken; "
+            "markers only tell lines apart. The residual and log Z′ are per token where the objective is (la_tb); arms "
+            "with other objectives may differ in unit. The group's estimate is minus the mean of the other terms of "
+            "the residual: what log Z′ would have to be for the mean residual to vanish."
         ),
         png=png,
         notes=tuple(notes),
