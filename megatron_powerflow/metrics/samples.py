@@ -15,7 +15,8 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     path = folder / FILE_NAME
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # not splitlines(): it also splits at U+2028, U+0085 and the like, which an answer may hold
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_samples(folder: Path, step: int, lines: Sequence[dict[str, Any]]) -> None:

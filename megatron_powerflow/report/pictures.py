@@ -85,18 +85,22 @@ def finish(figure: Figure, shown: Sequence[tuple[Arm, LineStyle]], extra: Sequen
     """Legend below the panels, figure made as much taller, PNG without dates or versions: same numbers, same bytes."""
     handles = [_handle(arm, style) for arm, style in shown] + list(extra)
     if handles:
-        longest = max(len(line) for handle in handles for line in handle.get_label().split("\n"))
-        columns = max(1, min(len(handles), int(WIDTH * 72 / (longest * 7.6 + 75))))
-        rows = [handles[start::columns] for start in range(columns)]  # matplotlib fills columns; read along rows
-        lines = [
-            max(h.get_label().count("\n") + 1 for h in handles[i : i + columns])
-            for i in range(0, len(handles), columns)
-        ]
-        figure.set_figheight(figure.get_figheight() + 0.25 * sum(lines) + 0.15)
-        figure.legend(handles=[h for column in rows for h in column], loc="outside lower center", ncols=columns)
+        columns = _legend_columns(handles)
+        heights = [handle.get_label().count("\n") + 1 for handle in handles]
+        lines = sum(max(heights[start : start + columns]) for start in range(0, len(handles), columns))
+        figure.set_figheight(figure.get_figheight() + 0.25 * lines + 0.15)
+        along_rows = [handle for start in range(columns) for handle in handles[start::columns]]  # matplotlib goes down
+        figure.legend(handles=along_rows, loc="outside lower center", ncols=columns)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _legend_columns(handles: Sequence[Line2D]) -> int:
+    """As many as fit; a column is as wide as its longest label: 7.6 points a character, 75 for line and gaps."""
+    widths = [75 + 7.6 * max(map(len, handle.get_label().split("\n"))) for handle in handles]
+    fitting = [n for n in range(1, len(widths) + 1) if sum(max(widths[at::n]) for at in range(n)) <= WIDTH * 72]
+    return max(fitting, default=1)
 
 
 def wrapped(label: str, characters: int = LABEL_CHARACTERS) -> str:

@@ -27,6 +27,7 @@ LEVELS = {
     "run_output": 5,
     "train": 5,
     "inference": 5,
+    "report": 5,
     "cli": 5,
 }
 FREE_OF_TORCH = (
@@ -38,6 +39,9 @@ FREE_OF_TORCH = (
     "checkpoint.folder",
     "conversion.shapes",
     "metrics.samples",
+    "metrics.plot_style",
+    "report.page",
+    "report.drawing",
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
