@@ -55,6 +55,6 @@ def draw_curves(runs: Sequence[Path], out: Path) -> Path:
             axis.set_title(title)
             axis.set_xlabel("step")
             if axis.lines:
-                axis.legend(fontsize=9)
+                axis.legend(fontsize=9, frameon=True, framealpha=0.8, edgecolor="none")
         figure.savefig(out, dpi=110)
     return out

@@ -14,19 +14,19 @@ from math import cos, radians, sin
 
 DASHES = ((), (6, 2), (1.2, 1.6), (7, 2, 1.2, 2), (3, 1.4, 3, 1.4, 1.2, 1.4))  # in line widths; (): solid
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HUES = (255.0, 55.0, 310.0, 105.0, 215.0, 25.0)  # OKLCH degrees: blue, orange, violet, olive, teal, red
+HUES = (260.0, 60.0, 310.0, 110.0, 210.0, 20.0)  # OKLCH degrees: blue, orange, violet, olive, teal, red
 CHROMA = 0.16
-DARKEST, LIGHTEST = 24.0, 70.0  # CIE L*: the lightest still stands out on white
+DARKEST, LIGHTEST = 22.0, 70.0  # CIE L*: the lightest still stands out on white
 
 # For matplotlib.rc_context. Pictures are 11 inches wide and shown at 1056 CSS pixels or less; at 760, the narrowest
-# the page is meant for, 12.5 points are still 9.
+# the page is meant for, 12.8 points are still 9.
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
-    "font.size": 12.5,
+    "font.size": 12.8,
     "axes.titlesize": 13.5,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "axes.labelsize": 12.5,
+    "axes.labelsize": 12.8,
     "axes.labelpad": 6.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -34,9 +34,9 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "#dddddd",
     "grid.linewidth": 0.8,
-    "xtick.labelsize": 12.5,
-    "ytick.labelsize": 12.5,
-    "legend.fontsize": 12.5,
+    "xtick.labelsize": 12.8,
+    "ytick.labelsize": 12.8,
+    "legend.fontsize": 12.8,
     "legend.frameon": False,
     "legend.handlelength": 3.4,
     "lines.linewidth": 1.9,

@@ -104,7 +104,7 @@ def draw_residual_fan(cast: Cast) -> Picture | None:
             axis.fill_between(low.steps, lower.mean, upper.mean, color=style.color, alpha=0.45, linewidth=0)
             axis.plot(low.steps, middle.mean, color=style.color, linewidth=2.0)
             zero_line(axis)
-            axis.set_title(wrapped(arm.label, 30), fontsize=12.5)
+            axis.set_title(wrapped(arm.label, 30), fontsize=12.8)
             axis.set_xlabel("step")
         png = finish(figure, [])
     return Picture(
