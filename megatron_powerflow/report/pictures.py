@@ -97,8 +97,8 @@ def finish(figure: Figure, shown: Sequence[tuple[Arm, LineStyle]], extra: Sequen
 
 
 def _legend_columns(handles: Sequence[Line2D]) -> int:
-    """As many as fit; a column is as wide as its longest label: 7.6 points a character, 75 for line and gaps."""
-    widths = [75 + 7.6 * max(map(len, handle.get_label().split("\n"))) for handle in handles]
+    """As many as fit; a column is as wide as its longest label: 7.8 points a character, 75 for line and gaps."""
+    widths = [75 + 7.8 * max(map(len, handle.get_label().split("\n"))) for handle in handles]
     fitting = [n for n in range(1, len(widths) + 1) if sum(max(widths[at::n]) for at in range(n)) <= WIDTH * 72]
     return max(fitting, default=1)
 

@@ -156,7 +156,7 @@ def _title(largest: int | None) -> str:
 def _at_largest(evaluations: Sequence[Evaluation], largest: int | None) -> Cell:
     k = max((k for e in evaluations for k in e.pass_at), default=0)
     found = estimate_pass_at(evaluations, k) if k > 1 else None
-    return _cell(found, 3, f" (k={k})" if largest is None else "")
+    return _cell(found, 3, f" @{k}" if largest is None else "")
 
 
 def _cell(found: Estimate | None, decimals: int, suffix: str = "") -> Cell:

@@ -25,7 +25,8 @@ return [...document.querySelectorAll("body *")]
   .map(e => e.tagName + ": " + e.textContent.slice(0, 60));
 """
 CUT = """
-return [...document.querySelectorAll("pre, p, dd, li, figcaption")].filter(e => e.scrollWidth > e.clientWidth + 1).length
+const texts = [...document.querySelectorAll("pre, p, dd, li, figcaption")];
+return texts.filter(e => e.scrollWidth > e.clientWidth + 1).length;
 """
 PICTURES = """
 document.querySelectorAll("details").forEach(e => e.open = true);
