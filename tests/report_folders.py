@@ -33,6 +33,7 @@ SHAPES = {
     ),
 }
 KS = (1, 2, 4, 8, 16)
+HOSTILE = "<script>alert(1)</script><img src=http://192.0.2.1/x onerror=alert(2)>\"'&{{ 7*7 }}"
 
 
 def make_run(
@@ -187,6 +188,37 @@ def _sample(step: int, prompt: int) -> dict:
         "finish_reason": "eos",
         "num_response_tokens": len(text.split()),
     }
+
+
+def spoil(folder: Path) -> None:
+    """Every file of a run folder damaged in every way at hand; some of each stays readable."""
+    metrics = (folder / "metrics.jsonl").read_text().splitlines()
+    metrics[3:3] = [
+        '{"step": 3, "loss": NaN, "grad_norm": Infinity, "log_z_mean": "1", "residual_mean": true}',
+        '{"step": 4, "loss": 1e999, "grad_norm": ' + "9" * 400 + ', "tokens_per_second": 1e308}',
+        '{"step": "five"}',
+        '{"step": -1, "loss": 1}',
+        '{"loss": 1}',
+        "[" * 100_000,
+        "null",
+        json.dumps({"step": 6, HOSTILE: 1.0, HOSTILE + "2": None}),
+        "1" * 5000,
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(metrics) + '\n{"step": 275, "lo')
+    evaluations = (folder / "evaluations.jsonl").read_text()
+    extra = {"step": 276, "accuracy": 0.5, "pass_at": {"-1": 1, "x": 1, "9" * 30: 1, "2": "no", "4": 0.5}}
+    extra |= {"response_length_mean": [1], "quality": HOSTILE}
+    (folder / "evaluations.jsonl").write_bytes(evaluations.encode() + json.dumps(extra).encode() + b"\n\xff\xfe\n")
+    lone, odd = "\\ud800", "\u202e\u2028\x85\x00"
+    sample = json.dumps({"step": 0, "id": "h", "question": HOSTILE, "response": HOSTILE + odd, "answer": HOSTILE})
+    huge = json.dumps({"step": 1, "id": "h", "response": "y" * 3_000_000}, ensure_ascii=False)
+    bad = ['{"step": {}, "response": 1}', '{"step": 0, "id": "l", "response": "' + lone + '"}', '{"resp']
+    (folder / "samples.jsonl").write_text("\n".join([sample, huge, *bad]), encoding="utf-8", errors="surrogatepass")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["run"]["name"] = "_" + HOSTILE + r"$\frac{1}$"
+    config["model"]["hf_path"] = HOSTILE
+    config["extra"] = {HOSTILE: [[1, [2]], 3], "when": "2026-13-99"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
 def _write_lines(path: Path, lines: Sequence[dict]) -> None:

@@ -1,4 +1,4 @@
-"""The report: its numbers are those of the files, its arms those of the configs, and no folder can break or use it."""
+"""The report: its numbers are those of the files, its arms those of the configs, its pictures whole."""
 
 from __future__ import annotations
 
@@ -6,53 +6,20 @@ import io
 import json
 import shlex
 import statistics
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.report.arms import group_runs
 from megatron_powerflow.report.page import build_report
-from megatron_powerflow.report.reading import number, visible
 from megatron_powerflow.report.runs import natural, read_runs
 from megatron_powerflow.report.seeds import band, estimate
 from tests.conftest import run_cli
+from tests.html_tables import Tables
 from tests.report_folders import make_evaluation, make_run
-
-HOSTILE = "<script>alert(1)</script><img src=http://192.0.2.1/x onerror=alert(2)>\"'&{{ 7*7 }}"
-
-
-class Tables(HTMLParser):
-    """Every table of a page as rows of cell texts, and what could act or fetch."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tables: list[list[list[str]]] = []
-        self.tags: list[tuple[str, dict]] = []
-        self._cell = False
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "table":
-            self.tables.append([])
-        if tag == "tr":
-            self.tables[-1].append([])
-        if tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-            self._cell = True
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "th"):
-            self._cell = False
-
-    def handle_data(self, data):
-        if self._cell:
-            self.tables[-1][-1][-1] += data
 
 
 def page_of(folders, out: Path) -> str:
@@ -267,97 +234,11 @@ def test_nothing_is_cut_at_the_edge_of_a_picture_with_many_long_names(tmp_path):
             assert (edge == 255).all(), path.name
 
 
-def _spoil(folder: Path) -> None:
-    """Every file of a run folder damaged in every way at hand; some of each stays readable."""
-    metrics = (folder / "metrics.jsonl").read_text().splitlines()
-    metrics[3:3] = [
-        '{"step": 3, "loss": NaN, "grad_norm": Infinity, "log_z_mean": "1", "residual_mean": true}',
-        '{"step": 4, "loss": 1e999, "grad_norm": ' + "9" * 400 + ', "tokens_per_second": 1e308}',
-        '{"step": "five"}',
-        '{"step": -1, "loss": 1}',
-        '{"loss": 1}',
-        "[" * 100_000,
-        "null",
-        json.dumps({"step": 6, HOSTILE: 1.0, HOSTILE + "2": None}),
-        "1" * 5000,
-    ]
-    (folder / "metrics.jsonl").write_text("\n".join(metrics) + '\n{"step": 275, "lo')
-    evaluations = (folder / "evaluations.jsonl").read_text()
-    extra = {"step": 276, "accuracy": 0.5, "pass_at": {"-1": 1, "x": 1, "9" * 30: 1, "2": "no", "4": 0.5}}
-    extra |= {"response_length_mean": [1], "quality": HOSTILE}
-    (folder / "evaluations.jsonl").write_bytes(evaluations.encode() + json.dumps(extra).encode() + b"\n\xff\xfe\n")
-    lone, odd = "\\ud800", "\u202e\u2028\x85\x00"
-    sample = json.dumps({"step": 0, "id": "h", "question": HOSTILE, "response": HOSTILE + odd, "answer": HOSTILE})
-    huge = json.dumps({"step": 1, "id": "h", "response": "y" * 3_000_000}, ensure_ascii=False)
-    bad = ['{"step": {}, "response": 1}', '{"step": 0, "id": "l", "response": "' + lone + '"}', '{"resp']
-    (folder / "samples.jsonl").write_text("\n".join([sample, huge, *bad]), encoding="utf-8", errors="surrogatepass")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["run"]["name"] = "_" + HOSTILE + r"$\frac{1}$"
-    config["model"]["hf_path"] = HOSTILE
-    config["extra"] = {HOSTILE: [[1, [2]], 3], "when": "2026-13-99"}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-
-
-def test_a_hostile_folder_is_shown_as_text_and_breaks_nothing(tmp_path):
-    run = make_run(tmp_path / "run", seed=0)
-    _spoil(run)
-    (make_evaluation(run / "ok", accuracy=0.5, model=HOSTILE, data=HOSTILE, tasks=(HOSTILE, "b"))).touch()
-    for place, text in enumerate(("[]", "{", '{"all": {"avg": NaN}}', '{"all": 3, "tasks": [], "diversity": 1}')):
-        (run / f"bad{place}").mkdir()
-        (run / f"bad{place}" / "evaluation.json").write_text(text)
-    page = page_of([run], tmp_path / "out")
-    found = Tables(page)
-    assert {"script", "iframe", "object", "embed", "form"}.isdisjoint(tag for tag, _ in found.tags)
-    for tag, attributes in found.tags:
-        assert not any(name.startswith("on") for name in attributes), tag
-        for name in ("src", "href", "srcset", "action"):
-            assert attributes.get(name, "#").startswith(("#", "data:")), attributes
-    assert "&lt;script&gt;alert(1)" in page
-    assert "{{ 7*7 }}" in page  # not rendered a second time
-    assert "\\u202e\\u2028\\u0085\\u0000" in page
-    assert "\\ud800" in page
-    assert "2,998,000 more characters" in page
-    assert len(page) < 4_000_000
-    for said in ("values that are no finite numbers", "lines without a usable step", "no JSON object and left out"):
-        assert said in page
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        "run: [",
-        "- 1",
-        "[" * 5000,
-        "a: &a [x,x,x,x]\nb: &b [*a,*a,*a,*a]\nc: {d: *b}",
-        "run: {seed: !!python/object/apply:os.system ['touch owned']}",
-        "? {a: 1}\n: 2",
-        "x: 2026-13-99",
-        "\x00",
-    ],
-)
-def test_a_config_that_is_none_is_noted_and_never_executed(tmp_path, config):
-    run = make_run(tmp_path / "run", seed=0, evaluated=False)
-    (run / "config.yaml").write_text(config)
-    notes: list[str] = []
-    (arm,) = group_runs(read_runs([run], notes))
-    assert arm.trained
-    assert any("config.yaml" in note for note in notes)
-    assert not Path("owned").exists()
-
-
 def test_a_run_inside_a_run_is_another_run(tmp_path):
     outer = make_run(tmp_path / "outer", seed=0, evaluated=False)
     make_evaluation(make_run(outer / "inner", seed=1, evaluated=False) / "evaluation", accuracy=0.5)
     assert not arms_of(outer)[0].members[0].files
     assert arms_of(outer / "inner")[0].members[0].files
-
-
-def test_numbers_and_text_by_hand():
-    assert number(3) == 3.0
-    assert [number(bad) for bad in (True, "1", None, [], float("nan"), float("inf"), 10**400, 1e200)] == [None] * 8
-    assert number(1e-300) == 0.0
-    assert visible("abc", 2) == "a" + "b … (1 more characters)"
-    assert visible("a\u200b\n", 9) == "a\\u200b\n"
 
 
 def test_the_command_says_where_the_page_is_and_the_page_which_command_it_was(tmp_path):

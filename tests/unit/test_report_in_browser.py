@@ -10,8 +10,7 @@ from megatron_powerflow.metrics.plot_style import STYLE
 from megatron_powerflow.report.page import build_report
 from megatron_powerflow.report.pictures import WIDTH
 from tests.headless_chromium import Browser, why_not
-from tests.report_folders import make_evaluation, make_run
-from tests.unit.test_report import HOSTILE, _spoil
+from tests.report_folders import HOSTILE, make_evaluation, make_run, spoil
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 
@@ -50,7 +49,7 @@ def page(tmp_path_factory) -> Path:
             made.append(make_run(root / f"{preset}_{seed}", seed=seed, preset=preset, trap=preset == "la_tb"))
     made += [make_run(root / f"alpha_{alpha}", seed=0, preset="tb_token", alpha=alpha) for alpha in (0.5, 1.0, 2.0)]
     made.append(make_run(root / "hostile", seed=0))
-    _spoil(made[-1])
+    spoil(made[-1])
     make_evaluation(made[-1] / "evaluation", accuracy=0.5, model=HOSTILE, data=HOSTILE * 3, tasks=(HOSTILE, "b"))
     made.append(make_evaluation(root / "base", accuracy=0.41, diversity={"distinct_2": 0.62, "self_bleu": 0.4}))
     made.append(make_evaluation(root / "cold", accuracy=0.97, temperature=0.25, quality={"judge": 0.7}))
