@@ -210,7 +210,8 @@ def spoil(folder: Path) -> None:
     extra |= {"response_length_mean": [1], "quality": HOSTILE}
     (folder / "evaluations.jsonl").write_bytes(evaluations.encode() + json.dumps(extra).encode() + b"\n\xff\xfe\n")
     lone, odd = "\\ud800", "\u202e\u2028\x85\x00"
-    sample = json.dumps({"step": 0, "id": "h", "question": HOSTILE, "response": HOSTILE + odd, "answer": HOSTILE})
+    sample = {"step": 0, "id": "h", "question": HOSTILE, "response": HOSTILE + odd, "answer": HOSTILE}
+    sample = json.dumps(sample, ensure_ascii=False)  # as samples.jsonl is written
     huge = json.dumps({"step": 1, "id": "h", "response": "y" * 3_000_000}, ensure_ascii=False)
     bad = ['{"step": {}, "response": 1}', '{"step": 0, "id": "l", "response": "' + lone + '"}', '{"resp']
     (folder / "samples.jsonl").write_text("\n".join([sample, huge, *bad]), encoding="utf-8", errors="surrogatepass")
