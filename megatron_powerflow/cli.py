@@ -1,4 +1,4 @@
-"""The command line: `powerflow train|check|score|generate|export|curves|stop`.
+"""The command line: `powerflow train|check|score|generate|export|curves|report|stop`.
 
 Thin: parses, validates, hands over. torch is imported inside the commands only, so `--help` and `check` are quick
 and an impossible run never reaches it.
@@ -6,6 +6,7 @@ and an impossible run never reaches it.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,21 @@ def curves(
     from megatron_powerflow.metrics.curves import draw_curves
 
     print(draw_curves(runs, out or runs[0] / "curves.png"))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, or folders with an evaluation.json")],
+    out: Annotated[Path, typer.Option(help="folder for index.html and its pictures")],
+) -> None:
+    """Compare runs on one page: tables and pictures, seeds of one configuration taken together.
+
+    Example: powerflow report runs/la_tb_s0 runs/la_tb_s1 runs/rl_token_s0 evaluations/base --out report
+    """
+    from megatron_powerflow.report.page import build_report
+
+    command = shlex.join(["powerflow", "report", *map(str, runs), "--out", str(out)])
+    print(build_report(runs, out, command))
 
 
 @app.command()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.plot_style import STYLE, line_styles
 from megatron_powerflow.metrics.writers import read_metrics
 
 # panel title -> the metrics it shows
@@ -31,27 +32,29 @@ def draw_curves(runs: Sequence[Path], out: Path) -> Path:
         import matplotlib
     except ImportError:
         raise UserError("curves need matplotlib; pip install megatron_powerflow[plot]") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     lines = {run: read_metrics(run) for run in runs}
     empty = [f"{run}: no metrics.jsonl with a step in it; is this a run's folder?" for run in runs if not lines[run]]
     if empty:
         raise UserError(empty)
-    figure, axes = pyplot.subplots(3, 3, figsize=(15, 10), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
-        for run in runs:
-            for name in names:
-                points = [(line["step"], line[name]) for line in lines[run] if name in line]
-                if points:
-                    label = name if len(runs) == 1 else f"{run.name}: {name}"
-                    axis.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=7)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(17, 12), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axis, (title, names) in zip(figure.subplots(3, 3).flat, PANELS.items(), strict=True):
+            styles = iter(line_styles(len(runs) * len(names)))
+            for run in runs:
+                for name in names:
+                    style = next(styles)
+                    points = [(line["step"], line[name]) for line in lines[run] if name in line]
+                    if points:
+                        label = name if len(runs) == 1 else f"{run.name}: {name}"
+                        axis.plot(*zip(*points, strict=True), label=label, **style.line())
+            axis.set_title(title)
+            axis.set_xlabel("step")
+            if axis.lines:
+                axis.legend(fontsize=9, frameon=True, framealpha=0.8, edgecolor="none")
+        figure.savefig(out, dpi=110)
     return out

@@ -19,7 +19,8 @@ def read_step_log(path: Path) -> list[dict[str, Any]]:
     num_response_tokens. evaluations.jsonl: see `training/held_out.py`. Empty where there is no file."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # not splitlines(): it also splits at U+2028, U+0085 and the like, which an answer may hold
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_step_log(path: Path, step: int, lines: Sequence[dict[str, Any]]) -> None:

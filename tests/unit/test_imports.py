@@ -28,6 +28,7 @@ LEVELS = {
     "run_output": 5,
     "train": 5,
     "inference": 5,
+    "report": 5,
     "cli": 5,
 }
 FREE_OF_TORCH = (
@@ -44,6 +45,9 @@ FREE_OF_TORCH = (
     "training.plan",
     "metrics.counts",
     "metrics.diversity",
+    "metrics.plot_style",
+    "report.page",
+    "report.drawing",
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -141,6 +141,14 @@ def test_samples_of_a_lost_try_are_replaced(tmp_path):
     assert [line["response"] for line in read_step_log(path)] == ["a", "ü"]
 
 
+def test_an_answer_with_line_separators_is_read_back(tmp_path):
+    """JSON leaves U+2028 and U+0085 as they are, and str.splitlines() splits there."""
+    response, path = "one\u2028two\x85three\x0bfour", tmp_path / "samples.jsonl"
+    write_step_log(path, 0, [{"step": 0, "response": response}])
+    write_step_log(path, 5, [{"step": 5, "response": "b"}])
+    assert [line["response"] for line in read_step_log(path)] == [response, "b"]
+
+
 def test_curves_are_drawn_from_the_file_alone(tmp_path):
     lines = [{"step": i, "loss": 1 / (i + 1), "log_z_mean": -1.0, "grad_norm": 2.0} for i in range(5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -149,3 +157,11 @@ def test_curves_are_drawn_from_the_file_alone(tmp_path):
     assert out.stat().st_size > 20_000
     with pytest.raises(UserError, match=r"no metrics\.jsonl"):
         draw_curves([tmp_path, tmp_path / "none"], out)
+
+
+def test_a_folder_is_not_read_as_mathematics(tmp_path):
+    runs = [tmp_path / r"a$\frac$", tmp_path / "b"]
+    for run in runs:
+        run.mkdir()
+        (run / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 0.5}\n')
+    assert draw_curves(runs, tmp_path / "curves.png").is_file()

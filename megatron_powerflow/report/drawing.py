@@ -1,0 +1,78 @@
+"""Which pictures stand in which section, and what does a line look like beside a table?
+
+The only importer of the pictures, so that reading and tables work where matplotlib is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.markers import MarkerStyle
+
+from megatron_powerflow.metrics.plot_style import LineStyle
+from megatron_powerflow.report.accuracy_and_length import (
+    draw_accuracy_against_length,
+    draw_accuracy_and_length_by_step,
+)
+from megatron_powerflow.report.arms import Arm
+from megatron_powerflow.report.frontier import draw_frontier
+from megatron_powerflow.report.log_z_curves import draw_log_z, draw_residual_fan
+from megatron_powerflow.report.pass_at_k import draw_pass_at_k
+from megatron_powerflow.report.pictures import Cast, Picture, cast
+from megatron_powerflow.report.training_curves import draw_training_curves
+
+# (anchor, title, pictures, what has to be there for one)
+SECTIONS: tuple[tuple[str, str, tuple[Callable[[Cast], Picture | None], ...], str], ...] = (
+    (
+        "accuracy",
+        "Accuracy and length",
+        (draw_accuracy_against_length, draw_accuracy_and_length_by_step),
+        "evaluations.jsonl with accuracy and response_length_mean",
+    ),
+    ("training", "Training curves", (draw_training_curves,), "metrics.jsonl"),
+    (
+        "diversity",
+        "Quality against diversity",
+        (draw_frontier,),
+        "an accuracy or a quality together with distinct-n or embedding_distance",
+    ),
+    ("pass-at-k", "pass@k", (draw_pass_at_k,), "pass_at with two values of k"),
+    (
+        "log-z",
+        "log Z′, residuals, the repetition trap",
+        (draw_log_z, draw_residual_fan),
+        "log_z_mean, weighted_residual_mean or residual quantiles in metrics.jsonl",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    anchor: str
+    title: str
+    pictures: tuple[Picture, ...]
+    needs: str  # said where there is no picture
+
+
+def draw_all(arms: Sequence[Arm]) -> tuple[list[Section], tuple[LineStyle, ...]]:
+    """Every section with the pictures there are numbers for, and each arm's style."""
+    who = cast(arms)
+    sections = [
+        Section(anchor, title, tuple(picture for draw in draws if (picture := draw(who))), needs)
+        for anchor, title, draws, needs in SECTIONS
+    ]
+    return sections, who.styles
+
+
+def swatch(style: LineStyle) -> str:
+    """A line with its marker as inline SVG, 46 by 14 pixels."""
+    marker = MarkerStyle(style.marker)
+    outline = marker.get_path().transformed(marker.get_transform())
+    points = " ".join(f"{23 + 8 * x:.1f},{7 - 8 * y:.1f}" for x, y in outline.to_polygons()[0])
+    dashes = ",".join(f"{1.9 * length:.1f}" for length in style.dashes) or "none"
+    return (
+        '<svg class="swatch" width="46" height="14" viewBox="0 0 46 14" aria-hidden="true">'
+        f'<line x1="1" y1="7" x2="45" y2="7" stroke="{style.color}" stroke-width="2" stroke-dasharray="{dashes}"/>'
+        f'<polygon points="{points}" fill="{style.color}" stroke="white" stroke-width="0.6"/></svg>'
+    )

@@ -1,0 +1,196 @@
+"""Who is better on quality and diversity at once? The Pareto side of a reference, shaded.
+
+Two sources, never mixed within a trained arm: paths through the in-training evaluations, and points of the
+evaluation.json files, which may have been taken on other questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from megatron_powerflow.metrics.plot_style import LineStyle
+from megatron_powerflow.report.accuracy_and_length import END, START
+from megatron_powerflow.report.arms import Arm, estimate_of
+from megatron_powerflow.report.pictures import GREY, Cast, Picture, finish, in_style, panels
+from megatron_powerflow.report.runs import Evaluation
+from megatron_powerflow.report.seeds import Estimate, estimate
+
+# name -> words; more is more diverse in all of them
+DIVERSITY = {
+    "embedding_distance": "mean embedding distance",
+    "distinct_2": "distinct-2",
+    "distinct_3": "distinct-3",
+    "distinct_1": "distinct-1",
+}
+MAX_PANELS = 2  # of each source
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A mean over seeds in the plane. Example: diversity .31 ± .01, quality .78 ± .02."""
+
+    x: Estimate
+    y: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One panel: which numbers, from where. paths: arm -> places in step order, or one place."""
+
+    x_name: str
+    y_name: str
+    in_training: bool
+    paths: tuple[tuple[int, tuple[Place, ...]], ...]  # (place of the arm in the cast, its places)
+
+
+def draw_frontier(cast: Cast) -> Picture | None:
+    """None when nothing has both a quality and a diversity."""
+    views = _views(cast.arms)
+    if not views:
+        return None
+    references, notes = [], []
+    with in_style():
+        figure, axes = panels(len(views), height=5.2 if len(views) > 1 else 6.0)
+        for axis, view in zip(axes, views, strict=True):
+            references.append(_draw_view(axis, cast, view))
+        appear = {place for view in views for place, _ in view.paths}
+        extra = []
+        if any(len(path) > 1 for view in views for _, path in view.paths):
+            extra.append(Line2D([], [], **START, color=GREY, label="first evaluation"))
+            extra.append(Line2D([], [], **END, color=GREY, label="last evaluation"))
+        png = finish(figure, [pair for place, pair in enumerate(cast.pairs()) if place in appear], extra)
+    absent = [arm.label for place, arm in enumerate(cast.arms) if place not in appear]
+    if absent:
+        notes.append(f"neither quality against diversity in: {'; '.join(absent)}")
+    named = "; ".join(dict.fromkeys(references))
+    return Picture(
+        name="quality_against_diversity",
+        title="Quality against diversity",
+        alt=f"Quality against diversity of {len(appear)} arms; the side better than {named} on both is shaded",
+        caption=(
+            f"Shaded: better than the reference on both axes. Reference: {named}. Error bars: one standard error, over "
+            "seeds where there are several, else over questions where the evaluation says it. Diversity depends on "
+            "the number of responses per question: compare like with like (table of evaluations). A thin grey line "
+            "joins one model's evaluations in the order of their temperatures."
+        ),
+        png=png,
+        notes=tuple(notes),
+    )
+
+
+def _views(arms: Sequence[Arm]) -> list[View]:
+    views = []
+    for in_training in (True, False):
+        names = {name for arm in arms for e in _everything(arm, in_training) for name in e.values}
+        qualities = [*sorted(name for name in names if name.startswith("quality_")), "accuracy"]
+        here = []
+        for x_name, y_name in product(DIVERSITY, qualities):
+            found = [(place, _path(arm, in_training, x_name, y_name)) for place, arm in enumerate(arms)]
+            paths = tuple((place, path) for place, path in found if path)
+            if len(paths) > 1 or any(len(path) > 1 for _, path in paths):
+                here.append(View(x_name, y_name, in_training, paths))
+        # without a trained arm it shows nothing that the other source does not
+        with_trained = [view for view in here if any(arms[place].trained for place, _ in view.paths)]
+        views += with_trained[:MAX_PANELS] if any(arm.trained for arm in arms) or in_training else here[:MAX_PANELS]
+    return views
+
+
+def _everything(arm: Arm, in_training: bool) -> list[Evaluation]:
+    if arm.trained and in_training:
+        return [e for run in arm.members for e in run.evaluations]
+    return [file.overall for run in arm.members for file in run.files]
+
+
+def _path(arm: Arm, in_training: bool, x_name: str, y_name: str) -> tuple[Place, ...]:
+    if not arm.trained:
+        return _one_place([file.overall for file in arm.measured()], x_name, y_name)
+    if not in_training:
+        files = [file for run in arm.members for file in run.files]
+        return _one_place([f.overall for f in arm.files_on(files[0].data)] if files else [], x_name, y_name)
+    by_step: dict[int, list[Evaluation]] = {}
+    for run in arm.members:
+        for e in run.evaluations:
+            if x_name in e.values and y_name in e.values:
+                by_step.setdefault(e.step, []).append(e)
+    return tuple(place for step in sorted(by_step) for place in _one_place(by_step[step], x_name, y_name))
+
+
+def _one_place(evaluations: Sequence[Evaluation], x_name: str, y_name: str) -> tuple[Place, ...]:
+    both = [e for e in evaluations if x_name in e.values and y_name in e.values]
+    return (Place(estimate_of(both, x_name), estimate_of(both, y_name)),) if both else ()
+
+
+def _draw_view(axis: Axes, cast: Cast, view: View) -> str:
+    """Draws; returns the name of the reference."""
+    for place, path in view.paths:
+        _draw_path(axis, cast.styles[place], path)
+    for one, other in _temperature_steps(cast, view):
+        axis.plot([one.x.mean, other.x.mean], [one.y.mean, other.y.mean], color="#999999", linewidth=1.3, zorder=1.6)
+    name, reference = _reference(cast.arms, view)
+    axis.margins(0.08)
+    corner = (reference.x.mean, reference.y.mean)
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    right = max(right, corner[0] + 0.22 * (right - left))  # room for the shaded side, wherever the reference lies
+    top = max(top, corner[1] + 0.16 * (top - bottom))
+    axis.fill_between([corner[0], right], corner[1], top, color="#8a8a8a", alpha=0.16, linewidth=0, zorder=0.5)
+    axis.plot([corner[0], corner[0], right], [top, corner[1], corner[1]], color=GREY, linewidth=1.0, zorder=0.6)
+    axis.set_xlim(left, right)
+    axis.set_ylim(bottom, top)
+    axis.annotate(
+        "better\non both", (1, 1), xycoords="axes fraction", xytext=(-6, -6), textcoords="offset points",
+        ha="right", va="top", color="#333333", style="italic",
+    )  # fmt: skip
+    axis.set_xlabel(f"{DIVERSITY[view.x_name]} (diversity)")
+    quality = "accuracy" if view.y_name == "accuracy" else view.y_name.removeprefix("quality_").replace("_", " ")
+    axis.set_ylabel(f"{quality} (quality)")
+    axis.set_title("In training" if view.in_training else "Evaluation files")
+    return name
+
+
+def _draw_path(axis: Axes, style: LineStyle, path: Sequence[Place]) -> None:
+    xs, ys = [p.x.mean for p in path], [p.y.mean for p in path]
+    axis.errorbar(
+        xs, ys, xerr=[p.x.se or 0 for p in path], yerr=[p.y.se or 0 for p in path], fmt="none", ecolor=style.color,
+        alpha=0.35 if len(path) > 1 else 0.9,
+    )  # fmt: skip
+    if len(path) == 1:
+        axis.plot(xs, ys, **style.point(), zorder=7)
+        return
+    axis.plot(xs, ys, **style.marked(), zorder=3)
+    axis.plot(xs[-1], ys[-1], **END, color=style.color, zorder=5)
+    axis.plot(xs[0], ys[0], **START, color=style.color, zorder=6)
+
+
+def _temperature_steps(cast: Cast, view: View) -> list[tuple[Place, Place]]:
+    """Neighbouring temperatures of one evaluated model."""
+    by_model: dict[str, list[tuple[float, Place]]] = {}
+    for place, path in view.paths:
+        arm = cast.arms[place]
+        file = None if arm.trained else arm.measured()[0]
+        if file is not None and file.temperature is not None:
+            by_model.setdefault(file.model, []).append((file.temperature, path[0]))
+    ordered = [sorted(found, key=lambda item: item[0]) for found in by_model.values()]
+    return [(one, other) for found in ordered for (_, one), (_, other) in pairwise(found)]
+
+
+def _reference(arms: Sequence[Arm], view: View) -> tuple[str, Place]:
+    """Where training starts, if all arms start from one model and it was evaluated; else the first evaluated arm; else
+    the first arm."""
+    trained = [(arms[place], path) for place, path in view.paths if arms[place].trained]
+    starts = {arm.config("model.hf_path") for arm, _ in trained}
+    first = [path[0] for arm, path in trained if view.in_training and _starts_at_0(arm)]
+    if first and len(starts) == 1:
+        x, y = estimate([p.x.mean for p in first]), estimate([p.y.mean for p in first])
+        return "the policy before training (step 0, mean over arms)", Place(x, y)
+    evaluated = [(arms[place], path) for place, path in view.paths if not arms[place].trained]
+    arm, path = (evaluated or trained)[0]
+    return arm.label, path[0]
+
+
+def _starts_at_0(arm: Arm) -> bool:
+    return all(run.evaluations and run.evaluations[0].step == 0 for run in arm.members)

@@ -1,0 +1,103 @@
+"""How do run folders become one page? Read, group, draw, fill the template, write.
+
+The page needs no network and no script, and its policy forbids both, so that nothing in a run folder can act. The
+same runs give the same bytes.
+
+Left out: judgement. The page shows numbers and their errors; it does not say which arm to use.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from megatron_powerflow import __version__
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.report.answers import answers_of
+from megatron_powerflow.report.arms import group_runs
+from megatron_powerflow.report.reading import visible
+from megatron_powerflow.report.runs import EvaluationFile, read_runs
+from megatron_powerflow.report.tables import arms_table, differences_table, evaluations_table, start_sentence
+
+PAGE_NAME = "index.html"
+TEMPLATE = "page.html.jinja"
+MAX_NOTES = 40
+OWN_PACKAGES = ("matplotlib", "numpy", "jinja2")
+
+
+def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
+    """Write OUT/index.html and the PNG files; returns the page's path. command: what the page says made it.
+
+    Raises UserError when a folder is no run, one seed is there twice, matplotlib is missing or OUT cannot be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("a report needs matplotlib; pip install megatron_powerflow[plot]")
+    from megatron_powerflow.report.drawing import draw_all, swatch
+
+    notes: list[str] = []
+    arms = group_runs(read_runs(folders, notes))
+    sections, styles = draw_all(arms)
+    for section in sections:
+        notes += [f"{picture.title}: {note}" for picture in section.pictures for note in picture.notes]
+    files = [file for arm in arms for run in arm.members for file in run.files]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template(
+        TEMPLATE
+    ).render(
+        arms=arms,
+        swatches=[Markup(swatch(style)) for style in styles],  # numbers and colours of ours, nothing of a run's
+        sections=sections,
+        inline=lambda picture: base64.b64encode(picture.png).decode("ascii"),
+        arms_table=arms_table(arms),
+        start=start_sentence(arms),
+        differences=differences_table(arms),
+        evaluations=evaluations_table(arms),
+        answers=[answers_of(arm) for arm in arms],
+        versions=_versions(files),
+        commands=list(dict.fromkeys(file.command for file in files if file.command)),
+        command=visible(command, 5000),
+        own_versions=_own_versions(),
+        notes=[visible(note, 600) for note in notes[:MAX_NOTES]],
+        more_notes=max(0, len(notes) - MAX_NOTES),
+    )
+    _write(out, page, {picture.name: picture.png for section in sections for picture in section.pictures})
+    return out / PAGE_NAME
+
+
+def _versions(files: Sequence[EvaluationFile]) -> list[tuple[str, int]]:
+    """The versions that evaluations state, and how many of them state the same."""
+    return list(Counter(", ".join(f"{k} {v}" for k, v in sorted(file.versions.items())) for file in files).items())
+
+
+def _own_versions() -> str:
+    parts = [f"megatron_powerflow {__version__}", f"python {platform.python_version()}"]
+    for package in OWN_PACKAGES:
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(parts)
+
+
+def _write(out: Path, page: str, pictures: dict[str, bytes]) -> None:
+    """Pictures first, then the page, whole or not at all."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, png in pictures.items():
+            (out / f"{name}.png").write_bytes(png)
+        partial = out / (PAGE_NAME + ".partial")
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(out / PAGE_NAME)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give --out a folder that can") from None

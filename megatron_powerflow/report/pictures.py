@@ -1,0 +1,170 @@
+"""What do all pictures of a report share? Size, legend, bands, how numbers too far apart are scaled, the PNG.
+
+Left out: which numbers are shown; that is `training_curves.py`, `accuracy_and_length.py`, `frontier.py`, `pass_at_k.py`
+and `log_z_curves.py`, each `draw(cast) -> Picture | None`.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from megatron_powerflow.metrics.plot_style import STYLE, LineStyle, line_styles
+from megatron_powerflow.report.arms import Arm
+from megatron_powerflow.report.seeds import Band, band
+
+WIDTH = 11.0  # inches; CSS_WIDTH pixels on the page where there is room
+CSS_WIDTH = 1056
+MARKS = 8  # markers along a curve
+GREY = "#555555"
+LEVEL_DASHES = (4.0, 2.5)
+LABEL_CHARACTERS = 34  # of a legend's line
+FAR_APART = 30.0  # between arms or within one: then the axis is logarithmic
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One PNG. name: its file's stem; alt: what it shows, for who cannot see it; notes: what is not in it, and why."""
+
+    name: str
+    title: str
+    alt: str
+    caption: str
+    png: bytes
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Who appears: the arms in order, each with the style it has in every picture."""
+
+    arms: tuple[Arm, ...]
+    styles: tuple[LineStyle, ...]
+
+    def pairs(self) -> list[tuple[Arm, LineStyle]]:
+        return list(zip(self.arms, self.styles, strict=True))
+
+
+def cast(arms: Sequence[Arm]) -> Cast:
+    """Arms that were only evaluated are dashed, with black-edged markers."""
+    styles = [
+        style if arm.trained else replace(style, dashes=LEVEL_DASHES, edge="black", width=1.5)
+        for arm, style in zip(arms, line_styles(len(arms)), strict=True)
+    ]
+    return Cast(tuple(arms), tuple(styles))
+
+
+def panels(count: int, *, columns: int = 2, height: float = 3.5) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, and their axes. Call within `rc_context(STYLE)`, as `render` needs."""
+    columns = min(columns, count)
+    rows = ceil(count / columns)
+    figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.03, wspace=0.03)
+    grid = figure.add_gridspec(rows, columns)
+    return figure, [figure.add_subplot(grid[place // columns, place % columns]) for place in range(count)]
+
+
+def in_style():
+    """The context to draw in: the same picture whatever this machine's matplotlibrc says."""
+    return rc_context({**STYLE})
+
+
+def finish(figure: Figure, shown: Sequence[tuple[Arm, LineStyle]], extra: Sequence[Line2D] = ()) -> bytes:
+    """Legend below the panels, figure made as much taller, PNG without dates or versions: same numbers, same bytes."""
+    handles = [_handle(arm, style) for arm, style in shown] + list(extra)
+    if handles:
+        columns = _legend_columns(handles)
+        heights = [handle.get_label().count("\n") + 1 for handle in handles]
+        lines = sum(max(heights[start : start + columns]) for start in range(0, len(handles), columns))
+        figure.set_figheight(figure.get_figheight() + 0.25 * lines + 0.15)
+        along_rows = [handle for start in range(columns) for handle in handles[start::columns]]  # matplotlib goes down
+        figure.legend(handles=along_rows, loc="outside lower center", ncols=columns)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _legend_columns(handles: Sequence[Line2D]) -> int:
+    """As many as fit; a column is as wide as its longest label: 7.8 points a character, 75 for line and gaps."""
+    widths = [75 + 7.8 * max(map(len, handle.get_label().split("\n"))) for handle in handles]
+    fitting = [n for n in range(1, len(widths) + 1) if sum(max(widths[at::n]) for at in range(n)) <= WIDTH * 72]
+    return max(fitting, default=1)
+
+
+def wrapped(label: str, characters: int = LABEL_CHARACTERS) -> str:
+    """A label in lines; one that starts with an underscore would be left out of legends by matplotlib."""
+    text = textwrap.fill(label, characters)
+    return f" {text}" if text.startswith("_") else text
+
+
+def _handle(arm: Arm, style: LineStyle) -> Line2D:
+    return Line2D([], [], **style.marked(), label=wrapped(arm.label))
+
+
+def draw_band(axis: Axes, style: LineStyle, per_seed: Sequence[Mapping[int, float]], *, thin: bool = False) -> bool:
+    """Mean over seeds; from the lowest to the highest seed shaded. thin: a second quantity. False: nothing there."""
+    found = band(per_seed)
+    if found is None:
+        return False
+    if thin:
+        axis.plot(found.steps, found.mean, color=style.color, linewidth=1.0, zorder=3)
+        return True
+    axis.plot(found.steps, found.mean, **style.marked(), markevery=marks(found, style))
+    if len(per_seed) > 1:
+        axis.fill_between(found.steps, found.low, found.high, color=style.color, alpha=0.17, linewidth=0)
+    return True
+
+
+def marks(found: Band, style: LineStyle) -> list[int]:
+    """Where markers go: few, and at other places for other arms."""
+    count = len(found)
+    if count <= MARKS:
+        return list(range(count))
+    every = count / MARKS
+    shift = int(style.color[1:], 16) % 97 / 97
+    return sorted({min(count - 1, int((place + shift) * every)) for place in range(MARKS)})
+
+
+def scale_to(axis: Axes, series: Sequence[Mapping[int, float]], *, signed: bool) -> str:
+    """Logarithmic where sizes are far apart, symlog where signs differ. Returns what to add to the title."""
+    sizes = [np.abs(list(points.values())) for points in series]
+    sizes = [values[values > 0] for values in sizes if np.any(values > 0)]
+    if not sizes:
+        return ""
+    typical = [float(np.median(values)) for values in sizes]
+    everything = np.concatenate(sizes)
+    low, high = np.quantile(everything, 0.02), np.quantile(everything, 0.995)
+    if signed:
+        if max(typical) < FAR_APART * min(typical):
+            return ""
+        axis.set_yscale("symlog", linthresh=max(min(typical), max(typical) * 1e-4))
+        _plain_ticks(axis)
+        return " (symlog)"
+    positive = all(value > 0 for points in series for value in points.values())
+    if positive and high > FAR_APART * low:
+        axis.set_yscale("log")
+        _plain_ticks(axis)
+        return " (log)"
+    return ""
+
+
+def _plain_ticks(axis: Axes) -> None:
+    """Numbers as text: matplotlib writes powers as mathematics, which STYLE turns off."""
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def zero_line(axis: Axes) -> None:
+    axis.axhline(0.0, color=GREY, linewidth=1.1, zorder=1.5)

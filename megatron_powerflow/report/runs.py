@@ -1,0 +1,222 @@
+"""What does one RUN argument hold? A run folder, or evaluations alone, as numbers by name and step.
+
+Left out: which runs belong together (`arms.py`); means over seeds (`seeds.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.report.reading import number, read_config, read_json, read_json_lines, visible
+
+CONFIG_NAME = "config.yaml"
+METRICS_NAME = "metrics.jsonl"
+EVALUATIONS_NAME = "evaluations.jsonl"
+SAMPLES_NAME = "samples.jsonl"
+EVALUATION_NAME = "evaluation.json"
+MAX_EVALUATION_FILES = 1000
+MAX_STEP = 2**53
+MAX_PASS_AT = 2**30
+# evaluation.json says avg where evaluations.jsonl says accuracy
+RENAMED = {"avg": "accuracy", "avg_se": "accuracy_se"}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One measurement of one policy.
+
+    values: accuracy, accuracy_se, response_length_mean (tokens), truncated_fraction, boxed_rate, maj, policy_entropy,
+    distinct_2, quality_<name>, ...: those that were measured. pass_at: k -> share of questions with a right answer
+    among k. step: of the run, None for an evaluation.json.
+    """
+
+    values: Mapping[str, float]
+    pass_at: Mapping[int, float]
+    pass_at_se: Mapping[int, float]  # over questions
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationFile:
+    """One evaluation.json. where: its folder, as shown."""
+
+    where: str
+    model: str
+    data: str
+    temperature: float | None
+    num_responses: float | None
+    seed: str
+    overall: Evaluation
+    tasks: Mapping[str, Evaluation]
+    command: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One seed of one arm. config is None where the argument was an evaluation and not a run."""
+
+    shown: str  # the folder as it was given
+    seed: str
+    config: Mapping[str, str] | None
+    metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # name -> step -> value
+    evaluations: Sequence[Evaluation] = ()  # in training, by step
+    samples: Sequence[Mapping[str, Any]] = ()
+    files: Sequence[EvaluationFile] = ()
+
+
+def read_runs(folders: Sequence[Path], notes: list[str]) -> list[Run]:
+    """Every folder's run, or its evaluations. Raises UserError naming each folder that holds neither."""
+    found, wrong, seen = [], [], set()
+    for folder in folders:
+        if not folder.is_dir():
+            wrong.append(f"{folder}: no such folder; give run folders or folders with an {EVALUATION_NAME}")
+        elif folder.resolve() in seen:
+            wrong.append(f"{folder}: given twice; one run is one seed; give it once")
+        else:
+            seen.add(folder.resolve())
+            runs = _read_folder(folder, notes)
+            found += runs
+            if not runs:
+                wrong.append(
+                    f"{folder}: no step in {METRICS_NAME}, no line in {EVALUATIONS_NAME} and no {EVALUATION_NAME} "
+                    "with numbers in it or below; is this a run's folder, and has it made a step?"
+                )
+    if wrong:
+        raise UserError(wrong)
+    return found
+
+
+def _read_folder(folder: Path, notes: list[str]) -> list[Run]:
+    shown = visible(folder, 200)
+    files = [file for path in _evaluation_paths(folder) if (file := _read_file(path, notes))]
+    metrics = _metrics(folder / METRICS_NAME, notes)
+    evaluations = _evaluations(folder / EVALUATIONS_NAME, notes)
+    if metrics or evaluations or (folder / CONFIG_NAME).is_file():
+        if not (metrics or evaluations or files):
+            return []
+        config = read_config(folder / CONFIG_NAME, notes)
+        if config is None:
+            notes.append(f"{folder}: no readable {CONFIG_NAME}; the run is an arm of its own")
+            config = {"folder.path": shown}
+        samples = read_json_lines(folder / SAMPLES_NAME, notes)
+        return [Run(shown, config.get("run.seed", "?"), config, metrics, evaluations, samples, files)]
+    by_policy: dict[tuple, list[EvaluationFile]] = {}
+    for file in files:
+        by_policy.setdefault((file.model, file.temperature, file.num_responses, file.seed), []).append(file)
+    return [Run(shown, policy[-1], None, files=found) for policy, found in by_policy.items()]
+
+
+def _evaluation_paths(folder: Path) -> list[Path]:
+    """Of this run; a folder below with metrics of its own is another run."""
+
+    def walk() -> Iterator[Path]:
+        for where, folders, names in os.walk(folder):
+            if Path(where) != folder and METRICS_NAME in names:
+                folders.clear()
+                continue
+            if EVALUATION_NAME in names:
+                yield Path(where) / EVALUATION_NAME
+
+    return sorted(walk(), key=lambda path: natural(str(path)))[:MAX_EVALUATION_FILES]
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """A sort key that puts step_9 before step_10."""
+    parts = re.split(r"([0-9]+)", text)  # every second part is a number
+    return [(int(part[:18]), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]
+
+
+def _metrics(path: Path, notes: list[str]) -> dict[str, dict[int, float]]:
+    series: dict[str, dict[int, float]] = {}
+    dropped: set[str] = set()
+    for line in _with_step(path, notes):
+        for name, value in line.items():
+            if name == "step":
+                continue
+            got = number(value)
+            if got is None:
+                dropped.add(visible(name, 40))
+            else:
+                series.setdefault(name, {})[line["step"]] = got
+    if dropped:
+        names = ", ".join(sorted(dropped)[:8])
+        notes.append(f"{path}: values that are no finite numbers are left out, in: {names}")
+    return series
+
+
+def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:
+    by_step = {line["step"]: _evaluation(line, line["step"]) for line in _with_step(path, notes)}
+    return [by_step[step] for step in sorted(by_step) if by_step[step].values]
+
+
+def _with_step(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Lines whose `step` is a step; of two lines of one step, the later counts (callers overwrite)."""
+    dropped = 0
+    for line in read_json_lines(path, notes):
+        step = line.get("step")
+        if type(step) is int and 0 <= step < MAX_STEP:
+            yield line
+        else:
+            dropped += 1
+    if dropped:
+        notes.append(f"{path}: {dropped} lines without a usable step are left out")
+
+
+def _evaluation(fields: Mapping[str, Any], step: int | None = None, **more: Mapping[str, Any]) -> Evaluation:
+    """fields: one X of evaluation.json or a line of evaluations.jsonl; more: diversity and quality."""
+    values = {
+        RENAMED.get(name, name): got
+        for name, value in fields.items()
+        if name != "step" and (got := number(value)) is not None
+    }
+    values |= {name: got for name, value in more.get("diversity", {}).items() if (got := number(value)) is not None}
+    quality = dict(more.get("quality") or _mapping(fields.get("quality")))
+    values |= {
+        f"quality_{visible(name, 30)}": got for name, value in quality.items() if (got := number(value)) is not None
+    }
+    return Evaluation(values, _by_count(fields.get("pass_at")), _by_count(fields.get("pass_at_se")), step)
+
+
+def _by_count(value: Any) -> dict[int, float]:
+    pairs = {}
+    for key, item in _mapping(value).items():
+        got = number(item)
+        if re.fullmatch(r"[0-9]{1,10}", str(key)) and 1 <= int(key) <= MAX_PASS_AT and got is not None:
+            pairs[int(key)] = got
+    return dict(sorted(pairs.items()))
+
+
+def _read_file(path: Path, notes: list[str]) -> EvaluationFile | None:
+    fields = read_json(path, notes)
+    if fields is None:
+        return None
+    extra = {"diversity": _mapping(fields.get("diversity")), "quality": _mapping(fields.get("quality"))}
+    overall = _evaluation(_mapping(fields.get("all")), **extra)
+    if "accuracy" not in overall.values and not overall.pass_at:
+        notes.append(f'{path}: no accuracy under "all", left out')
+        return None
+    tasks = {visible(name, 60): _evaluation(_mapping(value)) for name, value in _mapping(fields.get("tasks")).items()}
+    command = fields.get("command", "")
+    return EvaluationFile(
+        where=visible(path.parent, 200),
+        model=visible(fields.get("model", "?"), 200),
+        data=visible(fields.get("data", "?"), 200),
+        temperature=number(fields.get("temperature")),
+        num_responses=number(fields.get("num_responses")),
+        seed=visible(fields.get("seed", "?"), 20),
+        overall=overall,
+        tasks=tasks,
+        command=visible(" ".join(map(str, command)) if isinstance(command, list) else command, 500),
+        versions={visible(k, 40): visible(v, 80) for k, v in _mapping(fields.get("versions")).items()},
+    )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,83 @@
+"""What do several seeds of one arm say together? Means with standard errors; curves with bands.
+
+A standard error over n seeds is the sample standard deviation (n - 1) over sqrt(n). One seed has none: then, where the
+evaluation says its own, over its questions, that one is given and called so.
+
+Left out: confidence intervals; with two or three seeds they would promise more than is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+MAX_POINTS = 80  # of a drawn curve; longer ones are averaged in bins of equal width
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over `num_seeds` seeds. over: what `se` is over, "seeds" or "questions"; both None where unknown."""
+
+    mean: float
+    se: float | None
+    num_seeds: int
+    over: str | None
+
+
+def estimate(values: Sequence[float], own_se: Sequence[float | None] = ()) -> Estimate | None:
+    """values: one per seed; own_se: what each measurement says of itself. None when there are no values."""
+    if not values:
+        return None
+    if len(values) > 1:
+        return Estimate(
+            float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5), len(values), "seeds"
+        )
+    known = own_se[0] if own_se else None
+    return Estimate(float(values[0]), known, 1, None if known is None else "questions")
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A curve over seeds, all [n] fp64: mean, lowest and highest seed at each step; se is 0 where one seed is left."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    se: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def band(per_seed: Sequence[Mapping[int, float]], *, max_points: int = MAX_POINTS) -> Band | None:
+    """One step -> value per seed. At each step over the seeds that have it; None when nobody has anything.
+
+    More than `max_points` steps: each seed is averaged within bins of steps first, so a band is that of bin means.
+    """
+    steps = sorted({step for series in per_seed for step in series})
+    if not steps:
+        return None
+    width = ceil((steps[-1] - steps[0] + 1) / max_points) if len(steps) > max_points else 1
+    bins: dict[int, list[list[float]]] = {}
+    places: dict[int, list[int]] = {}
+    for series in per_seed:
+        mine: dict[int, list[float]] = {}
+        for step, value in series.items():
+            mine.setdefault((step - steps[0]) // width, []).append(value)
+        for place, values in mine.items():
+            bins.setdefault(place, []).append(values)
+    for step in steps:
+        places.setdefault((step - steps[0]) // width, []).append(step)
+    order = sorted(bins)
+    seeds = [[float(np.mean(values)) for values in bins[place]] for place in order]
+    return Band(
+        steps=np.array([np.mean(places[place]) for place in order]),
+        mean=np.array([np.mean(values) for values in seeds]),
+        low=np.array([min(values) for values in seeds]),
+        high=np.array([max(values) for values in seeds]),
+        se=np.array([np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in seeds]),
+    )

@@ -1,0 +1,222 @@
+"""Which numbers stand beside the pictures? The tables, as text, each number with its standard error.
+
+Left out: HTML; a cell is text and a hint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_powerflow.report.arms import Arm, differing_keys, estimate_of, estimate_pass_at, short_name
+from megatron_powerflow.report.runs import Evaluation, EvaluationFile
+from megatron_powerflow.report.seeds import Estimate
+
+# column title -> value, decimals
+COLUMNS = {
+    "accuracy": ("accuracy", 3),
+    "majority": ("maj", 3),
+    "length (tokens)": ("response_length_mean", 1),
+    "cut at limit": ("truncated_fraction", 3),
+    "boxed": ("boxed_rate", 3),
+    "entropy (nats)": ("policy_entropy", 3),
+    "pass@1": ("pass@1", 3),
+}
+EVALUATION_COLUMNS = {title: column for title, column in COLUMNS.items() if title not in ("entropy (nats)", "pass@1")}
+DIVERSITY_COLUMNS = {
+    "distinct-1": ("distinct_1", 3),
+    "distinct-2": ("distinct_2", 3),
+    "self-BLEU": ("self_bleu", 3),
+    "embedding distance": ("embedding_distance", 3),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """text: "0.958 ± 0.004"; hint: what the ± is over."""
+
+    text: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a table. arm: place of the arm it belongs to (None: of no arm); first: the arm's first line."""
+
+    arm: int | None
+    first: bool
+    head: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    span: int = 1  # lines of the arm
+    about: str = ""  # the arm, on its first line
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def arms_table(arms: Sequence[Arm]) -> Table:
+    """Best and last evaluation of each trained arm, the evaluation of the others. head: which, at which steps."""
+    rows: list[Row] = []
+    largest = _largest([e for arm in arms for _, _, evaluations in _lines(arm) for e in evaluations])
+    for place, arm in enumerate(arms):
+        lines = _lines(arm)
+        for number, (which, at, evaluations) in enumerate(lines):
+            seeds = str(len(arm.members)) if len(arm.members) == len(evaluations) or not evaluations else (
+                f"{len(evaluations)} of {len(arm.members)}"
+            )  # fmt: skip
+            about = f"{seeds} {'seed' if seeds == '1' else 'seeds'}{_steps(arm)}"
+            cells = (*_cells(evaluations, COLUMNS), _at_largest(evaluations, largest))
+            rows.append(Row(place, number == 0, (f"{which}{at}",), cells, len(lines), about))
+    columns = ("evaluation", *COLUMNS, _title(largest))
+    return _without_empty(Table(columns, tuple(rows)), keep=2)
+
+
+def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """The one with the highest accuracy; of equals the earliest."""
+    having = [e for e in evaluations if "accuracy" in e.values]
+    return max(having, key=lambda e: e.values["accuracy"], default=None)
+
+
+def start_sentence(arms: Sequence[Arm]) -> str:
+    """What step 0 measured, over all runs of one starting model; "" where that cannot be said."""
+    trained = [arm for arm in arms if arm.trained]
+    runs = [run for arm in trained for run in arm.members]
+    first = [run.evaluations[0] for run in runs if run.evaluations and run.evaluations[0].step == 0]
+    found = estimate_of(first, "accuracy")
+    if found is None or len({arm.config("model.hf_path") for arm in trained}) > 1:
+        return ""
+    length = estimate_of(first, "response_length_mean")
+    tokens = "" if length is None else f" with responses of {_number(length, 1)} tokens"
+    return f"Before training (step 0 of {found.num_seeds} runs) the accuracy is {_number(found, 3)}{tokens}."
+
+
+def differences_table(arms: Sequence[Arm]) -> Table | None:
+    """Every config key that is not the same in all trained arms; None when there is none."""
+    trained = [(place, arm) for place, arm in enumerate(arms) if arm.trained]
+    keys = differing_keys([arm.members[0].config for _, arm in trained])
+    if len(trained) < 2 or not keys:
+        return None
+    rows = [
+        Row(place, True, (), tuple(Cell(arm.config(key) if arm.config(key) is not None else "–") for key in keys))
+        for place, arm in trained
+    ]
+    return Table(tuple(keys), tuple(rows))
+
+
+def evaluations_table(arms: Sequence[Arm]) -> Table | None:
+    """Every evaluation.json; one line per task where there are several. None when there are none."""
+    rows: list[Row] = []
+    largest = _largest([file.overall for arm in arms for run in arm.members for file in run.files])
+    for place, arm in enumerate(arms):
+        mine: list[Row] = []
+        for run in arm.members:
+            for file in run.files:
+                for task, evaluation in _tasks(file):
+                    cells = _cells([evaluation], EVALUATION_COLUMNS), _cells([evaluation], DIVERSITY_COLUMNS)
+                    cells = (*cells[0], _at_largest([evaluation], largest), *cells[1])
+                    seed = run.seed if arm.trained else file.seed
+                    mine.append(Row(place, not mine, (*_protocol(file), seed, task), cells))
+        rows += [Row(r.arm, r.first, r.head, r.cells, len(mine)) for r in mine]
+    columns = ("data", "T", "responses", "seed", "task", *EVALUATION_COLUMNS, _title(largest), *DIVERSITY_COLUMNS)
+    return _without_empty(Table(columns, tuple(rows)), keep=5) if rows else None
+
+
+def _lines(arm: Arm) -> list[tuple[str, str, list[Evaluation]]]:
+    """(which, at which steps, one evaluation per seed)."""
+    if not arm.trained:
+        return [("evaluated only", "", [file.overall for file in arm.measured()])]
+    having = [run.evaluations for run in arm.members if run.evaluations]
+    if not having:
+        return [("none in training", "", [])]
+    best = [found for evaluations in having if (found := best_of(evaluations))]
+    last = [evaluations[-1] for evaluations in having]
+    return [("best* at ", _range(best), best), ("last, at ", _range(last), last)]
+
+
+def _cells(evaluations: Sequence[Evaluation], columns: dict[str, tuple[str, int]]) -> tuple[Cell, ...]:
+    return tuple(
+        _cell(estimate_pass_at(evaluations, 1) if name == "pass@1" else estimate_of(evaluations, name), decimals)
+        for name, decimals in columns.values()
+    )
+
+
+def _largest(evaluations: Sequence[Evaluation]) -> int | None:
+    """The largest k of pass@k, where all evaluations have the same; else None: each line says its own."""
+    found = {max(e.pass_at) for e in evaluations if e.pass_at}
+    return found.pop() if len(found) == 1 else None
+
+
+def _title(largest: int | None) -> str:
+    return "pass@max" if largest is None else f"pass@{largest}"
+
+
+def _at_largest(evaluations: Sequence[Evaluation], largest: int | None) -> Cell:
+    k = max((k for e in evaluations for k in e.pass_at), default=0)
+    found = estimate_pass_at(evaluations, k) if k > 1 else None
+    return _cell(found, 3, f" @{k}" if largest is None else "")
+
+
+def _cell(found: Estimate | None, decimals: int, suffix: str = "") -> Cell:
+    if found is None:
+        return Cell("–", "not measured")
+    over = {"seeds": f"standard error over {found.num_seeds} seeds", "questions": "standard error over questions"}
+    hint = over.get(found.over, "one seed, and the evaluation gives no standard error")
+    return Cell(_number(found, decimals) + suffix, hint)
+
+
+def _number(found: Estimate, decimals: int) -> str:
+    """Example: 0.958 ± 0.004; † marks an error over questions; without an error, the number alone."""
+    mean = _decimal(found.mean, decimals)
+    if found.se is None:
+        return mean
+    return f"{mean} ± {_decimal(found.se, decimals)}" + ("†" if found.over == "questions" else "")
+
+
+def _decimal(value: float, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _tasks(file: EvaluationFile) -> list[tuple[str, Evaluation]]:
+    """All questions, and each task where there are several."""
+    several = list(file.tasks.items()) if len(file.tasks) > 1 else []
+    return [("all" if several else next(iter(file.tasks), "all"), file.overall), *several]
+
+
+def _protocol(file: EvaluationFile) -> tuple[str, ...]:
+    def shown(value: float | None) -> str:
+        return "–" if value is None else f"{value:g}"
+
+    return (short_name(file.data), shown(file.temperature), shown(file.num_responses))
+
+
+def _steps(arm: Arm) -> str:
+    """Steps made, by seed: the number of lines' last step + 1."""
+    made = [1 + max(max(series) for series in run.metrics.values()) for run in arm.members if run.metrics]
+    return f", {_span(made)} steps" if made else ""
+
+
+def _range(evaluations: Sequence[Evaluation]) -> str:
+    return _span([e.step for e in evaluations])
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _without_empty(table: Table, *, keep: int) -> Table:
+    """Columns that no row has a number for are left out; the first `keep`, heads included, stay."""
+    heads = len(table.rows[0].head) if table.rows else 0
+    used = [
+        place
+        for place in range(len(table.columns) - heads)
+        if heads + place < keep or any(row.cells[place].text != "–" for row in table.rows)
+    ]
+    columns = (*table.columns[:heads], *(table.columns[heads + place] for place in used))
+    rows = tuple(
+        Row(r.arm, r.first, r.head, tuple(r.cells[place] for place in used), r.span, r.about) for r in table.rows
+    )
+    return Table(columns, rows)
