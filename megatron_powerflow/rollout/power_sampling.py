@@ -39,8 +39,8 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.rollout.sampling import uniforms
 
-# ((chain number, prompt and kept tokens) pairs, max tokens, step) -> one rollout each, drawn at temperature 1/alpha with
-# numbers of that step; on every rank of a replica alike
+# ((chain number, prompt and kept tokens) pairs, max tokens, step) -> one rollout each, its slot the chain number, drawn
+# at temperature 1/alpha with the numbers of that step; on every rank of a replica alike
 Propose = Callable[[Sequence[tuple[int, Prompt]], int, int], Sequence[Rollout]]
 # rollouts -> [n] fp64 log-probs of the response tokens of each, at temperature 1; on every rank of a replica alike
 Score = Callable[[Sequence[Rollout]], Sequence[np.ndarray]]
@@ -147,7 +147,9 @@ def power_sampling(
 class _Ends:
     """Draws and scores the ends of many responses at once."""
 
-    def __init__(self, chains: Sequence[tuple[int, Prompt]], rows_per_call: int, propose: Propose, score: Score) -> None:
+    def __init__(
+        self, chains: Sequence[tuple[int, Prompt]], rows_per_call: int, propose: Propose, score: Score
+    ) -> None:
         self._chains, self._rows_per_call, self._propose, self._score = chains, rows_per_call, propose, score
 
     def draw(self, states: Sequence[ChainState], cuts: dict[int, int], limit: int, step: int) -> dict[int, ChainState]:

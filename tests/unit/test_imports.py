@@ -27,6 +27,7 @@ LEVELS = {
     "run_output": 5,
     "train": 5,
     "inference": 5,
+    "decoding": 5,
     "cli": 5,
 }
 FREE_OF_TORCH = (
