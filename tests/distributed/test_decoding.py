@@ -40,19 +40,22 @@ def test_options_that_would_do_nothing_are_refused(arguments, message):
     assert message in refused(*arguments)
 
 
-def test_settings_that_would_do_nothing_are_refused(tiny_model, tmp_path):
+def test_settings_that_would_do_nothing_are_refused(gloo, tiny_model, tmp_path):
     model, prompts = str(tiny_model("llama")), tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt_token_ids": [5]}\n')
-    arguments = ["--model", model, "--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl")]
+
+    def refusal(*arguments: str) -> str:  # in a process of its own: it imports Megatron
+        return gloo.run(1, refused, "--model", model, "--prompts", str(prompts), *arguments)[0]
+
     sizes = ["rollout.max_prompt_tokens=8", "rollout.max_response_tokens=4"]
     power = ["--decoding", "power_sampling", *sizes]
-    assert "rollout.temperature has no effect here" in refused(*arguments, *power, "rollout.temperature=0.5")
-    assert "16 blocks of 4 response tokens" in refused(*arguments, *power)
-    assert "parallel.micro_batch_size has no effect here" in refused(*arguments, "parallel.micro_batch_size=2")
+    assert "rollout.temperature has no effect here" in refusal(*power, "rollout.temperature=0.5")
+    assert "16 blocks of 4 response tokens" in refusal(*power)
+    assert "parallel.micro_batch_size has no effect here" in refusal("parallel.micro_batch_size=2")
     verbalized = ["--decoding", "verbalized", *sizes]
-    assert "prompt_token_ids are no conversation" in refused(*arguments, *verbalized)
+    assert "prompt_token_ids are no conversation" in refusal(*verbalized)
     prompts.write_text('{"prompt": "w5"}\n')
-    assert "no chat template" in refused(*arguments, *verbalized)
+    assert "no chat template" in refusal(*verbalized)
 
 
 def verbalize(model: str, prompts: str, out: str, num_responses: int, overrides: tuple) -> str:
@@ -110,3 +113,35 @@ def test_verbalized_responses_are_written_and_the_others_counted(gloo, tmp_path)
     printed_dp, _ = gloo.run(2, verbalize, str(model), str(prompts), str(over_dp), 3, settings)
     assert over_dp.read_text() == answers.read_text()
     assert printed_dp.replace(str(over_dp), str(answers)) == printed
+
+
+def command_line(*arguments: str) -> str:
+    """`powerflow generate ...` on this rank; returns what it printed."""
+    result = CliRunner().invoke(app, ["generate", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_line_reaches_every_decoding(gloo, tmp_path):
+    model = make_verbalizing_model(tmp_path / "model", vocab_size=60)
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    arguments = ["--model", str(model), "--prompts", str(prompts), "--out", str(out), "--num-responses", "2"]
+    sizes = ["rollout.max_prompt_tokens=200", "rollout.max_response_tokens=5"]
+
+    def lines(*options: str) -> list[dict]:
+        printed = gloo.run(1, command_line, *arguments, *options, *sizes)[0]
+        assert "wrote" in printed
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    power = lines("--decoding", "power_sampling", "--alpha", "0.5", "--blocks", "2", "--moves", "3")
+    assert [(line["id"], line["response_index"]) for line in power] == [("0", 0), ("0", 1), ("1", 0), ("1", 1)]
+    assert {line["num_moves"] for line in power} == {6}
+    assert any(line["num_accepted"] for line in power)
+    plain = lines()
+    assert "num_moves" not in plain[0]
+    sharp = lines("--decoding", "power_sampling", "--alpha", "1e4", "--blocks", "1", "--moves", "0")
+    greedy = lines("--greedy")
+    assert [line["response_token_ids"] for line in sharp] == [line["response_token_ids"] for line in greedy]
+    asked_at_length = ["--decoding", "verbalized", "--greedy", "--target-words", "9"]
+    assert all(line.keys() == {"id", "response_index", "text", "probability"} for line in lines(*asked_at_length))
