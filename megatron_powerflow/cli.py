@@ -6,9 +6,11 @@ and an impossible run never reaches it.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -95,6 +97,14 @@ def score(
     score_file(opened, data, out, launch, Console())
 
 
+class Decoding(StrEnum):
+    """How `generate` draws responses."""
+
+    sample = "sample"
+    power_sampling = "power_sampling"
+    verbalized = "verbalized"
+
+
 @app.command()
 def generate(
     model: Annotated[Path, typer.Option(help="HF folder, run folder or checkpoint")],
@@ -102,6 +112,13 @@ def generate(
     out: Annotated[Path, typer.Option(help="JSONL: id, response_index, text, response_token_ids, log_probs, ...")],
     num_responses: Annotated[int, typer.Option(min=1, help="responses per prompt")] = 1,
     greedy: Annotated[bool, typer.Option("--greedy", help="always the most likely token")] = False,
+    decoding: Annotated[
+        Decoding, typer.Option(help="token by token; from p^alpha by Metropolis-Hastings; several in one JSON answer")
+    ] = Decoding.sample,
+    alpha: Annotated[float | None, typer.Option(help="power_sampling: power of the model (default 4)")] = None,
+    blocks: Annotated[int | None, typer.Option(min=1, help="power_sampling: growing limits (default 16)")] = None,
+    moves: Annotated[int | None, typer.Option(min=0, help="power_sampling: moves in each block (default 10)")] = None,
+    target_words: Annotated[int | None, typer.Option(min=1, help="verbalized: length to ask for")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Sample responses through the engine that training uses.
@@ -109,12 +126,35 @@ def generate(
     Example: powerflow generate --model runs/local --prompts examples/prompts/mixed.jsonl --out answers.jsonl
     --num-responses 4 rollout.max_response_tokens=256
     """
+    powers = {"--alpha": alpha, "--blocks": blocks, "--moves": moves}
+    _refuse_options(powers, decoding is not Decoding.power_sampling, f"--decoding {decoding.value}")
+    _refuse_options(
+        {"--target-words": target_words}, decoding is not Decoding.verbalized, f"--decoding {decoding.value}"
+    )
+    _refuse_options({"--greedy": greedy or None}, decoding is Decoding.power_sampling, "--decoding power_sampling")
+    if alpha is not None and not (0 < alpha < math.inf):
+        raise UserError(f"--alpha {alpha}: a power is a number above 0")
     launch = read_launch()
     prepare_imports()
+    from megatron_powerflow import decoding as rivals
     from megatron_powerflow.inference import GENERATE_KEYS, generate_file, open_model
 
-    opened = open_model(model, overrides or (), GENERATE_KEYS, launch.world_size)
-    generate_file(opened, prompts, out, num_responses, greedy, launch, Console())
+    console = Console()
+    allowed = rivals.POWER_SAMPLING_KEYS if decoding is Decoding.power_sampling else GENERATE_KEYS
+    opened = open_model(model, overrides or (), allowed, launch.world_size)
+    if decoding is Decoding.power_sampling:
+        recipe = rivals.PowerSampling(
+            alpha=4.0 if alpha is None else alpha,
+            num_blocks=16 if blocks is None else blocks,
+            num_moves=10 if moves is None else moves,
+        )
+        rivals.power_sample_file(opened, prompts, out, num_responses, recipe, launch, console)
+    elif decoding is Decoding.verbalized:
+        temperature = 0.0 if greedy else opened.config.rollout.temperature
+        recipe = rivals.VerbalizedSampling(num_responses, target_words, temperature)
+        rivals.verbalize_file(opened, prompts, out, recipe, launch, console)
+    else:
+        generate_file(opened, prompts, out, num_responses, greedy, launch, console)
 
 
 @app.command()
@@ -177,6 +217,13 @@ def stop(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: O
         raise UserError(f"{folder}: no run has started there")
     (folder / STOP_NAME).touch()
     print(f"{folder} will stop at the end of its step")
+
+
+def _refuse_options(options: dict[str, object], unused: bool, why: str) -> None:
+    """UserError for the options that were given where they change nothing."""
+    given = [name for name, value in options.items() if value is not None]
+    if unused and given:
+        raise UserError([f"{name} has no effect with {why}; remove it" for name in given])
 
 
 def main() -> None:

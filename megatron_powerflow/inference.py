@@ -22,7 +22,7 @@ from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_json, read_stop_token_ids
 from megatron_powerflow.conversion.shards import export_to_hf, load_from_hf, open_checked
 from megatron_powerflow.data.packing import Annotated, pack
-from megatron_powerflow.data.prompts import check_token_ids, load_prompts, prompt_token_ids, read_rows
+from megatron_powerflow.data.prompts import Rewrite, check_token_ids, load_prompts, prompt_token_ids, read_rows
 from megatron_powerflow.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.model.build import build_chunks, transformer_config
@@ -103,7 +103,7 @@ def score_file(opened: Opened, data: Path, out: Path, launch: Launch, console: C
     """One line per row of `data`: id, log_probs (one per response token, natural logarithm), sequence_log_prob."""
     rows = read_scored_rows(data, opened)
     with initialized(opened.layout, launch, seed=0) as groups:
-        chunks = _load(opened, groups)
+        chunks = load_chunks(opened, groups)
         scorer = Scorer(
             groups, opened.architecture.vocab_size, opened.config.rollout.temperature, opened.layout.sequence_parallel
         )
@@ -113,13 +113,24 @@ def score_file(opened: Opened, data: Path, out: Path, launch: Launch, console: C
             found = score_rollouts(mine, chunks, scorer, opened) if mine else []
             return found if reports else None
 
-        _write_rounds(rows, one_round, ROUND_ROWS, out, groups, console, "scoring")
+        write_rounds(rows, one_round, ROUND_ROWS, out, groups, console, "scoring")
 
 
 def score_rollouts(
     rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: Opened
 ) -> list[tuple[int, dict]]:
     """(slot, output line) of each rollout on the last stage, an empty list elsewhere."""
+    by_slot = {rollout.slot: rollout for rollout in rollouts}
+    return [
+        (slot, {"id": by_slot[slot].prompt.id, "log_probs": log_probs, "sequence_log_prob": sum(log_probs)})
+        for slot, log_probs in log_probs_by_slot(rollouts, chunks, scorer, opened).items()
+    ]
+
+
+def log_probs_by_slot(
+    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: Opened
+) -> dict[int, list[float]]:
+    """Log-probs of each rollout's response tokens on the last stage, nothing elsewhere. Slots are unique."""
     batches = pack(
         [Annotated(rollout) for rollout in rollouts],
         micro_batch_size=opened.config.parallel.micro_batch_size,
@@ -129,64 +140,86 @@ def score_rollouts(
         uniform=False,
         device=scorer.groups.device,
     )
-    by_slot = {rollout.slot: rollout for rollout in rollouts}
-    lines = []
+    found = {}
     for batch, scored in zip(batches, score(chunks, batches, scorer), strict=True):
         if scored is None:
             continue
         for row, slot in enumerate(batch.group.tolist()):
-            log_probs = scored[row][batch.loss_mask[row]].tolist()
-            line = {"id": by_slot[slot].prompt.id, "log_probs": log_probs, "sequence_log_prob": sum(log_probs)}
-            lines.append((slot, line))
-    return lines
+            found[slot] = scored[row][batch.loss_mask[row]].tolist()
+    return found
 
 
 def generate_file(
     opened: Opened, prompts_path: Path, out: Path, num_responses: int, greedy: bool, launch: Launch, console: Console
 ) -> None:
     """One line per response: id, response_index, text, response_token_ids, log_probs, finish_reason."""
-    config = opened.config
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    prompts = load_generation_prompts(opened, prompts_path, launch, console)
+    temperature = 0.0 if greedy else opened.config.rollout.temperature
+    sampling = sampling_params(opened, responses_per_prompt=num_responses, temperature=temperature)
+    with initialized(opened.layout, launch, seed=opened.config.run.seed) as groups:
+        engine = build_engine(opened, load_chunks(opened, groups), groups)
+        reports = groups.pp_rank == 0 and groups.tp_rank == 0
+
+        def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
+            rollouts = engine.generate(mine, sampling) if mine else []
+            return (
+                [(rollout.slot, response_line(rollout, opened.tokenizer)) for rollout in rollouts] if reports else None
+            )
+
+        per_round = prompts_per_round(opened, num_responses)
+        write_rounds(list(enumerate(prompts)), one_round, per_round, out, groups, console, "generating")
+
+
+def load_generation_prompts(
+    opened: Opened, path: Path, launch: Launch, console: Console, rewrite: Rewrite | None = None
+) -> tuple[Prompt, ...]:
+    """The prompts to answer; UserError where they, or the model, have no room for what is asked."""
+    rollout = opened.config.rollout
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     if longest > opened.architecture.max_positions:
         raise UserError(
             f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's "
             f"max_position_embeddings={opened.architecture.max_positions}; lower one of them"
         )
     prompts = load_prompts(
-        prompts_path,
+        path,
         opened.tokenizer,
         vocab_size=opened.architecture.vocab_size,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        too_long=config.prompts.too_long,
+        max_prompt_tokens=rollout.max_prompt_tokens,
+        too_long=opened.config.prompts.too_long,
+        rewrite=rewrite,
     )
     if prompts.num_too_long and launch.is_main:
         console.print(f"{prompts.num_too_long} prompts over rollout.max_prompt_tokens dropped", highlight=False)
-    sampling = SamplingParams(
-        responses_per_prompt=num_responses,
-        max_response_tokens=config.rollout.max_response_tokens,
-        temperature=0.0 if greedy else config.rollout.temperature,
+    return prompts.prompts
+
+
+def sampling_params(opened: Opened, *, responses_per_prompt: int, temperature: float) -> SamplingParams:
+    """Of step 0, to the length limit of the config."""
+    return SamplingParams(
+        responses_per_prompt=responses_per_prompt,
+        max_response_tokens=opened.config.rollout.max_response_tokens,
+        temperature=temperature,
         stop_token_ids=read_stop_token_ids(opened.hf_folder, opened.tokenizer.eos_token_id),
-        seed=config.run.seed,
+        seed=opened.config.run.seed,
         step=0,
     )
-    with initialized(opened.layout, launch, seed=config.run.seed) as groups:
-        engine = MegatronEngine(
-            _load(opened, groups),
-            groups,
-            vocab_size=opened.architecture.vocab_size,
-            max_concurrent_rows=config.rollout.max_concurrent_rows,
-            alignment=alignment(opened.layout, config.precision),
-        )
-        reports = groups.pp_rank == 0 and groups.tp_rank == 0
 
-        def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
-            rollouts = engine.generate(mine, sampling) if mine else []
-            return (
-                [(rollout.slot, _response_line(rollout, opened.tokenizer)) for rollout in rollouts] if reports else None
-            )
 
-        per_round = max(1, max(ROUND_ROWS, config.rollout.max_concurrent_rows) // num_responses)
-        _write_rounds(list(enumerate(prompts.prompts)), one_round, per_round, out, groups, console, "generating")
+def build_engine(opened: Opened, chunks: Sequence[PolicyModel], groups: Groups) -> MegatronEngine:
+    """The engine over these chunks."""
+    return MegatronEngine(
+        chunks,
+        groups,
+        vocab_size=opened.architecture.vocab_size,
+        max_concurrent_rows=opened.config.rollout.max_concurrent_rows,
+        alignment=alignment(opened.layout, opened.config.precision),
+    )
+
+
+def prompts_per_round(opened: Opened, responses_per_prompt: int) -> int:
+    """Prompts a data-parallel rank answers between two writes."""
+    return max(1, max(ROUND_ROWS, opened.config.rollout.max_concurrent_rows) // responses_per_prompt)
 
 
 def export_file(opened: Opened, out: Path, launch: Launch, console: Console) -> None:
@@ -194,7 +227,7 @@ def export_file(opened: Opened, out: Path, launch: Launch, console: Console) -> 
     if opened.checkpoint is None:
         raise UserError(f"{opened.hf_folder}: no checkpoint of a run; it is a Hugging Face folder already")
     with initialized(opened.layout, launch, seed=0) as groups:
-        chunks = _load(opened, groups)
+        chunks = load_chunks(opened, groups)
         export_to_hf(chunks, opened.architecture, opened.family, groups, companions=opened.hf_folder, out=out)
     if launch.is_main:
         console.print(f"wrote {out}", highlight=False)
@@ -244,7 +277,8 @@ def _response_token_ids(row: dict[str, Any], tokenizer: Tokenizer, vocab_size: i
     return check_token_ids(tokenizer.encode_plain(row["response"]), vocab_size, "response (tokenized)")
 
 
-def _response_line(rollout: Rollout, tokenizer: Tokenizer) -> dict:
+def response_line(rollout: Rollout, tokenizer: Tokenizer) -> dict:
+    """What the output file says of a rollout."""
     return {
         "id": rollout.prompt.id,
         "response_index": rollout.response_index,
@@ -255,7 +289,8 @@ def _response_line(rollout: Rollout, tokenizer: Tokenizer) -> dict:
     }
 
 
-def _load(opened: Opened, groups: Groups) -> list[PolicyModel]:
+def load_chunks(opened: Opened, groups: Groups) -> list[PolicyModel]:
+    """This rank's model chunks, with the folder's weights, for forward passes only."""
     config, architecture = opened.config, opened.architecture
     transformer = transformer_config(architecture, opened.layout, config.model, config.precision)
     chunks = build_chunks(transformer, architecture, opened.layout, config.precision, groups.device)
@@ -269,7 +304,7 @@ def _load(opened: Opened, groups: Groups) -> list[PolicyModel]:
     return chunks
 
 
-def _write_rounds(
+def write_rounds(
     items: Sequence, one_round: Callable, per_rank: int, out: Path, groups: Groups, console: Console, title: str
 ) -> None:
     """Deal items to the data-parallel ranks round by round, gather the lines, write them in order; `out` appears

@@ -10,7 +10,7 @@ Left out: data-parallel shares (`train.py` slices), fetching data sets.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from megatron_powerflow.records import Prompt
 
 MAX_REPORTED = 20
 KINDS = ("prompt", "messages", "prompt_token_ids")
+Rewrite = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,18 @@ class PromptFile:
 
 
 def load_prompts(
-    path: str | Path, tokenizer: Tokenizer, *, vocab_size: int, max_prompt_tokens: int, too_long: str
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    max_prompt_tokens: int,
+    too_long: str,
+    rewrite: Rewrite | None = None,
 ) -> PromptFile:
     """Read and tokenize a prompts file. Raises UserError listing the bad lines.
 
     too_long: "drop" counts and skips prompts over max_prompt_tokens; "error" refuses them by line.
+    rewrite: what is tokenized instead of a row; its UserError is reported with the line.
     """
     path = Path(path)
     prompts: list[Prompt] = []
@@ -47,7 +55,7 @@ def load_prompts(
     num_too_long = 0
     for number, row in read_rows(path, violations):
         try:
-            token_ids = prompt_token_ids(row, tokenizer, vocab_size)
+            token_ids = prompt_token_ids(rewrite(row) if rewrite else row, tokenizer, vocab_size)
             identity = text_field(row, "id") or str(number - 1)
             answer, task = text_field(row, "answer"), text_field(row, "task")
         except UserError as error:
@@ -120,19 +128,33 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def prompt_token_ids(row: dict[str, Any], tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Token ids of one row's prompt, whichever way it is given. Raises UserError without the line number."""
+    kind = _prompt_kind(row)
+    if kind == "prompt_token_ids":
+        return check_token_ids(row[kind], vocab_size, kind)
+    token_ids = tokenizer.encode(_prompt_text(row)) if kind == "prompt" else tokenizer.encode_chat(_messages(row))
+    return check_token_ids(token_ids, vocab_size, f"{kind} (tokenized)")
+
+
+def as_messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    """One row's prompt as a conversation: its messages, or its text as the user's. Raises UserError like the above."""
+    kind = _prompt_kind(row)
+    if kind == "prompt_token_ids":
+        raise UserError("prompt_token_ids are no conversation; give prompt or messages")
+    return [{"role": "user", "content": _prompt_text(row)}] if kind == "prompt" else list(_messages(row))
+
+
+def _prompt_kind(row: dict[str, Any]) -> str:
     given = [kind for kind in KINDS if row.get(kind) is not None]
     if len(given) != 1:
         raise UserError(f"needs exactly one of {', '.join(KINDS)}; got {given or sorted(row)[:8]}")
-    kind, value = given[0], row[given[0]]
-    if kind == "prompt_token_ids":
-        return check_token_ids(value, vocab_size, kind)
-    if kind == "prompt":
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"prompt must be a text that is not empty, got {value!r:.60}")
-        token_ids = tokenizer.encode(value)
-    else:
-        token_ids = tokenizer.encode_chat(_check_messages(value))
-    return check_token_ids(token_ids, vocab_size, f"{kind} (tokenized)")
+    return given[0]
+
+
+def _prompt_text(row: dict[str, Any]) -> str:
+    value = row["prompt"]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"prompt must be a text that is not empty, got {value!r:.60}")
+    return value
 
 
 def readable(row: dict[str, Any]) -> str:
@@ -152,7 +174,8 @@ def check_token_ids(value: Any, vocab_size: int, name: str) -> list[int]:
     return value
 
 
-def _check_messages(value: Any) -> Sequence[dict[str, str]]:
+def _messages(row: dict[str, Any]) -> Sequence[dict[str, str]]:
+    value = row["messages"]
     fine = (
         isinstance(value, list)
         and value

@@ -70,7 +70,9 @@ class _HfTokenizer:
         from jinja2.exceptions import TemplateError
 
         if not self._tokenizer.chat_template:
-            raise UserError(f"{self._folder}: the tokenizer has no chat template; use `prompt` instead of `messages`")
+            raise UserError(
+                f"{self._folder}: the tokenizer has no chat template, which a conversation needs; use `prompt`"
+            )
         try:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
@@ -102,7 +104,9 @@ class _SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        raise UserError(f"{self._path}: a sentencepiece model has no chat template; use `prompt` instead of `messages`")
+        raise UserError(
+            f"{self._path}: a sentencepiece model has no chat template, which a conversation needs; use `prompt`"
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         size = self._processor.get_piece_size()

@@ -12,17 +12,26 @@ from torch import Tensor
 from megatron_powerflow.parallel.groups import Groups
 
 
+def from_last_stage(values: Tensor | None, shape: tuple[int, ...], groups: Groups) -> Tensor:
+    """Numbers computed on the last stage -> every stage of the replica.
+
+    values: `shape` fp64 on CPU, on the last stage; ignored elsewhere. Returns the same, on every stage.
+    """
+    local = values if groups.is_last_stage else torch.empty(shape, dtype=torch.float64)
+    assert local is not None and local.shape == shape and local.dtype == torch.float64
+    local = local.contiguous()
+    source = dist.get_global_rank(groups.pp_control, groups.pp_size - 1)
+    dist.broadcast(local, src=source, group=groups.pp_control)
+    return local
+
+
 def last_stage_rows(rows: Tensor | None, num_rows: int, num_columns: int, groups: Groups) -> Tensor:
     """Rows computed on the last stage of every replica -> all rows on every rank, in dp order.
 
     rows: [num_rows, num_columns] fp64 on CPU, on the last stage; ignored elsewhere.
     Returns [dp_size * num_rows, num_columns] fp64 on CPU, the same on every rank of the world.
     """
-    local = rows if groups.is_last_stage else torch.empty(num_rows, num_columns, dtype=torch.float64)
-    assert local is not None and local.shape == (num_rows, num_columns) and local.dtype == torch.float64
-    local = local.contiguous()
-    source = dist.get_global_rank(groups.pp_control, groups.pp_size - 1)
-    dist.broadcast(local, src=source, group=groups.pp_control)
+    local = from_last_stage(rows, (num_rows, num_columns), groups)
     everyone = [torch.empty_like(local) for _ in range(groups.world_size)]
     dist.all_gather(everyone, local, group=groups.control)
     replicas: list[Tensor | None] = [None] * groups.dp_size
@@ -56,7 +65,7 @@ def broadcast_object(value, groups: Groups):
     return box[0]
 
 
-def from_last_stage(value, groups: Groups):
+def object_from_last_stage(value, groups: Groups):
     """The value of this replica's last stage, first tensor-parallel rank, on all ranks of the replica.
 
     For what must be one thing though its computation may end differently (a parser with a time limit). Host memory.

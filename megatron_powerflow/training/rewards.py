@@ -19,7 +19,7 @@ from megatron_powerflow.data.response_format import format_penalty
 from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
 from megatron_powerflow.objective.policy_gradient import group_advantage
-from megatron_powerflow.parallel.collectives import from_last_stage
+from megatron_powerflow.parallel.collectives import object_from_last_stage
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import Rollout
 
@@ -31,7 +31,7 @@ def annotate(
     answers = [extract_answer(tokenizer.decode(rollout.response_token_ids)) for rollout in rollouts]
     # equality of answers has a time limit, so one rank per replica decides
     decides = groups.is_last_stage and groups.tp_rank == 0
-    correct, rewards = from_last_stage(
+    correct, rewards = object_from_last_stage(
         (correctness(rollouts, answers), text_rewards(rollouts, answers, objective.text_reward)) if decides else None,
         groups,
     )

@@ -29,6 +29,7 @@ LEVELS = {
     "train": 5,
     "inference": 5,
     "report": 5,
+    "decoding": 5,
     "cli": 5,
 }
 FREE_OF_TORCH = (

@@ -1,0 +1,136 @@
+"""How is a model asked to write several responses with their probabilities, and what did it answer?
+
+Verbalized Sampling, its standard form (CHATS-lab/verbalized-sampling): one call asks, in the system message, for k
+responses as one JSON object, `{"responses": [{"text": ..., "probability": ...}, ...]}`. The words are ours.
+
+What comes back is hostile text. It is parsed as JSON or not at all: no repairs, no search for braces; one code fence
+around the object is taken off, because chat models put it there. A response that is not well formed is left out and
+counted, by a reason from a fixed list.
+
+Left out: the variants that reason first or ask several times; any use of the stated probabilities.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_powerflow.data.prompts import as_messages
+
+MAX_CHARACTERS = 1_000_000  # of one answer; what is longer is not parsed
+FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
+
+# why an answer, or one of its responses, was left out
+NOT_JSON = "no JSON object"
+TOO_LONG = f"over {MAX_CHARACTERS} characters"
+NO_LIST = "no list `responses`"
+BAD_TEXT = "response without a text"
+BAD_PROBABILITY = "probability not a number in [0, 1]"
+SURPLUS = "more responses than asked for"
+MISSING = "fewer responses than asked for"
+
+
+@dataclass(frozen=True, slots=True)
+class VerbalizedResponse:
+    text: str  # not empty, without spaces around it
+    probability: float  # as stated, 0 <= probability <= 1; those of one answer need not add up to anything
+
+
+@dataclass(frozen=True, slots=True)
+class Verbalized:
+    """What one answer held. failures: reason -> how many responses it cost; of an answer that cannot be read, all."""
+
+    responses: tuple[VerbalizedResponse, ...]
+    failures: Counter[str]
+
+
+def instruction(num_responses: int, target_words: int | None) -> str:
+    """The system message."""
+    length = f" Make each of them about {target_words} words long." if target_words is not None else ""
+    return (
+        f"Write {num_responses} different responses to what the user asks.{length}\n\n"
+        'Answer with one JSON object that has the single key "responses": a list of '
+        f"{num_responses} objects, each with two keys:\n"
+        '- "text": the response itself, and nothing about it\n'
+        '- "probability": a number from 0.0 to 1.0, your estimate of how probable this response is among all the '
+        "responses that could be given\n\n"
+        "Write the JSON object only: nothing before it, nothing after it."
+    )
+
+
+def verbalized_row(row: dict[str, Any], num_responses: int, target_words: int | None) -> dict[str, Any]:
+    """A row of a prompts file that asks for verbalized responses: `messages`, the instruction first.
+
+    A system message that is there already keeps its place, the instruction follows it. Raises UserError for a row
+    without a conversation, as one of token ids.
+    """
+    text, messages = instruction(num_responses, target_words), as_messages(row)
+    if messages[0]["role"] == "system":
+        text = f"{messages.pop(0)['content']}\n\n{text}"
+    return {"messages": [{"role": "system", "content": text}, *messages]}
+
+
+def parse_verbalized(answer: str, num_responses: int) -> Verbalized:
+    """The well-formed responses of an answer, at most num_responses, in its order. Never raises."""
+    items = _items(answer)
+    if isinstance(items, str):
+        return Verbalized((), Counter({items: num_responses}))
+    responses, failures = [], Counter()
+    for item in items[:num_responses]:
+        parsed = _response(item)
+        if isinstance(parsed, str):
+            failures[parsed] += 1
+        else:
+            responses.append(parsed)
+    failures += Counter({SURPLUS: len(items) - num_responses, MISSING: num_responses - len(items)})  # positive ones
+    return Verbalized(tuple(responses), failures)
+
+
+def _items(answer: str) -> Sequence[Any] | str:
+    """The list under `responses`, or why there is none."""
+    if len(answer) > MAX_CHARACTERS:
+        return TOO_LONG
+    text = answer.strip()
+    fenced = FENCE.fullmatch(text)
+    try:
+        found = json.loads(fenced[1] if fenced else text, parse_constant=_refuse, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError):  # JSONDecodeError and numbers of thousands of digits are ValueErrors
+        return NOT_JSON
+    if not isinstance(found, dict):
+        return NOT_JSON
+    if found.keys() != {"responses"} or not isinstance(found["responses"], list):
+        return NO_LIST
+    return found["responses"]
+
+
+def _response(item: Any) -> VerbalizedResponse | str:
+    """One well-formed response, or what is wrong with it."""
+    if not isinstance(item, dict) or not isinstance(item.get("text"), str) or not _writable(item["text"]):
+        return BAD_TEXT
+    probability = item.get("probability")
+    if isinstance(probability, bool) or not isinstance(probability, int | float):
+        return BAD_PROBABILITY
+    if not (0 <= probability <= 1 and math.isfinite(probability)):
+        return BAD_PROBABILITY
+    return VerbalizedResponse(item["text"].strip(), float(probability))
+
+
+def _writable(text: str) -> bool:
+    """Holds something, and can be written as UTF-8: JSON can spell half a character (a lone surrogate)."""
+    return bool(text.strip()) and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
