@@ -103,7 +103,7 @@ def score_file(opened: Opened, data: Path, out: Path, launch: Launch, console: C
     """One line per row of `data`: id, log_probs (one per response token, natural logarithm), sequence_log_prob."""
     rows = read_scored_rows(data, opened)
     with initialized(opened.layout, launch, seed=0) as groups:
-        chunks = _load(opened, groups)
+        chunks = load_chunks(opened, groups)
         scorer = Scorer(
             groups, opened.architecture.vocab_size, opened.config.rollout.temperature, opened.layout.sequence_parallel
         )
@@ -146,12 +146,7 @@ def generate_file(
 ) -> None:
     """One line per response: id, response_index, text, response_token_ids, log_probs, finish_reason."""
     config = opened.config
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > opened.architecture.max_positions:
-        raise UserError(
-            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's "
-            f"max_position_embeddings={opened.architecture.max_positions}; lower one of them"
-        )
+    check_room(opened)
     prompts = load_prompts(
         prompts_path,
         opened.tokenizer,
@@ -161,22 +156,10 @@ def generate_file(
     )
     if prompts.num_too_long and launch.is_main:
         console.print(f"{prompts.num_too_long} prompts over rollout.max_prompt_tokens dropped", highlight=False)
-    sampling = SamplingParams(
-        responses_per_prompt=num_responses,
-        max_response_tokens=config.rollout.max_response_tokens,
-        temperature=0.0 if greedy else config.rollout.temperature,
-        stop_token_ids=read_stop_token_ids(opened.hf_folder, opened.tokenizer.eos_token_id),
-        seed=config.run.seed,
-        step=0,
-    )
+    temperature = 0.0 if greedy else config.rollout.temperature
+    sampling = sampling_params(opened, responses_per_prompt=num_responses, temperature=temperature)
     with initialized(opened.layout, launch, seed=config.run.seed) as groups:
-        engine = MegatronEngine(
-            _load(opened, groups),
-            groups,
-            vocab_size=opened.architecture.vocab_size,
-            max_concurrent_rows=config.rollout.max_concurrent_rows,
-            alignment=alignment(opened.layout, config.precision),
-        )
+        engine = build_engine(opened, load_chunks(opened, groups), groups)
         reports = groups.pp_rank == 0 and groups.tp_rank == 0
 
         def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
@@ -185,8 +168,47 @@ def generate_file(
                 [(rollout.slot, _response_line(rollout, opened.tokenizer)) for rollout in rollouts] if reports else None
             )
 
-        per_round = max(1, max(ROUND_ROWS, config.rollout.max_concurrent_rows) // num_responses)
+        per_round = prompts_per_round(opened, num_responses)
         _write_rounds(list(enumerate(prompts.prompts)), one_round, per_round, out, groups, console, "generating")
+
+
+def check_room(opened: Opened) -> None:
+    """Raises UserError where the model has no positions for the longest prompt and response."""
+    rollout = opened.config.rollout
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if longest > opened.architecture.max_positions:
+        raise UserError(
+            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's "
+            f"max_position_embeddings={opened.architecture.max_positions}; lower one of them"
+        )
+
+
+def sampling_params(opened: Opened, *, responses_per_prompt: int, temperature: float) -> SamplingParams:
+    """Of step 0, to the length limit of the config."""
+    return SamplingParams(
+        responses_per_prompt=responses_per_prompt,
+        max_response_tokens=opened.config.rollout.max_response_tokens,
+        temperature=temperature,
+        stop_token_ids=read_stop_token_ids(opened.hf_folder, opened.tokenizer.eos_token_id),
+        seed=opened.config.run.seed,
+        step=0,
+    )
+
+
+def build_engine(opened: Opened, chunks: Sequence[PolicyModel], groups: Groups) -> MegatronEngine:
+    """The engine over these chunks."""
+    return MegatronEngine(
+        chunks,
+        groups,
+        vocab_size=opened.architecture.vocab_size,
+        max_concurrent_rows=opened.config.rollout.max_concurrent_rows,
+        alignment=alignment(opened.layout, opened.config.precision),
+    )
+
+
+def prompts_per_round(opened: Opened, responses_per_prompt: int) -> int:
+    """Prompts a data-parallel rank answers between two writes."""
+    return max(1, max(ROUND_ROWS, opened.config.rollout.max_concurrent_rows) // responses_per_prompt)
 
 
 def export_file(opened: Opened, out: Path, launch: Launch, console: Console) -> None:
@@ -194,7 +216,7 @@ def export_file(opened: Opened, out: Path, launch: Launch, console: Console) -> 
     if opened.checkpoint is None:
         raise UserError(f"{opened.hf_folder}: no checkpoint of a run; it is a Hugging Face folder already")
     with initialized(opened.layout, launch, seed=0) as groups:
-        chunks = _load(opened, groups)
+        chunks = load_chunks(opened, groups)
         export_to_hf(chunks, opened.architecture, opened.family, groups, companions=opened.hf_folder, out=out)
     if launch.is_main:
         console.print(f"wrote {out}", highlight=False)
@@ -255,7 +277,8 @@ def _response_line(rollout: Rollout, tokenizer: Tokenizer) -> dict:
     }
 
 
-def _load(opened: Opened, groups: Groups) -> list[PolicyModel]:
+def load_chunks(opened: Opened, groups: Groups) -> list[PolicyModel]:
+    """This rank's model chunks, with the folder's weights, for forward passes only."""
     config, architecture = opened.config, opened.architecture
     transformer = transformer_config(architecture, opened.layout, config.model, config.precision)
     chunks = build_chunks(transformer, architecture, opened.layout, config.precision, groups.device)
@@ -276,9 +299,9 @@ def _write_rounds(
     when all is done."""
     partial = out.with_name(out.name + ".partial")
     file = partial.open("w", encoding="utf-8") if groups.is_main else None
-    with _bar(console, groups.is_main) as bar:
+    with progress_bar(console, groups.is_main) as bar:
         task = bar.add_task(title, total=len(items))
-        for block in _blocks(items, per_rank * groups.dp_size):
+        for block in blocks(items, per_rank * groups.dp_size):
             gathered = gather_to_main(one_round(block[groups.dp_rank :: groups.dp_size]), groups)
             if file is not None:
                 lines = sorted((item for part in gathered if part for item in part), key=lambda item: item[0])
@@ -290,11 +313,13 @@ def _write_rounds(
         console.print(f"wrote {out}", highlight=False)
 
 
-def _blocks(items: Sequence, size: int) -> Iterator[Sequence]:
+def blocks(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Of `size` items each, the last one of what is left."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
-def _bar(console: Console, is_main: bool) -> Progress:
+def progress_bar(console: Console, is_main: bool) -> Progress:
+    """Shown by the main rank only, and gone when it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not is_main)
