@@ -26,8 +26,10 @@ def check_settings(out: Path, settings: Line) -> None:
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{path}: cannot be read; choose another --out, or remove the folder") from None
+        except (ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(f"{path}: cannot be read; choose another --out, or remove the folder")
         names = [*settings, *(name for name in before if name not in settings)]
         changed = [name for name in names if before.get(name) != settings.get(name)]
         if changed:
