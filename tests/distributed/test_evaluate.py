@@ -13,7 +13,6 @@ from rich.console import Console
 
 from tests.conftest import REPOSITORY, run_cli
 from tests.distributed.megatron_sessions import run_training
-from tests.gloo_workers import RankFailed
 
 SETTINGS = (
     "rollout.max_prompt_tokens=8",
@@ -136,41 +135,54 @@ def test_an_evaluation_cut_anywhere_continues_to_the_same_bytes(gloo, alone, mod
         assert results_of(out) == results_of(unbroken)
 
 
-def test_a_finished_evaluation_is_counted_again_without_asking_again(gloo, alone, model, questions, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(alone, out)
+def test_a_finished_evaluation_is_counted_again_without_the_weights(gloo, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    data, out = tmp_path / "two.jsonl", tmp_path / "out"
+    data.write_text('{"prompt_token_ids": [5], "answer": 1}\n{"prompt_token_ids": [6], "answer": 2}\n')
+    arguments = (str(tmp_path / "model"), str(data), str(out))
+    gloo.run(1, evaluate_to, *arguments)
+    before, results = (out / "responses.jsonl").read_bytes(), results_of(out)
     (out / "evaluation.json").unlink()
-    before = (out / "responses.jsonl").stat().st_mtime_ns
-    (shown,) = gloo.run(1, evaluate_to, str(model), str(questions), str(out), diversity=True)
-    assert (out / "responses.jsonl").stat().st_mtime_ns == before or "continuing" not in shown
-    results = results_of(out)
-    assert 0 < results["diversity"]["self_bleu"] < 1
-    assert results | {"diversity": {}} == results_of(alone)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (shown,) = gloo.run(1, evaluate_to, *arguments, diversity=True)
+    assert (out / "responses.jsonl").read_bytes() == before
+    again = results_of(out)
+    assert 0 < again["diversity"]["self_bleu"] < 1
+    assert again | {"diversity": {}} == results
     assert "semantic_distance" in shown
+
+
+def refused(*arguments, **options) -> tuple[str, ...]:
+    """The violations, as an answer: a rank that fails would be started anew."""
+    from megatron_powerflow.errors import UserError
+
+    try:
+        evaluate_to(*arguments, **options)
+    except UserError as error:
+        return error.violations
+    return ()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_other_settings_and_foreign_lines_are_refused_on_every_rank(gloo, alone, model, questions, tmp_path, num_ranks):
     out = tmp_path / "out"
     shutil.copytree(alone, out)
-    with pytest.raises(RankFailed) as caught:
-        gloo.run(num_ranks, evaluate_to, str(model), str(questions), str(out), ("run.seed=1",))
-    assert caught.value.kind == "UserError"
-    assert caught.value.violations[0] == f"{out}: seed was 0 there and is 1 now"
+    arguments = (str(model), str(questions), str(out))
+    for found in gloo.run(num_ranks, refused, *arguments, ("run.seed=1",)):
+        assert found[0] == f"{out}: seed was 0 there and is 1 now"
     (out / "responses.jsonl").write_text("{}\n")
-    with pytest.raises(RankFailed) as caught:
-        gloo.run(num_ranks, evaluate_to, str(model), str(questions), str(out))
-    assert caught.value.kind == "UserError"
-    assert "responses.jsonl:1: not the response that belongs here" in caught.value.violations[0]
+    for found in gloo.run(num_ranks, refused, *arguments):
+        assert found == (f"{out / 'responses.jsonl'}:1: not the response that belongs here; remove {out}",)
+    for found in gloo.run(num_ranks, refused, *arguments, greedy=True):
+        assert "--greedy with --num-responses 8" in found[0]
 
 
 def test_questions_without_a_template_are_refused_with_the_option_that_helps(gloo, model, tmp_path):
     data = tmp_path / "mine.jsonl"
     data.write_text('{"question": "w4 w8", "answer": "1"}\n')
-    with pytest.raises(RankFailed) as caught:
-        gloo.run(1, evaluate_to, str(model), str(data), str(tmp_path / "out"))
-    assert caught.value.violations[0].startswith(f"{data}:1: ")
-    assert "--prompt-as text" in caught.value.violations[0]
+    ((found,),) = gloo.run(1, refused, str(model), str(data), str(tmp_path / "out"))
+    assert found.startswith(f"{data}:1: ")
+    assert "--prompt-as text" in found
     gloo.run(1, evaluate_to, str(model), str(data), str(tmp_path / "out"), prompt_as="text", suffix="w8")
     assert [line["task"] for line in lines_of(tmp_path / "out")] == ["mine"] * 8
 
@@ -201,19 +213,32 @@ run: {{num_steps: 1, output_dir: {tmp_path / "run"}}}
     results = results_of(tmp_path / "checkpoint")
     assert results["temperature"] == 0.0
     assert results["model"].endswith("step_000001")
-    with pytest.raises(RankFailed) as caught:
-        gloo.run(1, evaluate_to, str(model), str(questions), str(tmp_path / "x"), greedy=True)
-    assert "--greedy with --num-responses 8" in caught.value.violations[0]
+
+
+def test_the_command_says_what_is_wrong_and_exits_with_2(model, tmp_path):
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"question": "w4"}\n{"question": "w8", "answer": ""}\n')
+    done = run_cli(
+        "evaluate", "--model", model, "--data", data, "--format", "math", "--out", tmp_path / "out", *SETTINGS
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-2:] == [
+        f"error: {data}:1: answer must be a text or a number, got None",
+        f"error: {data}:2: answer is empty",
+    ]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_the_command_killed_in_the_middle_and_given_again_leaves_the_same_file(model, questions, tmp_path):
+def test_the_command_killed_in_the_middle_and_given_again_leaves_the_same_file(model, tmp_path):
     """A real SIGKILL of the real command; a process start is ten seconds."""
     import subprocess
     import sys
 
-    arguments = ["evaluate", "--model", model, "--data", questions, "--num-responses", 64, *SETTINGS]
-    arguments[-4:] = ["rollout.max_prompt_tokens=8", "rollout.max_response_tokens=200", *SETTINGS[2:]]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps({"prompt_token_ids": [5 + i], "answer": i % 5}) + "\n" for i in range(12)))
+    arguments = ["evaluate", "--model", model, "--data", data, "--num-responses", 64]  # a round is one question
+    arguments += ["rollout.max_response_tokens=100", "rollout.max_prompt_tokens=8", *SETTINGS[2:]]
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert run_cli(*arguments, "--out", unbroken).returncode == 0
     command = [sys.executable, "-m", "megatron_powerflow.cli", *map(str, arguments), "--out", str(killed)]
