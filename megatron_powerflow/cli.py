@@ -1,4 +1,4 @@
-"""The command line: `powerflow train|check|score|generate|export|curves|report|stop`.
+"""The command line: `powerflow train|check|score|generate|evaluate|export|curves|report|stop`.
 
 Thin: parses, validates, hands over. torch is imported inside the commands only, so `--help` and `check` are quick
 and an impossible run never reaches it.
@@ -30,6 +30,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as wanted", show_default=False)]
+
+
+class PromptAs(StrEnum):
+    """How a benchmark's question is put: the user message of the model's chat template, or bare text."""
+
+    chat = "chat"
+    text = "text"
 
 
 @app.command()
@@ -155,6 +162,50 @@ def generate(
         rivals.verbalize_file(opened, prompts, out, recipe, launch, console)
     else:
         generate_file(opened, prompts, out, num_responses, greedy, launch, console)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="HF folder, run folder or checkpoint")],
+    data: Annotated[list[str], typer.Option(help="JSONL, JSON, CSV, parquet or a benchmark's hub name; repeatable")],
+    out: Annotated[Path, typer.Option(help="folder for responses.jsonl and evaluation.json; continued if begun")],
+    num_responses: Annotated[int, typer.Option(min=1, help="responses per question")] = 1,
+    format: Annotated[str | None, typer.Option(help="of the data; default: by its columns")] = None,
+    suffix: Annotated[
+        str | None, typer.Option(help="appended to a benchmark's questions; default: ask for a box")
+    ] = None,
+    prompt_as: Annotated[PromptAs | None, typer.Option(help="a benchmark's questions; default: chat")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="always the most likely token")] = False,
+    diversity: Annotated[bool, typer.Option("--diversity", help="distinct-n, self-BLEU, semantic distance")] = False,
+    judge_url: Annotated[str | None, typer.Option(help="http(s)://host/v1 of an OpenAI-compatible judge")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="the judge's name there")] = None,
+    judge_key_file: Annotated[Path | None, typer.Option(help="file that holds the judge's API key")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Answer questions and count the right answers: avg, pass@k, majority, lengths; continued when it was killed.
+
+    Example: powerflow evaluate --model runs/local --data HuggingFaceH4/MATH-500 --data aime2025-I.jsonl --out
+    runs/local/evaluation --num-responses 16 rollout.temperature=1.0
+    """
+    launch = read_launch()
+    prepare_imports()
+    from megatron_powerflow.evaluation.evaluate import Request
+    from megatron_powerflow.evaluation.evaluate import evaluate as run
+    from megatron_powerflow.evaluation.judge import make_judge
+    from megatron_powerflow.inference import GENERATE_KEYS, open_model
+
+    request = Request(
+        data=tuple(data),
+        num_responses=num_responses,
+        greedy=greedy,
+        format=format,
+        suffix=suffix,
+        prompt_as=prompt_as and prompt_as.value,
+        diversity=diversity,
+        judge=make_judge(judge_url, judge_model, judge_key_file),
+    )
+    opened = open_model(model, overrides or (), GENERATE_KEYS, launch.world_size)
+    run(opened, request, out, launch, Console(), command=shlex.join(["powerflow", *sys.argv[1:]]))
 
 
 @app.command()

@@ -174,13 +174,8 @@ def load_generation_prompts(
     opened: Opened, path: Path, launch: Launch, console: Console, rewrite: Rewrite | None = None
 ) -> tuple[Prompt, ...]:
     """The prompts to answer; UserError where they, or the model, have no room for what is asked."""
+    check_room(opened)
     rollout = opened.config.rollout
-    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    if longest > opened.architecture.max_positions:
-        raise UserError(
-            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's "
-            f"max_position_embeddings={opened.architecture.max_positions}; lower one of them"
-        )
     prompts = load_prompts(
         path,
         opened.tokenizer,
@@ -192,6 +187,17 @@ def load_generation_prompts(
     if prompts.num_too_long and launch.is_main:
         console.print(f"{prompts.num_too_long} prompts over rollout.max_prompt_tokens dropped", highlight=False)
     return prompts.prompts
+
+
+def check_room(opened: Opened) -> None:
+    """Raises UserError where the model has no positions for the longest prompt and response."""
+    rollout = opened.config.rollout
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if longest > opened.architecture.max_positions:
+        raise UserError(
+            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's "
+            f"max_position_embeddings={opened.architecture.max_positions}; lower one of them"
+        )
 
 
 def sampling_params(opened: Opened, *, responses_per_prompt: int, temperature: float) -> SamplingParams:
@@ -311,9 +317,9 @@ def write_rounds(
     when all is done."""
     partial = out.with_name(out.name + ".partial")
     file = partial.open("w", encoding="utf-8") if groups.is_main else None
-    with _bar(console, groups.is_main) as bar:
+    with progress_bar(console, groups.is_main) as bar:
         task = bar.add_task(title, total=len(items))
-        for block in _blocks(items, per_rank * groups.dp_size):
+        for block in blocks(items, per_rank * groups.dp_size):
             gathered = gather_to_main(one_round(block[groups.dp_rank :: groups.dp_size]), groups)
             if file is not None:
                 lines = sorted((item for part in gathered if part for item in part), key=lambda item: item[0])
@@ -325,11 +331,13 @@ def write_rounds(
         console.print(f"wrote {out}", highlight=False)
 
 
-def _blocks(items: Sequence, size: int) -> Iterator[Sequence]:
+def blocks(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Of `size` items each, the last one of what is left."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
-def _bar(console: Console, is_main: bool) -> Progress:
+def progress_bar(console: Console, is_main: bool) -> Progress:
+    """Shown by the main rank only, and gone when it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not is_main)

@@ -106,10 +106,24 @@ def read_rows(path: Path, violations: list[str]) -> Iterator[tuple[int, dict[str
             except (ValueError, RecursionError) as error:  # ValueError: also numbers of over 4,300 digits
                 violations.append(f"{path}:{number}: not a line of JSON: {error}")
                 continue
+            if b"\\u" in line and not is_unicode(row):
+                violations.append(
+                    f"{path}:{number}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+                )
+                continue
             if not isinstance(row, dict):
                 violations.append(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
                 continue
             yield number, row
+
+
+def is_unicode(row: Any) -> bool:
+    """JSON can spell half a character, and no tokenizer or file can take it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

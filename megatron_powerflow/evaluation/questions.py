@@ -20,6 +20,7 @@ from megatron_powerflow.evaluation.readers import BENCHMARKS
 from megatron_powerflow.evaluation.rows import Row, read_file
 
 OWN = "prompts"
+GENERIC = "math"  # its task is called as the file is
 COLUMNS_OF_ROWS = 100  # rows whose columns tell the format: a row may leave some out
 FORMATS = (*BENCHMARKS, OWN)
 PromptAs = Literal["chat", "text"]
@@ -101,7 +102,7 @@ def local_files(name: str) -> list[Path]:
 
 def _detect(path: Path, rows: Sequence[tuple[int, Row]]) -> str:
     columns = {name for _, row in rows[:COLUMNS_OF_ROWS] for name in row}
-    found = next((name for name, benchmark in BENCHMARKS.items() if benchmark.detect(columns)), None)
+    found = next((name for name, benchmark in BENCHMARKS.items() if benchmark.detect(columns, str(path).lower())), None)
     if found is None and not columns & set(KINDS):
         raise UserError(
             f"{path}: columns {', '.join(sorted(columns)[:12])} are those of no known format; "
@@ -127,7 +128,8 @@ def _question(
     if ending:
         text += ending if text[-1].isspace() else f" {ending}"
     prompt = {"prompt": text} if prompt_as == "text" else {"messages": [{"role": "user", "content": text}]}
-    return Question(problem.id or f"{path.stem}:{number}", name, prompt, problem.answer, place, problem.tolerance)
+    task = path.stem if name == GENERIC else name
+    return Question(problem.id or f"{path.stem}:{number}", task, prompt, problem.answer, place, problem.tolerance)
 
 
 def _repeated(questions: Sequence[Question]) -> list[str]:

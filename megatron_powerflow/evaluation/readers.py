@@ -10,6 +10,8 @@ One function a format, on the columns as published (read on the data sets' cards
                     error, image_1, ... (a sample row: EvalScope's page on olympiad_bench)
     gpqa            Idavidrein/gpqa: Question, Correct Answer, Incorrect Answer 1, 2 and 3, Record ID
     numina          AI-MO/NuminaMath-CoT: source, problem, solution (ending in a box), messages
+    math            any question or problem with an answer, and openai/gsm8k: question, answer (ending in #### 42);
+                    the task is called as the file is
 
 Left out: files (`rows.py`), the hub (`hub.py`), prompts of our own and everything common to all (`questions.py`).
 """
@@ -46,12 +48,13 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """detect: do these columns look like it? read: None for a row that asks for what cannot be given or compared.
+    """detect: do these columns, in a file of this path in lower case, look like it?
+    read: None for a row that asks for what cannot be given or compared.
 
     read raises UserError, without the place, for a row that is not of the format.
     """
 
-    detect: Callable[[set[str]], bool]
+    detect: Callable[[set[str], str], bool]
     read: Callable[[Row], Problem | None]
     suffix: str = MATH_SUFFIX
 
@@ -104,16 +107,29 @@ def read_numina(row: Row) -> Problem | None:
     return None if answer is None else Problem(_text(row, "problem"), answer, None)
 
 
-# Asked in this order; what is told apart by few columns comes last.
+def read_math(row: Row) -> Problem:
+    """A short answer, or one behind the #### of GSM8K."""
+    answer = _text(row, "answer").rpartition("####")[2].strip()
+    if not answer or len(answer) > 200 or "\n" in answer:
+        raise UserError(f"answer must be short, on one line, and nothing but the answer, got {answer!r:.60}")
+    return Problem(_text(row, "problem" if "problem" in row else "question"), answer, _identity(row, "id"))
+
+
+# Asked in this order; what is told apart by little comes last.
 BENCHMARKS = {
-    "gpqa": Benchmark(lambda c: {"Question", *GPQA_COLUMNS} <= c, read_gpqa, CHOICE_SUFFIX),
-    "olympiadbench": Benchmark(lambda c: {"question", "final_answer"} <= c, read_olympiadbench),
-    "math500": Benchmark(lambda c: {"problem", "answer", "subject", "level"} <= c, read_math500),
-    "aime24": Benchmark(lambda c: {"problem", "answer", "url", "year"} <= c, read_aime),
-    "numina": Benchmark(lambda c: {"problem", "solution", "source"} <= c and "answer" not in c, read_numina),
-    "amc23": Benchmark(lambda c: {"question", "answer", "url"} <= c, read_amc),
-    "aime25": Benchmark(lambda c: c - {"id"} in ({"question", "answer"}, {"problem", "answer"}), read_aime),
+    "gpqa": Benchmark(lambda c, _: {"Question", *GPQA_COLUMNS} <= c, read_gpqa, CHOICE_SUFFIX),
+    "olympiadbench": Benchmark(lambda c, _: {"question", "final_answer"} <= c, read_olympiadbench),
+    "math500": Benchmark(lambda c, _: {"problem", "answer", "subject", "level"} <= c, read_math500),
+    "aime24": Benchmark(lambda c, _: {"problem", "answer", "url", "year"} <= c, read_aime),
+    "numina": Benchmark(lambda c, _: {"problem", "solution", "source"} <= c and "answer" not in c, read_numina),
+    "amc23": Benchmark(lambda c, _: {"id", "question", "answer", "url"} <= c, read_amc),
+    "aime25": Benchmark(lambda c, path: _asks(c) and re.search(r"aime_?(20)?25", path) is not None, read_aime),
+    "math": Benchmark(lambda c, _: _asks(c), read_math),
 }
+
+
+def _asks(columns: set[str]) -> bool:
+    return "answer" in columns and bool(columns & {"question", "problem"})
 
 
 def _text(row: Row, name: str) -> str:

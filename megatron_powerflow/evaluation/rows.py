@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_powerflow.data.prompts import read_rows
+from megatron_powerflow.data.prompts import is_unicode, read_rows
 from megatron_powerflow.errors import UserError
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -68,7 +68,9 @@ def _read_list(path: Path, violations: list[str]) -> Iterator[tuple[int, Row]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON list that can be read: {error}") from None
     for number, row in enumerate(rows, start=1):
-        if isinstance(row, dict):
-            yield number, row
-        else:
+        if not isinstance(row, dict):
             violations.append(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
+        elif not is_unicode(row):
+            violations.append(f"{path}:{number}: holds half of a surrogate pair, which is no text")
+        else:
+            yield number, row

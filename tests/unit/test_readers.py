@@ -143,11 +143,10 @@ def content(question) -> str:
     [
         (MATH500, "math500", ["test/algebra/1.json", "test/algebra/2.json"], ["4", "\\frac{1}{2}"]),
         (AIME24, "aime24", ["60", "61"], ["25", "204"]),
-        (AIME25_QUESTION, "aime25", ["file:1", "file:2"], ["70", "336"]),
         (AMC23, "amc23", ["0", "1"], ["27", "0.5"]),
         (NUMINA, "numina", ["file:1"], ["\\sqrt{2}"]),
     ],
-    ids=["math500", "aime24", "aime25", "amc23", "numina"],
+    ids=["math500", "aime24", "amc23", "numina"],
 )
 def test_a_published_format_is_known_by_its_columns_in_every_kind_of_file(tmp_path, rows, task, ids, answers, suffix):
     if suffix == ".parquet":
@@ -163,9 +162,26 @@ def test_a_published_format_is_known_by_its_columns_in_every_kind_of_file(tmp_pa
     assert loaded.num_left_out == len(rows) - len(ids)
 
 
-def test_aime25_as_math_ai_publishes_it(tmp_path):
-    questions = load_questions([write(tmp_path / "test.jsonl", AIME25_PROBLEM)]).questions
-    assert [(q.id, q.task, q.answer) for q in questions] == [("0", "aime25", "70"), ("1", "aime25", "7")]
+def test_aime25_is_known_by_the_name_of_its_file_or_folder(tmp_path):
+    """Its columns are everybody's."""
+    (tmp_path / "math-ai--aime25").mkdir()
+    paths = [
+        write(tmp_path / "aime2025-I.jsonl", AIME25_QUESTION),
+        write(tmp_path / "math-ai--aime25" / "test.jsonl", AIME25_PROBLEM),
+    ]
+    questions = load_questions(paths).questions
+    assert [(q.id, q.task, q.answer) for q in questions] == [
+        ("aime2025-I:1", "aime25", "70"),
+        ("aime2025-I:2", "aime25", "336"),
+        ("0", "aime25", "70"),
+        ("1", "aime25", "7"),
+    ]
+
+
+def test_any_question_with_a_short_answer_is_a_task_named_after_its_file(tmp_path):
+    rows = [{"question": "2 + 3?", "answer": "2 and 3\nare #### 5"}, {"question": "Pi?", "answer": "\\pi", "id": "x"}]
+    questions = load_questions([write(tmp_path / "mine.jsonl", rows)]).questions
+    assert [(q.id, q.task, q.answer) for q in questions] == [("mine:1", "mine", "5"), ("x", "mine", "\\pi")]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -263,8 +279,11 @@ def test_a_csv_row_is_named_by_the_first_of_its_lines(tmp_path):
         ("list.json", "[1]", "must be a JSON object, got int"),
         ("columns.jsonl", '{"foo": 1, "bar": 2}', "columns bar, foo are those of no known format"),
         ("digits.jsonl", '{"question": "q", "answer": ' + "9" * 5000 + "}", "not a line of JSON"),
-        ("gsm8k.jsonl", '{"question": "q", "answer": "6 * 7 = 42 #### 42"}', "whole number from 0 to 999"),
+        ("aime25.jsonl", '{"question": "q", "answer": "6 * 7 = 42"}', "whole number from 0 to 999"),
+        ("long.jsonl", '{"question": "q", "answer": "First,\\nthen 42."}', "answer must be short"),
         ("nan.jsonl", '{"question": "q", "answer": NaN, "url": "u"}', "answer must be a finite number"),
+        ("half.jsonl", '{"question": "\\ud800", "answer": 1}', "half of a surrogate pair"),
+        ("half.json", '[{"question": "\\ud800", "answer": 1}]', "half of a surrogate pair"),
         ("bool.jsonl", '{"question": "q", "answer": true, "url": "u"}', "must be a text or a number, got True"),
         ("o.jsonl", '{"question": "q", "final_answer": [["$2$"]]}', "final_answer must be a list of texts"),
         ("o.jsonl", '{"question": "q", "final_answer": ["1", "2"]}', "is_multiple_answer is not true"),

@@ -1,0 +1,144 @@
+"""What does the model answer? Questions to prompts, rounds over the data-parallel ranks, graded lines.
+
+Each rank that holds the first stage grades what its replica answered; the main rank writes.
+
+Left out: which questions (`questions.py`), what is done with the lines (`results.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_powerflow.data.answers import extract_answer
+from megatron_powerflow.data.prompts import first_violations, prompt_token_ids, readable
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.evaluation.grading import grade
+from megatron_powerflow.evaluation.questions import Question
+from megatron_powerflow.evaluation.responses import Key, Line, append_responses, open_responses
+from megatron_powerflow.inference import (
+    Opened,
+    blocks,
+    build_engine,
+    load_chunks,
+    progress_bar,
+    prompts_per_round,
+    sampling_params,
+)
+from megatron_powerflow.parallel.collectives import broadcast_object, gather_to_main
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.records import Prompt, Rollout
+
+# (slot, question, prompt): the slot is the question's place among all, and names its uniforms
+Asked = tuple[int, Question, Prompt]
+
+
+def tokenize(questions: Sequence[Question], opened: Opened) -> list[Asked]:
+    """Those within the length limit. Raises UserError with the place of every question that cannot be asked."""
+    limit = opened.config.rollout.max_prompt_tokens
+    asked: list[Asked] = []
+    violations = []
+    for question in questions:
+        try:
+            token_ids = prompt_token_ids(question.prompt, opened.tokenizer, opened.architecture.vocab_size)
+        except UserError as error:
+            hint = "; --prompt-as text asks without a template" if "chat template" in str(error) else ""
+            violations.append(f"{question.place}: {error}{hint}")
+            continue
+        if len(token_ids) <= limit:
+            slot, text = len(asked), readable(question.prompt)
+            asked.append(
+                (slot, question, Prompt(question.id, slot, tuple(token_ids), question.answer, question.task, text))
+            )
+        elif opened.config.prompts.too_long == "error":
+            violations.append(f"{question.place}: {len(token_ids)} tokens, over rollout.max_prompt_tokens={limit}")
+    if not asked and not violations:
+        violations.append(f"all {len(questions)} questions are over rollout.max_prompt_tokens={limit}; raise it")
+    if violations:
+        raise UserError(first_violations(violations))
+    return asked
+
+
+def answer_questions(
+    opened: Opened, asked: Sequence[Asked], settings: Line, out: Path, launch: Launch, console: Console
+) -> None:
+    """Append to responses.jsonl what is not in it yet. Collective over all ranks."""
+    num_responses = settings["num_responses"]
+    sampling = sampling_params(opened, responses_per_prompt=num_responses, temperature=settings["temperature"])
+    with initialized(opened.layout, launch, seed=settings["seed"]) as groups:
+        per_round = prompts_per_round(opened, num_responses) * groups.dp_size
+        num_done = _resume(out, settings, [(question.task, question.id) for _, question, _ in asked], per_round, groups)
+        if num_done == len(asked):
+            return
+        if num_done and groups.is_main:
+            console.print(f"continuing after {num_done} of {len(asked)} questions", highlight=False)
+        engine = build_engine(opened, load_chunks(opened, groups), groups)
+        with progress_bar(console, groups.is_main) as bar:
+            task = bar.add_task("evaluating", total=len(asked), completed=num_done)
+            for block in blocks(asked[num_done:], per_round):
+                mine, first = block[groups.dp_rank :: groups.dp_size], block[0][0]
+
+                def progress(done: int, _: int, first=first) -> None:
+                    bar.update(task, completed=first + done * groups.dp_size // num_responses)
+
+                prompts = [(slot, prompt) for slot, _, prompt in mine]
+                rollouts = engine.generate(prompts, sampling, progress) if mine else []
+                reports = groups.pp_rank == 0 and groups.tp_rank == 0
+                gathered = gather_to_main(_lines(rollouts, mine, opened) if reports else [], groups)
+                if gathered is not None:
+                    lines = sorted((item for part in gathered for item in part), key=lambda item: item[0])
+                    append_responses(out, [line for _, line in lines])
+                bar.update(task, completed=first + len(block))
+
+
+def _resume(out: Path, settings: Line, keys: Sequence[Key], per_round: int, groups: Groups) -> int:
+    """How many questions are answered, the same on every rank; or the UserError of the main one, on every rank."""
+    found: tuple[int, tuple[str, ...]] = (0, ())
+    if groups.is_main:
+        try:
+            found = open_responses(out, settings, keys, settings["num_responses"], per_round), ()
+        except UserError as error:
+            found = 0, error.violations
+    num_done, violations = broadcast_object(found, groups)
+    if violations:
+        raise UserError(violations)
+    return num_done
+
+
+def _lines(rollouts: Sequence[Rollout], mine: Sequence[Asked], opened: Opened) -> list[tuple[tuple[int, int], Line]]:
+    """((slot, response), line) of one replica's share of a round."""
+    questions = {slot: question for slot, question, _ in mine}
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.slot, []).append(rollout)
+    return [
+        ((slot, line["response_index"]), line)
+        for slot, group in groups.items()
+        for line in response_lines(group, questions[slot], opened.tokenizer.decode)
+    ]
+
+
+def response_lines(group: Sequence[Rollout], question: Question, decode: Callable[[Sequence[int]], str]) -> list[Line]:
+    """The graded responses to one question: lines of responses.jsonl."""
+    texts = [decode(rollout.response_token_ids) for rollout in group]
+    answers = [extract_answer(text) for text in texts]
+    grades = grade(answers, question.answer, question.tolerance)
+    return [
+        {
+            "id": question.id,
+            "task": question.task,
+            "response_index": rollout.response_index,
+            "text": text,
+            "num_response_tokens": len(rollout.response_token_ids),
+            "finish_reason": rollout.finish_reason,
+            "answer": answer,
+            "gold": question.answer,
+            "correct": graded.correct,  # null without a gold answer
+            "cluster": graded.cluster,  # equal answers of one question share a number; null without an answer
+            "sequence_log_prob": sum(rollout.rollout_log_probs),  # at the sampling temperature
+        }
+        for rollout, text, answer, graded in zip(group, texts, answers, grades, strict=True)
+    ]

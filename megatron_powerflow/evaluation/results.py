@@ -1,0 +1,109 @@
+"""What did an evaluation find? OUT/evaluation.json, and a table for people.
+
+    {"model", "data", "num_responses", "temperature", "seed", "tasks": {task: row}, "all": row, "diversity": {...},
+     "command", "versions", "git_commit"}
+
+A row is what `summarize` of metrics/counts.py returns: its num_responses counts all responses of the task, the one
+beside `model` those of a question. `diversity` is empty where it was not asked for; `judge`, by kind of judgement, is
+there where a judge was asked.
+
+Left out: plots and comparisons of several evaluations.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from rich.table import Table
+
+import megatron_powerflow
+from megatron_powerflow.evaluation.responses import Line, by_question
+from megatron_powerflow.metrics.counts import QuestionCounts, summarize_tasks
+
+EVALUATION_NAME = "evaluation.json"
+PACKAGES = ("torch", "megatron-core", "transformers", "math-verify")
+
+
+def count_questions(lines: Sequence[Line]) -> list[QuestionCounts]:
+    """Counts of each question, from the lines of responses.jsonl."""
+    return [
+        QuestionCounts(
+            task=task,
+            num_response_tokens=tuple(line["num_response_tokens"] for line in responses),
+            truncated=tuple(line["finish_reason"] == "length" for line in responses),
+            clusters=tuple(line["cluster"] for line in responses),
+            correct=None if responses[0]["gold"] is None else tuple(line["correct"] for line in responses),
+        )
+        for (task, _), responses in by_question(lines).items()
+    ]
+
+
+def describe_results(settings: Line, lines: Sequence[Line], diversity: dict, command: str) -> dict:
+    """The content of evaluation.json."""
+    tasks, everything = summarize_tasks(count_questions(lines))
+    named = {name: settings[name] for name in ("model", "data", "num_responses", "temperature", "seed")}
+    return {
+        **named,
+        "tasks": tasks,
+        "all": everything,
+        "diversity": diversity,
+        "command": command,
+        "versions": {
+            "python": platform.python_version(),
+            "megatron_powerflow": megatron_powerflow.__version__,
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
+        "git_commit": git_commit(),
+    }
+
+
+def write_results(out: Path, results: dict) -> Path:
+    path = out / EVALUATION_NAME
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def results_table(results: dict) -> Table:
+    """Percentages with their standard errors over questions; tokens; percentages of responses."""
+    k = results["num_responses"]
+    last = max(map(int, results["all"]["pass_at"]), default=1)
+    table = Table(title=f"{results['model']}, {k} responses a question, temperature {results['temperature']:g}")
+    table.add_column("task")
+    passes = [f"pass@{last}"] if last > 1 else []
+    for name in ("questions", f"avg@{k}", *passes, *([f"maj@{k}"] if k > 1 else []), "tokens", "cut", "boxed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = list(results["tasks"].items())
+    for name, row in [*rows, ("all", results["all"])] if len(rows) > 1 else rows:
+        cells = [name, str(row["num_questions"]), _percent(row["avg"], row["avg_se"])]
+        if passes:
+            cells.append(_percent(row["pass_at"].get(str(last)), row["pass_at_se"].get(str(last))))
+        if k > 1:
+            cells.append(_percent(row["maj"]))
+        cells += [f"{row['response_length_mean']:.0f}", *map(_percent, (row["truncated_fraction"], row["boxed_rate"]))]
+        table.add_row(*cells)
+    return table
+
+
+def git_commit() -> str | None:
+    """Of the checkout this package lies in; None for an installed package, or without git."""
+    root = Path(megatron_powerflow.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _percent(value: float | None, error: float | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
