@@ -1,15 +1,16 @@
 """Which question, and which gold answer, does a row of a published benchmark hold?
 
-One function a format, on the columns as published (read on the data sets' cards and in code that loads them):
+One function a format, on the columns as published; behind each, where they were seen:
 
     math500         HuggingFaceH4/MATH-500: problem, solution, answer, subject, level, unique_id
-    aime24          HuggingFaceH4/aime_2024: id, problem, solution, answer, url, year
-    aime25          opencompass/AIME2025: question, answer; math-ai/aime25: problem, answer, id
-    amc23           math-ai/amc23: id, question, answer (27.0 for 27), url
-    olympiadbench   Hothan/OlympiadBench: question, context, final_answer (list), is_multiple_answer, unit, answer_type,
-                    error, image_1, ... (a sample row: EvalScope's page on olympiad_bench)
-    gpqa            Idavidrein/gpqa: Question, Correct Answer, Incorrect Answer 1, 2 and 3, Record ID
-    numina          AI-MO/NuminaMath-CoT: source, problem, solution (ending in a box), messages
+                    (cards of its copies on the hub, which list their features)
+    aime24          HuggingFaceH4/aime_2024: id, problem, solution, answer, url, year (its card)
+    aime25          opencompass/AIME2025: question, answer; math-ai/aime25: problem, answer, id (code that loads them)
+    amc23           math-ai/amc23: id, question, answer (27.0 for 27), url (code that loads it; a copy's card)
+    olympiadbench   Hothan/OlympiadBench: id, question, context, final_answer (list), is_multiple_answer, unit,
+                    answer_type, error, image_1, ... (a row on EvalScope's page of olympiad_bench)
+    gpqa            Idavidrein/gpqa: Question, Correct Answer, Incorrect Answer 1, 2 and 3, Record ID (its card)
+    numina          AI-MO/NuminaMath-CoT: source, problem, solution (ending in a box), messages (a copy's card)
     math            any question or problem with an answer, and openai/gsm8k: question, answer (ending in #### 42);
                     the task is called as the file is
 
