@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.repetition import ngrams
 
 
 def distinct_n(responses: Sequence[str], n: int) -> float | None:
@@ -21,7 +22,7 @@ def distinct_n(responses: Sequence[str], n: int) -> float | None:
 
     Words are what stands between white space, case kept. None when no response has n words.
     """
-    grams = [gram for response in responses for gram in _grams(response.split(), n)]
+    grams = [gram for response in responses for gram in ngrams(response.split(), n)]
     return len(set(grams)) / len(grams) if grams else None
 
 
@@ -57,7 +58,3 @@ def semantic_distance(embeddings: np.ndarray) -> float | None:
     vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
     cosines = (vectors @ vectors.T)[np.triu_indices(len(vectors), k=1)]
     return float((1.0 - cosines.clip(0.0, 1.0)).mean())
-
-
-def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

@@ -92,15 +92,16 @@ def estimate_tilt(
 
 def repeated_share(tokens: Sequence[int], n: int = 4) -> float:
     """Share of a response's n-grams that it has had before; 0 when it has fewer than two."""
-    grams = _grams(tokens, n)
+    grams = ngrams(tokens, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def distinct_n(responses: Sequence[Sequence[int]], n: int) -> float:
     """Distinct n-grams over all n-grams of a prompt's responses together; 0 when there are none."""
-    grams = [gram for response in responses for gram in _grams(response, n)]
+    grams = [gram for response in responses for gram in ngrams(response, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return list(zip(*(tokens[i:] for i in range(n)), strict=False))
+def ngrams(items: Sequence, n: int) -> list[tuple]:
+    """All runs of n items, overlapping, in order."""
+    return list(zip(*(items[i:] for i in range(n)), strict=False))
