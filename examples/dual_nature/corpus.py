@@ -1,0 +1,281 @@
+"""What does the base model learn to imitate? Questions, and a grammar of answers to them that is often wrong.
+
+A question is `<bos> 42 +5 -3 +7 =`, modulo 97. An answer is given at once (`direct`) or worked out in three steps, with
+random words, errors, digressions, checks and, now and then, a loop of `hmm`. In 18 % of the questions one operand is
+negative, and a response reads that sign as a plus more often than not: there the most common answer is wrong.
+
+    think then +5 47 check 47 so -3 44 now +7 51 \\boxed{ 51 } <eos>
+
+The probability of a response is known exactly, so claims about the corpus can be computed instead of sampled.
+
+Left out: sums over all responses (`target.py`), models (`pretrain.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from examples.dual_nature import vocabulary as v
+
+MAX_PROMPT_TOKENS = 6
+MAX_RESPONSE_TOKENS = 40
+MARKED_SHARE = 0.18  # of the questions, with one negative operand
+SPLIT_SEED = 97
+
+
+@dataclass(frozen=True)
+class Question:
+    """start: 0..96; operands: three of +1..+9, at most one of them negative."""
+
+    start: int
+    operands: tuple[int, int, int]
+
+    @property
+    def marked(self) -> bool:
+        """Whether an operand is negative, and may be misread."""
+        return min(self.operands) < 0
+
+    @property
+    def gold(self) -> int:
+        return (self.start + sum(self.operands)) % v.MODULUS
+
+    @property
+    def shortcut(self) -> int:
+        """What stands in the box of who forgets the last two operands."""
+        return (self.start + self.operands[0]) % v.MODULUS
+
+    @property
+    def misread(self) -> Question:
+        """The question as it reads with every minus taken for a plus."""
+        return replace(self, operands=tuple(map(abs, self.operands)))
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [v.BOS, v.number_token(self.start), *map(v.operand_token, self.operands), v.EQUALS]
+
+    @property
+    def name(self) -> str:
+        return "".join([str(self.start), *(f"{operand:+d}" for operand in self.operands)])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Probabilities of the grammar. A wrong number is any of the 96 others, each alike."""
+
+    direct: float = 0.25  # the answer at once
+    direct_gold: float = 0.15  # a direct answer is right
+    direct_shortcut: float = 0.25  # or start + first operand; else any of the 97 numbers
+    misread: float = 0.65  # this response takes the minus for a plus
+    error: float = 0.20  # a step's result is wrong
+    digression: float = 0.20  # `aside` and three random numbers before a step ...
+    digression_error: float = 0.40  # ... whose result is wrong more often
+    check: float = 0.30  # the result is computed again
+    check_error: float = 0.05
+    synonyms: tuple[float, ...] = (0.40, 0.20, 0.15, 0.10, 0.10, 0.05)
+    filler: float = 0.005  # before a step, and before the answer: jump into the loop
+    filler_again: float = 0.90  # one more `hmm`
+
+
+# The loop, from one that every sharpened policy falls into to one that none does; see target.py and README.md.
+G0 = Setting(filler=0.010, filler_again=0.97)
+G1 = Setting(filler=0.004, filler_again=0.80)
+G2 = Setting()
+G3 = Setting(filler=0.005, filler_again=0.70)
+# An over-sharpened model: nearly always right, nearly always in the same words.
+ALIGNED = Setting(
+    direct=0.0,
+    misread=0.02,
+    error=0.002,
+    digression=0.0,
+    check=0.85,
+    check_error=0.0005,
+    synonyms=(0.93, 0.04, 0.015, 0.01, 0.004, 0.001),
+    filler=0.0,
+)
+SETTINGS = {"g0": G0, "g1": G1, "g2": G2, "g3": G3, "aligned": ALIGNED}
+
+
+def draw_question(rng: random.Random, *, marked_share: float = MARKED_SHARE) -> Question:
+    operands = [rng.randint(1, v.MAX_OPERAND) for _ in range(3)]
+    if rng.random() < marked_share:
+        operands[rng.randrange(3)] *= -1
+    return Question(rng.randrange(v.MODULUS), tuple(operands))
+
+
+def split_questions(num_train: int, num_held_out: int) -> tuple[list[Question], list[Question]]:
+    """(training questions, held-out questions): all distinct, the same at every call.
+
+    The held-out ones do not depend on num_train; pretraining draws anything but them.
+    """
+    rng, found = random.Random(SPLIT_SEED), {}
+    while len(found) < num_held_out + num_train:
+        found[draw_question(rng)] = None
+    questions = list(found)
+    return questions[num_held_out:], questions[:num_held_out]
+
+
+def draw_response(question: Question, setting: Setting, rng: random.Random) -> list[int]:
+    """Tokens of one response, EOS included; without EOS where it was cut at MAX_RESPONSE_TOKENS."""
+    if rng.random() < setting.misread:
+        question = question.misread  # from here on: the operands are written as they were read
+    if rng.random() < setting.direct:
+        return [v.BOX, v.number_token(_direct_answer(question, setting, rng)), v.CLOSE, v.EOS]
+    tokens, current = [v.THINK], question.start
+    for operand in question.operands:
+        if rng.random() < setting.filler:
+            return _with_filler(tokens, setting, rng)
+        error = setting.error
+        if rng.random() < setting.digression:
+            tokens += [v.ASIDE, *(v.number_token(rng.randrange(v.MODULUS)) for _ in range(3))]
+            error = setting.digression_error
+        word = rng.choices(range(len(setting.synonyms)), setting.synonyms)[0]
+        right = current + operand
+        current = _maybe_wrong(right, error, rng)
+        tokens += [v.FIRST_SYNONYM + word, v.operand_token(operand), v.number_token(current)]
+        if rng.random() < setting.check:
+            current = _maybe_wrong(right, setting.check_error, rng)
+            tokens += [v.CHECK, v.number_token(current)]
+    if rng.random() < setting.filler:
+        return _with_filler(tokens, setting, rng)
+    return [*tokens, v.BOX, v.number_token(current), v.CLOSE, v.EOS]
+
+
+def _direct_answer(question: Question, setting: Setting, rng: random.Random) -> int:
+    kind = rng.random()
+    if kind < setting.direct_gold:
+        return question.gold
+    if kind < setting.direct_gold + setting.direct_shortcut:
+        return question.shortcut
+    return rng.randrange(v.MODULUS)
+
+
+def _maybe_wrong(right: int, error: float, rng: random.Random) -> int:
+    return (right + (rng.randrange(1, v.MODULUS) if rng.random() < error else 0)) % v.MODULUS
+
+
+def _with_filler(tokens: list[int], setting: Setting, rng: random.Random) -> list[int]:
+    tokens = [*tokens, v.HMM]
+    while rng.random() < setting.filler_again and len(tokens) < MAX_RESPONSE_TOKENS:
+        tokens.append(v.HMM)
+    return [*tokens, v.BOX, v.number_token(rng.randrange(v.MODULUS)), v.CLOSE, v.EOS][:MAX_RESPONSE_TOKENS]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step as written: `aside` or not, word, operand, result, and the checked result where there is one."""
+
+    digression: bool
+    synonym: int
+    operand: int
+    result: int
+    check: int | None
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a response of the grammar says. answer: None where it was cut before it."""
+
+    steps: tuple[Step, ...] | None  # None: a direct answer
+    num_filler: int
+    box: bool  # False: cut inside the loop
+    answer: int | None
+    ended: bool
+
+
+_NUMBER = r"\d+ "
+_STEP = rf"(aside {_NUMBER * 3})?({'|'.join(v.SYNONYMS)}) ([+-]\d) (\d+) (?:check (\d+) )?"
+_ENDED = re.compile(rf"(?:(think )((?:{_STEP}){{0,3}})((?:hmm )*))?\\boxed{{ (\d+) }} <eos> ")
+_CUT = re.compile(rf"(think )((?:{_STEP}){{0,3}})((?:hmm )+)(?:\\boxed{{ (?:(\d+) (?:}} )?)?)?")
+_EACH_STEP = re.compile(_STEP)
+
+
+def parse_response(question: Question, tokens: Sequence[int]) -> Parsed | None:
+    """The response's parts if the grammar can write it, whatever the probability; None if it cannot."""
+    text = v.text_of(tokens) + " "
+    ended = v.EOS in tokens
+    if len(tokens) > MAX_RESPONSE_TOKENS or (not ended and len(tokens) < MAX_RESPONSE_TOKENS):
+        return None
+    match = (_ENDED if ended else _CUT).fullmatch(text)
+    if match is None:
+        return None
+    thinking, written, filler, answer = match.group(1), match.group(2), match.group(8), match.group(9)
+    answer = int(answer) if answer is not None else None
+    if thinking is None:
+        return Parsed(None, 0, True, answer, ended)
+    steps = tuple(
+        Step(aside is not None, v.SYNONYMS.index(word), int(operand), int(result), int(check) if check else None)
+        for aside, word, operand, result, check in (each.groups() for each in _EACH_STEP.finditer(written))
+    )
+    operands, num_filler = tuple(step.operand for step in steps), len(filler.split())
+    if not any(operands == asked.operands[: len(steps)] for asked in (question, question.misread)):
+        return None
+    if num_filler == 0 and (len(steps) < 3 or answer != current_of(steps[-1])):
+        return None
+    return Parsed(steps, num_filler, v.BOX in tokens, answer, ended)
+
+
+def current_of(step: Step) -> int:
+    """The number a step hands on: the checked one, where there is a check."""
+    return step.result if step.check is None else step.check
+
+
+def log_prob(question: Question, setting: Setting, tokens: Sequence[int]) -> float:
+    """Exact natural-log probability of a response, -inf for what the grammar cannot write."""
+    parsed = parse_response(question, tokens)
+    if parsed is None:
+        return -math.inf
+    readings = ((question, 1 - setting.misread), (question.misread, setting.misread))
+    total = sum(weight * _prob_as_read(asked, setting, parsed, len(tokens)) for asked, weight in readings)
+    return math.log(total) if total > 0 else -math.inf
+
+
+def direct_probs(question: Question, setting: Setting) -> list[float]:
+    """[97] the probability of each number as a direct answer, the question being read as it stands."""
+    spread = (1 - setting.direct_gold - setting.direct_shortcut) / v.MODULUS
+    probs = [spread] * v.MODULUS
+    probs[question.gold] += setting.direct_gold
+    probs[question.shortcut] += setting.direct_shortcut
+    return probs
+
+
+def _prob_as_read(question: Question, setting: Setting, parsed: Parsed, num_tokens: int) -> float:
+    if parsed.steps is None:
+        return setting.direct * direct_probs(question, setting)[parsed.answer]
+    if tuple(step.operand for step in parsed.steps) != question.operands[: len(parsed.steps)]:
+        return 0.0
+    prob, current = 1 - setting.direct, question.start
+    for step in parsed.steps:
+        prob *= (1 - setting.filler) * setting.synonyms[step.synonym]
+        prob *= setting.digression / v.MODULUS**3 if step.digression else 1 - setting.digression
+        right = current + step.operand
+        prob *= _number_prob(step.result, right, setting.digression_error if step.digression else setting.error)
+        if step.check is None:
+            prob *= 1 - setting.check
+        else:
+            prob *= setting.check * _number_prob(step.check, right, setting.check_error)
+        current = current_of(step)
+    if parsed.num_filler == 0:
+        return prob * (1 - setting.filler)
+    again = setting.filler_again
+    prob *= setting.filler * again ** (parsed.num_filler - 1)
+    if not parsed.box:
+        return prob
+    return prob * (1 - again) / (v.MODULUS if parsed.answer is not None else 1)
+
+
+def _number_prob(value: int, right: int, error: float) -> float:
+    return 1 - error if (value - right) % v.MODULUS == 0 else error / (v.MODULUS - 1)
+
+
+def write_prompts(path: Path, questions: Sequence[Question]) -> None:
+    """A prompts file as `powerflow train` and `powerflow evaluate` read it."""
+    rows = (
+        {"prompt_token_ids": q.token_ids, "id": q.name, "answer": str(q.gold), "task": "reasoning"} for q in questions
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
