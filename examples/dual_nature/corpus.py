@@ -27,6 +27,7 @@ MAX_PROMPT_TOKENS = 6
 MAX_RESPONSE_TOKENS = 40
 MARKED_SHARE = 0.18  # of the questions, with one negative operand
 SPLIT_SEED = 97
+NUM_HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,16 @@ def draw_question(rng: random.Random, *, marked_share: float = MARKED_SHARE) -> 
     return Question(rng.randrange(v.MODULUS), tuple(operands))
 
 
-def split_questions(num_train: int, num_held_out: int) -> tuple[list[Question], list[Question]]:
-    """(training questions, held-out questions): all distinct, the same at every call.
+def split_questions(num_train: int) -> tuple[list[Question], list[Question]]:
+    """(num_train questions for fine-tuning, 1000 held-out ones): all distinct, the same at every call.
 
-    The held-out ones do not depend on num_train; pretraining draws anything but them.
+    The held-out ones do not depend on num_train; pretraining draws any question but them.
     """
     rng, found = random.Random(SPLIT_SEED), {}
-    while len(found) < num_held_out + num_train:
+    while len(found) < NUM_HELD_OUT + num_train:
         found[draw_question(rng)] = None
     questions = list(found)
-    return questions[num_held_out:], questions[:num_held_out]
+    return questions[NUM_HELD_OUT:], questions[:NUM_HELD_OUT]
 
 
 def draw_response(question: Question, setting: Setting, rng: random.Random) -> list[int]:

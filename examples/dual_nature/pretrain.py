@@ -1,9 +1,9 @@
-"""How is a base model made? A 170,000-parameter Llama learns the corpus by next-token prediction, in minutes on one core.
+"""How is a base model made? A 170,000-parameter Llama learns the corpus by next-token prediction, in minutes.
 
     python -m examples.dual_nature.pretrain --out bases g2 g0 g1 g3 aligned
 
-G2 is trained from scratch; the others continue from it for a few hundred steps. Each is an ordinary Hugging Face folder,
-and `model.hf_path` of a run. What is there already is kept.
+G2 is trained from scratch; the others continue from it for a few hundred steps. Each is an ordinary Hugging Face
+folder, and `model.hf_path` of a run. What is there already is kept.
 
 Left out: the corpus (`corpus.py`), what the models turned out to be (`measure.py`), fine-tuning.
 """
@@ -25,7 +25,6 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from examples.dual_nature import corpus
 from examples.dual_nature import vocabulary as v
 
-NUM_HELD_OUT = 1000
 MARKED_IN_PRETRAINING = 0.5  # the few subtractions are as hard to learn as the many additions
 SORTED_TOGETHER = 8  # batches that are drawn at once and cut by length, so that little of them is padding
 IGNORED = -100
@@ -83,9 +82,7 @@ def make_base(name: str, out: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def pretrain(
-    model: LlamaForCausalLM, setting: corpus.Setting, recipe: Recipe, *, seed: int, name: str
-) -> list[float]:
+def pretrain(model: LlamaForCausalLM, setting: corpus.Setting, recipe: Recipe, *, seed: int, name: str) -> list[float]:
     """Trains in place; the loss of each step, in nats per response token. A function of seed, on one thread count."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
     batches = draw_batches(setting, recipe.batch_size, random.Random(f"{seed} {name}"))
@@ -126,7 +123,7 @@ def lr_factor(step: int, recipe: Recipe) -> float:
 
 def draw_batches(setting: corpus.Setting, batch_size: int, rng: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (tokens, labels), each [batch_size, longest]; labels are IGNORED on prompt and padding."""
-    held_out = set(corpus.split_questions(0, NUM_HELD_OUT)[1])
+    held_out = set(corpus.split_questions(0)[1])
     while True:
         rows: list[tuple[list[int], list[int]]] = []
         while len(rows) < SORTED_TOGETHER * batch_size:

@@ -14,13 +14,9 @@ from pathlib import Path
 MODULUS = 97
 MAX_OPERAND = 9
 SYNONYMS = ("then", "next", "now", "so", "and", "hence")  # the answer does not depend on which one is written
-WORDS = (
-    ("<pad>", "<bos>", "<eos>", "=", "\\boxed{", "}", "think", "check", "aside", "hmm")
-    + SYNONYMS
-    + tuple(f"+{i}" for i in range(1, MAX_OPERAND + 1))
-    + tuple(f"-{i}" for i in range(1, MAX_OPERAND + 1))
-    + tuple(str(i) for i in range(MODULUS))
-)
+SIGNED = tuple(f"{sign}{size}" for sign in "+-" for size in range(1, MAX_OPERAND + 1))
+FIRST_WORDS = ("<pad>", "<bos>", "<eos>", "=", "\\boxed{", "}", "think", "check", "aside", "hmm")
+WORDS = (*FIRST_WORDS, *SYNONYMS, *SIGNED, *map(str, range(MODULUS)))
 TOKEN_OF = {word: token for token, word in enumerate(WORDS)}
 PAD, BOS, EOS, EQUALS, BOX, CLOSE, THINK, CHECK, ASIDE, HMM = range(10)
 FIRST_SYNONYM = TOKEN_OF[SYNONYMS[0]]
