@@ -105,7 +105,7 @@ def describe(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
             a == s.question.misread.gold for a, s in zip(answers, samples, strict=True) if s.question.marked
         ),
         "mean_tokens": _mean(lengths),
-        "entropy": -mean(sample.log_prob for sample in samples),
+        "entropy": -_mean(sample.log_prob for sample in samples),
         "entropy_per_token": -sum(sample.log_prob for sample in samples) / sum(lengths),
         "grammatical": _mean(p is not None for p in parsed),
         "direct": _mean(sample.tokens[0] == v.BOX for sample in samples),
