@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM
 from examples.dual_nature import corpus
 from examples.dual_nature import vocabulary as v
 from examples.dual_nature.corpus import MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, Question
+from examples.dual_nature.reading import parse_response
 
 LONG_FILLER = 6  # `hmm` in a row that count as a loop
 ROWS_AT_A_TIME = 2048
@@ -93,7 +94,7 @@ def boxed_answer(tokens: Sequence[int]) -> int | None:
 def describe(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     """Means over responses, or over questions where the name says majority or pass. All shares are of 1."""
     samples = [sample for group in groups for sample in group]
-    parsed = [corpus.parse_response(sample.question, sample.tokens) for sample in samples]
+    parsed = [parse_response(sample.question, sample.tokens) for sample in samples]
     answers = [boxed_answer(sample.tokens) for sample in samples]
     right = [answer == sample.question.gold for answer, sample in zip(answers, samples, strict=True)]
     lengths = [len(sample.tokens) for sample in samples]

@@ -3,7 +3,7 @@
     python -m examples.dual_nature.pretrain --out bases g2 g0 g1 g3 aligned
 
 G2 is trained from scratch; the others continue from it for a few hundred steps. Each is an ordinary Hugging Face
-folder, and `model.hf_path` of a run. What is there already is kept.
+folder, and `model.hf_path` of a run; beside them are `train.jsonl` and `held_out.jsonl`. What is there already is kept.
 
 Left out: the corpus (`corpus.py`), what the models turned out to be (`measure.py`), fine-tuning.
 """
@@ -25,6 +25,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from examples.dual_nature import corpus
 from examples.dual_nature import vocabulary as v
 
+NUM_TRAIN = 9000
 MARKED_IN_PRETRAINING = 0.5  # the few subtractions are as hard to learn as the many additions
 SORTED_TOGETHER = 8  # batches that are drawn at once and cut by length, so that little of them is padding
 IGNORED = -100
@@ -160,11 +161,15 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", choices=RECIPES, metavar="NAME", help=", ".join(RECIPES))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the bases' folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the bases and prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    train, held_out = corpus.split_questions(NUM_TRAIN)
+    corpus.write_prompts(arguments.out / "train.jsonl", train)
+    corpus.write_prompts(arguments.out / "held_out.jsonl", held_out)
     for name in arguments.names:
         print(f"{name}: {make_base(name, arguments.out, seed=arguments.seed)}")
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from examples.dual_nature import corpus, target, vocabulary
+from examples.dual_nature import corpus, reading, target, vocabulary
 from examples.dual_nature.corpus import G1, G2, G3, SETTINGS, Question
 from examples.dual_nature.measure import boxed_answer, majority, pass_at
 from examples.dual_nature.target import MARKED, PLAIN
@@ -59,7 +59,7 @@ def test_train_and_held_out_questions_are_distinct_and_the_split_does_not_move()
 
 
 def test_the_parts_of_a_response_come_as_often_as_the_setting_says(drawn):
-    parsed = [corpus.parse_response(question, tokens) for question, tokens in drawn]
+    parsed = [reading.parse_response(question, tokens) for question, tokens in drawn]
     assert all(parsed)
     steps = [step for one in parsed if one.steps for step in one.steps]
     assert share(one.steps is None for one in parsed) == pytest.approx(G2.direct, abs=0.01)
@@ -79,7 +79,7 @@ def test_without_errors_every_worked_answer_is_right_but_for_the_misread_minus()
     setting = replace(G2, direct=0.0, error=0.0, digression_error=0.0, check_error=0.0, filler=0.0)
     rng = random.Random(1)
     for question in corpus.split_questions(300)[0]:
-        parsed = corpus.parse_response(question, corpus.draw_response(question, setting, rng))
+        parsed = reading.parse_response(question, corpus.draw_response(question, setting, rng))
         flipped = question.marked and min(step.operand for step in parsed.steps) > 0
         assert parsed.answer == (question.misread.gold if flipped else question.gold)
 
@@ -95,8 +95,8 @@ def test_exact_log_probs_average_to_the_exact_power_sums(question):
     """E_p[p^(a-1)] over samples, by kind of response, is the closed form's sum of p^a of that kind."""
     setting, alpha, rng = replace(G2, filler=0.05), 1.25, random.Random(2)
     sampled = [corpus.draw_response(question, setting, rng) for _ in range(8000)]
-    powers = np.array([math.exp((alpha - 1) * corpus.log_prob(question, setting, tokens)) for tokens in sampled])
-    parsed = [corpus.parse_response(question, tokens) for tokens in sampled]
+    powers = np.array([math.exp((alpha - 1) * reading.log_prob(question, setting, tokens)) for tokens in sampled])
+    parsed = [reading.parse_response(question, tokens) for tokens in sampled]
     kinds = np.array([0 if one.steps is None else 2 if one.num_filler else 1 for one in parsed])
     exact = target.power_sums(question, setting, alpha)
     for kind in range(3):
@@ -118,7 +118,7 @@ def test_every_direct_answer_and_every_cut_has_the_probability_that_counting_fin
     assert any(vocabulary.EOS not in tokens for tokens in common)
     assert any(tokens[0] == vocabulary.BOX for tokens in common)
     for tokens in common:
-        expected = math.exp(corpus.log_prob(MARKED, setting, tokens)) * NUM_DRAWN
+        expected = math.exp(reading.log_prob(MARKED, setting, tokens)) * NUM_DRAWN
         assert counts[tokens] == pytest.approx(expected, abs=4.5 * math.sqrt(expected))
 
 
@@ -136,8 +136,8 @@ def test_every_direct_answer_and_every_cut_has_the_probability_that_counting_fin
 )
 def test_what_the_grammar_cannot_write_has_no_probability(text):
     tokens = [vocabulary.TOKEN_OF[word] for word in text.split()]
-    assert corpus.parse_response(MARKED, tokens) is None
-    assert corpus.log_prob(MARKED, G2, tokens) == -math.inf
+    assert reading.parse_response(MARKED, tokens) is None
+    assert reading.log_prob(MARKED, G2, tokens) == -math.inf
 
 
 def test_the_optimum_at_alpha_one_is_the_corpus_itself(drawn):
@@ -148,7 +148,7 @@ def test_the_optimum_at_alpha_one_is_the_corpus_itself(drawn):
     assert share(a == q.gold for q, a in answers if q.marked) == pytest.approx(marked.accuracy, abs=0.03)
     assert share(a == q.misread.gold for q, a in answers if q.marked) == pytest.approx(marked.misread_share, abs=0.03)
     assert marked.misread_share > 1.5 * marked.accuracy  # the majority is wrong
-    entropy = -share(corpus.log_prob(q, G2, tokens) for q, tokens in drawn if not q.marked)
+    entropy = -share(reading.log_prob(q, G2, tokens) for q, tokens in drawn if not q.marked)
     assert entropy == pytest.approx(plain.entropy, abs=0.2)
 
 
@@ -185,7 +185,7 @@ def test_the_package_reads_the_prompts_file(tmp_path, tokenizer):
 
 def test_the_package_reads_the_answer_of_a_decoded_response(drawn, tokenizer):
     for question, tokens in drawn[:500]:
-        answer = corpus.parse_response(question, tokens).answer
+        answer = reading.parse_response(question, tokens).answer
         text = tokenizer.decode(tokens)
         assert extract_answer(text) == (None if answer is None else str(answer))
         assert boxed_answer(tokens) == answer
