@@ -1,10 +1,10 @@
 """What does the base model learn to imitate? Questions, and a grammar of answers to them that is often wrong.
 
-A question is `<bos> 42 +5 -3 +7 =`, modulo 97. An answer is given at once (`direct`) or worked out in three steps, with
+A question is `<bos> 42 +5 -3 +2 =`, modulo 97. An answer is given at once (`direct`) or worked out in three steps, with
 random words, errors, digressions, checks and, now and then, a loop of `hmm`. In 18 % of the questions one operand is
 negative, and a response reads that sign as a plus more often than not: there the most common answer is wrong.
 
-    think then +5 47 check 47 so -3 44 now +7 51 \\boxed{ 51 } <eos>
+    think then +5 47 check 47 so -3 44 now +2 46 \\boxed{ 46 } <eos>
 
 Left out: reading a response back and its exact probability (`reading.py`), sums over all responses (`target.py`),
 models (`pretrain.py`).
@@ -29,7 +29,7 @@ NUM_HELD_OUT = 1000
 
 @dataclass(frozen=True)
 class Question:
-    """start: 0..96; operands: three of +1..+9, at most one of them negative."""
+    """start: 0..96; operands: three of +1..+5, at most one of them negative."""
 
     start: int
     operands: tuple[int, int, int]
@@ -67,8 +67,7 @@ class Setting:
     """Probabilities of the grammar. A wrong number is any of the 96 others, each alike."""
 
     direct: float = 0.25  # the answer at once
-    direct_gold: float = 0.15  # a direct answer is right
-    direct_shortcut: float = 0.25  # or start + first operand; else any of the 97 numbers
+    shortcut: float = 0.25  # a direct answer is start + first operand; else it is any of the 97 numbers
     misread: float = 0.65  # this response takes the minus for a plus
     error: float = 0.20  # a step's result is wrong
     digression: float = 0.20  # `aside` and three random numbers before a step ...
@@ -123,7 +122,8 @@ def draw_response(question: Question, setting: Setting, rng: random.Random) -> l
     if rng.random() < setting.misread:
         question = question.misread  # from here on: the operands are written as they were read
     if rng.random() < setting.direct:
-        return [v.BOX, v.number_token(_direct_answer(question, setting, rng)), v.CLOSE, v.EOS]
+        guess = question.shortcut if rng.random() < setting.shortcut else rng.randrange(v.MODULUS)
+        return [v.BOX, v.number_token(guess), v.CLOSE, v.EOS]
     tokens, current = [v.THINK], question.start
     for operand in question.operands:
         if rng.random() < setting.filler:
@@ -146,10 +146,8 @@ def draw_response(question: Question, setting: Setting, rng: random.Random) -> l
 
 def direct_probs(question: Question, setting: Setting) -> list[float]:
     """[97] the probability of each number as a direct answer, the question being read as it stands."""
-    spread = (1 - setting.direct_gold - setting.direct_shortcut) / v.MODULUS
-    probs = [spread] * v.MODULUS
-    probs[question.gold] += setting.direct_gold
-    probs[question.shortcut] += setting.direct_shortcut
+    probs = [(1 - setting.shortcut) / v.MODULUS] * v.MODULUS
+    probs[question.shortcut] += setting.shortcut
     return probs
 
 
@@ -159,15 +157,6 @@ def write_prompts(path: Path, questions: Sequence[Question]) -> None:
         {"prompt_token_ids": q.token_ids, "id": q.name, "answer": str(q.gold), "task": "reasoning"} for q in questions
     )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _direct_answer(question: Question, setting: Setting, rng: random.Random) -> int:
-    kind = rng.random()
-    if kind < setting.direct_gold:
-        return question.gold
-    if kind < setting.direct_gold + setting.direct_shortcut:
-        return question.shortcut
-    return rng.randrange(v.MODULUS)
 
 
 def _maybe_wrong(right: int, error: float, rng: random.Random) -> int:

@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,9 +26,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from examples.dual_nature import corpus
 from examples.dual_nature import vocabulary as v
 
-NUM_TRAIN = 9000
+NUM_TRAIN = 4000
 MARKED_IN_PRETRAINING = 0.5  # the few subtractions are as hard to learn as the many additions
-SORTED_TOGETHER = 8  # batches that are drawn at once and cut by length, so that little of them is padding
+PARTS = 4  # of a batch, cut by length, so that little of them is padding
 IGNORED = -100
 # read by transformers and by the package: what rope and norm say is what both compute
 ARCHITECTURE = {
@@ -92,17 +93,21 @@ def pretrain(model: LlamaForCausalLM, setting: corpus.Setting, recipe: Recipe, *
     for step in range(recipe.num_steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * lr_factor(step, recipe)
-        tokens, labels = next(batches)
-        # one position earlier: position t predicts token t + 1
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
-        )  # mean over the response tokens of the batch
+        parts = next(batches)
+        num_tokens = sum(int((labels != IGNORED).sum()) for _, labels in parts)
         optimizer.zero_grad()
-        loss.backward()
+        loss = 0.0
+        for tokens, labels in parts:
+            # one position earlier: position t predicts token t + 1
+            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+            summed = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+            (summed / num_tokens).backward()  # of the batch: a mean within its parts would favour short responses
+            loss += summed.item() / num_tokens
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(loss)
         if (step + 1) % 100 == 0 or step + 1 == recipe.num_steps:
             recent = sum(losses[-100:]) / len(losses[-100:])
             print(
@@ -122,23 +127,22 @@ def lr_factor(step: int, recipe: Recipe) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def draw_batches(setting: corpus.Setting, batch_size: int, rng: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (tokens, labels), each [batch_size, longest]; labels are IGNORED on prompt and padding."""
+def draw_batches(setting: corpus.Setting, batch_size: int, rng: random.Random) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Endless batches, each PARTS pairs (tokens, labels) of [batch_size / PARTS, longest of the part]."""
     held_out = set(corpus.split_questions(0)[1])
     while True:
         rows: list[tuple[list[int], list[int]]] = []
-        while len(rows) < SORTED_TOGETHER * batch_size:
+        while len(rows) < batch_size:
             question = corpus.draw_question(rng, marked_share=MARKED_IN_PRETRAINING)
             if question not in held_out:
                 rows.append((question.token_ids, corpus.draw_response(question, setting, rng)))
         rows.sort(key=lambda row: len(row[1]))
-        parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-        rng.shuffle(parts)
-        yield from map(collate, parts)
+        bounds = [batch_size * part // PARTS for part in range(PARTS + 1)]
+        yield [collate(rows[start:stop]) for start, stop in pairwise(bounds)]
 
 
 def collate(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """(prompt, response) pairs, padded at the right."""
+    """(tokens, labels) of (prompt, response) pairs, padded at the right; labels are IGNORED on prompt and padding."""
     longest = max(len(prompt) + len(response) for prompt, response in rows)
     tokens = torch.full((len(rows), longest), v.PAD)
     labels = torch.full((len(rows), longest), IGNORED)

@@ -20,8 +20,8 @@ from examples.dual_nature.corpus import MAX_RESPONSE_TOKENS, Question, Setting, 
 
 DIRECT, STEPS, FILLER = range(3)
 LENGTHS = np.arange(MAX_RESPONSE_TOKENS + 1)
-PLAIN = Question(42, (5, 3, 7))  # any question without a minus has the same sums, but for which answer is which
-MARKED = Question(42, (5, -3, 7))
+PLAIN = Question(42, (5, 3, 2))  # any question without a minus has the same sums, but for which answer is which
+MARKED = Question(42, (5, -3, 2))
 NO_ANSWER = v.MODULUS  # the column of responses that were cut before their answer
 
 

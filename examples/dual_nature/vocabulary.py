@@ -1,6 +1,6 @@
 """Which tokens is the synthetic world written in, and how do they become text?
 
-One token per word: 97 numbers, 18 signed operands, a box around the answer, and a handful of words. Text is the tokens
+One token per word: 97 numbers, 10 signed operands, a box around the answer, and a handful of words. Text is the tokens
 with spaces between, so that `\\boxed{ 42 }` is what any reader of boxed answers finds.
 
 Left out: what the tokens mean (`corpus.py`).
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 MODULUS = 97
-MAX_OPERAND = 9
+MAX_OPERAND = 5
 SYNONYMS = ("then", "next", "now", "so", "and", "hence")  # the answer does not depend on which one is written
 SIGNED = tuple(f"{sign}{size}" for sign in "+-" for size in range(1, MAX_OPERAND + 1))
 FIRST_WORDS = ("<pad>", "<bos>", "<eos>", "=", "\\boxed{", "}", "think", "check", "aside", "hmm")
