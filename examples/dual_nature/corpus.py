@@ -1,7 +1,7 @@
 """What does the base model learn to imitate? Questions, and a grammar of answers to them that is often wrong.
 
 A question is `<bos> 42 +5 -3 +2 =`, modulo 97. An answer is given at once (`direct`) or worked out in three steps, with
-random words, errors, digressions, checks and, now and then, a loop of `hmm`. In 18 % of the questions one operand is
+random words, errors, digressions, checks and, now and then, a loop of `hmm`. In a fifth of the questions one operand is
 negative, and a response reads that sign as a plus more often than not: there the most common answer is wrong.
 
     think then +5 47 check 47 so -3 44 now +2 46 \\boxed{ 46 } <eos>
@@ -22,7 +22,7 @@ from examples.dual_nature import vocabulary as v
 
 MAX_PROMPT_TOKENS = 6
 MAX_RESPONSE_TOKENS = 40
-MARKED_SHARE = 0.18  # of the questions, with one negative operand
+MARKED_SHARE = 0.18  # of the drawn questions has a negative operand; repeats are dropped, so more of the kept ones
 SPLIT_SEED = 97
 NUM_HELD_OUT = 1000
 

@@ -55,12 +55,12 @@ class Recipe:
     start: str | None
     num_steps: int
     lr: float
-    batch_size: int = 160
+    batch_size: int = 128
     warmup_steps: int = 100
 
 
 RECIPES = {
-    "g2": Recipe(None, num_steps=2500, lr=3e-3),
+    "g2": Recipe(None, num_steps=2200, lr=3e-3),
     "g0": Recipe("g2", num_steps=400, lr=1e-3, warmup_steps=20),
     "g1": Recipe("g2", num_steps=350, lr=1e-3, warmup_steps=20),
     "g3": Recipe("g2", num_steps=350, lr=1e-3, warmup_steps=20),
