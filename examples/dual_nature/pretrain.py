@@ -1,4 +1,4 @@
-"""How is a base model made? A 170,000-parameter Llama learns the corpus by next-token prediction, in minutes.
+"""How is a base model made? A 167,000-parameter Llama learns the corpus by next-token prediction, in minutes.
 
     python -m examples.dual_nature.pretrain --out bases g2 g0 g1 g3 aligned
 

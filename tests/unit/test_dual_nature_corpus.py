@@ -54,7 +54,7 @@ def test_train_and_held_out_questions_are_distinct_and_the_split_does_not_move()
     train, held_out = corpus.split_questions(3000)
     assert len(set(train) | set(held_out)) == 4000
     assert corpus.split_questions(10)[1] == held_out
-    assert share(question.marked for question in train + held_out) == pytest.approx(corpus.MARKED_SHARE, abs=0.02)
+    assert 0.15 < share(question.marked for question in train + held_out) < 0.25
     assert all(q.misread.gold != q.gold for q in train if q.marked)
 
 
