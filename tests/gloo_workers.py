@@ -53,13 +53,14 @@ class RankFailed(AssertionError):
 
 
 class GlooWorkers:
-    """run(n, function, ...) -> the answers of ranks 0..n-1. The function is module-level."""
+    """run(n, function, ...) -> the answers of ranks 0..n-1, n <= max_ranks. The function is module-level."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_ranks: int = MAX_RANKS) -> None:
+        self._max_ranks = max_ranks
         self._workers: list = []
 
     def run(self, num_ranks: int, function: Callable, *args, **kwargs) -> list:
-        assert num_ranks <= MAX_RANKS
+        assert num_ranks <= self._max_ranks
         self._start()
         payload = pickle.dumps((function, args, kwargs))
         with socket.socket() as probe:
@@ -104,7 +105,7 @@ class GlooWorkers:
         if self._workers:
             return
         context = multiprocessing.get_context("spawn")
-        for _ in range(MAX_RANKS):
+        for _ in range(self._max_ranks):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
             process.start()

@@ -33,6 +33,8 @@ class Loop:
 
 def find_loop(tokens: np.ndarray, ref_log_probs: np.ndarray) -> Loop | None:
     """The longest stretch of [n] tokens that repeats a turn of 1 to 8 tokens at least 3 times; None without one."""
+    if len(tokens) < MIN_LOOP_TOKENS:
+        return None
     best = (0, 0, 0)  # tokens, -period, start
     for period in range(1, min(MAX_PERIOD, len(tokens) // MIN_TURNS) + 1):
         same = tokens[period:] == tokens[:-period]

@@ -5,6 +5,7 @@ Every function gets hidden states of the last stage and gives (share of the step
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,9 +140,11 @@ def common_columns(log_probs: Tensor, batch: MicroBatch) -> Columns:
 
 def _loops(batch: MicroBatch) -> Tensor:
     """[b, 3] tokens, nats a token and entry nats of each response's longest loop; NaN without one."""
-    found = torch.full((len(batch.psi), 3), torch.nan)
-    for row, mask in enumerate(batch.loss_mask.cpu()):
-        tokens, ref_log_probs = batch.targets[row].cpu()[mask], batch.ref_log_probs[row].cpu()[mask]
-        if loop := find_loop(tokens.numpy(), ref_log_probs.numpy()):
-            found[row] = torch.tensor([loop.num_tokens, loop.nats, loop.entry_nats])
-    return found.to(batch.psi.device)
+    found = np.full((len(batch.psi), 3), np.nan, dtype=np.float32)
+    masks, targets, ref_log_probs = (
+        tensor.cpu().numpy() for tensor in (batch.loss_mask, batch.targets, batch.ref_log_probs)
+    )
+    for row, mask in enumerate(masks):
+        if loop := find_loop(targets[row][mask], ref_log_probs[row][mask]):
+            found[row] = loop.num_tokens, loop.nats, loop.entry_nats
+    return torch.from_numpy(found).to(batch.psi.device)

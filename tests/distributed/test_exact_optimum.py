@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 import numpy as np
 import pytest
 
-from tests.conftest import run_cli
+from tests.distributed.megatron_sessions import run_training
+from tests.gloo_workers import GlooWorkers
 from tests.tiny_models import make_tiny_model
 
 VOCAB, EOS, MAX_TOKENS = 6, 2, 4
@@ -114,8 +115,8 @@ def target_of(name: str, base: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 @pytest.fixture(scope="module")
-def trained(enumerable, tmp_path_factory) -> dict[str, Future]:
-    """Every case's run folder, made two at a time: each of them is too small for a second core."""
+def trained(request, enumerable, tmp_path_factory) -> dict[str, Future]:
+    """Every case's run folder, made two at a time (each is too small for a second core) by two processes that stay."""
     _, config = enumerable
     folder = tmp_path_factory.mktemp("trained")
 
@@ -141,12 +142,21 @@ def trained(enumerable, tmp_path_factory) -> dict[str, Future]:
         ]
         if "objective.log_z=mlp" in settings or "objective.log_z=scalar" in settings:
             command.append("optimizer.log_z_lr=1e-2")
-        done = run_cli("train", config, *command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
+        worker = idle.get()
+        try:
+            worker.run(1, run_training, config, *command)
+        finally:
+            idle.put(worker)
         return folder / name
 
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, name) for name in CASES}
+    workers, idle = [GlooWorkers(max_ranks=1) for _ in range(2)], Queue()
+    for worker in workers:
+        idle.put(worker)
+    with ThreadPoolExecutor(len(workers)) as pool:
+        asked_for = [name for name in CASES if any(f"[{name}]" in item.name for item in request.session.items)]
+        yield {name: pool.submit(run, name) for name in asked_for}
+    for worker in workers:
+        worker.stop()
 
 
 @pytest.mark.slow
