@@ -56,5 +56,6 @@ done
 if [ "$code" -ne 0 ] && [ "$stopping" -eq 1 ]; then
     echo "stopped with its state saved; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
+    exec sleep 60  # SLURM ends this; until it does, no exit code of ours may be taken for the job's
 fi
 exit "$code"

@@ -86,6 +86,9 @@ def test_a_warned_job_saves_requeues_and_continues(cluster, tiny_model, prompts,
     while "back into the queue" not in log.read_text():
         assert time.monotonic() < deadline + 100, log.read_text()
         time.sleep(0.5)
+    while "JobState=PENDING" not in cluster.run("scontrol", "show", "job", job):  # ends, and is put back
+        assert time.monotonic() < deadline + 150, log.read_text()
+        time.sleep(0.5)
     # a requeued job waits two minutes by default; it may start now
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     state = cluster.wait_for(job, timeout=400)
