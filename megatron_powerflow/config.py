@@ -329,7 +329,7 @@ def _cross_checks(config: Config) -> list[str]:
             f"rollout.responses_per_prompt=1 with {by_group}: it is a mean over the group and needs at least 2 "
             "responses; raise it" + (" or choose objective.log_z=mlp" if objective.log_z else "")
         )
-    if objective.ratio == "token" and not isinstance(objective.form, PolicyGradient):
+    if objective.ratio == "token" and isinstance(objective.form, Balance):
         found.append(
             f"objective.ratio=token with objective.preset={objective.preset}: a residual belongs to a whole response; "
             "must be one of 'none', 'seq', 'seq_mean'"

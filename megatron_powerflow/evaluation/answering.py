@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_powerflow.data.answers import extract_answer
+from megatron_powerflow.data.grading import grade
 from megatron_powerflow.data.prompts import first_violations, prompt_token_ids, readable
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.evaluation.grading import grade
 from megatron_powerflow.evaluation.questions import Question
 from megatron_powerflow.evaluation.responses import Key, Line, append_responses, open_responses
 from megatron_powerflow.inference import (

@@ -6,8 +6,6 @@ The trap (where a run measures it): above a margin of 0 a loop has more mass tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
@@ -15,6 +13,7 @@ from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.arms import Arm
 from megatron_powerflow.report.pictures import (
     Cast,
+    Panel,
     Picture,
     draw_band,
     finish,
@@ -30,14 +29,6 @@ ALARM = {"marker": "X", "markersize": 13, "markerfacecolor": "white", "markeredg
 QUANTILES = ("residual_p05", "residual_p25", "residual_p50", "residual_p75", "residual_p95")
 # Of a trapped run: loop_nats a token of the loop costs, entry_nats the way into it, both under the base model.
 TRAP = ("trap_margin", "trap_lambda", "trap_loop_nats", "trap_entry_nats")
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    title: str
-    name: str
-    thin: str | None = None
-    around_0: bool = False
 
 
 PANELS = (

@@ -34,6 +34,16 @@ FAR_APART = 30.0  # between arms or within one: then the axis is logarithmic
 
 
 @dataclass(frozen=True, slots=True)
+class Panel:
+    """One metric of metrics.jsonl. `name` is drawn with band and markers, `thin` as a thin line of the arm's colour."""
+
+    title: str
+    name: str
+    thin: str | None = None
+    around_0: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
     """One PNG. name: its file's stem; alt: what it shows, for who cannot see it; notes: what is not in it, and why."""
 

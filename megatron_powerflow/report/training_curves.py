@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from megatron_powerflow.report.pictures import Cast, Picture, draw_band, finish, in_style, panels, scale_to, zero_line
+from megatron_powerflow.report.pictures import (
+    Cast,
+    Panel,
+    Picture,
+    draw_band,
+    finish,
+    in_style,
+    panels,
+    scale_to,
+    zero_line,
+)
 from megatron_powerflow.report.seeds import MAX_POINTS
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """main is drawn with band and markers, thin as a thin line of the arm's colour."""
-
-    title: str
-    main: str
-    thin: str | None = None
-    signed: bool = False
-
 
 PANELS = (
     Panel("Loss", "loss"),
     Panel("Gradient norm", "grad_norm"),
-    Panel("Residual, mean", "residual_mean", signed=True),
+    Panel("Residual, mean", "residual_mean", around_0=True),
     Panel("Residual, standard deviation", "residual_std"),
-    Panel("log Z′; thin: the group's estimate", "log_z_mean", "group_log_z_mean", signed=True),
+    Panel("log Z′; thin: the group's estimate", "log_z_mean", "group_log_z_mean", around_0=True),
     Panel("Policy entropy (nats per token)", "policy_entropy"),
     Panel("Response length (tokens); thin: 95 %", "response_length_mean", "response_length_p95"),
     Panel("Responses cut at the limit (share)", "truncated_fraction"),
@@ -34,27 +31,27 @@ PANELS = (
 
 def draw_training_curves(cast: Cast) -> Picture | None:
     """None when no arm has any of the metrics."""
-    shown = [(arm, style) for arm, style in cast.pairs() if arm.trained and any(arm.metric(p.main) for p in PANELS)]
-    there = [panel for panel in PANELS if any(arm.metric(panel.main) for arm, _ in shown)]
+    shown = [(arm, style) for arm, style in cast.pairs() if arm.trained and any(arm.metric(p.name) for p in PANELS)]
+    there = [panel for panel in PANELS if any(arm.metric(panel.name) for arm, _ in shown)]
     if not there:
         return None
-    notes = [f"no run has {panel.main}: its panel is left out" for panel in PANELS if panel not in there]
+    notes = [f"no run has {panel.name}: its panel is left out" for panel in PANELS if panel not in there]
     for panel in there:
-        lacking = [arm.label for arm, _ in shown if not arm.metric(panel.main)]
+        lacking = [arm.label for arm, _ in shown if not arm.metric(panel.name)]
         if lacking:
-            notes.append(f"{panel.main} is missing in: {'; '.join(lacking)}")
+            notes.append(f"{panel.name} is missing in: {'; '.join(lacking)}")
     with in_style():
         figure, axes = panels(len(there))
         for axis, panel in zip(axes, there, strict=True):
             series = []
             for arm, style in shown:
-                main = arm.metric(panel.main)
+                main = arm.metric(panel.name)
                 series += main
                 draw_band(axis, style, main)
                 if panel.thin:
                     draw_band(axis, style, arm.metric(panel.thin), thin=True)
-            scale = scale_to(axis, series, signed=panel.signed)
-            if panel.main == "residual_mean":
+            scale = scale_to(axis, series, signed=panel.around_0)
+            if panel.name == "residual_mean":
                 zero_line(axis)
             axis.set_title(panel.title + scale)
             axis.set_xlabel("step")
@@ -62,7 +59,7 @@ def draw_training_curves(cast: Cast) -> Picture | None:
     return Picture(
         name="training_curves",
         title="Training curves",
-        alt=f"Training metrics against step for {len(shown)} arms: " + ", ".join(panel.main for panel in there),
+        alt=f"Training metrics against step for {len(shown)} arms: " + ", ".join(panel.name for panel in there),
         caption=(
             "Line: mean over the seeds that reached the step. Band: from the lowest to the highest seed. Runs of "
             f"more than {MAX_POINTS} steps are averaged in bins of steps, each seed alone, before the band is taken; "

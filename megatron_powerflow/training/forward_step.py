@@ -40,28 +40,28 @@ class Scorer:
 
     def log_probs(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> Tensor:
         """hidden [s, b, H] (whole sequence) -> [b, s] fp32 log-probs of the targets, 0 where loss_mask is False."""
-        values = token_log_probs(
-            hidden.transpose(0, 1)[batch.loss_mask],
-            chunk.output_weight(),
-            batch.targets[batch.loss_mask],
-            tp_group=self.groups.tp,
-            vocab_size=self.vocab_size,
-            temperature=self.temperature,
-        )
-        return values.new_zeros(batch.tokens.shape).masked_scatter(batch.loss_mask, values)
+        return _spread(token_log_probs(**self._kernel_arguments(hidden, chunk, batch)), batch)
 
     def statistics(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> TokenStatistics:
         """`log_probs` with the entropy and certainty of the same distributions, each [b, s] fp32, 0 where masked."""
-        found = token_statistics(
-            hidden.transpose(0, 1)[batch.loss_mask],
-            chunk.output_weight(),
-            batch.targets[batch.loss_mask],
-            tp_group=self.groups.tp,
-            vocab_size=self.vocab_size,
-            temperature=self.temperature,
-        )
-        spread = [values.new_zeros(batch.tokens.shape).masked_scatter(batch.loss_mask, values) for values in found]
-        return TokenStatistics(*spread)
+        found = token_statistics(**self._kernel_arguments(hidden, chunk, batch))
+        return TokenStatistics(*(_spread(values, batch) for values in found))
+
+    def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> dict[str, Any]:
+        """The response tokens alone: hidden [t, H], targets [t]."""
+        return {
+            "hidden": hidden.transpose(0, 1)[batch.loss_mask],
+            "output_weight": chunk.output_weight(),
+            "targets": batch.targets[batch.loss_mask],
+            "tp_group": self.groups.tp,
+            "vocab_size": self.vocab_size,
+            "temperature": self.temperature,
+        }
+
+
+def _spread(values: Tensor, batch: MicroBatch) -> Tensor:
+    """[t] of the response tokens -> [b, s], 0 where loss_mask is False."""
+    return values.new_zeros(batch.tokens.shape).masked_scatter(batch.loss_mask, values)
 
 
 # (hidden states of the whole sequence, last chunk, micro-batch) -> whatever the caller collects

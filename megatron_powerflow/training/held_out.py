@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_powerflow.data.answers import cluster_answers, extract_answer
+from megatron_powerflow.data.answers import extract_answer
+from megatron_powerflow.data.grading import grade
 from megatron_powerflow.metrics.counts import QuestionCounts, summarize
 from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
 from megatron_powerflow.parallel.collectives import gather_to_main
 from megatron_powerflow.records import Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import Progress
 from megatron_powerflow.training.plan import Plan
-from megatron_powerflow.training.rewards import correctness
 from megatron_powerflow.training.setup import Session
 
 STREAM = 2**32 - 1  # the `step` of the sampler's uniforms: those of no training step, and the same at each evaluation
@@ -32,7 +32,7 @@ def evaluate_held_out(
     truncated_fraction, boxed_rate, distinct_2, distinct_3, repeated_share, policy_entropy (nats a token);
     None elsewhere. Collective."""
     groups, section = session.groups, plan.config.evaluation
-    sampling = replace(sampling, responses_per_prompt=section.num_responses, step=STREAM)
+    sampling = replace(sampling, step=STREAM)
     mine = list(enumerate(plan.evaluation_prompts))[groups.dp_rank :: groups.dp_size]
     rollouts = session.engine.generate(mine, sampling, progress) if mine else []
     reports = groups.is_first_stage and groups.tp_rank == 0
@@ -63,12 +63,12 @@ def evaluate_held_out(
 def _counts(members: Sequence[Rollout], plan: Plan) -> QuestionCounts:
     """One prompt's responses, counted."""
     answers = [extract_answer(plan.tokenizer.decode(rollout.response_token_ids)) for rollout in members]
-    clusters = cluster_answers(answers)
+    grades = grade(answers, members[0].prompt.answer)
     has_answer = members[0].prompt.answer is not None
     return QuestionCounts(
         task=members[0].prompt.task or "",
         num_response_tokens=tuple(len(rollout.response_token_ids) for rollout in members),
         truncated=tuple(rollout.finish_reason == "length" for rollout in members),
-        clusters=tuple(None if a is None else c for a, c in zip(answers, clusters, strict=True)),
-        correct=tuple(value == 1.0 for value in correctness(members, answers)) if has_answer else None,
+        clusters=tuple(one.cluster for one in grades),
+        correct=tuple(bool(one.correct) for one in grades) if has_answer else None,
     )

@@ -13,7 +13,8 @@ from itertools import groupby
 import torch
 
 from megatron_powerflow.config import ObjectiveSection
-from megatron_powerflow.data.answers import cluster_answers, extract_answer, same_answer
+from megatron_powerflow.data.answers import extract_answer
+from megatron_powerflow.data.grading import clusters, verdicts
 from megatron_powerflow.data.packing import Annotated
 from megatron_powerflow.data.response_format import format_penalty
 from megatron_powerflow.data.tokenizer import Tokenizer
@@ -32,8 +33,7 @@ def annotate(
     # equality of answers has a time limit, so one rank per replica decides
     decides = groups.is_last_stage and groups.tp_rank == 0
     correct, rewards = object_from_last_stage(
-        (correctness(rollouts, answers), text_rewards(rollouts, answers, objective.text_reward)) if decides else None,
-        groups,
+        grade_rollouts(rollouts, answers, objective.text_reward) if decides else None, groups
     )
     if objective.task_reward not in (None, "none"):
         rewards = _energy_rewards(rewards, rollouts, objective)
@@ -56,41 +56,38 @@ def annotate(
     ]
 
 
-def correctness(rollouts: Sequence[Rollout], answers: Sequence[str | None]) -> list[float]:
-    """1 where the answer is the prompt's, 0 where it is not, NaN where the prompt has none."""
-    return [
-        math.nan if rollout.prompt.answer is None else float(same_answer(rollout.prompt.answer, answer))
-        for rollout, answer in zip(rollouts, answers, strict=True)
-    ]
-
-
-def text_rewards(rollouts: Sequence[Rollout], answers: Sequence[str | None], name: str) -> list[float]:
-    """The named reward of each rollout; 0 for "none". Groups are whole."""
+def grade_rollouts(
+    rollouts: Sequence[Rollout], answers: Sequence[str | None], reward: str
+) -> tuple[list[float], list[float]]:
+    """(correctness: 1, 0, or NaN where the prompt has no answer; the named reward) of each rollout of whole groups."""
+    correct: list[float] = []
     rewards: list[float] = []
     for _, members in groupby(zip(rollouts, answers, strict=True), key=lambda pair: pair[0].slot):
         group, group_answers = zip(*members, strict=True)
-        if name == "gold":
-            rewards += [0.0 if math.isnan(value) else value for value in correctness(group, group_answers)]
-        else:
-            rewards += OF_ANSWERS[name](group_answers)
-    return rewards
+        right = [math.nan if verdict is None else float(verdict) for verdict in verdicts(group_answers, gold_of(group))]
+        correct += right
+        rewards += right if reward == "gold" else OF_ANSWERS[reward](group_answers)
+    return correct, rewards
+
+
+def gold_of(group: Sequence[Rollout]) -> str | None:
+    """The answer of the group's prompt."""
+    return group[0].prompt.answer
 
 
 def cluster_reward(answers: Sequence[str | None]) -> list[float]:
     """EMPO (arXiv 2504.05812): r_i = (size of i's cluster) / G; a response without an answer is alone."""
-    clusters = cluster_answers(answers)
-    sizes = Counter(clusters)
-    return [sizes[cluster] / len(answers) for cluster in clusters]
+    numbers = clusters(answers)
+    sizes = Counter(numbers)
+    return [(1 if number is None else sizes[number]) / len(answers) for number in numbers]
 
 
 def majority_reward(answers: Sequence[str | None]) -> list[float]:
     """TTRL (arXiv 2504.16084): r_i = 1 where the answer is the most common one; the earliest of equally common ones."""
-    clusters = cluster_answers(answers)
-    votes = Counter(cluster for cluster, answer in zip(clusters, answers, strict=True) if answer is not None)
-    if not votes:
-        return [0.0] * len(answers)
-    (label, _), *_ = votes.most_common(1)
-    return [float(cluster == label) for cluster in clusters]
+    numbers = clusters(answers)
+    votes = Counter(number for number in numbers if number is not None)
+    label = votes.most_common(1)[0][0] if votes else math.nan
+    return [float(number == label) for number in numbers]
 
 
 def boxed_reward(answers: Sequence[str | None]) -> list[float]:

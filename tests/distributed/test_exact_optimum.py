@@ -13,7 +13,6 @@ tb_token_step has no such optimum: its residual belongs to a token, and no polic
 
 from __future__ import annotations
 
-import itertools
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,37 +22,8 @@ import numpy as np
 import pytest
 
 from tests.distributed.megatron_sessions import run_training
+from tests.enumerable import LENGTHS, MAX_TOKENS, RESPONSES, log_probs_of, make_enumerable
 from tests.gloo_workers import GlooWorkers
-from tests.tiny_models import make_tiny_model
-
-VOCAB, EOS, MAX_TOKENS = 6, 2, 4
-PROMPT = [1, 3]
-SYMBOLS = [token for token in range(VOCAB) if token != EOS]
-
-
-def all_responses() -> list[list[int]]:
-    ended = [[*body, EOS] for length in range(MAX_TOKENS) for body in itertools.product(SYMBOLS, repeat=length)]
-    return ended + [list(body) for body in itertools.product(SYMBOLS, repeat=MAX_TOKENS)]
-
-
-RESPONSES = all_responses()
-LENGTHS = np.array([len(response) for response in RESPONSES])
-
-
-def log_probs_of(folder: Path) -> np.ndarray:
-    """[781] fp64 log-probs of every response, by transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    answers = np.zeros(len(RESPONSES))
-    for length in range(1, MAX_TOKENS + 1):
-        rows = [i for i, response in enumerate(RESPONSES) if len(response) == length]
-        tokens = torch.tensor([PROMPT + RESPONSES[i] for i in rows])
-        with torch.no_grad():
-            scores = network(tokens).logits[:, len(PROMPT) - 1 : -1].log_softmax(-1)
-        answers[rows] = scores.gather(2, tokens[:, len(PROMPT) :, None]).squeeze(2).sum(1).numpy()
-    return answers
 
 
 def optimum(energy: np.ndarray, tilt: np.ndarray) -> tuple[np.ndarray, float]:
@@ -67,16 +37,11 @@ def optimum(energy: np.ndarray, tilt: np.ndarray) -> tuple[np.ndarray, float]:
 
 @pytest.fixture(scope="module")
 def enumerable(tmp_path_factory) -> tuple[Path, Path]:
-    """(model folder, prompts file)."""
+    """(model folder, config file)."""
     folder = tmp_path_factory.mktemp("enumerable")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = make_tiny_model(
-        folder / "model", "llama", vocab_size=VOCAB, scale=0.05, seed=6, rope=None, eos_token_id=EOS, **sizes
-    )
-    (folder / "prompts.jsonl").write_text(json.dumps({"prompt_token_ids": PROMPT}) + "\n")
+    model, prompts = make_enumerable(folder, scale=0.05, seed=6)
     (folder / "config.yaml").write_text(
-        f"model: {{hf_path: {model}}}\nprompts: {{path: {folder / 'prompts.jsonl'}}}\n"
-        f"run: {{output_dir: {folder / 'run'}}}\n"
+        f"model: {{hf_path: {model}}}\nprompts: {{path: {prompts}}}\nrun: {{output_dir: {folder / 'run'}}}\n"
     )
     return model, folder / "config.yaml"
 

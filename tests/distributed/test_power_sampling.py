@@ -1,6 +1,6 @@
 """`powerflow generate --decoding power_sampling` samples p_base^alpha: an enumerable model, and every layout.
 
-The model has 781 responses (`test_exact_optimum.py`); its seed is one whose p^alpha is far from temperature
+The model has 781 responses (`tests/enumerable.py`); its seed is one whose p^alpha is far from temperature
 1/alpha at every alpha tried, and within reach of 10 moves. Total variation is against the enumeration by transformers
 in fp64, beside what as many exact samples would have (the noise of counting) and what temperature 1/alpha has.
 """
@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.test_exact_optimum import EOS, MAX_TOKENS, PROMPT, RESPONSES, VOCAB
-from tests.tiny_models import make_tiny_model
+from tests.enumerable import EOS, MAX_TOKENS, RESPONSES, log_probs_of, make_enumerable
 
 RANK_OF = {tuple(response): i for i, response in enumerate(RESPONSES)}
 
@@ -39,22 +38,6 @@ def power_sample(
     power_sample_file(opened, Path(prompts), Path(out), num_responses, recipe, launch, console)
 
 
-def enumerated(model: Path, temperature: float) -> np.ndarray:
-    """[781] fp64 log-probs of every response, by transformers, every token at this temperature."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
-    answers = np.zeros(len(RESPONSES))
-    for length in range(1, MAX_TOKENS + 1):
-        rows = [i for i, response in enumerate(RESPONSES) if len(response) == length]
-        tokens = torch.tensor([PROMPT + RESPONSES[i] for i in rows])
-        with torch.no_grad():
-            scores = (network(tokens).logits[:, len(PROMPT) - 1 : -1] / temperature).log_softmax(-1)
-        answers[rows] = scores.gather(2, tokens[:, len(PROMPT) :, None]).squeeze(2).sum(1).numpy()
-    return answers
-
-
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -62,13 +45,7 @@ def lines_of(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def enumerable(tmp_path_factory) -> tuple[Path, Path]:
     """(model folder, prompts file)."""
-    folder = tmp_path_factory.mktemp("power")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = make_tiny_model(
-        folder / "model", "llama", vocab_size=VOCAB, scale=0.2, seed=3, rope=None, eos_token_id=EOS, **sizes
-    )
-    (folder / "prompts.jsonl").write_text(json.dumps({"prompt_token_ids": PROMPT}) + "\n")
-    return model, folder / "prompts.jsonl"
+    return make_enumerable(tmp_path_factory.mktemp("power"), scale=0.2, seed=3)
 
 
 @pytest.mark.slow
@@ -88,12 +65,12 @@ def test_samples_follow_the_power_distribution(gloo, enumerable, tmp_path, recor
     counts = Counter(tuple(line["response_token_ids"]) for line in lines)
     frequencies = np.array([counts[response] for response in RANK_OF]) / num_chains
 
-    base = enumerated(model, 1.0)
+    base = log_probs_of(model, 1.0)
     power = np.exp(alpha * base - (alpha * base).max())
     target = power / power.sum()
     exact = np.random.default_rng(0).multinomial(num_chains, target, size=20) / num_chains
     noise = 0.5 * np.abs(exact - target).sum(axis=1).mean()
-    of_temperature = 0.5 * np.abs(np.exp(enumerated(model, 1 / alpha)) - target).sum()
+    of_temperature = 0.5 * np.abs(np.exp(log_probs_of(model, 1 / alpha)) - target).sum()
     distance = 0.5 * np.abs(frequencies - target).sum()
     accepted = np.mean([line["num_accepted"] / line["num_moves"] for line in lines])
     record_property("total_variation", distance)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_powerflow.data.grading import Grade, grade
 from megatron_powerflow.evaluation.answering import response_lines
-from megatron_powerflow.evaluation.grading import Grade, grade
 from megatron_powerflow.evaluation.questions import Question
 from megatron_powerflow.evaluation.results import count_questions, describe_results, results_table
 from megatron_powerflow.metrics.counts import summarize_tasks

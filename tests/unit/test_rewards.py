@@ -13,9 +13,8 @@ from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.training.rewards import (
     boxed_reward,
     cluster_reward,
-    correctness,
+    grade_rollouts,
     majority_reward,
-    text_rewards,
 )
 
 
@@ -29,8 +28,8 @@ def test_by_hand():
     assert cluster_reward(answers) == [3 / 6, 1 / 6, 3 / 6, 1 / 6, 3 / 6, 1 / 6]
     assert majority_reward(answers) == [1, 0, 1, 0, 1, 0]
     assert boxed_reward(answers) == [1, 1, 1, 0, 1, 0]
-    assert text_rewards(group(answers, "4"), answers, "gold") == [0, 1, 0, 0, 0, 0]
-    assert text_rewards(group(answers, "4"), answers, "none") == [0] * 6
+    assert grade_rollouts(group(answers, "4"), answers, "gold")[1] == [0, 1, 0, 0, 0, 0]
+    assert grade_rollouts(group(answers, "4"), answers, "none")[1] == [0] * 6
 
 
 def test_nobody_answers():
@@ -44,12 +43,12 @@ def test_of_equally_common_answers_the_first_is_the_label():
 
 def test_groups_are_judged_apart():
     rollouts = group(["1", "1"], slot=0) + group(["1", "2"], slot=1)
-    assert text_rewards(rollouts, ["1", "1", "1", "2"], "cluster") == [1, 1, 0.5, 0.5]
+    assert grade_rollouts(rollouts, ["1", "1", "1", "2"], "cluster")[1] == [1, 1, 0.5, 0.5]
 
 
 def test_without_a_gold_answer_correctness_does_not_exist():
-    assert math.isnan(correctness(group(["1"]), ["1"])[0])
-    assert correctness(group(["1", "2"], "1"), ["1", "2"]) == [1, 0]
+    assert math.isnan(grade_rollouts(group(["1"]), ["1"], "none")[0][0])
+    assert grade_rollouts(group(["1", "2"], "1"), ["1", "2"], "none")[0] == [1, 0]
 
 
 def shared_cases() -> list[list[str | None]]:

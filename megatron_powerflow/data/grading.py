@@ -21,17 +21,26 @@ class Grade:
 
 
 def grade(answers: Sequence[str | None], gold: str | None, tolerance: float | None = None) -> list[Grade]:
-    """Of the answers to one question. Answers spelt alike are compared once."""
-    spelt = list(dict.fromkeys(answer for answer in answers if answer is not None))
-    clusters = dict(zip(spelt, cluster_answers(spelt), strict=True))
-    correct = {} if gold is None else {answer: is_correct(answer, gold, tolerance) for answer in spelt}
+    """Of the answers to one question, in their order."""
     return [
-        Grade(
-            correct=None if gold is None else correct.get(answer, False),
-            cluster=None if answer is None else clusters[answer],
-        )
-        for answer in answers
+        Grade(correct, cluster)
+        for correct, cluster in zip(verdicts(answers, gold, tolerance), clusters(answers), strict=True)
     ]
+
+
+def verdicts(answers: Sequence[str | None], gold: str | None, tolerance: float | None = None) -> list[bool | None]:
+    """Right or not; no answer is wrong; None where there is no gold answer. Answers spelt alike are compared once."""
+    if gold is None:
+        return [None] * len(answers)
+    correct = {answer: is_correct(answer, gold, tolerance) for answer in set(answers) if answer is not None}
+    return [correct.get(answer, False) for answer in answers]
+
+
+def clusters(answers: Sequence[str | None]) -> list[int | None]:
+    """Equal answers share a number, by first appearance; None without an answer. Spelt alike: compared once."""
+    spelt = list(dict.fromkeys(answer for answer in answers if answer is not None))
+    number = dict(zip(spelt, cluster_answers(spelt), strict=True))
+    return [number.get(answer) for answer in answers]
 
 
 def is_correct(answer: str, gold: str, tolerance: float | None) -> bool:
