@@ -64,15 +64,11 @@ def grade_rollouts(
     rewards: list[float] = []
     for _, members in groupby(zip(rollouts, answers, strict=True), key=lambda pair: pair[0].slot):
         group, group_answers = zip(*members, strict=True)
-        right = [math.nan if verdict is None else float(verdict) for verdict in verdicts(group_answers, gold_of(group))]
+        said = verdicts(group_answers, group[0].prompt.answer)
+        right = [math.nan if verdict is None else float(verdict) for verdict in said]
         correct += right
         rewards += right if reward == "gold" else OF_ANSWERS[reward](group_answers)
     return correct, rewards
-
-
-def gold_of(group: Sequence[Rollout]) -> str | None:
-    """The answer of the group's prompt."""
-    return group[0].prompt.answer
 
 
 def cluster_reward(answers: Sequence[str | None]) -> list[float]:

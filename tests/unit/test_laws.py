@@ -107,8 +107,11 @@ def test_law_1_the_fixed_point_is_the_tilted_power(alpha):
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 1.0, 1.5, 4.0])
 def test_law_2_the_sign_of_lambda_is_opposite_to_that_of_alpha_minus_1(alpha):
-    tilt = root(alpha * BASE)
-    assert tilt == pytest.approx(0.0, abs=1e-12) if alpha == 1 else tilt * (alpha - 1) < 0
+    """By our estimator, of what residuals there are at the optimum."""
+    optimum = alpha * BASE - root(alpha * BASE) * LENGTHS
+    partial = partial_residual(optimum, BASE, LENGTHS, ZERO, alpha)
+    log_z = group_log_z(partial, torch.zeros(len(BASE), dtype=torch.int64), torch.ones_like(BASE), ALL)[0].item()
+    assert log_z == pytest.approx(0.0, abs=1e-12) if alpha == 1 else log_z * (alpha - 1) < -1e-3
 
 
 def test_law_5_log_z_is_stationary_where_the_mean_residual_is_0():
@@ -205,16 +208,19 @@ def test_law_12_a_policy_linear_in_length_is_its_own_optimum():
     rate = root(torch.zeros_like(BASE))  # sum exp(-rate n) = 1
     linear = -rate * LENGTHS
     for alpha in (0.5, 4.0):
-        optimum = alpha * linear - root(alpha * linear) * LENGTHS
-        torch.testing.assert_close(optimum, linear)
+        residual = partial_residual(linear, linear, LENGTHS, ZERO, alpha) + root(alpha * linear)
+        assert residual.abs().max() < 1e-12
 
 
 def test_law_12_expected_length_is_not_bound_to_the_base():
     """Memoryless tokens .5 .25 .2, EOS .05: mean 20; the tilted power's is 10,882 at alpha 4, 8.4 at .5."""
-    tokens, stop = torch.tensor([0.5, 0.25, 0.2], dtype=torch.float64), 0.05
+    tokens = torch.tensor([0.05, 0.5, 0.25, 0.2], dtype=torch.float64).log()  # EOS first
+    counts = torch.tensor([[1, 0, 0, 0], [1, 9, 5, 5], [1, 400, 30, 4]], dtype=torch.float64)  # of each token
     for alpha, expected in ((1.0, 20.0), (4.0, 10882.0), (0.5, 8.4)):
-        shares = torch.cat([tokens, torch.tensor([stop], dtype=torch.float64)]) ** alpha
-        assert float(shares.sum() / shares[-1]) == pytest.approx(expected, rel=2e-3)
+        cooled = (alpha * tokens).log_softmax(0)
+        assert float(1 / cooled[0].exp()) == pytest.approx(expected, rel=2e-3)  # mean of a geometric length
+        partial = partial_residual(counts @ cooled, counts @ tokens, counts.sum(1), torch.zeros(3), alpha)
+        assert partial.std() < 1e-12  # and this is the fixed point, whatever the length
 
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 4.0])
@@ -227,6 +233,7 @@ def test_law_13_a_memoryless_model_is_sampled_at_temperature_1_over_alpha(alpha)
     cooled = (alpha * tokens).log_softmax(0)
     expected = torch.stack([cooled[list(response)].sum() for response in RESPONSES])
     torch.testing.assert_close(alpha * base - tilt * LENGTHS, expected)
+    assert (partial_residual(expected, base, LENGTHS, ZERO, alpha) + tilt).abs().max() < 1e-12
 
 
 def test_law_14_length_counts_eos_and_cut_responses_count_what_they_have():
