@@ -176,6 +176,7 @@ def evaluate(
     ] = None,
     prompt_as: Annotated[PromptAs | None, typer.Option(help="a benchmark's questions; default: chat")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="always the most likely token")] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="a run's base model, with the run's settings")] = False,
     diversity: Annotated[bool, typer.Option("--diversity", help="distinct-n, self-BLEU, semantic distance")] = False,
     judge_url: Annotated[str | None, typer.Option(help="http(s)://host/v1 of an OpenAI-compatible judge")] = None,
     judge_model: Annotated[str | None, typer.Option(help="the judge's name there")] = None,
@@ -204,7 +205,7 @@ def evaluate(
         diversity=diversity,
         judge=make_judge(judge_url, judge_model, judge_key_file),
     )
-    opened = open_model(model, overrides or (), GENERATE_KEYS, launch.world_size)
+    opened = open_model(model, overrides or (), GENERATE_KEYS, launch.world_size, reference=reference)
     run(opened, request, out, launch, Console(), command=shlex.join(["powerflow", *sys.argv[1:]]))
 
 

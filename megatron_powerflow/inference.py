@@ -49,6 +49,7 @@ GENERATE_KEYS = (
     "prompts.too_long",
     "run.seed",
 )
+OF_THE_RUN = ("temperature", "max_prompt_tokens", "max_response_tokens")  # of `rollout`; what a run's folder stands for
 ROUND_ROWS = 64  # rows to score, or responses to draw, per data-parallel rank between two writes
 
 
@@ -65,10 +66,13 @@ class Opened:
     checkpoint: Path | None
 
 
-def open_model(folder: Path, overrides: Sequence[str], allowed: Sequence[str], world_size: int) -> Opened:
+def open_model(
+    folder: Path, overrides: Sequence[str], allowed: Sequence[str], world_size: int, *, reference: bool = False
+) -> Opened:
     """An HF folder, a run's folder (its latest checkpoint) or a checkpoint. Raises UserError with every violation.
 
-    Numbers default to what the folder says: the run's precision and temperature, or config.json's dtype.
+    Numbers default to what the folder says: the run's precision, temperature and lengths, or config.json's dtype.
+    reference: not the run's policy but the base model that it started from, with the run's numbers.
     """
     foreign = [item for item in overrides if "=" in item and item.split("=", 1)[0] not in allowed]
     if foreign:
@@ -76,21 +80,25 @@ def open_model(folder: Path, overrides: Sequence[str], allowed: Sequence[str], w
             [f"{item.split('=', 1)[0]} has no effect here; known: {', '.join(allowed)}" for item in foreign]
         )
     checkpoint = find_checkpoint(folder) if folder.is_dir() else None
-    hf_folder = checkpoint / HF_NAME if checkpoint else folder
+    if reference and checkpoint is None:
+        raise UserError(f"{folder}: --reference asks for the base model of a run, and this is no run's folder")
+    run = load_config(checkpoint / CONFIG_NAME) if checkpoint else None
+    if reference:
+        checkpoint = None
+    hf_folder = Path(run.model.hf_path) if reference else checkpoint / HF_NAME if checkpoint else folder
     architecture, family = read_architecture(hf_folder, FAMILIES)
-    if checkpoint:
-        run = load_config(checkpoint / CONFIG_NAME)
-        defaults = {"dtype": run.precision.dtype, "fp8_recipe": run.precision.fp8_recipe}
-        temperature = run.rollout.temperature
+    if run:
+        precision = {"dtype": run.precision.dtype, "fp8_recipe": run.precision.fp8_recipe}
+        rollout = {name: getattr(run.rollout, name) for name in OF_THE_RUN}
     else:
         raw = read_json(hf_folder / "config.json", "the model's config.json")
-        defaults = {"dtype": "fp32" if raw.get("dtype", raw.get("torch_dtype")) in (None, "float32") else "bf16"}
-        temperature = 1.0
+        precision = {"dtype": "fp32" if raw.get("dtype", raw.get("torch_dtype")) in (None, "float32") else "bf16"}
+        rollout = {"temperature": 1.0}
     values = {
         "model": {"hf_path": str(hf_folder)},
-        "precision": {key: value for key, value in defaults.items() if value is not None},
+        "precision": {key: value for key, value in precision.items() if value is not None},
         "prompts": {"path": "unused"},
-        "rollout": {"temperature": temperature},
+        "rollout": rollout,
         "run": {"output_dir": "unused"},
     }
     config = parse_config(values, overrides)

@@ -38,6 +38,7 @@ def count_questions(lines: Sequence[Line]) -> list[QuestionCounts]:
             truncated=tuple(line["finish_reason"] == "length" for line in responses),
             clusters=tuple(line["cluster"] for line in responses),
             correct=None if responses[0]["gold"] is None else tuple(line["correct"] for line in responses),
+            sequence_log_probs=tuple(line["sequence_log_prob"] for line in responses),
         )
         for (task, _), responses in by_question(lines).items()
     ]

@@ -24,6 +24,7 @@ class QuestionCounts:
     truncated: tuple[bool, ...]  # cut at the length limit
     clusters: tuple[int | None, ...]  # equal answers share a number; None: no answer in a box
     correct: tuple[bool, ...] | None  # None: the question has no gold answer
+    sequence_log_probs: tuple[float, ...]  # of what was sampled, at the sampling temperature, in nats
 
     @property
     def num_responses(self) -> int:
@@ -41,13 +42,15 @@ def summarize(questions: Sequence[QuestionCounts]) -> dict:
 
     num_questions; num_responses, over all questions; avg, avg_se, pass_at and pass_at_se {k: value}, maj: over the
     questions that have a gold answer, None (and empty) where there are none; response_length_mean in tokens,
-    truncated_fraction, boxed_rate: over all responses. maj is over all n responses of a question.
+    truncated_fraction, boxed_rate: over all responses. maj is over all n responses of a question. policy_entropy: nats
+    per response token, as sampled.
     """
     assert questions, "a summary needs at least one question"
     graded = [question for question in questions if question.correct is not None]
     means = [sum(question.correct) / question.num_responses for question in graded]
     pass_at = {k: [_pass_of(question, k) for question in graded] for k in _ks(graded)}
     num_responses = sum(question.num_responses for question in questions)
+    num_tokens = sum(sum(question.num_response_tokens) for question in questions)
     return {
         "num_questions": len(questions),
         "num_responses": num_responses,
@@ -56,9 +59,10 @@ def summarize(questions: Sequence[QuestionCounts]) -> dict:
         "pass_at": {str(k): mean(values) for k, values in pass_at.items()},
         "pass_at_se": {str(k): standard_error(values) for k, values in pass_at.items()},
         "maj": mean([majority_correctness(question.clusters, question.correct) for question in graded]),
-        "response_length_mean": sum(sum(question.num_response_tokens) for question in questions) / num_responses,
+        "response_length_mean": num_tokens / num_responses,
         "truncated_fraction": sum(sum(question.truncated) for question in questions) / num_responses,
         "boxed_rate": sum(c is not None for question in questions for c in question.clusters) / num_responses,
+        "policy_entropy": -sum(sum(question.sequence_log_probs) for question in questions) / num_tokens,
     }
 
 

@@ -29,13 +29,17 @@ class LayerCache:
 class KVCache:
     """Keys and values of `num_rows` rows for every layer of one chunk.
 
+    limit: tokens that a row can come to hold; room never grows beyond it.
     lengths: [rows] int64 on the device, tokens already stored. A forward pass is bracketed by `entering`,
     which says which tokens come; the attention layers read `segments` (prefill) or `mask` (decode).
     """
 
-    def __init__(self, num_layers: int, num_rows: int, num_groups: int, head_dim: int, dtype, device) -> None:
+    def __init__(
+        self, num_layers: int, num_rows: int, num_groups: int, head_dim: int, limit: int, dtype, device
+    ) -> None:
         empty = torch.empty(num_rows, num_groups, 0, head_dim, dtype=dtype, device=device)
         self.layers = [LayerCache(empty, empty) for _ in range(num_layers)]
+        self._limit = limit
         self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.max_length = 0  # of any row; kept on the host, so that nobody waits for the device
         # of the forward pass under way:
@@ -91,7 +95,7 @@ class KVCache:
         capacity = self.layers[0].keys.shape[2]
         if length <= capacity:
             return
-        extra = (-(-length // GROWTH)) * GROWTH - capacity
+        extra = min(-(-length // GROWTH) * GROWTH, self._limit) - capacity
         for layer in self.layers:
             room = layer.keys.new_zeros(*layer.keys.shape[:2], extra, layer.keys.shape[3])
             layer.keys = torch.cat([layer.keys, room], dim=2)

@@ -22,7 +22,7 @@ COLUMNS = {
     "entropy (nats)": ("policy_entropy", 3),
     "pass@1": ("pass@1", 3),
 }
-EVALUATION_COLUMNS = {title: column for title, column in COLUMNS.items() if title not in ("entropy (nats)", "pass@1")}
+EVALUATION_COLUMNS = {title: column for title, column in COLUMNS.items() if title != "pass@1"}
 DIVERSITY_COLUMNS = {
     "distinct-1": ("distinct_1", 3),
     "distinct-2": ("distinct_2", 3),

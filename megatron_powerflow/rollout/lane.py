@@ -44,6 +44,7 @@ class Lane:
                 num_rows=len(prompts),
                 num_groups=config.num_query_groups // tp_size,
                 head_dim=config.kv_channels,
+                limit=max(len(prompt.token_ids) for _, prompt in prompts) + sampling.max_response_tokens,
                 dtype=config.params_dtype,
                 device=device,
             )

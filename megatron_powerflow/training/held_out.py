@@ -49,14 +49,20 @@ def evaluate_held_out(
         "accuracy_se": summary["avg_se"],
         **{
             name: summary[name]
-            for name in ("pass_at", "maj", "response_length_mean", "truncated_fraction", "boxed_rate")
+            for name in (
+                "pass_at",
+                "maj",
+                "response_length_mean",
+                "truncated_fraction",
+                "boxed_rate",
+                "policy_entropy",
+            )
         },
         "num_prompts": len(by_prompt),
         "num_responses": section.num_responses,
         "distinct_2": float(np.mean([distinct_n(group, 2) for group in tokens])),
         "distinct_3": float(np.mean([distinct_n(group, 3) for group in tokens])),
         "repeated_share": float(np.mean([repeated_share(response) for group in tokens for response in group])),
-        "policy_entropy": -sum(sum(r.rollout_log_probs) for r in every) / sum(len(r.response_token_ids) for r in every),
     }
 
 
@@ -71,4 +77,5 @@ def _counts(members: Sequence[Rollout], plan: Plan) -> QuestionCounts:
         truncated=tuple(rollout.finish_reason == "length" for rollout in members),
         clusters=tuple(one.cluster for one in grades),
         correct=tuple(bool(one.correct) for one in grades) if has_answer else None,
+        sequence_log_probs=tuple(sum(rollout.rollout_log_probs) for rollout in members),
     )
