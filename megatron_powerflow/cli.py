@@ -58,7 +58,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
     prepare_imports()
     from megatron_powerflow.train import train as run
 
-    run(plan, launch, console)
+    run(plan, launch, console, command=_command())
     if launch.is_main:
         from megatron_powerflow.checkpoint.folder import latest_checkpoint
 
@@ -206,7 +206,7 @@ def evaluate(
         judge=make_judge(judge_url, judge_model, judge_key_file),
     )
     opened = open_model(model, overrides or (), GENERATE_KEYS, launch.world_size, reference=reference)
-    run(opened, request, out, launch, Console(), command=shlex.join(["powerflow", *sys.argv[1:]]))
+    run(opened, request, out, launch, Console(), command=_command())
 
 
 @app.command()
@@ -276,6 +276,11 @@ def _refuse_options(options: dict[str, object], unused: bool, why: str) -> None:
     given = [name for name, value in options.items() if value is not None]
     if unused and given:
         raise UserError([f"{name} has no effect with {why}; remove it" for name in given])
+
+
+def _command() -> str:
+    """What was typed, as the folders that it fills state it."""
+    return shlex.join(["powerflow", *sys.argv[1:]])
 
 
 def main() -> None:

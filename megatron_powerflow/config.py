@@ -187,6 +187,7 @@ class MetricsSection(Section):
 
 class RunSection(Section):
     output_dir: str = Field(description="everything the run writes; a run has a folder of its own")
+    name: str | None = Field(None, description="what reports and wandb call it; default: what is special about it")
     num_steps: PositiveInt = 500
     seed: NonNegativeInt = 0
     export: bool = Field(True, description="write the policy as a Hugging Face folder at the end")

@@ -58,7 +58,9 @@ class RunOutput:
             if plan.config.metrics.wandb != "off":
                 config = plan.config.model_dump(exclude_none=True)
                 run_id = self._session.progress.wandb_run_id
-                self._writers.append(WandbWriter(plan.config.metrics, plan.run_folder, config, run_id))
+                self._writers.append(
+                    WandbWriter(plan.config.metrics, plan.run_folder, config, run_id, plan.config.run.name)
+                )
         return self
 
     def __exit__(self, kind, error, traceback) -> None:

@@ -18,6 +18,7 @@ from megatron_powerflow.config import ObjectiveSection
 from megatron_powerflow.conversion.shards import export_to_hf
 from megatron_powerflow.data.prompts import PromptStream
 from megatron_powerflow.errors import RequeueRequested, UserError
+from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.records import SamplingParams
@@ -29,14 +30,24 @@ from megatron_powerflow.training.setup import Session, build_session, pack_updat
 from megatron_powerflow.training.update import calibrate_head, update
 
 
-def train(plan: Plan, launch: Launch, console: Console) -> None:
-    """Run `plan` to its end on this rank. Raises RequeueRequested when asked to stop; the state is saved then."""
+def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") -> None:
+    """Run `plan` to its end on this rank. Raises RequeueRequested when asked to stop; the state is saved then.
+
+    command: what the run's folder says started it.
+    """
     require_fp8_support(plan.config.precision)
     with initialized(plan.layout, launch, seed=plan.config.run.seed) as groups:
         if groups.is_main:
             write_config(plan)
         with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
             session = build_session(plan, groups)
+        if groups.is_main:
+            note_launch(
+                plan.run_folder,
+                command=command,
+                first_step=session.progress.step,
+                world_size=groups.world_size,
+            )
         with RunOutput(plan, session, console) as output, StopSignal(plan.run_folder, groups) as stop:
             run_steps(plan, session, output, stop)
             if plan.config.run.export:

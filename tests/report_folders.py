@@ -33,6 +33,7 @@ SHAPES = {
     ),
 }
 KS = (1, 2, 4, 8, 16)
+VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "megatron-core": "0.16.1", "transformers": "5.23.0"}
 HOSTILE = "<script>alert(1)</script><img src=http://192.0.2.1/x onerror=alert(2)>\"'&{{ 7*7 }}"
 
 
@@ -73,6 +74,8 @@ def make_run(
         _write_lines(folder / "evaluations.jsonl", lines)
     samples = [_sample(step, prompt) for step in (0, last) for prompt in range(3)]
     _write_lines(folder / "samples.jsonl", samples)
+    launch = {"first_step": 0, "world_size": 1, "command": f"powerflow train {preset}.yaml run.seed={seed}"}
+    _write_lines(folder / "launches.jsonl", [launch | {"versions": VERSIONS, "git_commit": None}])
     return folder
 
 
@@ -118,7 +121,7 @@ def make_evaluation(
         "all": scores(accuracy),
         "diversity": dict(diversity or {"distinct_1": 0.3, "distinct_2": 0.4, "self_bleu": 0.5}),
         "command": f"powerflow evaluate --model {model} --data {data} --temperature {temperature}",
-        "versions": {"python": "3.11.7", "torch": "2.13.0", "megatron-core": "0.16.1", "transformers": "5.23.0"},
+        "versions": VERSIONS,
     } | ({"quality": dict(quality)} if quality else {})
     (folder / "evaluation.json").write_text(json.dumps(content))
     return folder

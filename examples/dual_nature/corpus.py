@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +53,12 @@ class Question:
     def misread(self) -> Question:
         """The question as it reads with every minus taken for a plus."""
         return replace(self, operands=tuple(map(abs, self.operands)))
+
+    @classmethod
+    def named(cls, name: str) -> Question:
+        """The question whose `name` this is."""
+        start, *operands = map(int, re.findall(r"[+-]?\d+", name))
+        return cls(start, tuple(operands))
 
     @property
     def token_ids(self) -> list[int]:
@@ -152,9 +159,10 @@ def direct_probs(question: Question, setting: Setting) -> list[float]:
 
 
 def write_prompts(path: Path, questions: Sequence[Question]) -> None:
-    """A prompts file as `powerflow train` and `powerflow evaluate` read it."""
+    """A prompts file as `powerflow train` and `powerflow evaluate` read it; the task says whether there is a minus."""
     rows = (
-        {"prompt_token_ids": q.token_ids, "id": q.name, "answer": str(q.gold), "task": "reasoning"} for q in questions
+        {"prompt_token_ids": q.token_ids, "id": q.name, "answer": str(q.gold), "task": "minus" if q.marked else "plain"}
+        for q in questions
     )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -13,20 +13,16 @@ Left out: plots and comparisons of several evaluations.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from rich.table import Table
 
-import megatron_powerflow
 from megatron_powerflow.evaluation.responses import Line, by_question
 from megatron_powerflow.metrics.counts import QuestionCounts, summarize_tasks
+from megatron_powerflow.metrics.provenance import provenance
 
 EVALUATION_NAME = "evaluation.json"
-PACKAGES = ("torch", "megatron-core", "transformers", "math-verify")
 
 
 def count_questions(lines: Sequence[Line]) -> list[QuestionCounts]:
@@ -53,13 +49,7 @@ def describe_results(settings: Line, lines: Sequence[Line], diversity: dict, com
         "tasks": tasks,
         "all": everything,
         "diversity": diversity,
-        "command": command,
-        "versions": {
-            "python": platform.python_version(),
-            "megatron_powerflow": megatron_powerflow.__version__,
-            **{name: metadata.version(name) for name in PACKAGES},
-        },
-        "git_commit": git_commit(),
+        **provenance(command),
     }
 
 
@@ -90,18 +80,6 @@ def results_table(results: dict) -> Table:
         cells += [f"{row['response_length_mean']:.0f}", *map(_percent, (row["truncated_fraction"], row["boxed_rate"]))]
         table.add_row(*cells)
     return table
-
-
-def git_commit() -> str | None:
-    """Of the checkout this package lies in; None for an installed package, or without git."""
-    root = Path(megatron_powerflow.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _percent(value: float | None, error: float | None = None) -> str:

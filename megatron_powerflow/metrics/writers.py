@@ -58,13 +58,15 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 class WandbWriter:
     """One wandb run per training run, however often it is resumed; offline where no key is configured."""
 
-    def __init__(self, section: MetricsSection, folder: Path, config: dict[str, Any], run_id: str) -> None:
+    def __init__(
+        self, section: MetricsSection, folder: Path, config: dict[str, Any], run_id: str, name: str | None = None
+    ) -> None:
         import wandb
 
         self.run = wandb.init(
             project=section.wandb_project,
             id=run_id,
-            name=folder.name,
+            name=name or folder.name,
             mode=_wandb_mode(section),
             resume="allow",
             dir=str(folder),

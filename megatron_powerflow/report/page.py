@@ -24,7 +24,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.report.answers import answers_of
 from megatron_powerflow.report.arms import group_runs
 from megatron_powerflow.report.reading import visible
-from megatron_powerflow.report.runs import EvaluationFile, read_runs
+from megatron_powerflow.report.runs import Origin, read_runs
 from megatron_powerflow.report.tables import arms_table, differences_table, evaluations_table, start_sentence
 
 PAGE_NAME = "index.html"
@@ -47,7 +47,9 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
     sections, styles = draw_all(arms)
     for section in sections:
         notes += [f"{picture.title}: {note}" for picture in section.pictures for note in picture.notes]
-    files = [file for arm in arms for run in arm.members for file in run.files]
+    runs = [run for arm in arms for run in arm.members]
+    training = [origin for run in runs for origin in run.launches]
+    evaluating = [file.origin for run in runs for file in run.files]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -64,8 +66,8 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
         differences=differences_table(arms),
         evaluations=evaluations_table(arms),
         answers=[answers_of(arm) for arm in arms],
-        versions=_versions(files),
-        commands=list(dict.fromkeys(file.command for file in files if file.command)),
+        versions=[*_versions(training, "start of a run"), *_versions(evaluating, "evaluation")],
+        commands=list(dict.fromkeys(origin.command for origin in [*training, *evaluating] if origin.command)),
         command=visible(command, 5000),
         own_versions=_own_versions(),
         notes=[visible(note, 600) for note in notes[:MAX_NOTES]],
@@ -75,9 +77,10 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
     return out / PAGE_NAME
 
 
-def _versions(files: Sequence[EvaluationFile]) -> list[tuple[str, int]]:
-    """The versions that evaluations state, and how many of them state the same."""
-    return list(Counter(", ".join(f"{k} {v}" for k, v in sorted(file.versions.items())) for file in files).items())
+def _versions(origins: Sequence[Origin], what: str) -> list[tuple[str, str]]:
+    """(how many of them state the same, the versions they state)."""
+    counts = Counter(", ".join(f"{k} {v}" for k, v in sorted(origin.versions.items())) for origin in origins)
+    return [(f"{count} × {what}", stated) for stated, count in counts.items()]
 
 
 def _own_versions() -> str:

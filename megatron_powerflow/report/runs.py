@@ -20,6 +20,7 @@ METRICS_NAME = "metrics.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
 SAMPLES_NAME = "samples.jsonl"
 EVALUATION_NAME = "evaluation.json"
+LAUNCHES_NAME = "launches.jsonl"
 MAX_EVALUATION_FILES = 1000
 MAX_STEP = 2**53
 MAX_PASS_AT = 2**30
@@ -43,6 +44,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The command that started a run or an evaluation, and the versions it ran with; "" and {} where not stated."""
+
+    command: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationFile:
     """One evaluation.json. where: its folder, as shown."""
 
@@ -54,8 +63,7 @@ class EvaluationFile:
     seed: str
     overall: Evaluation
     tasks: Mapping[str, Evaluation]
-    command: str
-    versions: Mapping[str, str]
+    origin: Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,7 @@ class Run:
     evaluations: Sequence[Evaluation] = ()  # in training, by step
     samples: Sequence[Mapping[str, Any]] = ()
     files: Sequence[EvaluationFile] = ()
+    launches: Sequence[Origin] = ()  # each start of the run, the first one first
 
 
 def read_runs(folders: Sequence[Path], notes: list[str]) -> list[Run]:
@@ -106,7 +115,8 @@ def _read_folder(folder: Path, notes: list[str]) -> list[Run]:
             notes.append(f"{folder}: no readable {CONFIG_NAME}; the run is an arm of its own")
             config = {"folder.path": shown}
         samples = read_json_lines(folder / SAMPLES_NAME, notes)
-        return [Run(shown, config.get("run.seed", "?"), config, metrics, evaluations, samples, files)]
+        launches = [_origin(line) for line in read_json_lines(folder / LAUNCHES_NAME, notes)]
+        return [Run(shown, config.get("run.seed", "?"), config, metrics, evaluations, samples, files, launches)]
     by_policy: dict[tuple, list[EvaluationFile]] = {}
     for file in files:
         by_policy.setdefault((file.model, file.temperature, file.num_responses, file.seed), []).append(file)
@@ -203,7 +213,6 @@ def _read_file(path: Path, notes: list[str]) -> EvaluationFile | None:
         notes.append(f'{path}: no accuracy under "all", left out')
         return None
     tasks = {visible(name, 60): _evaluation(_mapping(value)) for name, value in _mapping(fields.get("tasks")).items()}
-    command = fields.get("command", "")
     return EvaluationFile(
         where=visible(path.parent, 200),
         model=visible(fields.get("model", "?"), 200),
@@ -213,6 +222,13 @@ def _read_file(path: Path, notes: list[str]) -> EvaluationFile | None:
         seed=visible(fields.get("seed", "?"), 20),
         overall=overall,
         tasks=tasks,
+        origin=_origin(fields),
+    )
+
+
+def _origin(fields: Mapping[str, Any]) -> Origin:
+    command = fields.get("command", "")
+    return Origin(
         command=visible(" ".join(map(str, command)) if isinstance(command, list) else command, 500),
         versions={visible(k, 40): visible(v, 80) for k, v in _mapping(fields.get("versions")).items()},
     )

@@ -23,7 +23,7 @@ from megatron_powerflow.records import Architecture, Prompt
 
 # A run's folder belongs to the run that has these; anything else may change when a run is continued.
 CHANGEABLE = frozenset(
-    {"run.num_steps", "run.export", "model.reference", "model.recompute", "optimizer.distributed"}
+    {"run.name", "run.num_steps", "run.export", "model.reference", "model.recompute", "optimizer.distributed"}
     | {"optimizer.max_skipped_steps", "rollout.max_concurrent_rows", "run.stop_on_alarm"}
 )
 CHANGEABLE_SECTIONS = frozenset({"parallel", "checkpoint", "evaluation", "metrics"})

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_powerflow.config import dump_config
 from tests.conftest import REPOSITORY, run_cli
-from tests.distributed.megatron_sessions import run_training
+from tests.distributed.megatron_sessions import config_for, run_training
+from tests.gloo_workers import RankFailed
 
 SETTINGS = (
     "rollout.max_prompt_tokens=8",
@@ -57,10 +59,15 @@ def evaluate_to(folder: str, data: str, out: str, overrides: tuple = (), num_res
 
     launch = read_launch()
     console = Console(file=io.StringIO(), width=200)
-    opened = open_model(Path(folder), (*SETTINGS, *overrides), GENERATE_KEYS, launch.world_size)
+    settings, reference = options.pop("settings", SETTINGS), options.pop("reference", False)
+    opened = open_model(Path(folder), (*settings, *overrides), GENERATE_KEYS, launch.world_size, reference=reference)
     request = Request(data=(data,), num_responses=num_responses, **options)
     evaluate(opened, request, Path(out), launch, console, command="powerflow evaluate")
     return console.file.getvalue()
+
+
+def rows_of(results: dict) -> list[dict]:
+    return [*results["tasks"].values(), results["all"]]
 
 
 def lines_of(out: Path) -> list[dict]:
@@ -98,6 +105,9 @@ def test_lines_and_json_say_what_was_drawn(alone):
     assert list(results["tasks"]) == ["even", "odd", "poem"]
     assert results["tasks"]["poem"]["avg"] is None
     assert (results["num_responses"], results["temperature"], results["seed"]) == (8, 1.0, 0)
+    num_tokens = sum(line["num_response_tokens"] for line in lines)
+    nats = -sum(line["sequence_log_prob"] for line in lines)
+    assert results["all"]["policy_entropy"] == pytest.approx(nats / num_tokens)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +122,10 @@ def test_every_layout_gives_the_same_responses_and_the_same_json(
     for ours, theirs in zip(lines_of(tmp_path / "out"), lines_of(alone), strict=True):
         assert ours.pop("sequence_log_prob") == pytest.approx(theirs.pop("sequence_log_prob"), abs=1e-3)
         assert ours == theirs
-    assert results_of(tmp_path / "out") == results_of(alone)
+    ours, theirs = results_of(tmp_path / "out"), results_of(alone)
+    for found, expected in zip(rows_of(ours), rows_of(theirs), strict=True):
+        assert found.pop("policy_entropy") == pytest.approx(expected.pop("policy_entropy"), rel=1e-5)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -213,6 +226,25 @@ run: {{num_steps: 1, output_dir: {tmp_path / "run"}}}
     results = results_of(tmp_path / "checkpoint")
     assert results["temperature"] == 0.0
     assert results["model"].endswith("step_000001")
+
+
+def test_a_run_is_evaluated_under_its_own_limits_and_beside_its_base(gloo, model, questions, tmp_path):
+    """No limit is given: those of the run hold. The base is what the run started from, not what it became."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt_token_ids": [5, 6, 7]}\n{"prompt_token_ids": [8, 9]}\n')
+    rollout = {"prompts_per_step": 2, "responses_per_prompt": 2, "max_prompt_tokens": 16, "max_response_tokens": 4}
+    config = config_for(model, tmp_path / "prompts.jsonl", tmp_path / "run", "run.num_steps=2", "optimizer.lr=0.05")
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout)})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    gloo.run(1, run_training, tmp_path / "config.yaml")
+    run, same = str(tmp_path / "run"), ("rollout.max_prompt_tokens=16", "rollout.max_response_tokens=4")
+    gloo.run(1, evaluate_to, run, str(questions), str(tmp_path / "policy"), settings=())
+    gloo.run(1, evaluate_to, run, str(questions), str(tmp_path / "base"), settings=(), reference=True)
+    gloo.run(1, evaluate_to, str(model), str(questions), str(tmp_path / "folder"), settings=same)
+    assert max(line["num_response_tokens"] for line in lines_of(tmp_path / "policy")) == 4
+    assert lines_of(tmp_path / "base") == lines_of(tmp_path / "folder")
+    assert lines_of(tmp_path / "base") != lines_of(tmp_path / "policy")
+    with pytest.raises(RankFailed, match="this is no run's folder"):
+        gloo.run(1, evaluate_to, str(model), str(questions), str(tmp_path / "none"), reference=True)
 
 
 def test_the_command_says_what_is_wrong_and_exits_with_2(model, tmp_path):

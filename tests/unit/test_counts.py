@@ -34,6 +34,7 @@ def question(correct, clusters=None, task="math", tokens=None, truncated=None) -
         truncated=tuple(truncated or [False] * n),
         clusters=tuple(clusters if clusters is not None else [0 if flag else None for flag in correct]),
         correct=None if correct is None else tuple(correct),
+        sequence_log_probs=(-5.0,) * n,
     )
 
 

@@ -180,7 +180,7 @@ def test_the_package_reads_the_prompts_file(tmp_path, tokenizer):
     ).prompts
     assert [list(prompt.token_ids) for prompt in found] == [question.token_ids for question in questions]
     assert [prompt.answer for prompt in found] == [str(question.gold) for question in questions]
-    assert {prompt.task for prompt in found} == {"reasoning"}
+    assert {prompt.task for prompt in found} == {"plain", "minus"}
 
 
 def test_the_package_reads_the_answer_of_a_decoded_response(drawn, tokenizer):

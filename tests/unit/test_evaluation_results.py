@@ -24,8 +24,13 @@ FIFTY = [
 ]
 NAMES = {
     *("num_questions", "num_responses", "avg", "avg_se", "pass_at", "pass_at_se", "maj", "response_length_mean"),
-    *("truncated_fraction", "boxed_rate"),
+    *("truncated_fraction", "boxed_rate", "policy_entropy"),
 }
+
+
+def nats(row: dict) -> float:
+    """Log-prob of each token of a stored response; another one for each response of a question."""
+    return -0.25 * (1 + row["response_index"])
 
 
 def graded_lines() -> list[dict]:
@@ -40,7 +45,7 @@ def graded_lines() -> list[dict]:
                 slot=0,
                 response_index=row["response_index"],
                 response_token_ids=(row["response_index"],) * row["num_response_tokens"],
-                rollout_log_probs=(-0.5,) * row["num_response_tokens"],
+                rollout_log_probs=(nats(row),) * row["num_response_tokens"],
                 finish_reason=row["finish_reason"],
             )
             for row in rows
@@ -76,6 +81,9 @@ def independent_summary(rows: list[dict]) -> dict:
         "response_length_mean": statistics.mean(row["num_response_tokens"] for row in rows),
         "truncated_fraction": statistics.mean(row["finish_reason"] == "length" for row in rows),
         "boxed_rate": statistics.mean(row["value"] is not None for row in rows),
+        "policy_entropy": statistics.fmean(
+            [-nats(row) for row in rows], weights=[row["num_response_tokens"] for row in rows]
+        ),
     }
 
 

@@ -203,6 +203,14 @@ def test_the_reference_of_the_shaded_side_is_named(page, tmp_path):
     assert "Reference: toy-base T=1." in page_of(alone, tmp_path / "out")
 
 
+def test_the_page_says_which_commands_and_versions_made_the_runs(tmp_path):
+    made = [make_run(tmp_path / f"s{seed}", seed=seed, evaluated=False) for seed in range(3)]
+    page = page_of(made, tmp_path / "out")
+    assert "3 × start of a run" in page
+    assert "megatron-core 0.16.1, python 3.11.7" in page
+    assert all(f"powerflow train la_tb.yaml run.seed={seed}" in page for seed in range(3))
+
+
 def test_pictures_on_the_page_are_the_files(report, page):
     inlined = [attributes["src"] for tag, attributes in Tables(page).tags if tag == "img"]
     files = sorted(report.glob("*.png"))

@@ -1,0 +1,43 @@
+"""What made these numbers? The command, the versions and the commit: in evaluations, and for each start of a run.
+
+Left out: the config, which a run's folder holds whole (config.yaml).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import megatron_powerflow
+
+LAUNCHES_NAME = "launches.jsonl"
+PACKAGES = ("torch", "megatron-core", "transformers", "math-verify")
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """command, versions {package: version}, git_commit (None for an installed package, or without git)."""
+    versions = {"python": platform.python_version(), "megatron_powerflow": megatron_powerflow.__version__}
+    versions |= {name: metadata.version(name) for name in PACKAGES}
+    return {"command": command, "versions": versions, "git_commit": _git_commit()}
+
+
+def note_launch(folder: Path, *, command: str, first_step: int, world_size: int) -> None:
+    """Add a line to launches.jsonl: a run has one per start, the steps before first_step being of earlier ones."""
+    line = {"first_step": first_step, "world_size": world_size, **provenance(command)}
+    with (folder / LAUNCHES_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _git_commit() -> str | None:
+    root = Path(megatron_powerflow.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
