@@ -63,18 +63,26 @@ def power_sums(question: Question, setting: Setting, alpha: float) -> np.ndarray
     return sums
 
 
-def solve_target(question: Question, setting: Setting, alpha: float) -> Target:
-    """p* at this alpha. Raises ValueError where alpha is not positive."""
+def solve_target(question: Question, setting: Setting, alpha: float, *, tilt_cap: int | None = None) -> Target:
+    """p* at this alpha; with a tilt cap M of `objective.tilt_cap`, p^alpha exp(-lambda min(|y|, M)).
+
+    Raises ValueError where alpha is not positive.
+    """
     if not alpha > 0:
         raise ValueError(f"alpha={alpha}: must be positive")
-    sums = power_sums(question, setting, alpha)
-    lam = length_tilt(sums.sum(axis=(0, 2)))
-    return _described(question, setting, alpha, lam, sums)
+    sums, counted = power_sums(question, setting, alpha), _counted(tilt_cap)
+    lam = length_tilt(np.bincount(counted, sums.sum(axis=(0, 2))))
+    return _described(question, setting, alpha, lam, sums, counted)
 
 
 def solve_power(question: Question, setting: Setting, alpha: float) -> Target:
     """p^alpha itself, normalised and not tilted: what trajectory-level objectives aim at. lam is 0."""
-    return _described(question, setting, alpha, 0.0, power_sums(question, setting, alpha))
+    return _described(question, setting, alpha, 0.0, power_sums(question, setting, alpha), LENGTHS)
+
+
+def _counted(tilt_cap: int | None) -> np.ndarray:
+    """[41] what each length counts as in the tilt."""
+    return LENGTHS if tilt_cap is None else np.minimum(LENGTHS, tilt_cap)
 
 
 def length_tilt(by_length: np.ndarray) -> float:
@@ -88,26 +96,35 @@ def length_tilt(by_length: np.ndarray) -> float:
     return (low + high) / 2
 
 
-def trap_margin(setting: Setting, alpha: float) -> float:
-    """N (|lambda| - alpha r) - alpha c in nats: a loop that fills all N tokens against working it out.
+def trap_margin(
+    setting: Setting, alpha: float, *, limit: int = MAX_RESPONSE_TOKENS, tilt_cap: int | None = None
+) -> float:
+    """N (|lambda| - alpha r) - alpha c in nats: a loop that fills all N tokens against working it out; N is `limit`.
 
-    lambda: of the corpus without its loop; r: nats of one more `hmm`; c: of the way in. Above 0 the sharpened policy
-    ends in the loop. One way in and one length are counted; `solve_target` counts them all.
+    lambda: of the corpus without its loop (for a tilt cap M it is counted on M tokens); r: nats of one more `hmm`; c:
+    of the way in. Above 0 the sharpened policy ends in the loop. One way in and one length are counted, and responses
+    that a lower limit cuts are not; `solve_target` counts them all.
     """
     if setting.filler == 0:
         return -math.inf
     without = replace(setting, filler=0.0)
-    lam = length_tilt(power_sums(PLAIN, without, alpha).sum(axis=(0, 2)))
-    entry = -math.log((1 - setting.direct) * setting.filler)
-    return MAX_RESPONSE_TOKENS * (abs(lam) + alpha * math.log(setting.filler_again)) - alpha * entry
+    sums = power_sums(PLAIN, without, alpha).sum(axis=(0, 2))
+    lam = length_tilt(np.bincount(_counted(tilt_cap), sums))
+    entry, again = -math.log((1 - setting.direct) * setting.filler), -math.log(setting.filler_again)
+    counted = limit if tilt_cap is None else min(limit, tilt_cap)
+    return counted * abs(lam) - alpha * (limit * again + entry)
 
 
-def _described(question: Question, setting: Setting, alpha: float, lam: float, sums: np.ndarray) -> Target:
-    tilt = np.exp(-lam * LENGTHS)[None, :, None]
+def _described(
+    question: Question, setting: Setting, alpha: float, lam: float, sums: np.ndarray, counted: np.ndarray
+) -> Target:
+    """counted: [41] what each length counts as in the tilt."""
+    tilt = np.exp(-lam * counted)[None, :, None]
     shares = sums * tilt
     total = shares.sum()
     shares = shares / total
-    mean_tokens = float((shares.sum(axis=(0, 2)) * LENGTHS).sum())
+    by_length = shares.sum(axis=(0, 2))
+    mean_tokens, mean_counted = float((by_length * LENGTHS).sum()), float((by_length * counted).sum())
     # E[log p] under p* is the derivative of log sum p^alpha exp(-lambda n) in alpha
     nearby = [np.log((power_sums(question, setting, a) * tilt).sum()) for a in (alpha - 1e-4, alpha + 1e-4)]
     mean_log_prob = (nearby[1] - nearby[0]) / 2e-4
@@ -119,7 +136,7 @@ def _described(question: Question, setting: Setting, alpha: float, lam: float, s
         misread_share=float(answers[question.misread.gold]) if question.marked else 0.0,
         direct_share=float(styles[DIRECT]),
         filler_share=float(styles[FILLER]),
-        entropy=float(math.log(total) + lam * mean_tokens - alpha * mean_log_prob),
+        entropy=float(math.log(total) + lam * mean_counted - alpha * mean_log_prob),
     )
 
 
