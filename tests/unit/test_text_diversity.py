@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_powerflow.metrics.diversity import distinct_n, self_bleu, semantic_distance
+from megatron_powerflow.metrics.diversity import distinct_n, embedding_distance, self_bleu
 
 
 def test_distinct_n_by_hand():
@@ -39,11 +39,11 @@ def test_self_bleu_is_sacrebleus_score_of_each_against_the_rest():
     assert self_bleu(texts) == pytest.approx(sum(expected) / 300)
 
 
-def test_semantic_distance_by_hand():
+def test_embedding_distance_by_hand():
     vectors = np.array([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [0.0, 0.0]], dtype=np.float32)
-    assert semantic_distance(vectors[:2]) == pytest.approx(1.0)
-    assert semantic_distance(vectors[[0, 2]]) == pytest.approx(1.0)  # opposite counts as unrelated, not as 2
-    assert semantic_distance(vectors[[0, 0]]) == pytest.approx(0.0)
-    assert semantic_distance(vectors[[0, 0, 1]]) == pytest.approx(2 / 3)
-    assert semantic_distance(vectors[[0, 3]]) == pytest.approx(1.0)
-    assert semantic_distance(vectors[:1]) is None
+    assert embedding_distance(vectors[:2]) == pytest.approx(1.0)
+    assert embedding_distance(vectors[[0, 2]]) == pytest.approx(1.0)  # opposite counts as unrelated, not as 2
+    assert embedding_distance(vectors[[0, 0]]) == pytest.approx(0.0)
+    assert embedding_distance(vectors[[0, 0, 1]]) == pytest.approx(2 / 3)
+    assert embedding_distance(vectors[[0, 3]]) == pytest.approx(1.0)
+    assert embedding_distance(vectors[:1]) is None

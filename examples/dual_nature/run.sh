@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The whole study on this machine: makes the bases, trains every arm three times, writes tables and reports. Two CPU
+# cores and under half an hour; stopped and started again, it continues.
+#
+#   bash examples/dual_nature/run.sh [--out FOLDER] [--groups GROUP ...] [--processes N]
+#   bash examples/dual_nature/run.sh --groups remedies
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+source tools/environment.sh plot
+exec "$python" -m examples.dual_nature.study "$@"
