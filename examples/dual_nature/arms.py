@@ -98,7 +98,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("rivals", "one_shot_em", "g2", 40, 20, _rival("one_shot_em")),
     # what helps against the loop: one seed of each, on the mild, the trapped and the safe base
     *(
-        Arm("remedies", f"{name}_{base}", base, 150, 10, (REMEDY_LR, *overrides), num_seeds=1)
+        Arm(f"remedies_{base}", f"{name}_{base}", base, 150, 10, (REMEDY_LR, *overrides), num_seeds=1)
         for base in ("g1", "g2", "g3")
         for name, overrides in (
             ("nothing", ()),
@@ -116,7 +116,7 @@ MEASURED: tuple[Measured, ...] = (
     *(Measured(("flatten",), f"aligned_T{t:g}", "aligned", t) for t in (1.0, 1.25, 1.5, 2.0)),
 )
 GROUPS = tuple(dict.fromkeys(arm.group for arm in ARMS))
-STANDARD_GROUPS = tuple(group for group in GROUPS if group != "remedies")
+STANDARD_GROUPS = tuple(group for group in GROUPS if not group.startswith("remedies"))
 
 
 @dataclass(frozen=True)

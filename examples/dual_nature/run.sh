@@ -3,7 +3,7 @@
 # cores and under half an hour; stopped and started again, it continues.
 #
 #   bash examples/dual_nature/run.sh [--out FOLDER] [--groups GROUP ...] [--processes N]
-#   bash examples/dual_nature/run.sh --groups remedies
+#   bash examples/dual_nature/run.sh --groups remedies_g1 remedies_g2 remedies_g3       what helps against the loop
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

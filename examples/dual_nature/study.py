@@ -1,7 +1,7 @@
 """What do PowerFlow and its rivals do to one small model? One command: bases, all arms, three seeds, the report.
 
-    python -m examples.dual_nature.study --out runs/dual_nature                      # under half an hour on two cores
-    python -m examples.dual_nature.study --out runs/dual_nature --groups remedies    # what helps against the loop
+    python -m examples.dual_nature.study                                                 # half an hour on two cores
+    python -m examples.dual_nature.study --groups remedies_g1 remedies_g2 remedies_g3     # what helps against the loop
 
 Every arm is `powerflow train` on la_tb.yaml with a few settings changed, then `powerflow evaluate`; as many at a time
 as there are cores, one core each. What is finished is kept: a study that was stopped continues with the next arm.

@@ -133,6 +133,9 @@ def _draw_view(axis: Axes, cast: Cast, view: View) -> str:
         axis.plot([one.x.mean, other.x.mean], [one.y.mean, other.y.mean], color="#999999", linewidth=1.3, zorder=1.6)
     name, reference = _reference(cast.arms, view)
     axis.margins(0.08)
+    lowest = min(p.y.mean - (p.y.se or 0) for _, path in view.paths for p in path)
+    if lowest >= 0:
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], -0.01))  # no room below 0 for what cannot be negative
     corner = (reference.x.mean, reference.y.mean)
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     right = max(right, corner[0] + 0.22 * (right - left))  # room for the shaded side, wherever the reference lies

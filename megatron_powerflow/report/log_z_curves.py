@@ -34,7 +34,7 @@ TRAP = ("trap_margin", "trap_lambda", "trap_loop_nats", "trap_entry_nats")
 PANELS = (
     Panel("log Z′; thin: the group's estimate", "log_z_mean", "group_log_z_mean"),
     Panel("E[w · residual]; 0: log Z′ is stationary", "weighted_residual_mean", around_0=True),
-    Panel("Trap margin (nats); above 0 the loop pays", "trap_margin", around_0=True),
+    Panel("Trap margin (nats); a loop pays above 0", "trap_margin", around_0=True),
     Panel("Trap: λ per token", "trap_lambda"),
     Panel("Trap: cost of the loop (nats per token)", "trap_loop_nats"),
     Panel("Trap: cost of entering it (nats)", "trap_entry_nats"),

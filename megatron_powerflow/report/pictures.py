@@ -159,7 +159,7 @@ def scale_to(axis: Axes, series: Sequence[Mapping[int, float]], *, signed: bool)
     if signed:
         if max(typical) < FAR_APART * min(typical):
             return ""
-        axis.set_yscale("symlog", linthresh=max(min(typical), max(typical) * 1e-4))
+        axis.set_yscale("symlog", linthresh=max(min(typical), max(typical) * 1e-2))
         _plain_ticks(axis)
         return " (symlog)"
     positive = all(value > 0 for points in series for value in points.values())
