@@ -76,6 +76,19 @@ def object_from_last_stage(value, groups: Groups):
     return next(item[1] for item in everything if item is not None and item[0] == groups.dp_rank)
 
 
+def every_rollout(rollouts: list, groups: Groups) -> list:
+    """The rollouts of all replicas on every rank, by slot, then response. Host memory; collective over the run.
+
+    rollouts: those of this replica, alike on each of its ranks; one of them speaks for all, so that the ranks of a
+    replica cannot come to differ.
+    """
+    speaks = groups.is_last_stage and groups.tp_rank == 0
+    everything: list[list] = [[] for _ in range(groups.world_size)]
+    dist.all_gather_object(everything, list(rollouts) if speaks else [], group=groups.control)
+    gathered = (rollout for part in everything for rollout in part)
+    return sorted(gathered, key=lambda rollout: (rollout.slot, rollout.response_index))
+
+
 def gather_to_main(value, groups: Groups) -> list | None:
     """Every rank's value, by rank, on rank 0; None elsewhere."""
     everything = [None] * groups.world_size if groups.is_main else None
