@@ -54,7 +54,12 @@ class ParallelSection(Section):
     cp: PositiveInt = Field(1, description="context-parallel size")
     ep: PositiveInt = Field(1, description="expert-parallel size")
     sequence_parallel: bool = Field(False, description="split norms and dropout along the sequence over tp")
-    micro_batch_size: PositiveInt = Field(4, description="rollouts per forward pass")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="rollouts per forward pass, padded to the longest; default 4"
+    )
+    max_tokens_per_micro_batch: PositiveInt | None = Field(
+        None, description="instead: as many rollouts as fit, packed without padding (over cp together)"
+    )
 
 
 class PrecisionSection(Section):
@@ -233,6 +238,10 @@ def _has_engine(c: Config) -> bool:
     return c.rollout.replay is None
 
 
+def _pads(c: Config) -> bool:
+    return c.parallel.max_tokens_per_micro_batch is None
+
+
 def _for_flow_rl(value: Any, otherwise: Any) -> Callable[[Config], Any]:
     return lambda c: value if c.objective.preset == "flow_rl" else otherwise
 
@@ -258,6 +267,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("optimizer.min_lr", 0.0, lambda c: c.optimizer.lr_decay != "constant", "optimizer.lr_decay=constant"),
     ("precision.fp8_recipe", "tensorwise", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
     ("precision.fp8_format", "hybrid", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
+    ("parallel.micro_batch_size", 4, _pads, "parallel.max_tokens_per_micro_batch packs instead"),
     ("parallel.vpp", None, lambda c: c.parallel.pp > 1, "parallel.pp=1"),
     ("evaluation.samples", 3, _has_engine, "rollout.replay trains without an engine"),
     ("evaluation.prompts", None, _has_engine, "rollout.replay trains without an engine"),

@@ -4,6 +4,8 @@
     rollout.save=true      RUN/rollouts/step_*.jsonl where a run that broke off had this step's rollouts in hand already
     otherwise              the engine; with rollout.save=true also into that file, before anything is made of them
 
+In sampling the context-parallel ranks of a replica are replicas of their own: they divide its prompts among them.
+
 Left out: the format (`rollout/saved.py`).
 """
 
@@ -39,10 +41,14 @@ def step_rollouts(
     own_file = step_file(plan.run_folder / ROLLOUTS_NAME, step)
     if plan.config.rollout.save and broadcast_object(groups.is_main and _holds(own_file, prompts, plan), groups):
         return _share(read_rollouts(own_file, plan.architecture.vocab_size), plan, groups)
-    rollouts = session.engine.generate(plan.share_of(prompts, groups.dp_rank), sampling, progress)
+    share = plan.share_of(prompts, groups.dp_rank)[groups.cp_rank :: groups.cp_size]
+    rollouts = session.engine.generate(share, sampling, progress) if share else []
+    if groups.cp_size == 1 and not plan.config.rollout.save:
+        return rollouts
+    everyone = every_rollout(rollouts, groups, shared_over_cp=True)
     if plan.config.rollout.save:
-        _save(own_file, every_rollout(rollouts, groups), plan, groups, step)
-    return rollouts
+        _save(own_file, everyone, plan, groups, step)
+    return _share(everyone, plan, groups)
 
 
 def _share(rollouts: Sequence[Rollout], plan: Plan, groups: Groups) -> list[Rollout]:

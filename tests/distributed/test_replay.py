@@ -11,6 +11,7 @@ from tests.distributed.megatron_sessions import run_training
 from tests.gloo_workers import RankFailed
 
 PROMPTS = [[5, 6, 7], [9, 10], [11, 12, 13, 14, 15], [20]]
+PACKED_CP2 = ["parallel.cp=2", "parallel.micro_batch_size=null", "parallel.max_tokens_per_micro_batch=40"]
 NAMES = ("loss", "grad_norm", "residual_mean", "log_z_mean", "policy_entropy", "sampler_gap_max")
 
 
@@ -23,6 +24,7 @@ precision: {{dtype: fp32}}
 prompts: {{path: {folder / "prompts.jsonl"}}}
 rollout: {{prompts_per_step: 4, responses_per_prompt: 2, max_prompt_tokens: 8, max_response_tokens: 8}}
 parallel: {{micro_batch_size: 2}}
+objective: {{log_z: group}}
 optimizer: {{lr: 1e-3}}
 metrics: {{wandb: "off", curves: false}}
 run: {{num_steps: 2, export: false, output_dir: {folder / "saved"}}}
@@ -61,12 +63,16 @@ def test_a_replay_is_the_run_without_its_engine_and_a_crash_loses_no_rollouts(gl
     assert [(r.slot, r.response_index) for r in rollouts] == [(s, i) for s in range(4) for i in range(2)]
 
     replay = f"rollout.replay={tmp_path / 'saved'}"
-    for number, (num_ranks, overrides) in enumerate([(2, []), (2, ["parallel.pp=2"])]):
+    for number, (num_ranks, overrides) in enumerate([(2, []), (2, ["parallel.pp=2"]), (4, PACKED_CP2)]):
         out = tmp_path / f"replay{number}"
         gloo.run(num_ranks, no_engine, config, replay, f"run.output_dir={out}", *overrides)
         exact = not overrides
         for ours, theirs in zip(metrics_of(out), metrics_of(tmp_path / "saved"), strict=True):
             assert ours == (theirs if exact else pytest.approx(theirs, rel=1e-4, abs=1e-5))
+
+    gloo.run(2, run_training, config, "rollout.save=true", f"run.output_dir={tmp_path / 'cp'}", "parallel.cp=2")
+    sampled = read_rollouts(tmp_path / "cp" / "rollouts" / saved[0].name, vocab_size=307)
+    assert [r.response_token_ids for r in sampled] == [r.response_token_ids for r in rollouts]
 
     # the run again as a crash in its first step leaves it: rollouts of step 0 in hand, no checkpoint
     again = tmp_path / "again"
