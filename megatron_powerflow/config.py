@@ -54,7 +54,12 @@ class ParallelSection(Section):
     cp: PositiveInt = Field(1, description="context-parallel size")
     ep: PositiveInt = Field(1, description="expert-parallel size")
     sequence_parallel: bool = Field(False, description="split norms and dropout along the sequence over tp")
-    micro_batch_size: PositiveInt = Field(4, description="rollouts per forward pass")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="rollouts per forward pass, padded to the longest; default 4"
+    )
+    max_tokens_per_micro_batch: PositiveInt | None = Field(
+        None, description="instead: as many rollouts as fit, packed without padding (over cp together)"
+    )
 
 
 class PrecisionSection(Section):
@@ -81,6 +86,8 @@ class RolloutSection(Section):
     top_p: float = Field(1.0, description="only 1.0: truncated sampling does not train")
     top_k: int = Field(0, description="only 0: truncated sampling does not train")
     max_concurrent_rows: PositiveInt = Field(256, description="responses decoded at a time on one rank")
+    save: bool = Field(False, description="keep each step's rollouts in RUN/rollouts")
+    replay: str | None = Field(None, description="train on the rollouts that another run saved; no engine")
 
     @field_validator("top_p", "top_k")
     @classmethod
@@ -166,7 +173,9 @@ class CheckpointSection(Section):
 
 
 class EvaluationSection(Section):
-    samples: NonNegativeInt = Field(3, description="prompts answered before and after, into samples.jsonl")
+    samples: NonNegativeInt | None = Field(
+        None, description="prompts answered before and after, into samples.jsonl; default 3"
+    )
     interval: NonNegativeInt = Field(0, description="steps between samples, evaluations; 0: only first and last")
     prompts: str | None = Field(None, description="prompts with answers, answered at each interval: evaluations.jsonl")
     num_responses: PositiveInt | None = Field(None, description="responses to each of them; default 4")
@@ -226,6 +235,14 @@ def _rewarded(c: Config) -> bool:
     return c.objective.task_reward not in (None, "none")
 
 
+def _has_engine(c: Config) -> bool:
+    return c.rollout.replay is None
+
+
+def _pads(c: Config) -> bool:
+    return c.parallel.max_tokens_per_micro_batch is None
+
+
 def _for_flow_rl(value: Any, otherwise: Any) -> Callable[[Config], Any]:
     return lambda c: value if c.objective.preset == "flow_rl" else otherwise
 
@@ -251,7 +268,10 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("optimizer.min_lr", 0.0, lambda c: c.optimizer.lr_decay != "constant", "optimizer.lr_decay=constant"),
     ("precision.fp8_recipe", "tensorwise", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
     ("precision.fp8_format", "hybrid", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
+    ("parallel.micro_batch_size", 4, _pads, "parallel.max_tokens_per_micro_batch packs instead"),
     ("parallel.vpp", None, lambda c: c.parallel.pp > 1, "parallel.pp=1"),
+    ("evaluation.samples", 3, _has_engine, "rollout.replay trains without an engine"),
+    ("evaluation.prompts", None, _has_engine, "rollout.replay trains without an engine"),
     ("evaluation.num_responses", 4, lambda c: c.evaluation.prompts is not None, "evaluation.prompts is not given"),
     ("metrics.wandb_project", "megatron_powerflow", lambda c: c.metrics.wandb != "off", "metrics.wandb=off"),
 )
@@ -309,6 +329,8 @@ def _validate(plain: dict) -> Config:
             violations.append(f"{key}={value!r} has no effect because {why}; remove it")
     if config.parallel.sequence_parallel and config.parallel.tp == 1:
         violations.append("parallel.sequence_parallel=true has no effect because parallel.tp=1; remove it")
+    if config.rollout.save and config.rollout.replay is not None:
+        violations.append("rollout.save=true has no effect because rollout.replay is given; remove it")
     violations += _cross_checks(config)
     if violations:
         raise UserError(violations)

@@ -101,12 +101,39 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """How the tokens of a micro-batch go through the model on this rank, where they do not go row by row.
+
+    Packed: one stream holds all sequences behind each other, without the padding of rows. Context parallel: of each
+    sequence, cut into 2 cp equal pieces, rank i holds the pieces i and 2 cp - 1 - i, which gives all ranks equally many
+    keys to attend to. Both at once: so is each packed sequence.
+
+    Example, rows (7 8 9 2) and (5 6 2 -), s = 4, packed, cp = 1:
+    index 0 1 2 3 4 5 6 / positions 0 1 2 3 0 1 2 / pieces (0 4 0 4) (4 7 4 7) / cu_seqlens 0 4 7.
+    The same on rank 0 of cp = 2, sequences padded to 4: index 0 3 4 -1 / positions 0 3 0 3 / pieces (0 1 0 1)
+    (1 2 0 4) (2 3 4 5) (3 4 4 8) / key_order 0 4 5 1 2 6 7 3 / cu_seqlens 0 4 8.
+    """
+
+    index: Tensor  # [r, t / cp] int64, place of each token in MicroBatch.tokens.flatten(); -1: padding. Packed: r = 1
+    positions: Tensor  # [t / cp] int64, of each token in its sequence, which is what rotation goes by
+    # (a, b, c, d): this rank's queries a..b attend to the stream's keys c..d, causally, query b - 1 to all of them
+    pieces: tuple[tuple[int, int, int, int], ...]
+    key_order: Tensor | None  # [t] int64, where the keys of the stream stand in those of rank 0, 1, ...; None: cp = 1
+    cu_seqlens: Tensor | None  # [n + 1] int32, where each packed sequence starts, all ranks together; None: rows
+    num_positions: int  # t
+    longest: int  # positions of a sequence
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rollouts padded into one forward pass. b rollouts, s token positions; all on the compute device.
+    """Rollouts of one forward pass. b rollouts, s token positions; all on the compute device.
 
     Position t predicts `targets[:, t]`, the token at t + 1: labels are rolled here, once, before anything
     splits the sequence. Example: prompt (7, 8), response (9, 2), s = 4:
     tokens 7 8 9 2 / targets 8 9 2 0 / loss_mask F T T F / prompt_mask T T F F.
+
+    The numbers of a token stand in its rollout's row, whole on every rank, whatever way the tokens take through the
+    model: sums over a response are sums over a row. `stream` is that way. b = 0: a dummy, which weighs nothing.
     """
 
     tokens: Tensor  # [b, s] int64, right-padded with 0
@@ -122,6 +149,7 @@ class MicroBatch:
     truncated: Tensor  # [b] bool, cut at max_response_tokens: no EOS
     kept: Tensor  # [b] bool, False: takes part in nothing (objective.truncated=drop)
     annotations: Tensor  # [b, len(ANNOTATION_COLUMNS)] fp32: only for the metrics; NaN: does not exist
+    stream: Stream | None = None  # None: the rows as they are, padding and all
     # what scoring adds; None before
     ref_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the frozen reference
     old_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the policy that sampled

@@ -27,6 +27,7 @@ from megatron_powerflow.training.optimizer import set_learning_rates
 from megatron_powerflow.training.plan import Plan, write_config
 from megatron_powerflow.training.score import score_reference
 from megatron_powerflow.training.setup import Session, build_session, pack_updates
+from megatron_powerflow.training.step_rollouts import step_rollouts
 from megatron_powerflow.training.update import calibrate_head, update
 
 
@@ -74,9 +75,7 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
         output.look(step)
         with output.phase("rollout"):
             prompts = stream.take(config.rollout.prompts_per_step)
-            rollouts = session.engine.generate(
-                plan.share_of(prompts, session.groups.dp_rank), sampling_params(plan, step), output.rollout_progress
-            )
+            rollouts = step_rollouts(plan, session, prompts, sampling_params(plan, step), output.rollout_progress)
             updates = pack_updates(rollouts, plan, session)
         with output.phase("reference"):
             updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]

@@ -62,7 +62,7 @@ def save(
         failure = _attempt(lambda: _fresh_folder(partial))
     _stop_together(failure, partial, groups)
     _stop_together(_attempt(lambda: _save_policy(partial / POLICY_NAME, trainable, groups)), partial, groups)
-    if trainable.head is not None and groups.tp_rank == 0 and groups.dp_rank == 0:
+    if trainable.head is not None and groups.tp_rank == groups.cp_rank == groups.dp_rank == 0:
         failure = _attempt(lambda: _save_head(partial / HEAD_FILE, trainable))
     if groups.is_main and failure is None:
         failure = _attempt(lambda: _save_small_files(run, partial, progress, companions))

@@ -142,7 +142,7 @@ def export_to_hf(
 
     file_of: dict[str, str] = {}
     total_bytes = 0
-    if groups.dp_rank == 0:
+    if groups.dp_rank == groups.cp_rank == 0:
         writer = SafetensorsWriter(partial, prefix=f"stage-{groups.pp_rank:05d}", max_shard_bytes=max_shard_bytes)
         for name, tensor in hf_tensors(chunks, architecture, family, groups):
             if failure is None:  # after a failure only the gathers go on, for the ranks that wait in them

@@ -1,17 +1,22 @@
-"""How do rollouts become micro-batches? Sorted by length, cut into equal counts, padded to the longest.
+"""How do rollouts become micro-batches? Padded: sorted by length, cut into equal counts. Packed: as `bins.py` planned.
 
-Left out: token budgets and packed sequences; the reference's and the policy's log-probs, which scoring adds.
+Either way the record is one of rows; a `Stream` says how the rows' tokens go through the model when they are packed, or
+split over context-parallel ranks.
+
+Left out: the plan itself; the reference's and the policy's log-probs, which scoring adds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Rollout
+from megatron_powerflow.data.bins import BinRule
+from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Rollout, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +42,124 @@ def pack(
     multiple: int,
     uniform: bool,
     device: torch.device,
+    cp_rank: int = 0,
+    cp_size: int = 1,
 ) -> list[MicroBatch]:
-    """Micro-batches of `micro_batch_size` rollouts (the last may be smaller), long ones first.
+    """Padded: micro-batches of `micro_batch_size` rollouts (the last may be smaller), long ones first.
 
-    multiple: positions of each micro-batch are padded to a multiple of this (tp with sequence parallelism, FP8).
+    multiple: positions of each micro-batch are padded to a multiple of this (2 cp; tp with sequence parallelism; FP8).
     uniform: all are as long as the longest (interleaved pipelines). The order is a function of the rollouts alone.
     """
     ordered = sorted(annotated, key=lambda a: (-a.num_tokens, a.rollout.slot, a.rollout.response_index))
     parts = [ordered[start : start + micro_batch_size] for start in range(0, len(ordered), micro_batch_size)]
     longest = [max(item.num_tokens for item in (ordered if uniform else part)) for part in parts]
-    return [
-        _micro_batch(part, -(-length // multiple) * multiple, responses_per_prompt, drop_truncated, device)
-        for part, length in zip(parts, longest, strict=True)
+    batches = []
+    for part, length in zip(parts, longest, strict=True):
+        positions = -(-length // multiple) * multiple
+        batch = _micro_batch(part, positions, responses_per_prompt, drop_truncated, device)
+        if cp_size > 1:
+            batch = replace(batch, stream=row_stream(len(part), positions, cp_rank, cp_size, device))
+        batches.append(batch)
+    return batches
+
+
+def pack_streams(
+    bins: Sequence[Sequence[Annotated]],
+    rule: BinRule,
+    *,
+    responses_per_prompt: int,
+    drop_truncated: bool,
+    uniform: bool,
+    device: torch.device,
+    cp_rank: int = 0,
+    cp_size: int = 1,
+) -> list[MicroBatch]:
+    """Packed: a micro-batch per element of `bins` (see `plan_update`), its sequences behind each other; an empty one is
+    a dummy. uniform: all streams are as long as the longest (interleaved pipelines)."""
+
+    def rounded(num_tokens: int) -> int:
+        return max(-(-num_tokens // rule.total_multiple), 1) * rule.total_multiple
+
+    totals = [rounded(sum(rule.padded(item.num_tokens) for item in bin)) for bin in bins]
+    batches = []
+    for bin, total in zip(bins, totals, strict=True):
+        ordered = sorted(bin, key=lambda a: (-a.num_tokens, a.rollout.slot, a.rollout.response_index))
+        longest = max((item.num_tokens for item in ordered), default=1)
+        batch = _micro_batch(ordered, longest, responses_per_prompt, drop_truncated, device)
+        lengths = [item.num_tokens for item in ordered]
+        total = max(totals) if uniform else total
+        stream = packed_stream(lengths, longest, total, rule.sequence_multiple, cp_rank, cp_size, device)
+        batches.append(replace(batch, stream=stream))
+    return batches
+
+
+def row_stream(num_rows: int, positions: int, cp_rank: int, cp_size: int, device: torch.device) -> Stream:
+    """This context-parallel rank's part of each of `num_rows` padded rows; 2 cp divides `positions`."""
+    own = _own_positions(positions, cp_rank, cp_size)
+    return Stream(
+        index=(own + positions * torch.arange(num_rows)[:, None]).to(device),
+        positions=own.to(device),
+        pieces=tuple(_pieces([positions], cp_rank, cp_size)),
+        key_order=_key_order([positions], cp_size).to(device),
+        cu_seqlens=None,
+        num_positions=positions,
+        longest=positions,
+    )
+
+
+def packed_stream(
+    lengths: Sequence[int], row: int, total: int, multiple: int, cp_rank: int, cp_size: int, device: torch.device
+) -> Stream:
+    """Sequences of these lengths, which stand in rows of `row` tokens, each padded to `multiple`, in a stream of
+    `total` positions; what is left over is a sequence of padding at the end."""
+    padded = [-(-length // multiple) * multiple for length in lengths]
+    if total > sum(padded):
+        padded.append(total - sum(padded))
+    own, index = [], []
+    for number, size in enumerate(padded):
+        length = lengths[number] if number < len(lengths) else 0
+        own.append(_own_positions(size, cp_rank, cp_size))
+        index.append(torch.where(own[-1] < length, own[-1] + number * row, -1))
+    return Stream(
+        index=torch.cat(index)[None].to(device),
+        positions=torch.cat(own).to(device),
+        pieces=tuple(_pieces(padded, cp_rank, cp_size)),
+        key_order=_key_order(padded, cp_size).to(device) if cp_size > 1 else None,
+        cu_seqlens=torch.tensor([0, *padded]).cumsum(0).to(device, torch.int32),
+        num_positions=total,
+        longest=max(padded),
+    )
+
+
+def _own_positions(size: int, cp_rank: int, cp_size: int) -> Tensor:
+    """[size / cp] the positions of a sequence that a rank holds: pieces cp_rank and 2 cp - 1 - cp_rank of 2 cp."""
+    if cp_size == 1:
+        return torch.arange(size)
+    pieces = torch.arange(size).reshape(2 * cp_size, -1)
+    return torch.cat([pieces[cp_rank], pieces[2 * cp_size - 1 - cp_rank]])
+
+
+def _pieces(sizes: Sequence[int], cp_rank: int, cp_size: int) -> list[tuple[int, int, int, int]]:
+    """`Stream.pieces` of sequences of these sizes, in a row."""
+    found, first_query, first_key = [], 0, 0
+    for size in sizes:
+        length = size if cp_size == 1 else size // (2 * cp_size)
+        for piece in (0,) if cp_size == 1 else (cp_rank, 2 * cp_size - 1 - cp_rank):
+            found.append((first_query, first_query + length, first_key, first_key + (piece + 1) * length))
+            first_query += length
+        first_key += size
+    return found
+
+
+def _key_order(sizes: Sequence[int], cp_size: int) -> Tensor:
+    """[t] for each place of the stream, where it stands in the parts of rank 0, rank 1, ... one behind the other."""
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    held = [
+        start + _own_positions(size, rank, cp_size)
+        for rank in range(cp_size)
+        for start, size in zip(starts.tolist(), sizes, strict=False)
     ]
+    return torch.cat(held).argsort()
 
 
 def _micro_batch(
@@ -76,7 +186,9 @@ def _micro_batch(
         answer = slice(len(prompt) - 1, len(whole) - 1)
         loss_mask[row, answer] = True
         rollout_log_probs[row, answer] = torch.tensor(rollout.rollout_log_probs)
-    truncated = torch.tensor([rollout.finish_reason == "length" for rollout in rollouts])
+    truncated = torch.tensor([rollout.finish_reason == "length" for rollout in rollouts], dtype=torch.bool)
+    indices = [rollout.slot * responses_per_prompt + rollout.response_index for rollout in rollouts]
+    annotations = torch.tensor([item.annotations for item in annotated], dtype=torch.float32)
     batch = {
         "tokens": tokens,
         "targets": targets,
@@ -84,12 +196,12 @@ def _micro_batch(
         "prompt_mask": prompt_mask,
         "num_response_tokens": loss_mask.sum(dim=1),
         "rollout_log_probs": rollout_log_probs,
-        "rollout_index": torch.tensor([r.slot * responses_per_prompt + r.response_index for r in rollouts]),
-        "group": torch.tensor([rollout.slot for rollout in rollouts]),
+        "rollout_index": torch.tensor(indices, dtype=torch.int64),
+        "group": torch.tensor([rollout.slot for rollout in rollouts], dtype=torch.int64),
         "psi": torch.tensor([item.psi for item in annotated], dtype=torch.float32),
         "reward": torch.tensor([item.reward for item in annotated], dtype=torch.float32),
         "truncated": truncated,
         "kept": ~truncated if drop_truncated else torch.ones_like(truncated),
-        "annotations": torch.tensor([item.annotations for item in annotated], dtype=torch.float32),
+        "annotations": annotations.reshape(size, len(ANNOTATION_COLUMNS)),
     }
     return MicroBatch(**{name: tensor.to(device) for name, tensor in batch.items()})

@@ -4,8 +4,11 @@ Takes the place of Megatron's unfused `DotProductAttention` in the local layer s
 [b, heads, s, s] and knows our KV cache. Beside Transformer Engine, `CachedTEAttention` does the same for
 decoding and leaves training to Transformer Engine.
 
-Left out: rotary embedding (applied before, by Megatron's SelfAttention), packed and context-parallel
-sequences.
+Packed and context-parallel sequences come in pieces of queries with the keys they see. Keys and values are gathered
+over the context-parallel ranks; a ring would overlap that with computing and need less memory: Transformer Engine has
+one.
+
+Left out: rotary embedding (applied before, by Megatron's SelfAttention).
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_powerflow.model.kv_cache import KVCache
+from megatron_powerflow.model.stream import Pieces
+from megatron_powerflow.parallel.collectives import gather_over
 
 
 class SdpaCoreAttention(nn.Module):
-    """Causal self-attention over right-padded rows, or through a `KVCache` when one is attached.
+    """Causal self-attention over right-padded rows, over the `Pieces` of streams, or through a `KVCache` when one is
+    attached.
 
     Built by Megatron's SelfAttention; forward: query [s, b, heads/tp, d], key and value [s, b, groups/tp, d];
     returns [s, b, heads/tp * d]. Padding stands behind the real tokens, so the causal mask hides it from them.
@@ -34,9 +40,11 @@ class SdpaCoreAttention(nn.Module):
     def forward(
         self, query, key, value, attention_mask, *, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
-        assert attention_bias is None and packed_seq_params is None
+        assert attention_bias is None
         if self.kv_cache is not None:
             return cached_attention(query, key, value, *self.kv_cache, self.softmax_scale)
+        if packed_seq_params is not None:
+            return pieced_attention(query, key, value, packed_seq_params, self.softmax_scale)
         # [s, b, h, d] -> [b, h, s, d]
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         out = causal_attention(q, k, v, self.softmax_scale)
@@ -47,6 +55,28 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | Non
     """q [b, h, s, d], k and v [b, g, s, d] with g dividing h -> [b, h, s, d]."""
     k, v = _spread_groups(k, q.shape[1]), _spread_groups(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
+
+
+def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, softmax_scale: float | None) -> Tensor:
+    """query [t / cp, b, h, d], key and value [t / cp, b, g, d] of this rank -> [t / cp, b, h * d].
+    Collective over cp."""
+    if stream.key_group is not None:
+        both = gather_over(torch.cat([key, value], dim=-1), stream.key_order, stream.key_group)
+        key, value = both.chunk(2, dim=-1)
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    parts = []
+    for first, end, first_key, end_key in stream.pieces:
+        own_k, own_v = (_spread_groups(tensor[:, :, first_key:end_key], q.shape[1]) for tensor in (k, v))
+        num_queries, num_keys = end - first, end_key - first_key
+        mask = None
+        if num_queries != num_keys:  # the last query sees the last key
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[:, :, first:end], own_k, own_v, attn_mask=mask, is_causal=mask is None, scale=softmax_scale
+            )
+        )
+    return torch.cat(parts, dim=2).permute(2, 0, 1, 3).flatten(2)
 
 
 def cached_attention(

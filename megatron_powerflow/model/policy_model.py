@@ -6,12 +6,18 @@ Logits are never built here. The last stage hands out hidden states and its outp
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_powerflow.model.attention import SdpaCoreAttention
 from megatron_powerflow.model.kv_cache import KVCache
 from megatron_powerflow.model.rotary import PositionedRotaryEmbedding
-from megatron_powerflow.records import Architecture
+from megatron_powerflow.model.stream import pieces_of, thd_of
+from megatron_powerflow.records import Architecture, Stream
 
 
 class PolicyModel(GPTModel):
@@ -48,6 +54,21 @@ class PolicyModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    @contextlib.contextmanager
+    def streaming(self, stream: Stream | None) -> Iterator[PackedSeqParams | None]:
+        """For one forward pass: gives the packed_seq_params of `stream`, the rotation its positions. None: rows as they
+        are, on one context-parallel rank."""
+        if stream is None:
+            yield None
+        elif isinstance(self.decoder.layers[0].self_attention.core_attention, SdpaCoreAttention):
+            self.rotary_pos_emb.positions = stream.positions
+            try:
+                yield pieces_of(stream, self.pg_collection.cp)
+            finally:
+                self.rotary_pos_emb.positions = None
+        else:
+            yield thd_of(stream)
 
     def set_decoding(self, positions: Tensor | None, cache: KVCache | None) -> None:
         """Attach a KV cache and the positions of the coming tokens [t]; (None, None) detaches."""

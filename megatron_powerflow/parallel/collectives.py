@@ -12,6 +12,48 @@ from torch import Tensor
 from megatron_powerflow.parallel.groups import Groups
 
 
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, group):
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def sum_over(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the ranks of `group`, for what all of them go on with alike: each rank has the whole gradient of the sum
+    and hands it to its own share as it is."""
+    return values if dist.get_world_size(group) == 1 else _SumOver.apply(values, group)
+
+
+class _GatherOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, order, group):
+        ctx.group, ctx.length = group, values.shape[0]
+        ctx.save_for_backward(order)
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, values.contiguous(), group=group)
+        return torch.cat(parts).index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (order,) = ctx.saved_tensors
+        # a sum over the ranks of what each made of this rank's share; gloo has no reduce-scatter
+        everyone = torch.empty_like(grad).index_copy_(0, order, grad)
+        dist.all_reduce(everyone, group=ctx.group)
+        return everyone.narrow(0, dist.get_rank(ctx.group) * ctx.length, ctx.length), None, None
+
+
+def gather_over(values: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[t / n, ...] of each of n ranks -> [t, ...] on all of them: place i is place order[i] of the shares behind each
+    other. For what the ranks go on with differently: the gradient of a share is the sum over all of them."""
+    return _GatherOver.apply(values, order, group)
+
+
 def from_last_stage(values: Tensor | None, shape: tuple[int, ...], groups: Groups) -> Tensor:
     """Numbers computed on the last stage -> every stage of the replica.
 
@@ -36,8 +78,8 @@ def last_stage_rows(rows: Tensor | None, num_rows: int, num_columns: int, groups
     dist.all_gather(everyone, local, group=groups.control)
     replicas: list[Tensor | None] = [None] * groups.dp_size
     for rank in range(groups.world_size):
-        # rank = tp + tp_size * (dp + dp_size * pp), see layout.py; every rank of a replica holds equal rows
-        replicas[rank // groups.tp_size % groups.dp_size] = everyone[rank]
+        # rank = tp + tp_size * (cp + cp_size * (dp + dp_size * pp)), see layout.py; all of a replica hold equal rows
+        replicas[rank // (groups.tp_size * groups.cp_size) % groups.dp_size] = everyone[rank]
     return torch.cat(replicas)
 
 
@@ -66,14 +108,27 @@ def broadcast_object(value, groups: Groups):
 
 
 def object_from_last_stage(value, groups: Groups):
-    """The value of this replica's last stage, first tensor-parallel rank, on all ranks of the replica.
+    """The value of this replica's last stage, first tp and cp rank, on all ranks of the replica.
 
     For what must be one thing though its computation may end differently (a parser with a time limit). Host memory.
     """
-    says = groups.is_last_stage and groups.tp_rank == 0
+    says = groups.speaks_for_replica
     everything = [None] * groups.world_size
     dist.all_gather_object(everything, (groups.dp_rank, value) if says else None, group=groups.control)
     return next(item[1] for item in everything if item is not None and item[0] == groups.dp_rank)
+
+
+def every_rollout(rollouts: list, groups: Groups, *, shared_over_cp: bool) -> list:
+    """All rollouts of the step on every rank, by slot, then response. Host memory; collective over the run.
+
+    rollouts: those of this replica, alike on each of its ranks (with shared_over_cp: of this sampler, alike over tp and
+    pp). One rank of each speaks for all, so that the ranks of a replica cannot come to differ.
+    """
+    speaks = groups.is_last_stage and groups.tp_rank == 0 and (shared_over_cp or groups.cp_rank == 0)
+    everything: list[list] = [[] for _ in range(groups.world_size)]
+    dist.all_gather_object(everything, list(rollouts) if speaks else [], group=groups.control)
+    gathered = (rollout for part in everything for rollout in part)
+    return sorted(gathered, key=lambda rollout: (rollout.slot, rollout.response_index))
 
 
 def gather_to_main(value, groups: Groups) -> list | None:

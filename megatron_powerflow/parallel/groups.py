@@ -15,7 +15,7 @@ import torch.distributed as dist
 class Groups:
     """Process groups, ranks and device of this process.
 
-    `tp pp dp` run on the compute backend (nccl, or gloo on CPU). `control` and `pp_control` are gloo groups
+    `tp pp cp dp` run on the compute backend (nccl, or gloo on CPU). `control` and `pp_control` are gloo groups
     over host memory on every machine: decisions and tokens go there and never queue behind a kernel.
     """
 
@@ -24,8 +24,10 @@ class Groups:
     device: torch.device
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    # ranks with other rollouts, the same place in the model and the same part of each sequence
     dp: dist.ProcessGroup
-    # all ranks that hold the same stage: tp x dp
+    # all ranks that hold the same stage: tp x cp x dp
     tp_dp: dist.ProcessGroup
     control: dist.ProcessGroup
     pp_control: dist.ProcessGroup
@@ -47,6 +49,14 @@ class Groups:
         return dist.get_world_size(self.pp)
 
     @property
+    def cp_rank(self) -> int:
+        return dist.get_rank(self.cp)
+
+    @property
+    def cp_size(self) -> int:
+        return dist.get_world_size(self.cp)
+
+    @property
     def dp_rank(self) -> int:
         return dist.get_rank(self.dp)
 
@@ -61,6 +71,21 @@ class Groups:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def sampler_rank(self) -> int:
+        """Which share of the prompts this rank answers: context-parallel ranks hold the same weights, so in sampling
+        they are replicas like those of dp."""
+        return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
+    def num_samplers(self) -> int:
+        return self.dp_size * self.cp_size
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """One rank of each replica: what all of its ranks know is told by this one."""
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     @property
     def is_main(self) -> bool:

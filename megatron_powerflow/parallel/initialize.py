@@ -144,8 +144,9 @@ def _groups(launch: Launch, layout: Layout, device):
         device=device,
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
-        tp_dp=parallel_state.get_tensor_and_data_parallel_group(),
+        tp_dp=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         control=control,
         pp_control=pp_control,
     )

@@ -1,4 +1,4 @@
-"""How are tp, pp, cp and dp laid over the processes, and which layouts are impossible?
+"""How are tp, cp, pp and dp laid over the processes, and which layouts are impossible?
 
 Ranks count through tp first, then cp, dp, pp (Megatron's order "tp-cp-ep-dp-pp"). tp=2, pp=2, dp=2:
 
@@ -6,17 +6,31 @@ Ranks count through tp first, then cp, dp, pp (Megatron's order "tp-cp-ep-dp-pp"
         dp 0     0  1  (tp)         4  5
         dp 1     2  3               6  7
 
+    tp    every matrix is cut: rank 0 has heads 0-7, rank 1 heads 8-15, of all tokens; two sums a layer.
+          With sequence_parallel the norms between are cut along the sequence: rank 0 tokens 0-3, rank 1 tokens 4-7.
+    pp    layers are cut into stages: stage 0 has layers 0-15, stage 1 layers 16-31; micro-batches follow each other.
+          vpp=2: stage 0 has layers 0-7 and 16-23, stage 1 the others; shorter waits, twice the messages.
+    cp    every sequence is cut into 2 cp pieces; ranks hold the weights alike and see all keys. cp=2, tokens 0-7:
+
+              rank 0   0 1 . . . . 6 7        4 pieces, the first with the last: an early query has few keys to attend
+              rank 1   . . 2 3 4 5 . .        to and a late one many, so all ranks have equally much to do
+
+    dp    what is left: replicas with rollouts of their own. A group of responses is never split over replicas.
+
 Arithmetic only: no torch, no process groups. Every impossible layout is refused with the reason and the
 nearest possible choices, before any process group exists.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_powerflow.config import Config, ParallelSection
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Architecture
+
+FP8_TOKENS = 32  # a multiple of every FP8 recipe's own rule, see model/precision.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +53,19 @@ class Layout:
     def num_chunks(self) -> int:
         """Model chunks on each rank: 1, or vpp with interleaving."""
         return self.vpp or 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Each sequence has a multiple of this many positions: 2 cp pieces, into which context parallelism cuts it."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    def position_multiple(self, token_multiple: int) -> int:
+        """So has each micro-batch: every cp rank's part is split over tp under sequence parallelism.
+
+        token_multiple: what the matrix products want of a rank's tokens (FP8).
+        """
+        part = math.lcm(2 if self.cp > 1 else 1, self.tp if self.sequence_parallel else 1, token_multiple)
+        return self.cp * part
 
     def describe(self) -> str:
         """One line: `8 processes = tp 2 x pp 2 x dp 2`."""
@@ -99,8 +126,6 @@ def _layout(parallel: ParallelSection, world_size: int) -> Layout:
 
 def _size_violations(parallel: ParallelSection, world_size: int) -> list[str]:
     found = []
-    if parallel.cp > 1:
-        found.append(f"parallel.cp={parallel.cp}: context parallelism is not supported yet; use parallel.cp=1")
     if parallel.ep > 1:
         found.append(f"parallel.ep={parallel.ep}: no supported family has experts; use parallel.ep=1")
     model_size = parallel.tp * parallel.cp * parallel.pp
@@ -138,7 +163,11 @@ def model_violations(parallel: ParallelSection, architecture: Architecture) -> l
 
 
 def _batch_violations(config: Config, layout: Layout) -> list[str]:
-    rollout, micro = config.rollout, config.parallel.micro_batch_size
+    rollout, micro, budget = (
+        config.rollout,
+        config.parallel.micro_batch_size,
+        config.parallel.max_tokens_per_micro_batch,
+    )
     prompts_per_update = rollout.prompts_per_step // config.optimizer.updates_per_rollout
     if prompts_per_update % layout.dp:
         return [
@@ -146,6 +175,19 @@ def _batch_violations(config: Config, layout: Layout) -> list[str]:
             f"(rollout.prompts_per_step={rollout.prompts_per_step}); a group is never split, so choose a multiple of "
             f"{layout.dp * config.optimizer.updates_per_rollout}"
         ]
+    if budget is not None:
+        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        multiple = layout.position_multiple(FP8_TOKENS if config.precision.dtype == "fp8" else 1)
+        needed = -(-longest // multiple) * multiple
+        return (
+            []
+            if budget >= needed
+            else [
+                f"parallel.max_tokens_per_micro_batch={budget} has no room for the longest rollout, "
+                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens, in multiples of "
+                f"{multiple}; choose {needed} or more, or lower a length"
+            ]
+        )
     local = prompts_per_update // layout.dp * rollout.responses_per_prompt
     if local % micro:
         return [

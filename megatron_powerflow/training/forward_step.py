@@ -16,7 +16,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from megatron_powerflow.model.log_z_head import pool_prompt
 from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.model.stream import chosen, extent, model_tokens, pool_prompts, to_rows
 from megatron_powerflow.objective.token_log_probs import TokenStatistics, token_log_probs, token_statistics
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import MicroBatch
@@ -32,39 +34,50 @@ class Scorer:
     sequence_parallel: bool
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
-        """[s / tp, b, H] -> [s, b, H] under sequence parallelism. Its gradient is complete on every rank already,
-        so the backward pass hands each rank its slice and adds nothing up."""
+        """[t / cp / tp, r, H] -> [t / cp, r, H] under sequence parallelism. Its gradient is complete on every rank
+        already, so the backward pass hands each rank its slice and adds nothing up."""
         if not self.sequence_parallel:
             return hidden
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.groups.tp)
 
     def log_probs(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> Tensor:
-        """hidden [s, b, H] (whole sequence) -> [b, s] fp32 log-probs of the targets, 0 where loss_mask is False."""
-        return _spread(token_log_probs(**self._kernel_arguments(hidden, chunk, batch)), batch)
+        """hidden [t / cp, r, H] (whole over tp) -> [b, s] fp32 log-probs of the targets, 0 where loss_mask is False."""
+        arguments, places = self._kernel_arguments(hidden, chunk, batch)
+        values = token_log_probs(**arguments) if len(places) else _of_nothing(arguments["hidden"])
+        return to_rows(values, places, batch, self.groups.cp)
+
+    def prompt_pool(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """hidden [t / cp, r, H] (whole over tp) -> [b, H] fp32, its mean over the prompt of each rollout."""
+        if batch.stream is None:
+            return pool_prompt(hidden, batch.prompt_mask)
+        return pool_prompts(hidden, batch, self.groups.cp)
 
     def statistics(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> TokenStatistics:
         """`log_probs` with the entropy and certainty of the same distributions, each [b, s] fp32, 0 where masked."""
-        found = token_statistics(**self._kernel_arguments(hidden, chunk, batch))
-        return TokenStatistics(*(_spread(values, batch) for values in found))
+        arguments, places = self._kernel_arguments(hidden, chunk, batch)
+        found = token_statistics(**arguments) if len(places) else [_of_nothing(arguments["hidden"])] * 3
+        return TokenStatistics(*(to_rows(values, places, batch, self.groups.cp) for values in found))
 
-    def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> dict[str, Any]:
-        """The response tokens alone: hidden [t, H], targets [t]."""
-        return {
-            "hidden": hidden.transpose(0, 1)[batch.loss_mask],
+    def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
+        """This rank's response tokens alone, hidden [k, H], targets [k]; and their places [k] in the flat rows."""
+        mask, places = chosen(batch.loss_mask, batch)
+        arguments = {
+            "hidden": hidden.transpose(0, 1)[mask],
             "output_weight": chunk.output_weight(),
-            "targets": batch.targets[batch.loss_mask],
+            "targets": batch.targets.flatten()[places],
             "tp_group": self.groups.tp,
             "vocab_size": self.vocab_size,
             "temperature": self.temperature,
         }
+        return arguments, places
 
 
-def _spread(values: Tensor, batch: MicroBatch) -> Tensor:
-    """[t] of the response tokens -> [b, s], 0 where loss_mask is False."""
-    return values.new_zeros(batch.tokens.shape).masked_scatter(batch.loss_mask, values)
+def _of_nothing(hidden: Tensor) -> Tensor:
+    """hidden [0, H] -> [0] fp32: no tokens (a dummy, a share that is all prompt), and a graph for the backward pass."""
+    return hidden.float().sum(dim=1)
 
 
-# (hidden states of the whole sequence, last chunk, micro-batch) -> whatever the caller collects
+# (hidden states [t / cp, r, H], whole over tp, last chunk, micro-batch) -> whatever the caller collects
 Readout = Callable[[Tensor, PolicyModel, MicroBatch], Any]
 
 
@@ -99,16 +112,18 @@ def _run(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], at_the_end:
     def forward_step(iterator: Iterator[MicroBatch], model: nn.Module):
         batch = next(iterator)
         bare = model if isinstance(model, PolicyModel) else model.module
-        hidden = model(batch.tokens, None, None)
+        with bare.streaming(batch.stream) as packed_seq_params:
+            hidden = model(model_tokens(batch), None, None, packed_seq_params=packed_seq_params)
         return hidden, partial(at_the_end, chunk=bare, batch=batch)
 
     iterators = [iter(batches) for _ in chunks]
+    positions, rows = extent(batches[0])
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=batches[0].tokens.shape[1],  # counts with interleaving only, where all are alike
-        micro_batch_size=batches[0].tokens.shape[0],
+        seq_length=positions,  # counts with interleaving only, where all are alike
+        micro_batch_size=rows,
         **schedule,
     )

@@ -33,7 +33,7 @@ def evaluate_held_out(
     None elsewhere. Collective."""
     groups, section = session.groups, plan.config.evaluation
     sampling = replace(sampling, step=STREAM)
-    mine = list(enumerate(plan.evaluation_prompts))[groups.dp_rank :: groups.dp_size]
+    mine = list(enumerate(plan.evaluation_prompts))[groups.sampler_rank :: groups.num_samplers]
     rollouts = session.engine.generate(mine, sampling, progress) if mine else []
     reports = groups.is_first_stage and groups.tp_rank == 0
     gathered = gather_to_main(rollouts if reports else [], groups)

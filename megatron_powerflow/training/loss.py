@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_powerflow.config import ObjectiveSection
 from megatron_powerflow.metrics.repetition import find_loop
-from megatron_powerflow.model.log_z_head import LogZHead, pool_prompt
+from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.objective.policy_gradient import kl_terms, surrogate_terms
 from megatron_powerflow.objective.trajectory_balance import balance_loss, token_spread
@@ -37,7 +37,7 @@ def micro_batch_loss(
     form = objective.form
     if isinstance(form, Balance):
         log_probs = scorer.log_probs(hidden, chunk, batch)
-        log_z = batch.log_z if head is None else head(pool_prompt(hidden, batch.prompt_mask))
+        log_z = batch.log_z if head is None else head(scorer.prompt_pool(hidden, batch))
         loss, columns = balance(log_probs, log_z, batch, objective, form, alpha, num_kept)
     elif isinstance(form, PolicyGradient):
         log_probs = scorer.log_probs(hidden, chunk, batch)

@@ -99,7 +99,7 @@ def step_optimizers(trainable: Trainable, *, clip_grad: float, loss_is_finite: b
 
 
 def _reduce_head_gradients(trainable: Trainable, groups: Groups) -> float:
-    """Sum the head's gradients over dp; average over tp, whose ranks computed the same. Returns their norm on
+    """Sum the head's gradients over dp; average over tp and cp, whose ranks computed the same. Returns their norm on
     every rank, 0 without a head, so that all ranks judge alike."""
     square = torch.zeros(1, dtype=torch.float64)
     if trainable.head is not None:
@@ -107,7 +107,7 @@ def _reduce_head_gradients(trainable: Trainable, groups: Groups) -> float:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad, group=groups.tp_dp)
-            parameter.grad /= groups.tp_size
+            parameter.grad /= groups.tp_size * groups.cp_size
             square += parameter.grad.double().square().sum().cpu()
     dist.broadcast(square, src=dist.get_global_rank(groups.pp_control, groups.pp_size - 1), group=groups.pp_control)
     return float(square.sqrt())

@@ -20,18 +20,20 @@ from megatron_powerflow.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Architecture, Prompt
+from megatron_powerflow.rollout.saved import Wanted, find_rollouts, replay_violations
 
 # A run's folder belongs to the run that has these; anything else may change when a run is continued.
 CHANGEABLE = frozenset(
     {"run.name", "run.num_steps", "run.export", "model.reference", "model.recompute", "optimizer.distributed"}
-    | {"optimizer.max_skipped_steps", "rollout.max_concurrent_rows", "run.stop_on_alarm"}
+    | {"optimizer.max_skipped_steps", "rollout.max_concurrent_rows", "rollout.save", "run.stop_on_alarm"}
 )
 CHANGEABLE_SECTIONS = frozenset({"parallel", "checkpoint", "evaluation", "metrics"})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has been found possible. resume_from: the checkpoint it continues, or None."""
+    """A run that has been found possible. resume_from: the checkpoint it continues, or None; replay_from: the folder of
+    step files it trains on instead of sampling, or None."""
 
     config: Config
     layout: Layout
@@ -43,6 +45,7 @@ class Plan:
     num_prompts_too_long: int
     evaluation_prompts: tuple[Prompt, ...]
     resume_from: Path | None
+    replay_from: Path | None
 
     @property
     def run_folder(self) -> Path:
@@ -66,12 +69,14 @@ def make_plan(config: Config, world_size: int) -> Plan:
     model = _collect(violations, lambda: read_architecture(config.model.hf_path, FAMILIES))
     tokenizer = _collect(violations, lambda: load_tokenizer(config.model.hf_path))
     resume_from = _collect(violations, lambda: _check_run_folder(config))
-    layout = stop_token_ids = prompt_file = evaluation_file = None
+    layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
         architecture, _ = model
         layout = _collect(violations, lambda: plan_layout(config, architecture, world_size))
         _collect(violations, lambda: SafetensorsFolder(config.model.hf_path))
         violations += _length_violations(config, architecture)
+        if config.rollout.replay is not None:
+            replay_from = _collect(violations, lambda: _check_replay(config, architecture, resume_from))
     if tokenizer is not None:
         stop_token_ids = _collect(violations, lambda: read_stop_token_ids(config.model.hf_path, tokenizer.eos_token_id))
     if model is not None and tokenizer is not None:
@@ -94,6 +99,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         num_prompts_too_long=prompt_file.num_too_long,
         evaluation_prompts=evaluation_file.prompts if evaluation_file else (),
         resume_from=resume_from,
+        replay_from=replay_from,
     )
 
 
@@ -111,6 +117,7 @@ def describe(plan: Plan) -> str:
             f"step      {config.rollout.prompts_per_step} prompts x {config.rollout.responses_per_prompt} responses = "
             f"{rollouts} rollouts, {config.optimizer.updates_per_rollout} update(s)",
             f"objective {config.objective.preset}, alpha {config.objective.alpha}, log Z' {config.objective.log_z}",
+            *([f"replays   {plan.replay_from}, no engine"] if plan.replay_from else []),
             f"run       {config.run.num_steps} steps into {config.run.output_dir} ({resumes})",
             f"layout    {plan.layout.describe()}",
             plan.layout.picture(),
@@ -172,6 +179,23 @@ def _length_violations(config: Config, architecture: Architecture) -> list[str]:
         for name, limit in limits.items()
         if longest > limit
     ]
+
+
+def _check_replay(config: Config, architecture: Architecture, resume_from: Path | None) -> Path:
+    """The folder of saved rollouts. Raises UserError unless it holds every step still to do, as this run wants."""
+    rollout, folder = config.rollout, find_rollouts(config.rollout.replay)
+    first = int(resume_from.name.removeprefix("step_")) if resume_from else 0
+    wanted = Wanted(
+        num_prompts=rollout.prompts_per_step,
+        responses_per_prompt=rollout.responses_per_prompt,
+        vocab_size=architecture.vocab_size,
+        temperature=rollout.temperature,
+        longest_prompt=rollout.max_prompt_tokens,
+        longest_response=rollout.max_response_tokens,
+    )
+    if violations := replay_violations(folder, range(first, config.run.num_steps), wanted):
+        raise UserError(violations)
+    return folder
 
 
 def _check_run_folder(config: Config) -> Path | None:

@@ -31,7 +31,7 @@ def annotate(
     """Collective over the ranks of the run; every rank of a replica holds the same rollouts, sorted by slot."""
     answers = [extract_answer(tokenizer.decode(rollout.response_token_ids)) for rollout in rollouts]
     # equality of answers has a time limit, so one rank per replica decides
-    decides = groups.is_last_stage and groups.tp_rank == 0
+    decides = groups.speaks_for_replica
     correct, rewards = object_from_last_stage(
         grade_rollouts(rollouts, answers, objective.text_reward) if decides else None, groups
     )

@@ -10,18 +10,22 @@ import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.state import Progress, Trainable
-from megatron_powerflow.config import ModelSection, PrecisionSection
+from megatron_powerflow.config import Config, ModelSection, PrecisionSection
 from megatron_powerflow.conversion.hf_config import Family
 from megatron_powerflow.conversion.shards import load_from_hf, open_checked
-from megatron_powerflow.data.packing import pack
+from megatron_powerflow.data.bins import BinRule, flop_count, plan_update
+from megatron_powerflow.data.packing import pack, pack_streams
 from megatron_powerflow.model.build import build_chunks, transformer_config
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import token_alignment
 from megatron_powerflow.model.reference import Reference, ResidentReference, SwapReference
+from megatron_powerflow.parallel.collectives import every_rollout
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.records import Architecture, MicroBatch, Rollout
@@ -61,8 +65,18 @@ def build_policy(
 
 
 def alignment(layout: Layout, precision: PrecisionSection) -> int:
-    """Every forward pass has a multiple of this many tokens in a row: sequence parallelism's and FP8's rules."""
+    """A rank's forward pass has a multiple of this many tokens in a row: sequence parallelism's and FP8's rules."""
     return math.lcm(layout.tp if layout.sequence_parallel else 1, token_alignment(precision))
+
+
+def bin_rule(layout: Layout, config: Config) -> BinRule:
+    """What packed micro-batches must be like."""
+    return BinRule(
+        max_tokens=config.parallel.max_tokens_per_micro_batch,
+        sequence_multiple=layout.sequence_multiple,
+        total_multiple=layout.position_multiple(token_alignment(config.precision)),
+        count_multiple=layout.pp if layout.vpp else 1,
+    )
 
 
 def build_session(plan: Plan, groups: Groups) -> Session:
@@ -98,19 +112,54 @@ def build_session(plan: Plan, groups: Groups) -> Session:
 
 
 def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> list[list[MicroBatch]]:
-    """This rank's rollouts as micro-batches, one list per optimizer update; groups stay whole."""
-    config = plan.config
-    annotated = annotate(rollouts, config.objective, plan.tokenizer, session.groups)
+    """The step's rollouts as micro-batches of this rank, one list per optimizer update; groups stay whole.
+
+    rollouts: this replica's share; packed, groups change replicas for the sake of balance. Collective.
+    """
+    config, groups = plan.config, session.groups
+    arguments = {
+        "responses_per_prompt": config.rollout.responses_per_prompt,
+        "drop_truncated": config.objective.truncated == "drop",
+        "uniform": plan.layout.vpp is not None,
+        "device": groups.device,
+        "cp_rank": groups.cp_rank,
+        "cp_size": groups.cp_size,
+    }
+    if config.parallel.max_tokens_per_micro_batch is not None:
+        return _pack_streams(rollouts, plan, groups, arguments)
+    annotated = annotate(rollouts, config.objective, plan.tokenizer, groups)
     size = len(annotated) // config.optimizer.updates_per_rollout
     return [
         pack(
             annotated[start : start + size],
             micro_batch_size=config.parallel.micro_batch_size,
-            responses_per_prompt=config.rollout.responses_per_prompt,
-            drop_truncated=config.objective.truncated == "drop",
-            multiple=alignment(plan.layout, config.precision),
-            uniform=plan.layout.vpp is not None,
-            device=session.groups.device,
+            multiple=plan.layout.position_multiple(token_alignment(config.precision)),
+            **arguments,
         )
         for start in range(0, len(annotated), size)
+    ]
+
+
+def _pack_streams(
+    rollouts: Sequence[Rollout], plan: Plan, groups: Groups, arguments: dict[str, Any]
+) -> list[list[MicroBatch]]:
+    """Every rank sees the lengths of all rollouts, makes the plan of all ranks, and takes its own part."""
+    config = plan.config
+    rule, flops = bin_rule(plan.layout, config), flop_count(plan.architecture)
+    everyone = every_rollout(list(rollouts), groups, shared_over_cp=False) if groups.dp_size > 1 else list(rollouts)
+    by_group = [list(members) for _, members in groupby(everyone, key=lambda rollout: rollout.slot)]
+    per_update = len(by_group) // config.optimizer.updates_per_rollout
+    planned = []  # of each update, this rank's micro-batches of (slot, response_index)
+    for first in range(0, len(by_group), per_update):
+        own_groups = by_group[first : first + per_update]
+        lengths = [[len(r.prompt.token_ids) + len(r.response_token_ids) for r in members] for members in own_groups]
+        bins = plan_update(lengths, groups.dp_size, rule, flops)[groups.dp_rank]
+        planned.append([[own_groups[q][i] for q, i in bin] for bin in bins])
+    mine = {(r.slot, r.response_index) for bins in planned for bin in bins for r in bin}
+    own = [rollout for rollout in everyone if (rollout.slot, rollout.response_index) in mine]
+    annotated = annotate(own, config.objective, plan.tokenizer, groups)
+    place = {(item.rollout.slot, item.rollout.response_index): item for item in annotated}
+    return [
+        pack_streams([[place[r.slot, r.response_index] for r in bin] for bin in bins], rule, **arguments)
+        for bins in planned
     ]

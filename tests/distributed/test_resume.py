@@ -100,6 +100,15 @@ CASES = {
     "tp2_group": (2, ("parallel.tp=2", "objective.log_z=group")),
     "dp2_distributed": (2, ("optimizer.distributed=true",)),
     "tp2_pp2_scalar": (4, ("parallel.tp=2", "parallel.pp=2", "objective.log_z=scalar")),
+    "packed_cp2_distributed": (
+        2,
+        (
+            "parallel.cp=2",
+            "parallel.micro_batch_size=null",
+            "parallel.max_tokens_per_micro_batch=64",
+            "optimizer.distributed=true",
+        ),
+    ),
     "bf16": (1, ("precision.dtype=bf16",)),
     "bf16_distributed_swap": (2, ("precision.dtype=bf16", "optimizer.distributed=true", "model.reference=swap")),
 }

@@ -13,11 +13,15 @@ from tests.distributed.megatron_sessions import config_for, opened_session
 PROMPTS = [[5, 6, 7], [9, 10], [11, 12, 13, 14, 15], [20], [3, 4], [8, 9, 10], [30, 31], [40]]
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
+def write_prompts(folder):
+    path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt_token_ids": tokens}) + "\n" for tokens in PROMPTS))
     return path
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write_prompts(tmp_path)
 
 
 def one_step(config, step: int = 0):
@@ -51,6 +55,7 @@ def loss_of(rows: np.ndarray) -> float:
     return float(column(rows, "loss_term").mean())
 
 
+PACKED = ["parallel.micro_batch_size=null", "parallel.max_tokens_per_micro_batch=40"]
 LAYOUTS = {
     "tp2": (2, ["parallel.tp=2"]),
     "tp2_sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
@@ -60,6 +65,8 @@ LAYOUTS = {
     "dp2_distributed": (2, ["optimizer.distributed=true"]),
     "tp2_pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
     "pp2_dp2": (4, ["parallel.pp=2"]),
+    "packed_cp2": (2, [*PACKED, "parallel.cp=2"]),
+    "packed_pp2_dp2": (4, [*PACKED, "parallel.pp=2"]),
     "one_by_one": (1, ["parallel.micro_batch_size=1"]),
     "all_at_once": (1, ["parallel.micro_batch_size=8"]),
     "swap": (1, ["model.reference=swap"]),
@@ -68,12 +75,27 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def step_alone(gloo, tiny_model, tmp_path_factory):
+    """What one process makes of the first step, for each way to log Z'."""
+    folder = tmp_path_factory.mktemp("alone")
+    path = write_prompts(folder)
+    return {
+        log_z: gloo.run(1, one_step, config_for(tiny_model("qwen2"), path, folder / log_z, *common_of(log_z)))[0]
+        for log_z in ("mlp", "group")
+    }
+
+
+def common_of(log_z: str) -> list[str]:
+    return [f"objective.log_z={log_z}", "objective.alpha=2"]
+
+
 @pytest.mark.parametrize("log_z", ["mlp", "group"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradient_norm_do_not_depend_on_the_layout(gloo, tiny_model, prompts, tmp_path, layout, log_z):
-    folder = tiny_model("qwen2")
-    common = [f"objective.log_z={log_z}", "objective.alpha=2"]
-    (alone,) = gloo.run(1, one_step, config_for(folder, prompts, tmp_path / "alone", *common))
+def test_loss_and_gradient_norm_do_not_depend_on_the_layout(
+    gloo, tiny_model, prompts, tmp_path, step_alone, layout, log_z
+):
+    folder, common, alone = tiny_model("qwen2"), common_of(log_z), step_alone[log_z]
     num_ranks, overrides = LAYOUTS[layout]
     config = config_for(folder, prompts, tmp_path / layout, *common, *overrides)
     for rows, grad_norms, log_z_start in gloo.run(num_ranks, one_step, config):

@@ -52,7 +52,18 @@ def test_the_picture_is_megatrons_rank_order():
         (4, ["parallel.pp=4"], ["parallel.pp=4 does not divide num_layers=30", "1, 2, 3, 5, 6, 10, 15 or 30"]),
         (2, ["parallel.pp=2", "parallel.vpp=4"], ["parallel.pp=2 x vpp=4 does not divide num_layers=30"]),
         (2, ["parallel.pp=2", "parallel.vpp=1"], ["no interleaving"]),
-        (2, ["parallel.cp=2"], ["parallel.cp=2", "not supported yet"]),
+        (3, ["parallel.cp=2"], ["3 processes do not hold tp=1 x cp=2 x pp=1 = 2"]),
+        (1, ["parallel.max_tokens_per_micro_batch=4000"], ["has no room", "4096 tokens", "choose 4096 or more"]),
+        (
+            12,
+            [
+                "parallel.cp=4",
+                "parallel.tp=3",
+                "parallel.sequence_parallel=true",
+                "parallel.max_tokens_per_micro_batch=4096",
+            ],
+            ["in multiples of 24; choose 4104 or more"],
+        ),
         (2, ["parallel.ep=2"], ["no supported family has experts"]),
         (3, [], ["dp=3 does not divide the 32 prompts"]),
         (1, ["parallel.micro_batch_size=3"], ["micro_batch_size=3 does not divide the 512 rollouts"]),
@@ -64,6 +75,27 @@ def test_impossible_layouts_are_refused_with_the_reason(world_size, overrides, w
         plan(world_size, *overrides)
     text = "\n".join(caught.value.violations)
     assert all(word in text for word in words), text
+
+
+def test_one_kind_of_micro_batch_at_a_time():
+    with pytest.raises(UserError, match=r"micro_batch_size=4 has no effect because parallel\.max_tokens"):
+        plan(1, "parallel.micro_batch_size=4", "parallel.max_tokens_per_micro_batch=5000")
+    assert plan(1, "parallel.max_tokens_per_micro_batch=5000", "rollout.responses_per_prompt=3").dp == 1
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "sequence", "positions"),
+    [
+        (1, [], 1, 1),
+        (3, ["parallel.tp=3", "parallel.sequence_parallel=true"], 1, 3),
+        (2, ["parallel.cp=2"], 4, 4),
+        (6, ["parallel.cp=2", "parallel.tp=3", "parallel.sequence_parallel=true"], 4, 12),
+    ],
+)
+def test_positions_come_in_multiples_that_every_axis_can_split(world_size, overrides, sequence, positions):
+    layout = plan(world_size, *overrides)
+    assert (layout.sequence_multiple, layout.position_multiple(1)) == (sequence, positions)
+    assert layout.position_multiple(16) % (16 * layout.cp) == 0
 
 
 def test_interleaving_needs_micro_batches_in_multiples_of_pp():

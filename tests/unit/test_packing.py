@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_powerflow.data.packing import Annotated, pack
+from megatron_powerflow.data.bins import BinRule
+from megatron_powerflow.data.packing import Annotated, pack, pack_streams, packed_stream, row_stream
 from megatron_powerflow.data.response_format import format_penalty, last_boxed
 from megatron_powerflow.records import Prompt, Rollout
 
@@ -104,3 +107,83 @@ def test_psi_is_for_responses_without_a_box_outside_exempt_tasks():
     creative = rollout([1], [2], task="creative")
     assert format_penalty(creative, False, psi=-0.5, exempt_tasks=["creative"]) == 0.0
     assert format_penalty(rollout([1], [2]), False, psi=-0.5, exempt_tasks=["creative"]) == -0.5
+
+
+def streams_of(bins, *, max_tokens=32, sequence=1, total=1, uniform=False, cp_rank=0, cp_size=1):
+    return pack_streams(
+        [[Annotated(item) for item in bin] for bin in bins],
+        BinRule(max_tokens, sequence, total, 1),
+        responses_per_prompt=2,
+        drop_truncated=False,
+        uniform=uniform,
+        device=CPU,
+        cp_rank=cp_rank,
+        cp_size=cp_size,
+    )
+
+
+def test_the_examples_of_a_stream():
+    pair = [rollout([7, 8], [9, 2]), rollout([5], [6, 2], index=1)]
+    (batch,) = streams_of([pair])
+    assert batch.tokens.tolist() == [[7, 8, 9, 2], [5, 6, 2, 0]]
+    assert batch.stream.index.tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+    assert batch.stream.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch.stream.pieces == ((0, 4, 0, 4), (4, 7, 4, 7))
+    assert batch.stream.cu_seqlens.tolist() == [0, 4, 7]
+    (batch,) = streams_of([pair], sequence=4, total=4, cp_size=2)
+    assert batch.stream.index.tolist() == [[0, 3, 4, -1]]
+    assert batch.stream.positions.tolist() == [0, 3, 0, 3]
+    assert batch.stream.pieces == ((0, 1, 0, 1), (1, 2, 0, 4), (2, 3, 4, 5), (3, 4, 4, 8))
+    assert batch.stream.key_order.tolist() == [0, 4, 5, 1, 2, 6, 7, 3]
+    assert batch.stream.cu_seqlens.tolist() == [0, 4, 8]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=0, max_size=5),
+    cp_size=st.sampled_from([1, 2, 4]),
+    total_multiple=st.sampled_from([1, 2, 3]),
+)
+def test_ranks_share_a_stream_without_loss_and_see_no_neighbour(lengths, cp_size, total_multiple):
+    """Each token is on one rank, at its own position; a query's keys are those of its sequence up to itself."""
+    multiple = 2 * cp_size if cp_size > 1 else 1
+    row = max(lengths, default=1)
+    padded = [-(-length // multiple) * multiple for length in lengths]
+    total = max(-(-sum(padded) // (multiple * total_multiple)), 1) * multiple * total_multiple
+    parts = [packed_stream(lengths, row, total, multiple, rank, cp_size, CPU) for rank in range(cp_size)]
+    index = torch.cat([part.index[0] for part in parts])
+    positions = torch.cat([part.positions for part in parts])
+    real = index >= 0
+    expected = {number * row + position: position for number, n in enumerate(lengths) for position in range(n)}
+    assert dict(zip(index[real].tolist(), positions[real].tolist(), strict=True)) == expected
+    assert len(index) == total
+    keys = index if cp_size == 1 else index[parts[0].key_order]  # in the order of the stream
+    assert keys[keys >= 0].tolist() == sorted(expected)
+    for part in parts:
+        queries = [query for first, end, _, _ in part.pieces for query in range(first, end)]
+        assert queries == list(range(total // cp_size))
+        for first, end, first_key, end_key in part.pieces:
+            for query in range(first, end):
+                seen = keys[first_key : end_key - (end - 1 - query)].tolist()
+                own = int(part.index[0, query])
+                if own >= 0:
+                    assert seen == list(range(own - int(part.positions[query]), own + 1))
+
+
+def test_context_parallel_ranks_have_equally_many_keys_to_attend_to():
+    def keys_seen(stream):
+        return sum(end_key - first_key - back for a, b, first_key, end_key in stream.pieces for back in range(b - a))
+
+    seen = [keys_seen(row_stream(3, 48, rank, 4, CPU)) for rank in range(4)]
+    assert len(set(seen)) == 1
+    assert sum(seen) == 48 * 49 // 2
+
+
+def test_streams_are_alike_where_the_pipeline_wants_it_and_a_dummy_has_no_rollouts():
+    bins = [[rollout([1] * 5, [5, 6])], [rollout([1], [5], index=1)], []]
+    batches = streams_of(bins, total=2, uniform=True)
+    assert [batch.stream.num_positions for batch in batches] == [8, 8, 8]
+    assert [batch.stream.cu_seqlens.tolist() for batch in batches] == [[0, 7, 8], [0, 2, 8], [0, 8]]
+    dummy = batches[-1]
+    assert dummy.tokens.shape[0] == len(dummy.psi) == len(dummy.annotations) == 0
+    assert (dummy.stream.index == -1).all()
+    assert [batch.stream.num_positions for batch in streams_of(bins, total=2)] == [8, 2, 2]

@@ -1,0 +1,130 @@
+"""Which rollouts share a forward pass? One plan per optimizer update, for all data-parallel ranks at once.
+
+Made of lengths alone, on CPU, so that every rank comes to the same plan: groups are dealt to the ranks by their FLOPs,
+then each rank's rollouts are put into micro-batches of a token budget, the same number of them on every rank.
+
+    groups (FLOPs)  9 5 4 2   --2 ranks, 2 groups each-->   rank 0: 9 2   rank 1: 5 4
+    rollouts of a rank        --budget, FLOPs-->            micro-batches, the heaviest first; empty ones are dummies
+
+Left out: tensors (`packing.py`). Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_powerflow.records import Architecture
+
+
+@dataclass(frozen=True, slots=True)
+class BinRule:
+    """What a micro-batch must be like.
+
+    max_tokens: of all its sequences, padding included. sequence_multiple: each sequence is padded to a multiple of this
+    (2 cp pieces). total_multiple: so is the sum (cp shares that sequence parallelism and FP8 can split).
+    count_multiple: of micro-batches (pp with interleaving).
+    """
+
+    max_tokens: int
+    sequence_multiple: int
+    total_multiple: int
+    count_multiple: int
+
+    @property
+    def capacity(self) -> int:
+        return self.max_tokens // self.total_multiple * self.total_multiple
+
+    def padded(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.sequence_multiple) * self.sequence_multiple
+
+
+@dataclass(frozen=True, slots=True)
+class FlopCount:
+    """FLOPs of one forward pass of a sequence of t tokens: linear * t + quadratic * t^2."""
+
+    linear: float
+    quadratic: float
+
+    def __call__(self, num_tokens: int) -> float:
+        return self.linear * num_tokens + self.quadratic * num_tokens**2
+
+
+def flop_count(architecture: Architecture) -> FlopCount:
+    """Matrix products, 2 FLOPs per weight and token; causal attention, half of 4 * heads * head_dim * t^2 a layer."""
+    a = architecture
+    attention = a.hidden_size * a.head_dim * 2 * (a.num_attention_heads + a.num_query_groups)
+    weights = a.num_layers * (attention + 3 * a.hidden_size * a.ffn_hidden_size) + a.hidden_size * a.vocab_size
+    return FlopCount(2.0 * weights, 2.0 * a.num_layers * a.num_attention_heads * a.head_dim)
+
+
+def plan_update(
+    groups: Sequence[Sequence[int]], dp_size: int, rule: BinRule, flops: FlopCount
+) -> list[list[list[tuple[int, int]]]]:
+    """groups[q][i]: tokens of rollout i of group q. Returns, for each data-parallel rank, its micro-batches as lists of
+    (q, i); equally many on every rank, an empty one being a dummy. Groups stay whole on their rank, and every rank gets
+    equally many of them. dp_size divides the number of groups; no rollout is over the rule's capacity.
+    """
+    assert len(groups) % dp_size == 0 and groups
+    costs = [sum(flops(length) for length in group) for group in groups]
+    ranks = [
+        [(q, i) for q in own for i in range(len(groups[q]))] for own in deal(costs, dp_size, len(groups) // dp_size)
+    ]
+    sizes = [[rule.padded(groups[q][i]) for q, i in own] for own in ranks]
+    assert max(map(max, sizes)) <= rule.capacity, "refused by plan_layout before"
+    fewest = max(len(first_fit(own, rule.capacity)) for own in sizes)
+    count = -(-fewest // rule.count_multiple) * rule.count_multiple
+    plan = []
+    for own, own_sizes in zip(ranks, sizes, strict=True):
+        own_costs = [flops(size) for size in own_sizes]
+        bins = fill_evenly(own_sizes, own_costs, rule.capacity, count)
+        bins.sort(key=lambda bin: (-sum(own_costs[place] for place in bin), bin))
+        plan.append([[own[place] for place in bin] for bin in bins])
+    return plan
+
+
+def deal(costs: Sequence[float], num_shares: int, per_share: int) -> list[list[int]]:
+    """Indices in `num_shares` shares of `per_share`, their costs as even as dealing the dearest first makes them."""
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    totals = [0.0] * num_shares
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        share = min((s for s in range(num_shares) if len(shares[s]) < per_share), key=lambda s: (totals[s], s))
+        shares[share].append(index)
+        totals[share] += costs[index]
+    return [sorted(share) for share in shares]
+
+
+def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: few bins (at most 11/9 of the fewest, plus 6/9), none over capacity."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in _largest_first(sizes):
+        place = next((b for b, free in enumerate(room) if free >= sizes[index]), None)
+        if place is None:
+            bins.append([])
+            room.append(capacity)
+            place = len(bins) - 1
+        bins[place].append(index)
+        room[place] -= sizes[index]
+    return bins
+
+
+def fill_evenly(sizes: Sequence[int], costs: Sequence[float], capacity: int, num_bins: int) -> list[list[int]]:
+    """`num_bins` bins, none over capacity, the costs as even as they come; empty ones where there is too little to fill
+    them. num_bins is at least what `first_fit` needs."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    totals, room = [0.0] * num_bins, [capacity] * num_bins
+    for index in _largest_first(sizes):
+        fitting = [b for b in range(num_bins) if room[b] >= sizes[index]]
+        if not fitting:  # evenness came at the price of room
+            found = first_fit(sizes, capacity)
+            return found + [[] for _ in range(num_bins - len(found))]
+        place = min(fitting, key=lambda b: (totals[b], b))
+        bins[place].append(index)
+        totals[place] += costs[index]
+        room[place] -= sizes[index]
+    return bins
+
+
+def _largest_first(sizes: Sequence[int]) -> list[int]:
+    return sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))

@@ -1,0 +1,205 @@
+"""How do a step's rollouts outlive the step? In a file each, to continue from after a crash or to train on again.
+
+    RUN/rollouts/step_000012.jsonl    first line: what the file is (`Header`); then a line per group of one prompt
+
+Log-probs are fp32 numbers written with all their digits: what is read is what was written, to the last bit. A file
+appears under its name when it is complete, and on disk. Nothing in it is executed.
+
+Left out: who samples and who trains on them (`training/step_rollouts.py`). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.records import Prompt, Rollout
+
+ROLLOUTS_NAME = "rollouts"
+FORMAT = 1
+SHOWN_STEPS = 5  # of those that an error names
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file of rollouts is, without reading it: sizes to compare with a config, and the body's SHA-256."""
+
+    format: int
+    step: int
+    num_prompts: int
+    responses_per_prompt: int
+    vocab_size: int  # of the model that sampled
+    temperature: float
+    longest_prompt: int  # tokens
+    longest_response: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a run can train on: equal group sizes, vocabulary and temperature; lengths up to these."""
+
+    num_prompts: int
+    responses_per_prompt: int
+    vocab_size: int
+    temperature: float
+    longest_prompt: int
+    longest_response: int
+
+
+# field -> (the key of the config that it is compared with, what to do)
+_EQUAL = {
+    "num_prompts": ("rollout.prompts_per_step", "set it to that"),
+    "responses_per_prompt": ("rollout.responses_per_prompt", "set it to that"),
+    "vocab_size": ("the vocabulary of model.hf_path", "rollouts train only models that share their token ids"),
+    "temperature": ("rollout.temperature", "set it to that: log-probs belong to one temperature"),
+}
+_AT_MOST = {"longest_prompt": "rollout.max_prompt_tokens", "longest_response": "rollout.max_response_tokens"}
+
+
+def step_file(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}.jsonl"
+
+
+def find_rollouts(folder: str | Path) -> Path:
+    """The folder of step files that a path means: itself, or a run's `rollouts`. Raises UserError without any."""
+    folder = Path(folder)
+    for candidate in (folder / ROLLOUTS_NAME, folder):
+        if candidate.is_dir() and any(candidate.glob("step_*.jsonl")):
+            return candidate
+    raise UserError(
+        f"rollout.replay={str(folder)!r}: no step_*.jsonl there nor in its {ROLLOUTS_NAME}/; name the folder of a run "
+        "that was made with rollout.save=true"
+    )
+
+
+def write_rollouts(path: Path, rollouts: Sequence[Rollout], *, step: int, vocab_size: int, temperature: float) -> None:
+    """All rollouts of a step, in whole groups of equal size. Raises OSError; nothing is left under `path` then."""
+    ordered = sorted(rollouts, key=lambda rollout: (rollout.slot, rollout.response_index))
+    groups = [list(members) for _, members in groupby(ordered, key=lambda rollout: rollout.slot)]
+    assert groups and len({len(group) for group in groups}) == 1, "whole groups of one size"
+    body = "".join(json.dumps(_group_line(group), ensure_ascii=False) + "\n" for group in groups).encode()
+    header = Header(
+        format=FORMAT,
+        step=step,
+        num_prompts=len(groups),
+        responses_per_prompt=len(groups[0]),
+        vocab_size=vocab_size,
+        temperature=temperature,
+        longest_prompt=max(len(group[0].prompt.token_ids) for group in groups),
+        longest_response=max(len(rollout.response_token_ids) for rollout in ordered),
+        sha256=hashlib.sha256(body).hexdigest(),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(json.dumps(asdict(header)).encode() + b"\n" + body)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_header(path: Path) -> Header:
+    """Raises UserError when there is no such file or it is none of ours."""
+    try:
+        with path.open("rb") as file:
+            values = json.loads(file.readline())
+        header = Header(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: no rollouts that can be read ({' '.join(str(error).split())})") from None
+    if header.format != FORMAT:
+        raise UserError(f"{path}: of format {header.format!r}; this program reads format {FORMAT}")
+    return header
+
+
+def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
+    """By slot, then response_index. Raises UserError when the file is damaged or of another vocabulary."""
+    header = read_header(path)
+    with path.open("rb") as file:
+        file.readline()
+        body = file.read()
+    if hashlib.sha256(body).hexdigest() != header.sha256:
+        raise UserError(f"{path}: damaged: its content does not have the checksum it was written with; sample it again")
+    rollouts = [rollout for line in body.decode().split("\n") if line for rollout in _rollouts_of(json.loads(line))]
+    highest = max(max(r.prompt.token_ids + r.response_token_ids) for r in rollouts)
+    if highest >= vocab_size:
+        raise UserError(f"{path}: token {highest} is outside the model's vocabulary of {vocab_size}")
+    return rollouts
+
+
+def replay_violations(folder: Path, steps: range, wanted: Wanted) -> list[str]:
+    """Why a run cannot train on these files, each reason once; empty when it can. Reads first lines only."""
+    missing = [step for step in steps if not step_file(folder, step).is_file()]
+    found = []
+    if missing:
+        shown = ", ".join(map(str, missing[:SHOWN_STEPS])) + (", ..." if len(missing) > SHOWN_STEPS else "")
+        there = sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
+        found.append(
+            f"rollout.replay={str(folder)!r}: no rollouts of step {shown} (steps {there[0]} to {there[-1]} are there, "
+            f"{len(there)} files); lower run.num_steps or save those steps"
+        )
+    reasons: dict[str, int] = {}  # -> the first step that has it
+    for step in steps:
+        if step in missing:
+            continue
+        try:
+            header = read_header(step_file(folder, step))
+        except UserError as error:
+            found += error.violations
+            continue
+        for reason in _mismatches(header, step, wanted):
+            reasons.setdefault(reason, step)
+    return found + [f"{step_file(folder, step)}: {reason}" for reason, step in reasons.items()]
+
+
+def _mismatches(header: Header, step: int, wanted: Wanted) -> list[str]:
+    found = [] if header.step == step else [f"holds step {header.step}; files keep the name they were written under"]
+    for name, (key, remedy) in _EQUAL.items():
+        theirs, ours = getattr(header, name), getattr(wanted, name)
+        if theirs != ours:
+            found.append(f"{name} is {theirs}, and {key} is {ours}; {remedy}")
+    for name, key in _AT_MOST.items():
+        theirs, ours = getattr(header, name), getattr(wanted, name)
+        if theirs > ours:
+            found.append(f"{name} is {theirs} tokens, over {key}={ours}; raise it")
+    return found
+
+
+def _group_line(group: Sequence[Rollout]) -> dict[str, Any]:
+    assert all(rollout.prompt == group[0].prompt for rollout in group)
+    return {
+        "slot": group[0].slot,
+        "prompt": asdict(group[0].prompt),
+        "responses": [
+            {
+                "response_index": rollout.response_index,
+                "token_ids": rollout.response_token_ids,
+                "log_probs": rollout.rollout_log_probs,
+                "finish_reason": rollout.finish_reason,
+            }
+            for rollout in group
+        ],
+    }
+
+
+def _rollouts_of(line: dict[str, Any]) -> list[Rollout]:
+    values = line["prompt"]
+    prompt = Prompt(**{**values, "token_ids": tuple(values["token_ids"])})
+    return [
+        Rollout(
+            prompt=prompt,
+            slot=line["slot"],
+            response_index=response["response_index"],
+            response_token_ids=tuple(response["token_ids"]),
+            rollout_log_probs=tuple(response["log_probs"]),
+            finish_reason=response["finish_reason"],
+        )
+        for response in line["responses"]
+    ]

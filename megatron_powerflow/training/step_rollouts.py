@@ -1,0 +1,86 @@
+"""Where do a step's rollouts come from? The engine, the file of a step saved before, or another run's files.
+
+    rollout.replay=DIR     DIR/step_*.jsonl, and no engine
+    rollout.save=true      RUN/rollouts/step_*.jsonl where a run that broke off had this step's rollouts in hand already
+    otherwise              the engine; with rollout.save=true also into that file, before anything is made of them
+
+In sampling the context-parallel ranks of a replica are replicas of their own: they divide its prompts among them.
+
+Left out: the format (`rollout/saved.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.collectives import broadcast_object, every_rollout, first_failure
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.records import Prompt, Rollout, SamplingParams
+from megatron_powerflow.rollout.engine import Progress
+from megatron_powerflow.rollout.saved import ROLLOUTS_NAME, read_rollouts, step_file, write_rollouts
+from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.setup import Session
+
+
+def step_rollouts(
+    plan: Plan,
+    session: Session,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    progress: Progress | None = None,
+) -> list[Rollout]:
+    """Rollouts of this replica's share of the step's prompts, by slot, then response; alike on all its ranks.
+
+    Collective. Raises UserError when a saved file is damaged, or cannot be written.
+    """
+    groups, step = session.groups, sampling.step
+    if plan.replay_from is not None:
+        return _share(read_rollouts(step_file(plan.replay_from, step), plan.architecture.vocab_size), plan, groups)
+    own_file = step_file(plan.run_folder / ROLLOUTS_NAME, step)
+    if plan.config.rollout.save and broadcast_object(groups.is_main and _holds(own_file, prompts, plan), groups):
+        return _share(read_rollouts(own_file, plan.architecture.vocab_size), plan, groups)
+    share = plan.share_of(prompts, groups.dp_rank)[groups.cp_rank :: groups.cp_size]
+    rollouts = session.engine.generate(share, sampling, progress) if share else []
+    if groups.cp_size == 1 and not plan.config.rollout.save:
+        return rollouts
+    everyone = every_rollout(rollouts, groups, shared_over_cp=True)
+    if plan.config.rollout.save:
+        _save(own_file, everyone, plan, groups, step)
+    return _share(everyone, plan, groups)
+
+
+def _share(rollouts: Sequence[Rollout], plan: Plan, groups: Groups) -> list[Rollout]:
+    """Those of the slots that `Plan.share_of` gives this data-parallel rank."""
+    slots = {slot for slot, _ in plan.share_of(range(plan.config.rollout.prompts_per_step), groups.dp_rank)}
+    return [rollout for rollout in rollouts if rollout.slot in slots]
+
+
+def _holds(path: Path, prompts: Sequence[Prompt], plan: Plan) -> bool:
+    """A try that broke off got as far as this step's rollouts: whole, and of these prompts."""
+    if not path.is_file():
+        return False
+    try:
+        rollouts = read_rollouts(path, plan.architecture.vocab_size)
+    except UserError:
+        return False  # sampled and written anew
+    size = plan.config.rollout.responses_per_prompt
+    return [rollout.prompt for rollout in rollouts] == [prompt for prompt in prompts for _ in range(size)]
+
+
+def _save(path: Path, rollouts: Sequence[Rollout], plan: Plan, groups: Groups, step: int) -> None:
+    failure: Exception | None = None
+    if groups.is_main:
+        try:
+            write_rollouts(
+                path,
+                rollouts,
+                step=step,
+                vocab_size=plan.architecture.vocab_size,
+                temperature=plan.config.rollout.temperature,
+            )
+        except OSError as error:
+            failure = error
+    if text := first_failure(failure, groups):
+        raise UserError(f"{path}: the rollouts could not be written ({text}); free space on that disk and start again")

@@ -1,0 +1,103 @@
+"""The plan of an update's micro-batches: whole groups, within the budget, even, and the same for everyone."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_powerflow.data.bins import BinRule, FlopCount, deal, fill_evenly, first_fit, flop_count, plan_update
+from tests.unit.test_layout import ARCHITECTURE
+
+FLOPS = FlopCount(linear=10.0, quadratic=1.0)
+
+
+def rule_of(max_tokens=64, sequence=1, total=1, count=1) -> BinRule:
+    return BinRule(max_tokens, sequence, total, count)
+
+
+@st.composite
+def updates(draw):
+    """(groups, dp_size, rule) with rollouts within the budget."""
+    dp_size = draw(st.sampled_from([1, 2, 3, 4]))
+    cp = draw(st.sampled_from([1, 2]))
+    sequence = 2 * cp if cp > 1 else 1
+    total = sequence * draw(st.sampled_from([1, 2, 4]))
+    rule = rule_of(draw(st.integers(64, 200)), sequence, total, draw(st.sampled_from([1, 2, 4])))
+    size = draw(st.integers(1, 5))
+    longest = rule.capacity // sequence * sequence
+    group = st.lists(st.integers(1, longest), min_size=size, max_size=size)
+    number = dp_size * draw(st.integers(1, 4))
+    return draw(st.lists(group, min_size=number, max_size=number)), dp_size, rule
+
+
+@given(updates())
+def test_every_rollout_once_groups_whole_and_nothing_over_the_budget(case):
+    groups, dp_size, rule = case
+    plan = plan_update(groups, dp_size, rule, FLOPS)
+    assert len(plan) == dp_size
+    everyone = [item for rank in plan for bin in rank for item in bin]
+    assert sorted(everyone) == [(q, i) for q, group in enumerate(groups) for i in range(len(group))]
+    assert len({len(rank) for rank in plan}) == 1
+    assert len(plan[0]) % rule.count_multiple == 0
+    for rank in plan:
+        mine = {q for bin in rank for q, _ in bin}
+        assert len(mine) == len(groups) // dp_size
+        assert sum(len(bin) for bin in rank) == sum(len(groups[q]) for q in mine)  # no group is split
+        for bin in rank:
+            total = sum(-(-groups[q][i] // rule.sequence_multiple) * rule.sequence_multiple for q, i in bin)
+            assert -(-total // rule.total_multiple) * rule.total_multiple <= rule.max_tokens
+
+
+@given(updates())
+def test_the_plan_is_a_function_of_the_lengths(case):
+    groups, dp_size, rule = case
+    again = plan_update([list(group) for group in groups], dp_size, rule, FLOPS)
+    assert plan_update(groups, dp_size, rule, FLOPS) == again
+
+
+@given(updates())
+def test_no_more_micro_batches_than_the_worst_rank_needs(case):
+    groups, dp_size, rule = case
+    plan = plan_update(groups, dp_size, rule, FLOPS)
+    needed = max(
+        len(first_fit([rule.padded(groups[q][i]) for bin in rank for q, i in bin], rule.capacity)) for rank in plan
+    )
+    assert needed <= len(plan[0]) < needed + rule.count_multiple
+
+
+@given(st.lists(st.floats(1, 100), min_size=1, max_size=8), st.integers(1, 4))
+def test_groups_are_dealt_in_equal_numbers(costs, num_shares):
+    costs = (costs * num_shares)[: len(costs) * num_shares]
+    shares = deal(costs, num_shares, len(costs) // num_shares)
+    assert sorted(index for share in shares for index in share) == list(range(len(costs)))
+    assert {len(share) for share in shares} == {len(costs) // num_shares}
+
+
+def test_ranks_are_even_in_flops_where_halves_of_the_list_are_not():
+    groups = [[60, 60], [50, 50], [4, 4], [3, 3]]  # contiguous shares: 1 rank does nearly everything
+    plan = plan_update(groups, 2, rule_of(), FLOPS)
+    assert [sorted({q for bin in rank for q, _ in bin}) for rank in plan] == [[0, 3], [1, 2]]
+
+
+def test_the_quadratic_term_counts():
+    """One response of 60 tokens costs more than two of 30."""
+    costs = [FLOPS(60), 2 * FLOPS(30), 2 * FLOPS(29), 0.5]
+    assert deal(costs, 2, 2) == [[0, 3], [1, 2]]
+    assert FLOPS(60) > 2 * FLOPS(30)
+
+
+def test_evenness_gives_way_to_the_budget():
+    sizes = [6, 5, 5, 4]  # longest-first into 2 bins of 10: 6+4, 5+5; by costs that would not fit: 6+5
+    assert fill_evenly(sizes, [1.0, 9.0, 9.0, 1.0], 10, 2) == [[0, 3], [1, 2]]
+
+
+def test_too_few_rollouts_leave_dummies():
+    plan = plan_update([[5], [60]], 1, rule_of(count=4), FLOPS)
+    assert [len(bin) for bin in plan[0]] == [1, 1, 0, 0]
+
+
+def test_flops_of_the_real_model_are_two_per_weight_and_token():
+    """SmolLM2-135M has 134.5 M weights, embedding once."""
+    assert flop_count(ARCHITECTURE).linear / 2 == pytest.approx(134.5e6, rel=0.01)
+    assert flop_count(ARCHITECTURE).quadratic == 2 * 30 * 9 * 64
