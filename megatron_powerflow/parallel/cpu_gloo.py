@@ -28,7 +28,7 @@ class Shim:
     symptom: str
     removal: str
     install: Callable[[], None]
-    needed_from: tuple[int, int] = (0, 16)  # first version of Megatron-Core that fails without it
+    needed_below: tuple[int, int] | None = None  # first version of Megatron-Core that does without it; None: not yet
 
 
 def install(*, leave_out: frozenset[str] = frozenset()) -> None:
@@ -142,6 +142,9 @@ class _NullStream:
     def wait(self, stream=None) -> None:
         pass
 
+    def record_event(self) -> _NullStream:
+        return _NullStream()
+
     def synchronize(self) -> None:
         pass
 
@@ -155,6 +158,27 @@ def _streams() -> None:
 
 def _synchronize() -> None:
     torch.cuda.synchronize = lambda device=None: None
+
+
+def _all_to_all_splits() -> None:
+    import torch.distributed as dist
+
+    original = dist.all_to_all_single
+
+    @functools.wraps(original)
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
+        splits = [
+            sizes.tolist() if torch.is_tensor(sizes) else sizes for sizes in (output_split_sizes, input_split_sizes)
+        ]
+        return original(output, input, *splits, *args, **kwargs)
+
+    dist.all_to_all_single = all_to_all_single
+
+
+def _te_general_gemm() -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None
 
 
 SHIMS: tuple[Shim, ...] = (
@@ -195,11 +219,11 @@ SHIMS: tuple[Shim, ...] = (
     ),
     Shim(
         "streams",
-        "torch.cuda.Stream, Event, stream(), current_stream() in DDP buffers and checkpoint writers",
-        "RuntimeError: Found no NVIDIA driver, when DistributedDataParallel is made",
+        "torch.cuda.Stream, Event, stream(), current_stream() in the token dispatcher of a mixture of experts; in 0.19 "
+        "also in DDP buffers and checkpoint writers",
+        "RuntimeError: Found no NVIDIA driver, when MoEAlltoAllTokenDispatcher or DistributedDataParallel is made",
         "streams are only touched for CUDA tensors upstream",
         _streams,
-        needed_from=(0, 19),
     ),
     Shim(
         "synchronize",
@@ -207,5 +231,20 @@ SHIMS: tuple[Shim, ...] = (
         "AssertionError: Torch not compiled with CUDA enabled, after a batched send/receive",
         "synchronisation is only asked for CUDA tensors upstream",
         _synchronize,
+    ),
+    Shim(
+        "all_to_all_splits",
+        "tensor_parallel.mappings._AllToAll hands its split sizes on as the token dispatcher has them: CPU tensors",
+        "TypeError of all_to_all_single, which takes lists of int, in the first layer with ep > 1",
+        "the dispatcher makes lists of the sizes upstream, as it makes NumPy arrays of those that were on a GPU",
+        _all_to_all_splits,
+    ),
+    Shim(
+        "te_general_gemm",
+        "transformer.moe.moe_utils.te_general_gemm: read where Transformer Engine is absent, defined where it is not",
+        "NameError in the router of a mixture of experts",
+        "Megatron-Core 0.19, which defines it as None, is the oldest one supported",
+        _te_general_gemm,
+        needed_below=(0, 19),
     ),
 )
