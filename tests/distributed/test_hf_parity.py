@@ -120,6 +120,13 @@ def test_sequence_parallelism_changes_nothing(gloo, tiny_model, family):
     assert compare(gloo, tiny_model(family), 2, 2, sequence_parallel=True) < TOLERANCE
 
 
+def test_normalized_router_weights_are_hugging_faces(gloo, tiny_model, record_property):
+    """Qwen3's released mixtures normalize; the one above does not."""
+    worst = compare(gloo, tiny_model("qwen3_moe", norm_topk_prob=True), 1, 1)
+    record_property("max_abs_difference", worst)
+    assert worst < TOLERANCE
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (1, 2), (3, 1)])
 def test_smollm2_equals_hugging_face(gloo, smollm2, record_property, tp, pp):
     worst = compare(gloo, smollm2, tp, pp)
