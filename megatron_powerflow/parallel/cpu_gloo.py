@@ -175,6 +175,39 @@ def _all_to_all_splits() -> None:
     dist.all_to_all_single = all_to_all_single
 
 
+def _uneven_shards() -> None:
+    import torch.distributed as dist
+
+    original_gather, original_scatter = dist.all_gather, dist.reduce_scatter
+
+    @functools.wraps(original_gather)
+    def all_gather(tensor_list, tensor, group=None, async_op=False):
+        sizes = [part.shape[0] if part.dim() else 1 for part in tensor_list]
+        if len(set(sizes)) == 1:
+            return original_gather(tensor_list, tensor, group, async_op)
+        assert not async_op
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        everyone = [torch.empty_like(padded) for _ in sizes]
+        original_gather(everyone, padded, group)
+        for part, whole in zip(tensor_list, everyone, strict=True):
+            part.copy_(whole[: part.shape[0]])
+        return None
+
+    @functools.wraps(original_scatter)
+    def reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        sizes = [part.shape[0] if part.dim() else 1 for part in input_list]
+        if len(set(sizes)) == 1:
+            return original_scatter(output, input_list, op, group, async_op)
+        assert not async_op
+        whole = torch.cat(list(input_list))
+        dist.all_reduce(whole, op=op, group=group)
+        output.copy_(whole.split(sizes)[dist.get_rank(group)])
+        return None
+
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+
+
 def _te_general_gemm() -> None:
     from megatron.core.transformer.moe import moe_utils
 
@@ -238,6 +271,14 @@ SHIMS: tuple[Shim, ...] = (
         "TypeError of all_to_all_single, which takes lists of int, in the first layer with ep > 1",
         "the dispatcher makes lists of the sizes upstream, as it makes NumPy arrays of those that were on a GPU",
         _all_to_all_splits,
+    ),
+    Shim(
+        "uneven_shards",
+        "tensor_parallel.mappings: all_gather and reduce_scatter of unequal shards, as the token dispatcher needs them "
+        "with tp > 1 and ep > 1; NCCL can, gloo wants equal ones",
+        "RuntimeError: ProcessGroupGloo::allgather: invalid tensor size, in the first layer with experts",
+        "gloo takes unequal shards, or the dispatcher pads them",
+        _uneven_shards,
     ),
     Shim(
         "te_general_gemm",
