@@ -193,11 +193,12 @@ def _fitting(state: dict, wanted: dict, saved: dict) -> dict:
     if (0 in wanted) == (0 in saved):
         return state
     then = _innermost(saved.get(0, saved))
-    parts = {number: state[number] for number in (0, 1)} if 0 in wanted else {0: state}
+    parts = {number: state.pop(number) for number in (0, 1)}
+    parts = parts if 0 in wanted else {0: state}
     for number, part in parts.items():
         mine, now = wanted.get(number, wanted), _innermost(part)
-        found = now.get("param_groups", [{}] * len(then["param_groups"]))  # the numbers of the parameters, or nothing
         own = _innermost(mine)["param_groups"]
+        found = now.get("param_groups") or [{}] * len(own)  # which parameters; nothing for a distributed optimizer
         steps = {key: value for key, value in then["param_groups"][0].items() if key == "step"}
         now["param_groups"] = [{**group, **steps, **params} for group, params in zip(own, found, strict=True)]
         if "common_step" in then.get("state", {}):
