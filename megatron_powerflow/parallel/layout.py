@@ -79,8 +79,8 @@ class Layout:
             lines.append(f"  ... {self.dp - max_rows} more")
         if self.ep > 1:
             sets = self.expert_ranks
-            shown = " | ".join(" ".join(map(str, ranks)) for ranks in sets[:max_rows])
-            lines.append(f"  experts  {shown}" + (" | ..." if len(sets) > max_rows else ""))
+            shown = [" ".join(map(str, ranks)) for ranks in sets[:3]] + ["..."] * (len(sets) > 3)
+            lines.append(f"  experts  {' | '.join(shown)}")
         return "\n".join(lines)
 
 
