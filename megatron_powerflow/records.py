@@ -31,6 +31,20 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in the place of every layer's MLP; Architecture.ffn_hidden_size is that of one expert.
+
+    Each token goes to the per_token experts with the highest router logits. Their weights are the softmax over all
+    experts (normalized False), or that divided by its sum over the chosen ones (True).
+    Example: Mixtral-8x7B 8, 2, True.
+    """
+
+    num: int
+    per_token: int
+    normalized: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """Everything about a model that decides its computation, read from its own config.json.
 
@@ -41,7 +55,7 @@ class Architecture:
     family: str
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int  # of one expert, where there are experts
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
@@ -54,6 +68,7 @@ class Architecture:
     max_positions: int
     # tokens a position may look back, itself included; None: no limit
     sliding_window: int | None
+    experts: Experts | None = None  # None: one MLP per layer
 
 
 @dataclass(frozen=True, slots=True)

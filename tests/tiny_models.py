@@ -32,8 +32,12 @@ FAMILY_DEFAULTS = {
     "mistral": {"tie_word_embeddings": False, "sliding_window": None, "head_dim": 16},
     "qwen2": {"tie_word_embeddings": True, "vocab_size": 307},
     "qwen3": {"tie_word_embeddings": False, "head_dim": 20},
+    # the router's two softmaxes: over all experts (norm_topk_prob false), over the chosen ones (Mixtral)
+    "qwen3_moe": {"head_dim": 20, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 FAMILIES = tuple(FAMILY_DEFAULTS)
+MIXTURES = ("qwen3_moe", "mixtral")
 
 
 def make_tiny_model(

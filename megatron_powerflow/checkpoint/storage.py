@@ -89,10 +89,11 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> Progress:
     sharded = _sharded_state(trainable, groups, is_loading=True)
     try:
         state = dist_checkpointing.load(sharded, str(checkpoint / POLICY_NAME))
+        saved = dist_checkpointing.load_common_state_dict(str(checkpoint / POLICY_NAME))
     except IO_ERRORS as error:
         raise UserError(f"{checkpoint}: cannot be loaded: {' '.join(str(error).split())[:500]}") from error
     _load_chunks(trainable.chunks, state)
-    _load_optimizer(trainable, state["optimizer"])
+    _load_optimizer(trainable, _fitting(state["optimizer"], sharded["optimizer"], saved["optimizer"]))
     if trainable.head is not None:
         _load_head(checkpoint / HEAD_FILE, trainable)
     return progress
@@ -182,6 +183,36 @@ def _init_optimizer_state(trainable: Trainable) -> None:
                 }
 
 
+def _fitting(state: dict, wanted: dict, saved: dict) -> dict:
+    """The optimizer's loaded state in the shape that this run's optimizer has.
+
+    Experts that are spread over ranks have an optimizer of their own: with ep > 1 there are two states {0: ..., 1: ...}
+    where there is one otherwise. The moments are found by the names of the parameters either way. What is stored beside
+    them is, but for the count of steps, the config's: taken from `wanted`, this run's own, where the shapes differ.
+    """
+    if (0 in wanted) == (0 in saved):
+        return state
+    then = _innermost(saved.get(0, saved))
+    parts = {number: state.pop(number) for number in (0, 1)}
+    parts = parts if 0 in wanted else {0: state}
+    for number, part in parts.items():
+        mine, now = wanted.get(number, wanted), _innermost(part)
+        own = _innermost(mine)["param_groups"]
+        found = now.get("param_groups") or [{}] * len(own)  # which parameters; nothing for a distributed optimizer
+        steps = {key: value for key, value in then["param_groups"][0].items() if key == "step"}
+        now["param_groups"] = [{**group, **steps, **params} for group, params in zip(own, found, strict=True)]
+        if "common_step" in then.get("state", {}):
+            now["state"]["common_step"] = then["state"]["common_step"]
+        if "param_state_sharding_type" in mine:
+            part["param_state_sharding_type"] = mine["param_state_sharding_type"]
+    return parts if 0 in wanted else parts[0]
+
+
+def _innermost(state: dict) -> dict:
+    """torch's own state of a part of Megatron's optimizer; made where nothing of it was loaded yet."""
+    return state if "param_groups" in state or "state" in state else state.setdefault("optimizer", {})
+
+
 def _load_optimizer(trainable: Trainable, state: dict) -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -193,16 +224,15 @@ def _load_optimizer(trainable: Trainable, state: dict) -> None:
     # Upstream, with torch's AdamW: DistributedOptimizer looks for `step` beside the moments of each parameter, where it
     # is not stored (KeyError), and hands one tensor to all parameters, who then all count it up. So: everything else
     # first, the moments without `step`, and a `step` of its own for each. Remove when both are mended upstream.
-    assert len(parts) == 1, "expert parameters have an optimizer of their own; no family has experts yet"
-    (part,) = parts
-    moments = state.pop("param_state")
-    state.pop("param_state_sharding_type")
-    part.load_state_dict(state)
-    steps = {parameter: values.pop("step") for parameter, values in part.optimizer.state.items()}
-    with torch.no_grad():
-        part.load_parameter_state_from_fully_reshardable(moments)
-    for parameter, step in steps.items():
-        part.optimizer.state[parameter]["step"] = step.clone()
+    for part, own in zip(parts, [state] if len(parts) == 1 else [state[i] for i in range(len(parts))], strict=True):
+        moments = own.pop("param_state")
+        own.pop("param_state_sharding_type")
+        part.load_state_dict(own)
+        steps = {parameter: values.pop("step") for parameter, values in part.optimizer.state.items()}
+        with torch.no_grad():
+            part.load_parameter_state_from_fully_reshardable(moments)
+        for parameter, step in steps.items():
+            part.optimizer.state[parameter]["step"] = step.clone()
 
 
 def _save_head(path: Path, trainable: Trainable) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_powerflow.conversion.ops import Op
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.records import Architecture, Rope
+from megatron_powerflow.records import Architecture, Experts, Rope
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ class Family:
 
     model_type: the `model_type` of config.json; chosen by equality, never by a part of a name.
     defaults: what transformers assumes where the file is silent.
-    must_be: field -> the one value we compute; any other value is refused by name.
+    must_be: field -> the one value we compute; any other value is refused by name (null, false, 0 and [] are one).
     overrides: (fields of the file) -> Architecture fields that differ from the common reading.
     ops: one list, two directions: tensors of a layer, and those outside the layers.
+    sizes: fields that must be whole numbers beside the common ones.
     """
 
     model_type: str
@@ -37,6 +38,7 @@ class Family:
     overrides: Callable[[Mapping[str, Any]], dict[str, Any]]
     layer_ops: tuple[Op, ...]
     model_ops: tuple[Op, ...]
+    sizes: tuple[str, ...] = ()
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
     violations = [
         f"{folder / 'config.json'}: {key}={fields[key]!r} is not supported for {model_type}; only {value!r} is"
         for key, value in family.must_be.items()
-        if fields.get(key, value) != value
+        if (fields.get(key, value) or None) != (value or None)
     ]
     if set(fields.get("layer_types") or ()) - {"full_attention"}:
         violations.append(f"{folder / 'config.json'}: layer_types other than full_attention are not supported")
@@ -77,12 +79,15 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
             f"{folder / 'config.json'}: the weights are quantized (quantization_config); "
             "give the folder of the unquantized model"
         )
-    missing = [key for key in _REQUIRED if not isinstance(fields.get(key), int)]
+    missing = [key for key in (*_REQUIRED, *family.sizes) if not isinstance(fields.get(key), int)]
     violations += [f"{folder / 'config.json'}: {key} is missing or not a whole number" for key in missing]
     rope = _read_rope(fields, folder / "config.json", violations)
     if violations:
         raise UserError(violations)
-    return _architecture(fields, family, rope, folder / "config.json"), family
+    architecture = _architecture(fields, family, rope, folder / "config.json")
+    if found := _expert_violations(architecture.experts):
+        raise UserError([f"{folder / 'config.json'}: {violation}" for violation in found])
+    return architecture, family
 
 
 _REQUIRED = (
@@ -117,6 +122,16 @@ def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: P
         "sliding_window": None,
     }
     return Architecture(**{**common, **family.overrides(fields)})
+
+
+def _expert_violations(experts: Experts | None) -> list[str]:
+    if experts is None:
+        return []
+    if not isinstance(experts.num, int) or not 1 <= experts.per_token <= experts.num:
+        return [f"num_experts_per_tok={experts.per_token} of {experts.num} experts; it must be 1 to {experts.num}"]
+    if experts.normalized and experts.per_token == 1:
+        return ["num_experts_per_tok=1 with normalized router weights is not supported: every weight is 1"]
+    return []
 
 
 def _read_rope(fields: Mapping[str, Any], path: Path, violations: list[str]) -> Rope:

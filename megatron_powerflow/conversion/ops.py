@@ -28,11 +28,14 @@ class TensorSource(Protocol):
 
 
 class Op(Protocol):
-    """megatron: name of the parameter, within its layer or the model; {layer} in HF names is the global layer."""
+    """megatron: name of the parameter, within its layer or the model; {layer} in HF names is the global layer.
+
+    A tensor that each expert has one of says {expert} in both: the global number of the expert, from 0.
+    """
 
     megatron: str
 
-    def hf_names(self, layer: int | None) -> tuple[str, ...]: ...
+    def hf_names(self, layer: int | None, expert: int | None = None) -> tuple[str, ...]: ...
 
     def hf_shapes(self, architecture: Architecture) -> tuple[tuple[int, ...], ...]: ...
 
@@ -60,17 +63,19 @@ class ShardShape:
 
 @dataclass(frozen=True)
 class Replicated:
-    """The same tensor on every rank: norms. Size by name of the Architecture field."""
+    """The same tensor on every rank: norms, [size], and routers, [experts, size]. size: an Architecture field."""
 
     megatron: str
     hf: str
     size: str = "hidden_size"
+    per_expert: bool = False
 
-    def hf_names(self, layer):
-        return (self.hf.format(layer=layer),)
+    def hf_names(self, layer, expert=None):
+        return (self.hf.format(layer=layer, expert=expert),)
 
     def hf_shapes(self, architecture):
-        return ((getattr(architecture, self.size),),)
+        size = getattr(architecture, self.size)
+        return ((architecture.experts.num, size) if self.per_expert else (size,),)
 
     def shard(self, source, names, shape):
         return source.read(names[0])
@@ -92,8 +97,8 @@ class Rows:
             return architecture.num_attention_heads * architecture.head_dim
         return architecture.ffn_hidden_size
 
-    def hf_names(self, layer):
-        return (self.hf.format(layer=layer),)
+    def hf_names(self, layer, expert=None):
+        return (self.hf.format(layer=layer, expert=expert),)
 
     def hf_shapes(self, architecture):
         return ((architecture.hidden_size, self._in_features(architecture)),)
@@ -115,8 +120,8 @@ class GateUp:
     gate: str
     up: str
 
-    def hf_names(self, layer):
-        return (self.gate.format(layer=layer), self.up.format(layer=layer))
+    def hf_names(self, layer, expert=None):
+        return (self.gate.format(layer=layer, expert=expert), self.up.format(layer=layer, expert=expert))
 
     def hf_shapes(self, architecture):
         return ((architecture.ffn_hidden_size, architecture.hidden_size),) * 2
@@ -148,8 +153,8 @@ class Qkv:
     k: str
     v: str
 
-    def hf_names(self, layer):
-        return tuple(name.format(layer=layer) for name in (self.q, self.k, self.v))
+    def hf_names(self, layer, expert=None):
+        return tuple(name.format(layer=layer, expert=expert) for name in (self.q, self.k, self.v))
 
     def hf_shapes(self, architecture):
         tail = () if self.megatron.endswith("bias") else (architecture.hidden_size,)
@@ -186,7 +191,7 @@ class VocabRows:
     megatron: str
     hf: str
 
-    def hf_names(self, layer):
+    def hf_names(self, layer, expert=None):
         return (self.hf,)
 
     def hf_shapes(self, architecture):

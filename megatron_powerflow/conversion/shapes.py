@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_powerflow.conversion.hf_config import Family
 from megatron_powerflow.conversion.ops import Op
 from megatron_powerflow.records import Architecture
@@ -15,12 +17,22 @@ def is_embedding(op: Op) -> bool:
     return op.megatron == "embedding.word_embeddings.weight"
 
 
+def experts_of(op: Op, architecture: Architecture) -> Sequence[int | None]:
+    """The experts that have a tensor of this operation each; [None] where it is the layer's own."""
+    return range(architecture.experts.num) if "{expert}" in op.megatron else [None]
+
+
 def expected_tensors(architecture: Architecture, family: Family) -> dict[str, tuple[int, ...]]:
     """Every HF tensor with its shape. A tied output weight is no tensor of its own."""
-    ops = [(op, None) for op in family.model_ops if not (architecture.tied_embeddings and is_output(op))]
-    ops += [(op, layer) for layer in range(architecture.num_layers) for op in family.layer_ops]
+    ops = [(op, None, None) for op in family.model_ops if not (architecture.tied_embeddings and is_output(op))]
+    ops += [
+        (op, layer, expert)
+        for layer in range(architecture.num_layers)
+        for op in family.layer_ops
+        for expert in experts_of(op, architecture)
+    ]
     return {
         name: shape
-        for op, layer in ops
-        for name, shape in zip(op.hf_names(layer), op.hf_shapes(architecture), strict=True)
+        for op, layer, expert in ops
+        for name, shape in zip(op.hf_names(layer, expert), op.hf_shapes(architecture), strict=True)
     }

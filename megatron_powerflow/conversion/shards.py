@@ -1,8 +1,8 @@
 """Which rank holds which tensor, and how do the shards of all ranks become HF tensors again?
 
 `load_from_hf` fills the parameters of this rank's model chunks from just the slices it needs.
-`export_to_hf` writes an HF folder: each pipeline stage its own shard files, in parallel, no rank ever
-holding more than one gathered tensor and one shard file.
+`export_to_hf` writes an HF folder: each pipeline stage, and each holder of experts, its own shard files, in
+parallel, no rank ever holding more than one gathered tensor and one shard file.
 
 Left out: the operations themselves (`ops.py`), the files (`hf_files.py`).
 """
@@ -45,14 +45,19 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Placement:
-    """One local parameter, the operation that fills it and the global layer it belongs to (None: no layer)."""
+    """One local parameter, the operation that fills it, the global layer and expert it belongs to (None: to none)."""
 
     parameter: nn.Parameter
     op: Op
     layer: int | None
+    expert: int | None = None
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return self.op.hf_names(self.layer, self.expert)
 
 
-def placements(chunks: Sequence[nn.Module], family: Family) -> Iterator[Placement]:
+def placements(chunks: Sequence[nn.Module], family: Family, ep_rank: int) -> Iterator[Placement]:
     """Every parameter of this rank's chunks, in order. A parameter no operation names is a bug."""
     layer_ops = {op.megatron: op for op in family.layer_ops}
     model_ops = {op.megatron: op for op in family.model_ops}
@@ -64,10 +69,14 @@ def placements(chunks: Sequence[nn.Module], family: Family) -> Iterator[Placemen
                 yield Placement(parameter, model_ops[name], None)
                 continue
             suffix = FUSED_NORM_NAMES.get(match[2], match[2])
+            layer = chunk.decoder.layers[int(match[1])]
+            expert = None
+            if local := re.search(r"(?<=local_experts\.)\d+", suffix):
+                expert = ep_rank * layer.mlp.num_local_experts + int(local[0])
+                suffix = suffix[: local.start()] + "{expert}" + suffix[local.end() :]
             assert suffix in layer_ops, f"no operation fills {name} in family {family.model_type}"
             # layer_number counts from 1 over the whole model
-            layer = chunk.decoder.layers[int(match[1])].layer_number - 1
-            yield Placement(parameter, layer_ops[suffix], layer)
+            yield Placement(parameter, layer_ops[suffix], layer.layer_number - 1, expert)
 
 
 def open_checked(folder: str | Path, architecture: Architecture, family: Family) -> SafetensorsFolder:
@@ -84,8 +93,8 @@ def load_from_hf(
 ) -> None:
     """Fill the parameters of `chunks` in place, casting to their dtype. Reads this rank's slices only."""
     shape = _shard_shape(chunks, architecture, groups)
-    for placed in placements(chunks, family):
-        names = placed.op.hf_names(placed.layer)
+    for placed in placements(chunks, family, groups.ep_rank):
+        names = placed.hf_names
         if architecture.tied_embeddings and is_output(placed.op):
             # the last stage's own copy of a tied embedding (pp > 1)
             names = next(op for op in family.model_ops if is_embedding(op)).hf_names(None)
@@ -102,18 +111,18 @@ def hf_tensors(
     """HF tensors of this rank's stage, one parameter gathered at a time. Collective over tp_group.
 
     Yields on tensor-parallel rank 0; the other ranks only take part. A tied output weight belongs to the
-    first stage and is skipped here.
+    first stage and is skipped here. Beyond expert-parallel rank 0 only the experts come: the rest is the same there.
     """
     shape = _shard_shape(chunks, architecture, groups)
-    for placed in placements(chunks, family):
-        if architecture.tied_embeddings and is_output(placed.op):
+    for placed in placements(chunks, family, groups.ep_rank):
+        if (architecture.tied_embeddings and is_output(placed.op)) or (groups.ep_rank and placed.expert is None):
             continue
         shards = [placed.parameter.detach()]
         if groups.tp_size > 1:
             shards = [torch.empty_like(placed.parameter) for _ in range(groups.tp_size)]
             dist.all_gather(shards, placed.parameter.detach().contiguous(), group=groups.tp)
         if groups.tp_rank == 0:
-            yield from zip(placed.op.hf_names(placed.layer), placed.op.merge(shards, shape), strict=True)
+            yield from zip(placed.hf_names, placed.op.merge(shards, shape), strict=True)
 
 
 def export_to_hf(
@@ -142,8 +151,9 @@ def export_to_hf(
 
     file_of: dict[str, str] = {}
     total_bytes = 0
-    if groups.dp_rank == groups.cp_rank == 0:
-        writer = SafetensorsWriter(partial, prefix=f"stage-{groups.pp_rank:05d}", max_shard_bytes=max_shard_bytes)
+    if groups.edp_rank == 0:
+        prefix = f"stage-{groups.pp_rank:05d}-{groups.ep_rank:05d}"
+        writer = SafetensorsWriter(partial, prefix=prefix, max_shard_bytes=max_shard_bytes)
         for name, tensor in hf_tensors(chunks, architecture, family, groups):
             if failure is None:  # after a failure only the gathers go on, for the ranks that wait in them
                 failure = _attempt(writer.add, name, tensor)

@@ -2,6 +2,8 @@
 
 The layer spec is Transformer Engine's where it is importable on CUDA, else Megatron's local spec with our
 SDPA core attention and norm. Nothing about a model is written down here: every size comes from config.json.
+
+Left out: experts in one grouped matrix product. Each is an MLP of its own (Megatron's SequentialMLP) everywhere.
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ def transformer_config(
         overlap_p2p_comm=layout.vpp is not None,
         batch_p2p_comm=layout.vpp is None,
         moe_token_dispatcher_type="alltoall",  # read even without experts, and the default refuses variable lengths
+        **_expert_fields(architecture),
         # gradients are sums: the loss already carries 1 / rollouts of the global batch
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
@@ -91,6 +94,22 @@ def transformer_config(
         **recompute,
         **transformer_config_fields(precision),
     )
+
+
+def _expert_fields(architecture: Architecture) -> dict:
+    """Megatron's words for the mixture. No token is dropped; nothing is added to the loss to balance the experts."""
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num,
+        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        # softmax over all experts, then the choice; or the choice, then softmax over the chosen: the normalized weights
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",  # a choice between near-equal experts should not hang on bf16 rounding
+    }
 
 
 def build_chunks(
@@ -136,11 +155,15 @@ def _block_spec(config: TransformerConfig, architecture: Architecture, precision
     if use_transformer_engine(precision):
         from megatron_powerflow.model.te_attention import CachedTEAttention, TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm
+        )
         layer.submodules.self_attention.submodules.core_attention = CachedTEAttention
         norm = TENorm
     else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+        layer = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm, normalization="RMSNorm"
+        )
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = SdpaCoreAttention
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm = RMSNorm

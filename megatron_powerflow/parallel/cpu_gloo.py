@@ -28,7 +28,7 @@ class Shim:
     symptom: str
     removal: str
     install: Callable[[], None]
-    needed_from: tuple[int, int] = (0, 16)  # first version of Megatron-Core that fails without it
+    needed_below: tuple[int, int] | None = None  # first version of Megatron-Core that does without it; None: not yet
 
 
 def install(*, leave_out: frozenset[str] = frozenset()) -> None:
@@ -142,6 +142,9 @@ class _NullStream:
     def wait(self, stream=None) -> None:
         pass
 
+    def record_event(self) -> _NullStream:
+        return _NullStream()
+
     def synchronize(self) -> None:
         pass
 
@@ -155,6 +158,60 @@ def _streams() -> None:
 
 def _synchronize() -> None:
     torch.cuda.synchronize = lambda device=None: None
+
+
+def _all_to_all_splits() -> None:
+    import torch.distributed as dist
+
+    original = dist.all_to_all_single
+
+    @functools.wraps(original)
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
+        splits = [
+            sizes.tolist() if torch.is_tensor(sizes) else sizes for sizes in (output_split_sizes, input_split_sizes)
+        ]
+        return original(output, input, *splits, *args, **kwargs)
+
+    dist.all_to_all_single = all_to_all_single
+
+
+def _uneven_shards() -> None:
+    import torch.distributed as dist
+
+    original_gather, original_scatter = dist.all_gather, dist.reduce_scatter
+
+    @functools.wraps(original_gather)
+    def all_gather(tensor_list, tensor, group=None, async_op=False):
+        sizes = [part.shape[0] if part.dim() else 1 for part in tensor_list]
+        if len(set(sizes)) == 1:
+            return original_gather(tensor_list, tensor, group, async_op)
+        assert not async_op
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        everyone = [torch.empty_like(padded) for _ in sizes]
+        original_gather(everyone, padded, group)
+        for part, whole in zip(tensor_list, everyone, strict=True):
+            part.copy_(whole[: part.shape[0]])
+        return None
+
+    @functools.wraps(original_scatter)
+    def reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        sizes = [part.shape[0] if part.dim() else 1 for part in input_list]
+        if len(set(sizes)) == 1:
+            return original_scatter(output, input_list, op, group, async_op)
+        assert not async_op
+        whole = torch.cat(list(input_list))
+        dist.all_reduce(whole, op=op, group=group)
+        output.copy_(whole.split(sizes)[dist.get_rank(group)])
+        return None
+
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+
+
+def _te_general_gemm() -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None
 
 
 SHIMS: tuple[Shim, ...] = (
@@ -195,11 +252,11 @@ SHIMS: tuple[Shim, ...] = (
     ),
     Shim(
         "streams",
-        "torch.cuda.Stream, Event, stream(), current_stream() in DDP buffers and checkpoint writers",
-        "RuntimeError: Found no NVIDIA driver, when DistributedDataParallel is made",
+        "torch.cuda.Stream, Event, stream(), current_stream() in the token dispatcher of a mixture of experts; in 0.19 "
+        "also in DDP buffers and checkpoint writers",
+        "RuntimeError: Found no NVIDIA driver, when MoEAlltoAllTokenDispatcher or DistributedDataParallel is made",
         "streams are only touched for CUDA tensors upstream",
         _streams,
-        needed_from=(0, 19),
     ),
     Shim(
         "synchronize",
@@ -207,5 +264,28 @@ SHIMS: tuple[Shim, ...] = (
         "AssertionError: Torch not compiled with CUDA enabled, after a batched send/receive",
         "synchronisation is only asked for CUDA tensors upstream",
         _synchronize,
+    ),
+    Shim(
+        "all_to_all_splits",
+        "tensor_parallel.mappings._AllToAll hands its split sizes on as the token dispatcher has them: CPU tensors",
+        "TypeError of all_to_all_single, which takes lists of int, in the first layer with ep > 1",
+        "the dispatcher makes lists of the sizes upstream, as it makes NumPy arrays of those that were on a GPU",
+        _all_to_all_splits,
+    ),
+    Shim(
+        "uneven_shards",
+        "tensor_parallel.mappings: all_gather and reduce_scatter of unequal shards, as the token dispatcher needs them "
+        "with tp > 1 and ep > 1; NCCL can, gloo wants equal ones",
+        "RuntimeError: ProcessGroupGloo::allgather: invalid tensor size, in the first layer with experts",
+        "gloo takes unequal shards, or the dispatcher pads them",
+        _uneven_shards,
+    ),
+    Shim(
+        "te_general_gemm",
+        "transformer.moe.moe_utils.te_general_gemm: read where Transformer Engine is absent, defined where it is not",
+        "NameError in the router of a mixture of experts",
+        "Megatron-Core 0.19, which defines it as None, is the oldest one supported",
+        _te_general_gemm,
+        needed_below=(0, 19),
     ),
 )

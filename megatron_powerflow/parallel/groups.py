@@ -15,8 +15,9 @@ import torch.distributed as dist
 class Groups:
     """Process groups, ranks and device of this process.
 
-    `tp pp cp dp` run on the compute backend (nccl, or gloo on CPU). `control` and `pp_control` are gloo groups
+    `tp pp cp dp ep edp` run on the compute backend (nccl, or gloo on CPU). The `control` groups are gloo groups
     over host memory on every machine: decisions and tokens go there and never queue behind a kernel.
+    `ep`: ranks that hold different experts of one stage; `edp`: ranks that hold the same ones. ep x edp = cp x dp.
     """
 
     rank: int
@@ -27,10 +28,13 @@ class Groups:
     cp: dist.ProcessGroup
     # ranks with other rollouts, the same place in the model and the same part of each sequence
     dp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    edp: dist.ProcessGroup
     # all ranks that hold the same stage: tp x cp x dp
     tp_dp: dist.ProcessGroup
     control: dist.ProcessGroup
     pp_control: dist.ProcessGroup
+    ep_control: dist.ProcessGroup
 
     @property
     def tp_rank(self) -> int:
@@ -63,6 +67,18 @@ class Groups:
     @property
     def dp_size(self) -> int:
         return dist.get_world_size(self.dp)
+
+    @property
+    def ep_rank(self) -> int:
+        return dist.get_rank(self.ep)
+
+    @property
+    def ep_size(self) -> int:
+        return dist.get_world_size(self.ep)
+
+    @property
+    def edp_rank(self) -> int:
+        return dist.get_rank(self.edp)
 
     @property
     def is_first_stage(self) -> bool:

@@ -11,7 +11,7 @@ import logging
 import os
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -131,13 +131,9 @@ def _groups(launch: Launch, layout: Layout, device):
     from megatron_powerflow.parallel.groups import Groups
 
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    pp_control = None
     model_ranks = layout.tp * layout.cp * layout.dp
-    for first in range(model_ranks):  # every rank takes part in making every group
-        ranks = list(range(first, layout.world_size, model_ranks))
-        group = dist.new_group(ranks, backend="gloo", timeout=TIMEOUT)
-        if launch.rank in ranks:
-            pp_control = group
+    pp_control = _gloo_group(launch, [range(i, layout.world_size, model_ranks) for i in range(model_ranks)])
+    ep_control = _gloo_group(launch, layout.expert_ranks)
     return Groups(
         rank=launch.rank,
         world_size=launch.world_size,
@@ -146,10 +142,25 @@ def _groups(launch: Launch, layout: Layout, device):
         pp=parallel_state.get_pipeline_model_parallel_group(),
         cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        edp=parallel_state.get_expert_data_parallel_group(),
         tp_dp=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         control=control,
         pp_control=pp_control,
+        ep_control=ep_control,
     )
+
+
+def _gloo_group(launch: Launch, members: Sequence[Sequence[int]]):
+    """The one of these groups that this rank is in; every rank takes part in making every group."""
+    import torch.distributed as dist
+
+    mine = None
+    for ranks in members:
+        group = dist.new_group(list(ranks), backend="gloo", timeout=TIMEOUT)
+        if launch.rank in ranks:
+            mine = group
+    return mine
 
 
 def _srun_rendezvous() -> tuple[str, int]:

@@ -16,6 +16,9 @@ Ranks count through tp first, then cp, dp, pp (Megatron's order "tp-cp-ep-dp-pp"
               rank 1   . . 2 3 4 5 . .        to and a late one many, so all ranks have equally much to do
 
     dp    what is left: replicas with rollouts of their own. A group of responses is never split over replicas.
+    ep    experts are spread over ep neighbours among the cp x dp ranks of a stage; all else is as without ep, so those
+          ranks still have prompts of their own. With ep=2 above, each stage's ranks 0 2 (and 1 3) hold one half of the
+          experts each, their tp shards of it.
 
 Arithmetic only: no torch, no process groups. Every impossible layout is refused with the reason and the
 nearest possible choices, before any process group exists.
@@ -50,6 +53,16 @@ class Layout:
         return self.tp * self.cp * self.pp * self.dp
 
     @property
+    def expert_ranks(self) -> list[range]:
+        """Ranks among which one set of experts is divided, first part first; one entry per (set, tp rank, stage)."""
+        span = self.tp * self.ep
+        return [
+            range(first + tp_rank, first + span, self.tp)
+            for first in range(0, self.world_size, span)
+            for tp_rank in range(self.tp)
+        ]
+
+    @property
     def num_chunks(self) -> int:
         """Model chunks on each rank: 1, or vpp with interleaving."""
         return self.vpp or 1
@@ -72,6 +85,7 @@ class Layout:
         parts = [f"{name} {getattr(self, name)}" for name in ("tp", "cp", "pp", "dp")]
         extras = [f"vpp {self.vpp}"] if self.vpp else []
         extras += ["sequence parallel"] if self.sequence_parallel else []
+        extras += [f"ep {self.ep} over {'cp x ' if self.cp > 1 else ''}dp"] if self.ep > 1 else []
         return f"{self.world_size} processes = {' x '.join(parts)}" + (f" ({', '.join(extras)})" if extras else "")
 
     def picture(self, max_rows: int = 8) -> str:
@@ -89,6 +103,10 @@ class Layout:
             lines.append(f"  dp {replica:<3} {row}".rstrip())
         if self.dp > max_rows:
             lines.append(f"  ... {self.dp - max_rows} more")
+        if self.ep > 1:
+            sets = self.expert_ranks
+            shown = [" ".join(map(str, ranks)) for ranks in sets[:3]] + ["..."] * (len(sets) > 3)
+            lines.append(f"  experts  {' | '.join(shown)}")
         return "\n".join(lines)
 
 
@@ -126,13 +144,16 @@ def _layout(parallel: ParallelSection, world_size: int) -> Layout:
 
 def _size_violations(parallel: ParallelSection, world_size: int) -> list[str]:
     found = []
-    if parallel.ep > 1:
-        found.append(f"parallel.ep={parallel.ep}: no supported family has experts; use parallel.ep=1")
     model_size = parallel.tp * parallel.cp * parallel.pp
     if world_size % model_size:
         found.append(
             f"{world_size} processes do not hold tp={parallel.tp} x cp={parallel.cp} x pp={parallel.pp} = {model_size}"
             f"; start a multiple of {model_size} processes (torchrun --nproc-per-node), or change parallel.*"
+        )
+    elif (holders := world_size // (parallel.tp * parallel.pp)) % parallel.ep:
+        found.append(
+            f"parallel.ep={parallel.ep} does not divide cp x dp = {holders}, the ranks that experts are spread over; "
+            f"choose {_choices(_divisors(holders))}, or start more processes"
         )
     return found
 
@@ -157,8 +178,28 @@ def model_violations(parallel: ParallelSection, architecture: Architecture) -> l
             f"{architecture.num_layers}; choose pp{' x vpp' if vpp > 1 else ''} among "
             f"{_choices(_divisors(architecture.num_layers))}"
         )
+    found += _expert_violations(parallel, architecture)
     if parallel.vpp == 1:
         found.append("parallel.vpp=1 is no interleaving; remove it, or use 2 or more")
+    return found
+
+
+def _expert_violations(parallel: ParallelSection, architecture: Architecture) -> list[str]:
+    if architecture.experts is None:
+        if parallel.ep > 1:
+            return [f"parallel.ep={parallel.ep}: {architecture.family} has no experts to spread; use parallel.ep=1"]
+        return []
+    found = []
+    if architecture.experts.num % parallel.ep:
+        found.append(
+            f"parallel.ep={parallel.ep} does not divide the {architecture.experts.num} experts; choose "
+            f"{_choices(_divisors(architecture.experts.num))}"
+        )
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        found.append(
+            f"parallel.tp={parallel.tp} with experts needs sequence parallelism (each rank routes its own tokens); "
+            "set parallel.sequence_parallel=true, or use parallel.tp=1"
+        )
     return found
 
 

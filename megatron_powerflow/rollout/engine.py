@@ -21,6 +21,7 @@ class Engine(Protocol):
         """Responses for (slot, prompt) pairs of this data-parallel rank.
 
         Returns responses_per_prompt rollouts for each, by slot, then response_index; the same list on every
-        tensor- and pipeline-parallel rank of the replica. Collective over those ranks.
+        tensor- and pipeline-parallel rank of the replica. Collective over those ranks, and over the replicas that share
+        experts, where one without prompts takes part with an empty list.
         """
         ...

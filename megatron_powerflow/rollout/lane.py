@@ -44,14 +44,14 @@ class Lane:
                 num_rows=len(prompts),
                 num_groups=config.num_query_groups // tp_size,
                 head_dim=config.kv_channels,
-                limit=max(len(prompt.token_ids) for _, prompt in prompts) + sampling.max_response_tokens,
+                limit=max((len(prompt.token_ids) for _, prompt in prompts), default=0) + sampling.max_response_tokens,
                 dtype=config.params_dtype,
                 device=device,
             )
             for chunk in chunks
         ]
         num_rows = len(prompts) * sampling.responses_per_prompt
-        self._uniforms = self._draw(num_rows) if sampling.temperature > 0 else None
+        self._uniforms = self._draw(num_rows) if sampling.temperature > 0 and num_rows else None
         self._tokens = np.zeros((num_rows, sampling.max_response_tokens), dtype=np.int64)
         self._log_probs = np.zeros((num_rows, sampling.max_response_tokens), dtype=np.float32)
         self._lengths = np.zeros(num_rows, dtype=np.int64)

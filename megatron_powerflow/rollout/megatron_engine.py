@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import Progress
+from megatron_powerflow.rollout.in_step import anyone, largest
 from megatron_powerflow.rollout.lane import Lane
 from megatron_powerflow.rollout.sampling import sample_tokens
 
@@ -62,7 +63,8 @@ class MegatronEngine:
         rollouts: list[Rollout] = []
         per_wave = max(1, self._max_rows // sampling.responses_per_prompt)
         total = len(prompts) * sampling.responses_per_prompt
-        for start in range(0, len(prompts), per_wave):
+        num_waves = largest(-(-len(prompts) // per_wave), self._groups)
+        for start in range(0, num_waves * per_wave, per_wave):
             wave = prompts[start : start + per_wave]
             for lane in self._run(self._lanes(wave, sampling), sampling, len(rollouts), total, progress):
                 rollouts += lane.rollouts()
@@ -72,7 +74,7 @@ class MegatronEngine:
 
     def _lanes(self, wave: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> list[Lane]:
         """Up to pp lanes of whole groups, as even as they come, in the order of the prompts."""
-        num_lanes = min(self._groups.pp_size, len(wave))
+        num_lanes = largest(min(self._groups.pp_size, len(wave)), self._groups)
         bounds = [len(wave) * i // num_lanes for i in range(num_lanes + 1)]
         return [
             Lane(wave[bounds[i] : bounds[i + 1]], sampling, self._chunks, self._groups.tp_size, self._groups.device)
@@ -85,12 +87,15 @@ class MegatronEngine:
         while waiting:
             lane = waiting.popleft()
             lane.take_tokens()  # of the previous round, from the last stage
-            if lane.finished:
+            if not anyone(not lane.finished, self._groups):
                 if progress is not None:
                     progress(done + sum(lane.num_finished for lane in lanes), total)
                 continue
-            hidden = self._forward(lane)
-            lane.exchange(self._sample(lane, hidden, sampling), self._groups)
+            if lane.finished:
+                self._idle_pass()
+            else:
+                hidden = self._forward(lane)
+                lane.exchange(self._sample(lane, hidden, sampling), self._groups)
             waiting.append(lane)
             if progress is not None and lane is lanes[0]:
                 progress(done + sum(lane.num_finished for lane in lanes), total)
@@ -114,6 +119,16 @@ class MegatronEngine:
                 self._send(hidden)
                 hidden = None
         return hidden
+
+    def _idle_pass(self) -> None:
+        """A pass of padding alone, for the ranks that share experts with this one: see `in_step.py`."""
+        tokens = torch.zeros(1, self._alignment, dtype=torch.int64, device=self._groups.device)
+        for chunk in self._chunks:
+            if not chunk.pre_process:
+                chunk.set_input_tensor(self._receive(self._alignment))
+            hidden = chunk(tokens, None, None)
+            if not chunk.post_process:
+                self._send(hidden)
 
     def _sample(self, lane: Lane, hidden: Tensor | None, sampling: SamplingParams) -> tuple[Tensor, Tensor] | None:
         """(tokens [rows] int64, log-probs [rows] fp32) of the lane on the last stage; None on the others."""

@@ -34,7 +34,7 @@ def evaluate_held_out(
     groups, section = session.groups, plan.config.evaluation
     sampling = replace(sampling, step=STREAM)
     mine = list(enumerate(plan.evaluation_prompts))[groups.sampler_rank :: groups.num_samplers]
-    rollouts = session.engine.generate(mine, sampling, progress) if mine else []
+    rollouts = session.engine.generate(mine, sampling, progress)
     reports = groups.is_first_stage and groups.tp_rank == 0
     gathered = gather_to_main(rollouts if reports else [], groups)
     if gathered is None:

@@ -108,11 +108,13 @@ def describe(plan: Plan) -> str:
     config, architecture = plan.config, plan.architecture
     rollouts = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
     resumes = f"continues {plan.resume_from.name}" if plan.resume_from else "starts anew"
+    mixture = architecture.experts
+    experts = f" ({mixture.per_token} of {mixture.num} experts a token)" if mixture else ""
     dropped = f", {plan.num_prompts_too_long} too long and dropped" if plan.num_prompts_too_long else ""
     return "\n".join(
         [
             f"model     {architecture.family}, {architecture.num_layers} layers, hidden {architecture.hidden_size}, "
-            f"{num_parameters(architecture) / 1e6:,.1f} M parameters, {config.precision.dtype}",
+            f"{num_parameters(architecture) / 1e6:,.1f} M parameters{experts}, {config.precision.dtype}",
             f"prompts   {len(plan.prompts)} from {config.prompts.path}{dropped}",
             f"step      {config.rollout.prompts_per_step} prompts x {config.rollout.responses_per_prompt} responses = "
             f"{rollouts} rollouts, {config.optimizer.updates_per_rollout} update(s)",

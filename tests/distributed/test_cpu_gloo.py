@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,10 @@ if __name__ == "__main__":
 """
 
 
+# what only a mixture of experts spread over ranks needs; ep=2 with tp=2 takes four of them
+WITH_EXPERTS = {"streams": 2, "all_to_all_splits": 2, "te_general_gemm": 2, "uneven_shards": 4}
+
+
 @pytest.fixture(scope="module")
 def started(gloo, tiny_model, tmp_path_factory) -> Path:
     """A run one step old: bf16, distributed optimizer, two pipeline stages, recomputation. Continuing it loads,
@@ -58,10 +63,27 @@ run: {{num_steps: 1, export: false, output_dir: {folder / "run"}}}
     return folder
 
 
-def continue_without(started: Path, tmp_path: Path, *names: str) -> tuple[int | None, str]:
+@pytest.fixture(scope="module")
+def with_experts(tiny_model, started, tmp_path_factory) -> dict[int, Path]:
+    """Number of processes -> a run of a mixture that has not begun."""
+    folders = {}
+    for num_processes in set(WITH_EXPERTS.values()):
+        folder = folders[num_processes] = tmp_path_factory.mktemp("experts")
+        shutil.copyfile(started / "script.py", folder / "script.py")
+        text = (started / "config.yaml").read_text().replace("llama", "mixtral")
+        text = text.replace(str(started / "run"), str(folder / "run")).replace("recompute: full", "recompute: none")
+        text = re.sub("hf_path: [^,]*", f"hf_path: {tiny_model('mixtral')}", text)
+        split = "tp: 2, sequence_parallel: true, ep: 2" if num_processes == 4 else "ep: 2"
+        text = text.replace("pp: 2", split).replace("prompts_per_step: 1", "prompts_per_step: 2")
+        (folder / "config.yaml").write_text(text)
+        (folder / "run").mkdir()
+    return folders
+
+
+def continue_without(started: Path, tmp_path: Path, *names: str, num_processes: int = 2) -> tuple[int | None, str]:
     """(exit code, stderr) of the continued run; None when it hangs."""
     shutil.copytree(started / "run", tmp_path / "run")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     process = subprocess.Popen(
         [*launcher, str(started / "script.py"), str(started / "config.yaml"), str(tmp_path / "run"), *names],
         stdout=subprocess.DEVNULL,
@@ -88,11 +110,19 @@ def test_with_every_shim_the_run_works(started, tmp_path):
 
 
 @pytest.mark.slow
+def test_with_every_shim_a_mixture_works(with_experts, tmp_path):
+    code, stderr = continue_without(with_experts[4], tmp_path, num_processes=4)
+    assert code == 0, stderr[-3000:]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shim", SHIMS, ids=lambda shim: shim.name)
-def test_without_a_shim_the_run_fails(started, tmp_path, shim):
-    if shim.needed_from > MEGATRON_VERSION:
-        pytest.skip(f"needed from Megatron-Core {shim.needed_from} on")
-    code, _ = continue_without(started, tmp_path, shim.name)
+def test_without_a_shim_the_run_fails(started, with_experts, tmp_path, shim):
+    if shim.needed_below is not None and shim.needed_below <= MEGATRON_VERSION:
+        pytest.skip(f"Megatron-Core {shim.needed_below} and later do without it")
+    num_processes = WITH_EXPERTS.get(shim.name, 2)
+    run = with_experts[num_processes] if shim.name in WITH_EXPERTS else started
+    code, _ = continue_without(run, tmp_path, shim.name, num_processes=num_processes)
     assert code != 0, f"{shim.name} is not needed any more: remove it"
 
 

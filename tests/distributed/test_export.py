@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.distributed.megatron_sessions import run_training
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, MIXTURES
 
 
-def export_untrained(model: str, out: str, tp: int, pp: int, max_shard_bytes: int = 10**9) -> None:
+def export_untrained(model: str, out: str, max_shard_bytes: int = 10**9, **parallel) -> None:
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
     from megatron_powerflow.conversion.families import FAMILIES as families
     from megatron_powerflow.conversion.hf_config import read_architecture
@@ -23,7 +23,7 @@ def export_untrained(model: str, out: str, tp: int, pp: int, max_shard_bytes: in
 
     launch = read_launch()
     architecture, family = read_architecture(model, families)
-    layout = inference_layout(ParallelSection(tp=tp, pp=pp), architecture, launch.world_size)
+    layout = inference_layout(ParallelSection(**parallel), architecture, launch.world_size)
     with initialized(layout, launch, seed=0) as groups:
         precision = PrecisionSection(dtype="fp32")
         chunks = build_policy(architecture, family, layout, ModelSection(hf_path=model), precision, groups)
@@ -48,14 +48,28 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("tp", "pp", "max_shard_bytes"), [(1, 1, 10**9), (2, 1, 10**9), (1, 2, 40_000), (2, 2, 10**9)])
 def test_hf_to_megatron_to_hf_is_bit_equal(gloo, tiny_model, tmp_path, family, tp, pp, max_shard_bytes):
     model, out = tiny_model(family), tmp_path / "out"
-    gloo.run(tp * pp, export_untrained, str(model), str(out), tp, pp, max_shard_bytes)
+    sequence_parallel = tp > 1 and family in MIXTURES
+    parallel = {"tp": tp, "pp": pp, "sequence_parallel": sequence_parallel}
+    gloo.run(tp * pp, export_untrained, str(model), str(out), max_shard_bytes, **parallel)
+    assert_same_folder(model, out)
+    if max_shard_bytes < 10**9:
+        assert len(list(out.glob("*.safetensors"))) > 4
+
+
+@pytest.mark.parametrize("settings", [{"ep": 2}, {"ep": 2, "tp": 2, "sequence_parallel": True}, {"ep": 2, "pp": 2}])
+def test_spread_experts_come_back_bit_equal(gloo, tiny_model, tmp_path, settings):
+    """Each holder of experts writes its own: none twice, none missing."""
+    model, out = tiny_model("qwen3_moe"), tmp_path / "out"
+    gloo.run(4, export_untrained, str(model), str(out), **settings)
+    assert_same_folder(model, out)
+
+
+def assert_same_folder(model: Path, out: Path) -> None:
     before, after = tensors_of(model), tensors_of(out)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (out / "config.json").read_text() == (model / "config.json").read_text().rstrip() + "\n"
-    assert not (tmp_path / "out.partial").exists()
-    if max_shard_bytes < 10**9:
-        assert len(list(out.glob("*.safetensors"))) > 4
+    assert not out.with_name("out.partial").exists()
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
 

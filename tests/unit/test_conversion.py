@@ -21,11 +21,11 @@ from megatron_powerflow.conversion.hf_files import (
     write_index,
 )
 from megatron_powerflow.conversion.ops import ShardShape
-from megatron_powerflow.conversion.shapes import expected_tensors
+from megatron_powerflow.conversion.shapes import expected_tensors, experts_of
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.records import Architecture, Rope
+from megatron_powerflow.records import Architecture, Experts, Rope
 from tests.tiny_models import FAMILIES as FAMILY_NAMES
-from tests.tiny_models import LLAMA3_ROPE, make_tiny_model
+from tests.tiny_models import LLAMA3_ROPE, MIXTURES, make_tiny_model
 
 
 class InMemory:
@@ -73,13 +73,16 @@ def test_merging_the_shards_gives_back_every_tensor(shape, family_name):
         qk_norm=False,
         max_positions=16,
         sliding_window=None,
+        experts=Experts(3, 2, normalized=True) if family_name in MIXTURES else None,
     )
     names = expected_tensors(architecture, family)
     tensors = {name: torch.randn(size) for name, size in names.items()}
     source, seen = InMemory(tensors), set()
     padded = -(-shape["vocab_size"] // tp) * tp
-    for op, layer in [(op, None) for op in family.model_ops] + [(op, 1) for op in family.layer_ops]:
-        hf_names = op.hf_names(layer)
+    ops = [(op, None, None) for op in family.model_ops]
+    ops += [(op, 1, expert) for op in family.layer_ops for expert in experts_of(op, architecture)]
+    for op, layer, expert in ops:
+        hf_names = op.hf_names(layer, expert)
         shards = [op.shard(source, hf_names, ShardShape(architecture, rank, tp, padded)) for rank in range(tp)]
         merged = op.merge(shards, ShardShape(architecture, 0, tp, padded))
         for name, value in zip(hf_names, merged, strict=True):
@@ -90,7 +93,7 @@ def test_merging_the_shards_gives_back_every_tensor(shape, family_name):
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_a_silent_config_means_what_transformers_takes_it_to_mean(tmp_path, family):
-    """config.json with the sizes only: heads, head_dim, window, ties and rope as transformers' defaults."""
+    """config.json with the sizes only: heads, head_dim, window, ties, rope, experts as transformers' defaults."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     sizes = {
@@ -110,7 +113,13 @@ def test_a_silent_config_means_what_transformers_takes_it_to_mean(tmp_path, fami
     assert ours.max_positions == theirs.max_position_embeddings
     window = getattr(theirs, "sliding_window", None) if getattr(theirs, "use_sliding_window", True) else None
     assert ours.sliding_window == window
-    assert ours.rope.theta == 10000.0
+    assert ours.rope.theta == (getattr(theirs, "rope_theta", None) or theirs.rope_parameters["rope_theta"])
+    if family in MIXTURES:
+        normalized = getattr(theirs, "norm_topk_prob", True)  # Mixtral knows no other way
+        assert ours.experts == Experts(theirs.num_experts, theirs.num_experts_per_tok, normalized)
+        assert ours.ffn_hidden_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+    else:
+        assert ours.experts is None
 
 
 def test_rope_is_read_in_the_words_of_transformers_4_and_5(tmp_path):
@@ -153,6 +162,36 @@ def test_what_cannot_be_computed_is_refused_by_name(tiny_model, tmp_path, change
     with pytest.raises(UserError) as caught:
         read_architecture(tmp_path, FAMILIES)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step=2", "only 1"]),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, ["mlp_only_layers=[0]"]),
+        ("qwen3_moe", {"use_sliding_window": True}, ["use_sliding_window=True"]),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, ["num_experts_per_tok=7 of 6 experts"]),
+        ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, ["num_experts_per_tok=1 with normalized"]),
+        ("qwen3_moe", {"moe_intermediate_size": "wide"}, ["moe_intermediate_size is missing or not a whole number"]),
+        ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise=0.1"]),
+        ("mixtral", {"num_local_experts": None}, ["num_local_experts is missing or not a whole number"]),
+    ],
+)
+def test_what_a_mixture_cannot_compute_is_refused_by_name(tiny_model, tmp_path, family, changes, words):
+    config = json.loads((tiny_model(family) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError) as caught:
+        read_architecture(tmp_path, FAMILIES)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_mixture_is_read_in_the_words_of_its_released_files(tiny_model, tmp_path):
+    """Qwen's own files say num_experts, transformers 5 num_local_experts; null layers are no layers."""
+    config = json.loads((tiny_model("qwen3_moe") / "config.json").read_text())
+    config.pop("num_local_experts", None)
+    config |= {"num_experts": 6, "mlp_only_layers": None, "norm_topk_prob": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_architecture(tmp_path, FAMILIES)[0].experts == Experts(6, 3, normalized=True)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "\x00"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_powerflow.config import parse_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.layout import Layout, plan_layout
-from megatron_powerflow.records import Architecture, Rope
+from megatron_powerflow.records import Architecture, Experts, Rope
 
 ARCHITECTURE = Architecture(
     family="llama",
@@ -29,8 +31,11 @@ ARCHITECTURE = Architecture(
 MINIMAL = {"model": {"hf_path": "m"}, "prompts": {"path": "p"}, "run": {"output_dir": "o"}}
 
 
-def plan(world_size: int, *overrides: str) -> Layout:
-    return plan_layout(parse_config(MINIMAL, overrides), ARCHITECTURE, world_size)
+MIXTURE = replace(ARCHITECTURE, experts=Experts(6, 2, normalized=True))
+
+
+def plan(world_size: int, *overrides: str, architecture: Architecture = ARCHITECTURE) -> Layout:
+    return plan_layout(parse_config(MINIMAL, overrides), architecture, world_size)
 
 
 def test_dp_follows_from_the_number_of_processes():
@@ -64,7 +69,7 @@ def test_the_picture_is_megatrons_rank_order():
             ],
             ["in multiples of 24; choose 4104 or more"],
         ),
-        (2, ["parallel.ep=2"], ["no supported family has experts"]),
+        (2, ["parallel.ep=2"], ["parallel.ep=2: llama has no experts"]),
         (3, [], ["dp=3 does not divide the 32 prompts"]),
         (1, ["parallel.micro_batch_size=3"], ["micro_batch_size=3 does not divide the 512 rollouts"]),
         (1, ["rollout.prompts_per_step=4", "optimizer.updates_per_rollout=8"], ["does not divide"]),
@@ -96,6 +101,30 @@ def test_positions_come_in_multiples_that_every_axis_can_split(world_size, overr
     layout = plan(world_size, *overrides)
     assert (layout.sequence_multiple, layout.position_multiple(1)) == (sequence, positions)
     assert layout.position_multiple(16) % (16 * layout.cp) == 0
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "words"),
+    [
+        (4, ["parallel.ep=4"], ["parallel.ep=4 does not divide the 6 experts; choose 1, 2, 3 or 6"]),
+        (4, ["parallel.ep=3"], ["parallel.ep=3 does not divide cp x dp = 4", "choose 1, 2 or 4"]),
+        (6, ["parallel.tp=3", "parallel.ep=2"], ["parallel.tp=3 with experts needs sequence parallelism"]),
+    ],
+)
+def test_impossible_spreads_of_experts_are_refused_with_the_reason(world_size, overrides, words):
+    with pytest.raises(UserError) as caught:
+        plan(world_size, *overrides, architecture=MIXTURE)
+    text = "\n".join(caught.value.violations)
+    assert all(word in text for word in words), text
+
+
+def test_experts_are_spread_over_neighbouring_replicas_of_a_stage():
+    settings = ["parallel.tp=3", "parallel.sequence_parallel=true", "parallel.pp=2", "parallel.ep=2"]
+    layout = plan(24, *settings, architecture=MIXTURE)
+    assert [list(ranks) for ranks in layout.expert_ranks[:4]] == [[0, 3], [1, 4], [2, 5], [6, 9]]
+    assert sorted(rank for ranks in layout.expert_ranks for rank in ranks) == list(range(24))
+    assert "ep 2 over dp" in layout.describe()
+    assert layout.picture().splitlines()[-1] == "  experts  0 3 | 1 4 | 2 5 | ..."
 
 
 def test_interleaving_needs_micro_batches_in_multiples_of_pp():

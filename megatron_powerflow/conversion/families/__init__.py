@@ -1,8 +1,16 @@
 """Which model families are known? One file each, one line here."""
 
-from megatron_powerflow.conversion.families import llama, mistral, qwen2, qwen3
+from megatron_powerflow.conversion.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from megatron_powerflow.conversion.hf_config import Family
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+    family.model_type: family
+    for family in (
+        llama.FAMILY,
+        mistral.FAMILY,
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+        mixtral.FAMILY,
+        qwen3_moe.FAMILY,
+    )
 }

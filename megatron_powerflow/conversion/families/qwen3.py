@@ -7,15 +7,16 @@ from megatron_powerflow.conversion.families.llama import ATTENTION, DEFAULTS, LA
 from megatron_powerflow.conversion.hf_config import Family
 from megatron_powerflow.conversion.ops import Replicated
 
+NORMS = (
+    Replicated("self_attention.q_layernorm.weight", ATTENTION + "q_norm.weight", size="head_dim"),
+    Replicated("self_attention.k_layernorm.weight", ATTENTION + "k_norm.weight", size="head_dim"),
+)
+
 FAMILY = Family(
     model_type="qwen3",
     defaults={**DEFAULTS, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
     must_be={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
     overrides=lambda fields: {"qk_norm": True},
-    layer_ops=(
-        *LAYER_OPS,
-        Replicated("self_attention.q_layernorm.weight", ATTENTION + "q_norm.weight", size="head_dim"),
-        Replicated("self_attention.k_layernorm.weight", ATTENTION + "k_norm.weight", size="head_dim"),
-    ),
+    layer_ops=LAYER_OPS + NORMS,
     model_ops=MODEL_OPS,
 )
