@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from megatron_powerflow.model.policy_model import PolicyModel
 
 COMPACT_BELOW = 0.75  # finished rows leave the batch once fewer than this share of its rows is alive
+ROW_ARRAYS = ("_alive", "_lengths", "_tokens", "_log_probs", "_uniforms")
 
 
 class Lane:
@@ -180,7 +181,7 @@ class Lane:
         for cache in self.caches:
             cache.add_rows(count)
         self._names += [(0, Prompt("", 0, ()), 0)] * count
-        for name in ("_alive", "_lengths", "_tokens", "_log_probs", "_uniforms"):
+        for name in ROW_ARRAYS:
             array = getattr(self, name)
             setattr(self, name, np.pad(array, [(0, count)] + [(0, 0)] * (array.ndim - 1)))
 
@@ -193,7 +194,7 @@ class Lane:
         for cache in self.caches:
             cache.select(keep)
         self._names = [self._names[row] for row in keep]
-        for name in ("_alive", "_lengths", "_tokens", "_log_probs", "_uniforms"):
+        for name in ROW_ARRAYS:
             setattr(self, name, getattr(self, name)[keep])
 
     def _rollout(self, row: int, stopped: bool) -> Rollout:
