@@ -8,7 +8,7 @@ Packed and context-parallel sequences come in pieces of queries with the keys th
 over the context-parallel ranks; a ring would overlap that with computing and need less memory: Transformer Engine has
 one.
 
-Left out: rotary embedding (applied before, by Megatron's SelfAttention).
+Left out: rotary embedding outside decoding (applied before, by Megatron's SelfAttention).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_powerflow.model.kv_cache import KVCache
+from megatron_powerflow.model.rotary import rotate
 from megatron_powerflow.model.stream import Pieces
 from megatron_powerflow.parallel.collectives import gather_over
 
@@ -82,28 +83,34 @@ def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, 
 def cached_attention(
     query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, softmax_scale: float | None
 ) -> Tensor:
-    """Store the new keys and values, attend over what each row holds.
+    """Rotate, store the new keys and values, attend over what each row holds.
 
-    query [t, 1, h, d], key and value [t, 1, g, d]: flat tokens, see `KVCache.entering`. Returns [t, 1, h * d];
-    tokens beyond those the cache expects are padding and come back as zeros.
+    query [t, 1, h, d], key and value [t, 1, g, d]: flat tokens, not yet rotated, see `KVCache.prefilling` and
+    `KVCache.decoding`. Returns [t, 1, h * d]; tokens beyond those the cache expects are padding and come back as zeros.
     """
-    stored = cache.layers[layer]
-    out = torch.zeros_like(query)
+    query, key = rotate(torch.cat((query, key), dim=2), *cache.rotation).split((query.shape[2], key.shape[2]), dim=2)
     if cache.segments is not None:
-        for row, (start, stop) in enumerate(cache.segments):
-            # [len, 1, g, d] -> [1, g, len, d]
-            q, k, v = (tensor[start:stop].permute(1, 2, 0, 3) for tensor in (query, key, value))
-            stored.keys[row, :, : stop - start], stored.values[row, :, : stop - start] = k[0], v[0]
-            out[start:stop] = causal_attention(q, k, v, softmax_scale).permute(2, 0, 1, 3)
-        return out.flatten(2)
-    num_rows = cache.num_rows
-    rows = torch.arange(num_rows, device=query.device)
-    stored.keys[rows, :, cache.lengths] = key[:num_rows, 0]
-    stored.values[rows, :, cache.lengths] = value[:num_rows, 0]
-    k, v = stored.keys[:, :, : cache.max_length], stored.values[:, :, : cache.max_length]
+        return _prefill(query, key, value, cache, layer, softmax_scale)
+    num_rows, num_groups, head_dim = cache.num_rows, key.shape[2], key.shape[3]
+    for stored, new in zip(cache.layers[layer], (key, value), strict=True):
+        stored.view(-1, head_dim).index_copy_(0, cache.places, new[:num_rows].reshape(-1, head_dim))
+    k, v = (stored[:, :, : cache.max_length] for stored in cache.layers[layer])
     # heads of one group stand together: [rows, g, h/g, d] lets one key serve them without a copy
-    q = query[:num_rows, 0].unflatten(1, (k.shape[1], -1))
-    out[:num_rows, 0] = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, scale=softmax_scale).flatten(1, 2)
+    q = query[:num_rows, 0].unflatten(1, (num_groups, -1))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, scale=softmax_scale).flatten(1)[:, None]
+    padding = query.shape[0] - num_rows
+    return out if padding == 0 else F.pad(out, (0, 0, 0, 0, 0, padding))
+
+
+def _prefill(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, softmax_scale) -> Tensor:
+    """Each prompt by itself; its keys and values go to every row of its group."""
+    keys, values = cache.layers[layer]
+    out = torch.zeros_like(query)
+    for rows, start, stop in cache.segments:
+        # [len, 1, g, d] -> [1, g, len, d]
+        q, k, v = (tensor[start:stop].permute(1, 2, 0, 3) for tensor in (query, key, value))
+        keys[rows, :, : stop - start], values[rows, :, : stop - start] = k, v
+        out[start:stop] = causal_attention(q, k, v, softmax_scale).permute(2, 0, 1, 3)
     return out.flatten(2)
 
 

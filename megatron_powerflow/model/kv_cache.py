@@ -2,9 +2,11 @@
 
 One `KVCache` per model chunk and batch of rows. Tokens enter flat: [t, 1, ...] with a row and a position for
 each, so that prompts of different lengths need no padding and positions are the true ones, as in scoring.
-Room grows in steps; finished rows are dropped by `select`, responses of a prompt share its prefill by `repeat`.
+Room grows in steps; a prompt's keys go to the rows of all its responses, a freed row takes another prompt's, and rows
+that nobody wants are dropped by `select`.
 
-Left out: the attention over it (`attention.py`), who decides what is finished (`rollout/`).
+Left out: the attention over it (`attention.py`), who decides what is finished (`rollout/`), one copy of a prompt's keys
+for all its responses.
 """
 
 from __future__ import annotations
@@ -13,90 +15,103 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 GROWTH = 128  # positions added at a time
 
 
-class LayerCache:
-    """One layer's keys and values, each [rows, query_groups / tp, capacity, head_dim]."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-
-
 class KVCache:
-    """Keys and values of `num_rows` rows for every layer of one chunk.
+    """Keys and values of the rows in the batch, for every layer of one chunk.
 
+    layers: (keys, values) of each layer, each [rows, query_groups / tp, capacity, head_dim], contiguous.
     limit: tokens that a row can come to hold; room never grows beyond it.
-    lengths: [rows] int64 on the device, tokens already stored. A forward pass is bracketed by `entering`,
-    which says which tokens come; the attention layers read `segments` (prefill) or `mask` (decode).
+    lengths: [rows] int64 on the host, tokens already stored. A forward pass is bracketed by `prefilling` or `decoding`,
+    which say which tokens come.
     """
 
-    def __init__(
-        self, num_layers: int, num_rows: int, num_groups: int, head_dim: int, limit: int, dtype, device
-    ) -> None:
-        empty = torch.empty(num_rows, num_groups, 0, head_dim, dtype=dtype, device=device)
-        self.layers = [LayerCache(empty, empty) for _ in range(num_layers)]
-        self._limit = limit
-        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.max_length = 0  # of any row; kept on the host, so that nobody waits for the device
+    def __init__(self, num_layers: int, num_groups: int, head_dim: int, limit: int, dtype, device) -> None:
+        empty = torch.empty(0, num_groups, 0, head_dim, dtype=dtype, device=device)
+        self.layers: list[tuple[Tensor, Tensor]] = [(empty, empty)] * num_layers
+        self.lengths = np.zeros(0, dtype=np.int64)
+        self._limit, self.dtype, self._device = limit, dtype, device
         # of the forward pass under way:
-        self.segments: list[tuple[int, int]] | None = None  # (start, stop) of each row's tokens: prefill
-        self.mask: Tensor | None = None  # [rows, 1, 1, max_length] bool, True: may be attended to: decode
+        self.rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of the coming tokens, see rotary.py
+        self.segments: list[tuple[Tensor, int, int]] | None = (
+            None  # prefill: a prompt's rows, its tokens' start and stop
+        )
+        self.max_length = 0  # decode: positions that any row attends to
+        self.places: Tensor | None = None  # decode: [rows * groups] where the new keys go, the first three axes as one
+        self.mask: Tensor | None = None  # decode: [rows, 1, 1, max_length], 0 where attended to, else -inf
 
     @property
     def num_rows(self) -> int:
-        return self.lengths.shape[0]
+        return len(self.lengths)
 
     @contextlib.contextmanager
-    def entering(self, chunk: nn.Module, prompt_lengths: Sequence[int] | None, padding: int) -> Iterator[None]:
-        """Attach to `chunk` for one forward pass and count its tokens afterwards.
+    def prefilling(self, chunk: nn.Module, prompt_lengths: Sequence[int], rows: np.ndarray, padding: int):
+        """One forward pass over whole prompts, one behind the other.
 
-        prompt_lengths: tokens of each row, in order, rows being empty (prefill); None: one token per row.
-        padding: tokens behind those, which are computed and stored nowhere.
+        rows: [prompts, responses] each prompt's rows, which forget what they hold. padding: tokens behind the prompts,
+        which are computed and stored nowhere.
         """
-        device = self.lengths.device
-        if prompt_lengths is not None:
-            assert self.max_length == 0, "prefill into rows that hold tokens already"
-            stops = torch.tensor([0, *prompt_lengths]).cumsum(0).tolist()
-            self.segments, self.mask = list(pairwise(stops)), None
-            positions = torch.cat([torch.arange(length, device=device) for length in prompt_lengths])
-            added = torch.tensor(list(prompt_lengths), device=device)
-            self.max_length = max(prompt_lengths)
-        else:
-            self.max_length += 1
-            self.segments = None
-            positions = self.lengths
-            added = torch.ones_like(self.lengths)
-            columns = torch.arange(self.max_length, device=device)
-            self.mask = (columns <= self.lengths[:, None])[:, None, None, :]
+        self._reserve(max(prompt_lengths))
+        bounds = pairwise(np.cumsum([0, *prompt_lengths]).tolist())
+        places = torch.from_numpy(rows).to(self._device)
+        self.segments = [(places[i], *bound) for i, bound in enumerate(bounds)]
+        with self._attached(chunk, np.concatenate([np.arange(length) for length in prompt_lengths]), padding):
+            yield
+        self.lengths[rows] = np.array(prompt_lengths)[:, None]
+
+    @contextlib.contextmanager
+    def decoding(self, chunk: nn.Module, alive: np.ndarray, padding: int) -> Iterator[None]:
+        """One forward pass with one token for each row. alive: [rows] bool; other rows are computed and stay as they
+        are. padding: tokens behind those, stored nowhere."""
+        positions = np.where(alive, self.lengths, 0)
+        self.max_length = int(positions.max()) + 1
         self._reserve(self.max_length)
-        chunk.set_decoding(torch.cat([positions, positions.new_zeros(padding)]), self)
+        keys, _ = self.layers[0]
+        starts = torch.arange(keys.shape[0] * keys.shape[1], device=self._device) * keys.shape[2]
+        on_device = torch.from_numpy(positions).to(self._device)
+        self.places = starts + on_device.repeat_interleave(keys.shape[1])
+        later = torch.arange(self.max_length, device=self._device) > on_device[:, None]
+        self.mask = torch.zeros(later.shape, dtype=self.dtype, device=self._device).masked_fill_(later, -torch.inf)
+        self.mask, self.segments = self.mask[:, None, None, :], None
+        with self._attached(chunk, positions, padding):
+            yield
+        self.lengths = self.lengths + alive
+
+    @contextlib.contextmanager
+    def _attached(self, chunk: nn.Module, positions: np.ndarray, padding: int) -> Iterator[None]:
+        chunk.set_decoding(torch.from_numpy(np.pad(positions, (0, padding))).to(self._device), self)
         try:
             yield
         finally:
             chunk.set_decoding(None, None)
-        self.lengths = self.lengths + added
 
-    def select(self, rows: Tensor) -> None:
+    def add_rows(self, count: int) -> None:
+        """Empty rows behind the others."""
+        for place, stored in enumerate(self.layers):
+            self.layers[place] = tuple(
+                torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]) for tensor in stored
+            )
+        self.lengths = np.pad(self.lengths, (0, count))
+
+    def select(self, rows: np.ndarray) -> None:
         """Keep these rows only, in this order."""
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
-        self.lengths = self.lengths.index_select(0, rows)
-
-    def repeat(self, times: int) -> None:
-        """Each row `times` times in succession: the responses of a prompt behind one prefill."""
-        if times > 1:
-            self.select(torch.arange(self.num_rows, device=self.lengths.device).repeat_interleave(times))
+        places = torch.from_numpy(rows).to(self._device)
+        for place, stored in enumerate(self.layers):
+            self.layers[place] = tuple(tensor.index_select(0, places) for tensor in stored)
+        self.lengths = self.lengths[rows]
 
     def _reserve(self, length: int) -> None:
-        capacity = self.layers[0].keys.shape[2]
+        capacity = self.layers[0][0].shape[2]
         if length <= capacity:
             return
         extra = min(-(-length // GROWTH) * GROWTH, self._limit) - capacity
-        for layer in self.layers:
-            room = layer.keys.new_zeros(*layer.keys.shape[:2], extra, layer.keys.shape[3])
-            layer.keys = torch.cat([layer.keys, room], dim=2)
-            layer.values = torch.cat([layer.values, room], dim=2)
+        for place, stored in enumerate(self.layers):
+            self.layers[place] = tuple(
+                torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], extra, tensor.shape[3])], dim=2)
+                for tensor in stored
+            )

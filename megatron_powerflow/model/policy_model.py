@@ -72,6 +72,8 @@ class PolicyModel(GPTModel):
 
     def set_decoding(self, positions: Tensor | None, cache: KVCache | None) -> None:
         """Attach a KV cache and the positions of the coming tokens [t]; (None, None) detaches."""
-        self.rotary_pos_emb.positions = positions
+        self.rotary_pos_emb.decoding = cache is not None
+        if cache is not None:
+            cache.rotation = self.rotary_pos_emb.rotation(positions, cache.dtype)
         for place, layer in enumerate(self.decoder.layers):
             layer.self_attention.core_attention.kv_cache = (cache, place) if cache is not None else None

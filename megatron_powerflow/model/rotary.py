@@ -1,8 +1,7 @@
 """Which rotation does each position get? Rope as config.json states it, for any list of positions.
 
 Extends Megatron's `RotaryEmbedding` in two ways: the frequencies come from the model's own `Rope` (Megatron
-hard-codes Llama 3.1's constants), and a forward pass may name the position of every token, which decoding
-needs, where each row is somewhere else.
+hard-codes Llama 3.1's constants), and decoding, where each row is somewhere else, gets rotations for any positions.
 """
 
 from __future__ import annotations
@@ -38,20 +37,33 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 
 class PositionedRotaryEmbedding(RotaryEmbedding):
-    """`positions` None: positions 0..s-1, the same for each row. Else: the position of every token in turn.
+    """Megatron's embedding with the model's own frequencies; silent while tokens are decoded.
 
-    With positions [t] (int64) the answer is [t, 1, 1, head_dim] fp32 angles, whatever length is asked for.
+    While `decoding` it returns None, which Megatron's attention takes for "no rotation": the core attention rotates by
+    the cosines and sines of `rotation`, made once for all layers of a pass.
     """
 
     def __init__(self, rope: Rope, head_dim: int, **megatron_arguments) -> None:
         super().__init__(kv_channels=head_dim, rotary_base=rope.theta, **megatron_arguments)
         self.inv_freq = inverse_frequencies(rope, head_dim).to(self.inv_freq.device)
-        self.positions: Tensor | None = None
+        self.decoding = False
 
-    def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor:
-        if self.positions is None:
-            return super().forward(max_seq_len, *args, **kwargs)
-        if self.inv_freq.device != self.positions.device:
-            self.inv_freq = self.inv_freq.to(self.positions.device)
-        angles = torch.outer(self.positions.float(), self.inv_freq)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+    def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor | None:
+        return None if self.decoding else super().forward(max_seq_len, *args, **kwargs)
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [t] int64 -> cosines and signed sines for `rotate`, each [t, 1, 1, head_dim] in dtype."""
+        if self.inv_freq.device != positions.device:
+            self.inv_freq = self.inv_freq.to(positions.device)
+        angles = torch.outer(positions.float(), self.inv_freq)
+        cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
+        return (
+            torch.cat((cosines, cosines), dim=-1)[:, None, None, :],
+            torch.cat((-sines, sines), dim=-1)[:, None, None, :],
+        )
+
+
+def rotate(tensor: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
+    """[t, 1, heads, head_dim] rotated by the angles of each token: Megatron's formula, halves of a head paired."""
+    first, second = tensor.chunk(2, dim=-1)
+    return tensor * cosines + torch.cat((second, first), dim=-1).mul_(signed_sines)

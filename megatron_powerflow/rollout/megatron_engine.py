@@ -1,21 +1,27 @@
 """How does the live policy write responses? KV-cached decoding in the training processes themselves.
 
-Prompts of a wave are prefilled once each and their rows repeated for every response. Each pipeline stage runs
-its part of a token and hands the hidden states on; the last stage samples and tells the other stages the tokens.
-With pp > 1 a wave is split into lanes that follow each other through the stages, so that none waits idle:
+A prompt is prefilled once for all its responses. Each pipeline stage runs its part of a token and hands the hidden
+states on; the last stage samples and tells the other stages the tokens. Groups wait until there are rows for them, and
+take those of finished responses (`lane.py`). With pp > 1 the rows are split into lanes that follow each other through
+the stages, so that none waits idle:
 
     stage 0   lane 0 t0 | lane 1 t0 | lane 0 t1 | lane 1 t1 | ...
     stage 1             | lane 0 t0 | lane 1 t0 | lane 0 t1 | ...
 
-Left out: refilling rows that finished, CUDA graphs, engines in other processes.
+Left out: engines in other processes; CUDA graphs and Megatron's dynamic engine. On a GPU a small batch waits for kernel
+launches, some dozen a layer, which a graph of one decoding pass would save: shapes change only when rows join or leave
+and when attention grows past `max_length`, so one graph per (rows, length rounded up) would do. Not written, because
+it has not been run: this engine has been measured on CPU only.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -60,60 +66,60 @@ class MegatronEngine:
         training = [chunk.training for chunk in self._chunks]
         for chunk in self._chunks:
             chunk.eval()
-        rollouts: list[Rollout] = []
-        per_wave = max(1, self._max_rows // sampling.responses_per_prompt)
+        lanes = self._lanes(prompts, sampling)
         total = len(prompts) * sampling.responses_per_prompt
-        num_waves = largest(-(-len(prompts) // per_wave), self._groups)
-        for start in range(0, num_waves * per_wave, per_wave):
-            wave = prompts[start : start + per_wave]
-            for lane in self._run(self._lanes(wave, sampling), sampling, len(rollouts), total, progress):
-                rollouts += lane.rollouts()
+        self._run(lanes, sampling, total, progress)
         for chunk, was_training in zip(self._chunks, training, strict=True):
             chunk.train(was_training)
-        return rollouts
+        order = {slot: place for place, (slot, _) in enumerate(prompts)}
+        rollouts = [rollout for lane in lanes for rollout in lane.rollouts]
+        return sorted(rollouts, key=lambda rollout: (order[rollout.slot], rollout.response_index))
 
-    def _lanes(self, wave: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> list[Lane]:
-        """Up to pp lanes of whole groups, as even as they come, in the order of the prompts."""
-        num_lanes = largest(min(self._groups.pp_size, len(wave)), self._groups)
-        bounds = [len(wave) * i // num_lanes for i in range(num_lanes + 1)]
+    def _lanes(self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> list[Lane]:
+        """Up to pp lanes, which share the groups that may have rows at a time as evenly as they come; as many as those
+        of any rank that shares experts with this one, if need be without a group."""
+        waiting = deque(prompts)
+        at_a_time = min(len(prompts), max(1, self._max_rows // sampling.responses_per_prompt))
+        num_lanes = largest(min(self._groups.pp_size, at_a_time), self._groups)
+        if num_lanes == 0:
+            return []
+        bounds = [at_a_time * i // num_lanes for i in range(num_lanes + 1)]
+        longest = max((len(prompt.token_ids) for _, prompt in prompts), default=0)
+        tp_size, device = self._groups.tp_size, self._groups.device
         return [
-            Lane(wave[bounds[i] : bounds[i + 1]], sampling, self._chunks, self._groups.tp_size, self._groups.device)
-            for i in range(num_lanes)
+            Lane(waiting, stop - start, longest, sampling, self._chunks, tp_size, device)
+            for start, stop in pairwise(bounds)
         ]
 
-    def _run(self, lanes: list[Lane], sampling: SamplingParams, done: int, total: int, progress) -> list[Lane]:
+    def _run(self, lanes: list[Lane], sampling: SamplingParams, total: int, progress: Progress | None) -> None:
         """Decode the lanes to their ends, one token of one lane after the other."""
-        waiting = deque(lanes)
-        while waiting:
-            lane = waiting.popleft()
+        running = deque(lanes)
+        while running:
+            lane = running.popleft()
             lane.take_tokens()  # of the previous round, from the last stage
+            if progress is not None and (lane is lanes[0] or lane.finished):
+                progress(sum(len(lane.rollouts) for lane in lanes), total)
             if not anyone(not lane.finished, self._groups):
-                if progress is not None:
-                    progress(done + sum(lane.num_finished for lane in lanes), total)
                 continue
             if lane.finished:
                 self._idle_pass()
             else:
                 hidden = self._forward(lane)
                 lane.exchange(self._sample(lane, hidden, sampling), self._groups)
-            waiting.append(lane)
-            if progress is not None and lane is lanes[0]:
-                progress(done + sum(lane.num_finished for lane in lanes), total)
+            running.append(lane)
         while self._sends:
             self._sends.popleft()[0].wait()
-        return lanes
 
     def _forward(self, lane: Lane) -> Tensor | None:
         """One pass of the lane's coming tokens through this rank's chunks; hidden states on the last stage."""
-        tokens, prompt_lengths = lane.next_tokens()
-        padding = -len(tokens) % self._alignment
-        if padding:  # repeats of the last token: computed, stored nowhere, ignored
-            tokens = torch.cat([tokens, tokens[-1:].expand(padding)])
+        tokens = lane.coming_tokens()
+        padding = -len(tokens) % self._alignment  # repeats of the last token: computed, stored nowhere, ignored
+        tokens = torch.from_numpy(np.pad(tokens, (0, padding), mode="edge")).to(self._groups.device)
         hidden = None
         for place, chunk in enumerate(self._chunks):
             if not chunk.pre_process:
                 chunk.set_input_tensor(self._receive(len(tokens)))
-            with lane.caches[place].entering(chunk, prompt_lengths, padding):
+            with lane.entering(place, chunk, padding):
                 hidden = chunk(tokens[None], None, None)
             if not chunk.post_process:
                 self._send(hidden)
@@ -140,13 +146,13 @@ class MegatronEngine:
             hidden = gather_from_sequence_parallel_region(hidden, group=self._groups.tp)
         weight = self._chunks[-1].output_weight()
         first = self._groups.tp_rank * weight.shape[0]
-        logits = (hidden[lane.last_positions(), 0] @ weight.t()).float()
-        if sampling.temperature > 0:
-            logits = logits / sampling.temperature
+        logits = (lane.predicting(hidden) @ weight.t()).float()
+        if sampling.temperature not in (0.0, 1.0):
+            logits.div_(sampling.temperature)
         if first + weight.shape[0] > self._vocab_size:
             logits[:, max(self._vocab_size - first, 0) :] = -torch.inf
-        if lane.prefilling:
-            logits = logits.repeat_interleave(sampling.responses_per_prompt, dim=0)
+        if lane.draws_each > 1:
+            logits = logits.repeat_interleave(lane.draws_each, dim=0)
         return sample_tokens(logits, lane.uniform(), tp_group=self._groups.tp, first=first)
 
     def _neighbour(self, step: int) -> int:

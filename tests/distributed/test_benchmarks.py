@@ -1,0 +1,44 @@
+"""The benchmarks that run an engine, at tiny size: both sides write the same number of tokens, the whole step has the
+loss and gradient norm of its plain counterpart. The speeds are not looked at."""
+
+from __future__ import annotations
+
+from benchmarks import rollout, step
+
+TEXTS = ("w5 w6 w7 w8", "w9", "w10 w11 w12")
+
+
+def test_the_step_equals_the_plain_one(gloo, tiny_model):
+    """`compare` refuses to time steps whose first loss and gradient norm differ."""
+    sizes = {"texts": TEXTS, "num_responses": 4, "num_tokens": 5, "micro_batch_size": 3, "repetitions": 1}
+    ((printed, ratio),) = gloo.run(1, step.compare, tiny_model("llama"), **sizes)
+    assert "first step on the same rollouts: loss" in printed
+    assert ratio > 0
+
+
+def plain_gradient_is_wrong(model, **sizes):
+    """`compare` with a plain step of another alpha."""
+    from benchmarks import plain_step
+
+    class Wrong(plain_step.PlainStep):
+        def __init__(self, model, *, alpha, **settings):
+            super().__init__(model, alpha=alpha + 0.01, **settings)
+
+    right, plain_step.PlainStep = plain_step.PlainStep, Wrong
+    try:
+        step.compare(model, **sizes)
+    except AssertionError as error:
+        return str(error)
+    finally:
+        plain_step.PlainStep = right
+
+
+def test_a_step_that_differs_is_refused(gloo, tiny_model):
+    sizes = {"texts": TEXTS[:2], "num_responses": 2, "num_tokens": 5, "micro_batch_size": 4, "repetitions": 0}
+    assert "first step's loss" in gloo.run(1, plain_gradient_is_wrong, tiny_model("llama"), **sizes)[0]
+
+
+def test_both_sides_write_the_same_number_of_tokens(gloo, tiny_model):
+    sizes = {"texts": TEXTS, "num_responses": 2, "num_tokens": 5, "repetitions": 1}
+    (printed,) = gloo.run(1, rollout.compare, tiny_model("qwen2"), **sizes)
+    assert "HF generate" in printed
