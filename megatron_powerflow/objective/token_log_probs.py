@@ -1,20 +1,39 @@
 """What did the model think of each token? From hidden states to one fp32 log-prob, vocabulary-parallel; on request
 the entropy of its distribution and its certainty.
 
-One function for old, reference and current log-probs. [tokens, vocabulary] never exists as a whole: logits
-are built for `chunk_size` tokens at a time, reduced to three numbers per token, and built again in the
-backward pass. Imports nothing of ours; the process group is an argument.
+One function for old, reference and current log-probs. [tokens, vocabulary] never exists as a whole: logits are
+built in tiles of at most `max_logits`, reduced to a few numbers per token, and built again in the backward pass.
+
+    hidden [t, H]   W [V/tp, H]        forward   for each tile: running max and sum, the target's logit  -> [t]
+         \\           /                           over tp_group: max of the maxima, sum of the rescaled sums
+        tile [<= R, <= C]              backward  for each block of C rows of W, for each R tokens: the tile again,
+        R * C <= max_logits                      grad_W[block] += tile^T hidden;  grad_hidden += tile W[block]
+
+The outer loop of the backward pass is over the vocabulary, so a row of grad_W is finished before the next block
+begins: in bf16 only a block of it is ever held in fp32. What grows with the vocabulary is grad_W itself.
+
+Left out: how a tile is computed (`token_log_probs_plain.py`, `token_log_probs_triton.py`), who chooses between them
+(`log_prob_kernel.py`), adding grad_W into Megatron's main_grad (with tied weights the embedding adds to the same
+buffer, through autograd). Imports nothing of ours; the process group is an argument.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK_TOKENS = 512
+import megatron_powerflow.objective.token_log_probs_plain as plain
+from megatron_powerflow.objective.tiles import from_another_maximum, slices, tile_shape
+
+# Logits in a tile: 4 MiB in fp32 on a CPU (its cache), 128 MiB elsewhere (few, large launches)
+MAX_LOGITS_CPU = 2**20
+MAX_LOGITS = 2**25
+ROUNDING = 1e-4  # of a log-prob near 0; exactly, max + log(sum >= 1) is never below the target's logit
 
 
 class TokenStatistics(NamedTuple):
@@ -34,17 +53,22 @@ def token_log_probs(
     tp_group: dist.ProcessGroup,
     vocab_size: int,
     temperature: float,
-    chunk_size: int = CHUNK_TOKENS,
+    max_logits: int | None = None,
+    arithmetic: ModuleType = plain,
 ) -> Tensor:
     """log softmax(hidden @ W^T / temperature)[target], the softmax over the real vocabulary.
 
     hidden: [t, H] any float, the same on every rank of tp_group.
-    output_weight: [V_padded / tp, H], this rank's rows; rows at or beyond vocab_size are padding, excluded.
+    output_weight: [V_padded / tp, H] in hidden's dtype, this rank's rows; rows at or beyond vocab_size are padding,
+        never read, and their gradient is 0.
     targets: [t] int64, 0 <= target < vocab_size.
+    max_logits: logits held at a time; default by device. arithmetic: the module that computes a tile.
     Returns [t] fp32, equal on every rank of tp_group. Gradients reach hidden (complete on every rank, in its
-    dtype) and output_weight (this rank's rows). Logits are multiplied in hidden's dtype and reduced in fp32.
+    dtype) and output_weight (this rank's rows); the one that nobody asks for is not computed. Logits are multiplied
+    in hidden's dtype, and reduced in fp32 (fp64 when the inputs are).
+    Raises RuntimeError when a log-prob is above 0 or a target is outside (on CUDA: a device-side assertion).
     """
-    arguments = (tp_group, vocab_size, temperature, chunk_size)
+    arguments = (tp_group, vocab_size, temperature, max_logits, arithmetic)
     return _TokenStatistics.apply(hidden, output_weight, targets, False, *arguments)[0]
 
 
@@ -56,10 +80,11 @@ def token_statistics(
     tp_group: dist.ProcessGroup,
     vocab_size: int,
     temperature: float,
-    chunk_size: int = CHUNK_TOKENS,
+    max_logits: int | None = None,
+    arithmetic: ModuleType = plain,
 ) -> TokenStatistics:
     """`token_log_probs` and, of the same distributions, entropy (with gradient) and certainty (without)."""
-    arguments = (tp_group, vocab_size, temperature, chunk_size)
+    arguments = (tp_group, vocab_size, temperature, max_logits, arithmetic)
     return TokenStatistics(*_TokenStatistics.apply(hidden, output_weight, targets, True, *arguments))
 
 
@@ -67,110 +92,77 @@ class _TokenStatistics(torch.autograd.Function):
     """`everything` False: the log-probs alone; the other two are empty."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, everything, tp_group, vocab_size, temperature, chunk_size):
+    def forward(ctx, hidden, weight, targets, everything, tp_group, vocab_size, temperature, max_logits, arithmetic):
+        inside = ((targets >= 0) & (targets < vocab_size)).all()
+        _require(inside, f"a target is not in the vocabulary of {vocab_size}: the micro-batch is broken")
         first = dist.get_rank(tp_group) * weight.shape[0]
-        maxima = hidden.new_empty(hidden.shape[0], dtype=_accurate(hidden.dtype))
-        # of this rank's columns, per token: sum of exp(logit - max), the target's logit;
-        # with everything also sum of exp(logit - max) * (logit - max), sum of logits
-        sums = hidden.new_zeros(4 if everything else 2, hidden.shape[0], dtype=maxima.dtype)
-        for rows in _chunks(hidden.shape[0], chunk_size):
-            logits = _logits(hidden[rows], weight, first, vocab_size, temperature)
-            maxima[rows] = logits.amax(dim=-1)
-            shifted = logits - _finite(maxima[rows])[:, None]
-            mass = shifted.exp()
-            sums[0, rows] = mass.sum(dim=-1)
-            sums[1, rows] = _pick(logits, targets[rows] - first)
-            if everything:
-                real = logits > -torch.inf
-                sums[2, rows] = torch.where(real, mass * shifted, 0.0).sum(dim=-1)
-                sums[3, rows] = torch.where(real, logits, 0.0).sum(dim=-1)
+        num_real = min(max(vocab_size - first, 0), weight.shape[0])  # the rest is padding
+        columns = targets - first  # on this rank where 0 <= column < num_real
+        if max_logits is None:
+            max_logits = MAX_LOGITS_CPU if hidden.device.type == "cpu" else MAX_LOGITS
+        maxima, sums = arithmetic.shard_sums(hidden, weight[:num_real], columns, temperature, everything, max_logits)
         if dist.get_world_size(tp_group) > 1:
             maxima, sums = _over_ranks(maxima, sums, tp_group)
         log_normaliser = maxima + sums[0].log()
         log_probs = sums[1] - log_normaliser
+        _require(~(log_probs > ROUNDING).any(), "a token's log-prob is above 0: the log-prob kernel is broken")
         entropy = certainty = log_probs.new_empty(0)
         if everything:
             entropy = sums[0].log() - sums[2] / sums[0]  # log Z - E[logit], both from the maximum
             certainty = log_normaliser - sums[3] / vocab_size
-        ctx.save_for_backward(hidden, weight, targets, log_normaliser, entropy)
-        ctx.arguments = tp_group, first, vocab_size, temperature, chunk_size
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        answer = tuple(values.to(dtype) for values in (log_probs, entropy.clone(), certainty))
-        ctx.mark_non_differentiable(answer[2])
-        return answer
+        ctx.save_for_backward(hidden, weight, columns, log_normaliser, entropy)
+        ctx.arguments = tp_group, num_real, temperature, max_logits, arithmetic
+        ctx.mark_non_differentiable(certainty)
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy.clone(), certainty
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, grad_entropy, _):
-        hidden, weight, targets, log_normaliser, entropy = ctx.saved_tensors
-        tp_group, first, vocab_size, temperature, chunk_size = ctx.arguments
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=_accurate(weight.dtype))
-        for rows in _chunks(hidden.shape[0], chunk_size):
-            logits = _logits(hidden[rows], weight, first, vocab_size, temperature)
-            log_p = logits - log_normaliser[rows, None]
-            # d log p(target) / d logit_v = [v == target] - p(v)
-            slope = -grad[rows, None]
-            if entropy.numel():
-                # d entropy / d logit_v = -p(v) (log p(v) + entropy); p(v) is 0 in the padding
-                finite_log_p = torch.where(log_p > -torch.inf, log_p, 0.0)
-                slope = slope - grad_entropy[rows, None] * (finite_log_p + entropy[rows, None])
-            grad_logits = log_p.exp_().mul_(slope)
-            _add_at(grad_logits, targets[rows] - first, grad[rows])
-            grad_logits = grad_logits.div_(temperature).to(hidden.dtype)
-            grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.t() @ hidden[rows]
-        if dist.get_world_size(tp_group) > 1:
-            dist.all_reduce(grad_hidden, group=tp_group)
-        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 6
+        hidden, weight, columns, log_normaliser, entropy = ctx.saved_tensors
+        tp_group, num_real, temperature, max_logits, arithmetic = ctx.arguments
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad = torch.zeros_like(log_normaliser) if grad is None else grad
+        upstream = [grad] if grad_entropy is None else [grad, grad_entropy, entropy]
+        grad_hidden = torch.zeros_like(hidden, dtype=log_normaliser.dtype) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        num_rows, num_columns = tile_shape(hidden.shape[0], max_logits)
+        for block in slices(num_real, num_columns):
+            block_weight = weight[block]
+            # a view where the weight is fp32 or wider; else fp32, so that many tokens are added and rounded once
+            sums = grad_weight[block].to(log_normaliser.dtype) if wants_weight else None
+            for rows in slices(hidden.shape[0], num_rows):
+                per_token = (values[rows] for values in (columns - block.start, log_normaliser, *upstream))
+                tile = arithmetic.grad_logits(hidden[rows], block_weight, temperature, *per_token)
+                if wants_hidden:
+                    _add_product(grad_hidden[rows], tile, block_weight)
+                if wants_weight:
+                    _add_product(sums, tile.t(), hidden[rows])
+            if wants_weight and sums.dtype != weight.dtype:
+                grad_weight[block] = sums
+        if wants_hidden:
+            if dist.get_world_size(tp_group) > 1:
+                dist.all_reduce(grad_hidden, group=tp_group)
+            grad_hidden = grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, *[None] * 7
+
+
+# Waits for nothing: on CUDA the error comes with a later call. NaN passes: the step is skipped, which is not for here.
+_require = torch._assert_async
 
 
 def _over_ranks(maxima: Tensor, sums: Tensor, tp_group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Maximum and sums over all columns of all ranks, the sums taken from the common maximum."""
     everywhere = maxima.clone()
     dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=tp_group)
-    empty = maxima == -torch.inf  # a rank that holds padding rows only
-    shift = torch.where(empty, 0.0, maxima - everywhere)
-    scale = torch.where(empty, 0.0, shift.exp())
-    parts = sums.clone()
-    parts[0] = sums[0] * scale
-    if len(sums) > 2:
-        parts[2] = (sums[2] + shift * sums[0]) * scale  # sum of m (l - max) after the change of m and max
+    parts = from_another_maximum(sums, maxima - everywhere)
     dist.all_reduce(parts, group=tp_group)
     return everywhere, parts
 
 
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 when the inputs are fp64 (gradient checks)."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _chunks(num_tokens: int, chunk_size: int):
-    return [slice(start, min(start + chunk_size, num_tokens)) for start in range(0, num_tokens, chunk_size)]
-
-
-def _logits(hidden: Tensor, weight: Tensor, first: int, vocab_size: int, temperature: float) -> Tensor:
-    """[t, V/tp] at the accurate dtype, divided by the temperature, padding at -inf."""
-    logits = (hidden @ weight.t()).to(_accurate(hidden.dtype))
-    if temperature != 1.0:
-        logits = logits / temperature
-    if first + weight.shape[0] > vocab_size:
-        logits[:, max(vocab_size - first, 0) :] = -torch.inf
-    return logits
-
-
-def _finite(maxima: Tensor) -> Tensor:
-    """-inf (a rank that holds padding only) made harmless: -inf - 0 is -inf, -inf - -inf would be NaN."""
-    return torch.where(maxima == -torch.inf, 0.0, maxima)
-
-
-def _pick(logits: Tensor, columns: Tensor) -> Tensor:
-    """logits[i, columns[i]] where the column is on this rank, else 0."""
-    here = (columns >= 0) & (columns < logits.shape[1])
-    picked = logits.gather(1, torch.where(here, columns, 0)[:, None]).squeeze(1)
-    return torch.where(here, picked, 0.0)
-
-
-def _add_at(grad_logits: Tensor, columns: Tensor, values: Tensor) -> None:
-    here = (columns >= 0) & (columns < grad_logits.shape[1])
-    columns = torch.where(here, columns, 0)[:, None]
-    grad_logits.scatter_add_(1, columns, torch.where(here, values, 0.0)[:, None].to(grad_logits.dtype))
+def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """sums += left @ right; sums may be of a wider dtype."""
+    if sums.dtype == left.dtype:
+        sums.addmm_(left, right)
+    else:
+        sums += left @ right

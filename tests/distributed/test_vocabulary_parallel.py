@@ -19,7 +19,7 @@ def inputs() -> tuple[torch.Tensor, ...]:
     return hidden, weight, targets, upstream
 
 
-def kernel_on_a_shard(temperature: float, chunk_size: int):
+def kernel_on_a_shard(temperature: float, max_logits: int):
     """(log-probs, entropy and certainty, gradient of hidden, gradient of this rank's rows)."""
     import torch.distributed as dist
 
@@ -38,7 +38,7 @@ def kernel_on_a_shard(temperature: float, chunk_size: int):
             tp_group=dist.group.WORLD,
             vocab_size=VOCAB,
             temperature=temperature,
-            chunk_size=chunk_size,
+            max_logits=max_logits,
         )
         (upstream @ log_probs + upstream.flip(0) @ entropy).backward()
         values = torch.stack([log_probs, entropy, certainty]).detach().numpy()
@@ -48,8 +48,8 @@ def kernel_on_a_shard(temperature: float, chunk_size: int):
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize(("temperature", "chunk_size"), [(1.0, 512), (0.7, 5)])
-def test_values_and_gradients_equal_full_logits(gloo, tp, temperature, chunk_size):
+@pytest.mark.parametrize(("temperature", "max_logits"), [(1.0, 512), (0.7, 5)])
+def test_values_and_gradients_equal_full_logits(gloo, tp, temperature, max_logits):
     hidden, weight, targets, upstream = inputs()
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -59,7 +59,7 @@ def test_values_and_gradients_equal_full_logits(gloo, tp, temperature, chunk_siz
     entropy, certainty = -(every.exp() * every).sum(-1), logits.logsumexp(-1) - logits.mean(-1)
     (upstream @ log_probs + upstream.flip(0) @ entropy).backward()
     values = torch.stack([log_probs, entropy, certainty]).detach().numpy()
-    answers = gloo.run(tp, kernel_on_a_shard, temperature, chunk_size)
+    answers = gloo.run(tp, kernel_on_a_shard, temperature, max_logits)
     for ours, grad_hidden, _ in answers:  # complete and equal on every rank
         np.testing.assert_allclose(ours, values, rtol=1e-10)
         np.testing.assert_allclose(grad_hidden, hidden.grad.numpy(), rtol=1e-8, atol=1e-10)

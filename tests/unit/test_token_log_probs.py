@@ -31,9 +31,9 @@ def plain(hidden, weight, targets, vocab_size: int, temperature: float):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-@pytest.mark.parametrize("chunk_size", [1, 5, 512])
+@pytest.mark.parametrize("max_logits", [1, 5, 512])
 @pytest.mark.parametrize(("vocab_size", "padded"), [(37, 37), (37, 48)])
-def test_values_and_gradients_equal_full_logits(alone, temperature, chunk_size, vocab_size, padded):
+def test_values_and_gradients_equal_full_logits(alone, temperature, max_logits, vocab_size, padded):
     hidden, weight, targets = case(11, vocab_size, padded)
     upstream = torch.randn(11, dtype=torch.float64)
     results = []
@@ -47,7 +47,7 @@ def test_values_and_gradients_equal_full_logits(alone, temperature, chunk_size, 
                 tp_group=alone,
                 vocab_size=vocab_size,
                 temperature=temperature,
-                chunk_size=chunk_size,
+                max_logits=max_logits,
             )
         else:
             values = plain(h, w, targets, vocab_size, temperature)
@@ -62,7 +62,7 @@ def test_gradcheck(alone):
     hidden, weight, targets = case(4, 7, 9)
 
     def function(h, w):
-        return token_log_probs(h, w, targets, tp_group=alone, vocab_size=7, temperature=0.9, chunk_size=3)
+        return token_log_probs(h, w, targets, tp_group=alone, vocab_size=7, temperature=0.9, max_logits=6)
 
     assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), weight.requires_grad_()))
 
@@ -80,9 +80,9 @@ def test_no_tokens_no_values(alone):
     assert token_log_probs(hidden, weight, targets, tp_group=alone, vocab_size=37, temperature=1.0).shape == (0,)
 
 
-@pytest.mark.parametrize("chunk_size", [5, 512])
+@pytest.mark.parametrize("max_logits", [5, 512])
 @pytest.mark.parametrize(("vocab_size", "padded"), [(37, 37), (37, 48)])
-def test_entropy_and_certainty_equal_full_logits(alone, chunk_size, vocab_size, padded):
+def test_entropy_and_certainty_equal_full_logits(alone, max_logits, vocab_size, padded):
     hidden, weight, targets = case(11, vocab_size, padded)
     weight[vocab_size:] = 50.0  # padding that would dominate if it took part
     upstream = torch.randn(2, 11, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_entropy_and_certainty_equal_full_logits(alone, chunk_size, vocab_size, 
     for kernel in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if kernel:
-            arguments = {"tp_group": alone, "vocab_size": vocab_size, "temperature": 0.8, "chunk_size": chunk_size}
+            arguments = {"tp_group": alone, "vocab_size": vocab_size, "temperature": 0.8, "max_logits": max_logits}
             log_probs, entropy, certainty = token_statistics(h, w, targets, **arguments)
             torch.testing.assert_close(log_probs, token_log_probs(h, w, targets, **arguments), rtol=0, atol=0)
         else:

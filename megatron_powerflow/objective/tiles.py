@@ -1,0 +1,31 @@
+"""How are [tokens, vocabulary] cut into tiles, and how do sums over exp(logit - maximum) follow a new maximum?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+
+def tile_shape(num_tokens: int, max_logits: int) -> tuple[int, int]:
+    """(tokens, columns) of a tile: a square where there are tokens enough, for it reads the least per product."""
+    num_rows = max(min(num_tokens, math.isqrt(max_logits)), 1)
+    return num_rows, max(max_logits // num_rows, 1)
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def from_another_maximum(sums: Tensor, shift: Tensor) -> Tensor:
+    """Sums [2 or 4, ...] as in `token_log_probs_plain.shard_sums`, taken from a maximum higher by -shift. New.
+
+    sum of m (l - max), m = exp(l - max), becomes exp(shift) (sum of m (l - max) + shift sum of m).
+    """
+    scale = shift.exp()
+    carried = sums.clone()
+    carried[0] *= scale
+    if len(sums) > 2:
+        carried[2] = (sums[2] + shift * sums[0]) * scale
+    return carried
