@@ -41,6 +41,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
+        "psutil>=5.9",  # Megatron-Core writes no checkpoint without it, and does not ask for it
         "numpy>=1.26",
         "transformers>=4.55",
         "huggingface_hub>=0.30",
