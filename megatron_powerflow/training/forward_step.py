@@ -7,7 +7,7 @@ its hidden states; on the last stage a function of (hidden states, micro-batch) 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.objective.token_log_probs import TokenStatistics, token_log_probs, token_statistics
+from megatron_powerflow.objective.log_prob_kernel import LogProbKernel
+from megatron_powerflow.objective.token_log_probs import TokenStatistics
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import MicroBatch
 
@@ -30,6 +31,7 @@ class Scorer:
     vocab_size: int
     temperature: float
     sequence_parallel: bool
+    kernel: LogProbKernel = field(default_factory=LogProbKernel)
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
         """[s / tp, b, H] -> [s, b, H] under sequence parallelism. Its gradient is complete on every rank already,
@@ -40,11 +42,11 @@ class Scorer:
 
     def log_probs(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> Tensor:
         """hidden [s, b, H] (whole sequence) -> [b, s] fp32 log-probs of the targets, 0 where loss_mask is False."""
-        return _spread(token_log_probs(**self._kernel_arguments(hidden, chunk, batch)), batch)
+        return _spread(self.kernel.log_probs(**self._kernel_arguments(hidden, chunk, batch)), batch)
 
     def statistics(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> TokenStatistics:
         """`log_probs` with the entropy and certainty of the same distributions, each [b, s] fp32, 0 where masked."""
-        found = token_statistics(**self._kernel_arguments(hidden, chunk, batch))
+        found = self.kernel.statistics(**self._kernel_arguments(hidden, chunk, batch))
         return TokenStatistics(*(_spread(values, batch) for values in found))
 
     def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> dict[str, Any]:
