@@ -12,9 +12,9 @@
 
 Every number is of a fresh process: log-probs, then the gradients of hidden and weight, --repeats times, least taken.
 CPU seconds are the process's own (user + system; with one thread, what an idle machine's clock would show), wall
-seconds lie beside them. Memory is the highest resident set less that before the first call, inputs made and libraries warm, so
-it holds logits, what autograd keeps, temporaries and both gradients; the gradients alone, which nobody can
-do without, are the last column. On CUDA: time by events, memory by the allocator's peak.
+seconds lie beside them. Memory is the highest resident set less that before the first call, inputs made and libraries
+warm, so it holds logits, what autograd keeps, temporaries and both gradients; the gradients alone, which nobody can do
+without, are the last column. On CUDA: time by events, memory by the allocator's peak.
 
 Each process also reports its log-probs and its gradients along a random direction; differing answers are an error.
 
@@ -90,9 +90,12 @@ def compare(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def scale(what: str, sizes: list[tuple[int, int]], options: argparse.Namespace) -> None:
-    """Full logits and ours at growing sizes; `x` is to the row above."""
+    """Full logits and ours at growing sizes; `x` is to the row above, `net` leaves out the gradients."""
     print(f"growing {what}")
-    print(f"{'tokens':>8}{'vocabulary':>12}{'(a) MiB':>10}{'x':>6}{'ours MiB':>10}{'x':>6}{'ours CPU s':>12}{'x':>6}")
+    print(
+        f"{'tokens':>8}{'vocabulary':>12}{'(a) MiB':>10}{'x':>6}{'ours MiB':>10}{'x':>6}{'net MiB':>9}"
+        f"{'ours CPU s':>12}{'x':>6}"
+    )
     before: tuple[float, ...] | None = None
     for tokens, vocabulary in sizes:
         full, ours = (in_a_process(name, tokens, vocabulary, options) for name in ("full", "ours"))
@@ -100,7 +103,7 @@ def scale(what: str, sizes: list[tuple[int, int]], options: argparse.Namespace) 
         growth = [""] * 3 if before is None else [f"{new / old:.2f}" for new, old in zip(now, before, strict=True)]
         print(
             f"{tokens:8,}{vocabulary:12,}{now[0]:10,.0f}{growth[0]:>6}{now[1]:10,.0f}{growth[1]:>6}"
-            f"{now[2]:12.2f}{growth[2]:>6}",
+            f"{now[1] - ours['gradient_bytes'] / MIB:9,.0f}{now[2]:12.2f}{growth[2]:>6}",
             flush=True,
         )
         before = now

@@ -1,8 +1,10 @@
 """How is a tile of logits reduced, and how does its gradient look? In torch alone, on any device: the reference for
 every other arithmetic.
 
-An arithmetic is a module with `shard_sums` and `grad_logits`. It knows this rank's rows of the output weight and
-nothing of other ranks. Left out: communication, the gradients of hidden and weight (`token_log_probs.py`).
+An arithmetic is a module with `shard_sums`, `grad_logits` and `FAILURES`, the exceptions by which it says that it does
+not work on this machine. It knows this rank's rows of the output weight and nothing of other ranks.
+
+Left out: communication, the gradients of hidden and weight (`token_log_probs.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_powerflow.objective.tiles import from_another_maximum, slices, tile_shape
+
+FAILURES = ()
 
 
 def shard_sums(

@@ -7,7 +7,7 @@ its hidden states; on the last stage a function of (hidden states, micro-batch) 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from megatron_powerflow.model.log_z_head import pool_prompt
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.stream import chosen, extent, model_tokens, pool_prompts, to_rows
-from megatron_powerflow.objective.token_log_probs import TokenStatistics, token_log_probs, token_statistics
+from megatron_powerflow.objective.log_prob_kernel import LogProbKernel
+from megatron_powerflow.objective.token_log_probs import TokenStatistics
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import MicroBatch
 
@@ -32,6 +33,7 @@ class Scorer:
     vocab_size: int
     temperature: float
     sequence_parallel: bool
+    kernel: LogProbKernel = field(default_factory=LogProbKernel)
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
         """[t / cp / tp, r, H] -> [t / cp, r, H] under sequence parallelism. Its gradient is complete on every rank
@@ -43,7 +45,7 @@ class Scorer:
     def log_probs(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> Tensor:
         """hidden [t / cp, r, H] (whole over tp) -> [b, s] fp32 log-probs of the targets, 0 where loss_mask is False."""
         arguments, places = self._kernel_arguments(hidden, chunk, batch)
-        values = token_log_probs(**arguments) if len(places) else _of_nothing(arguments["hidden"])
+        values = self.kernel.log_probs(**arguments) if len(places) else _of_nothing(arguments["hidden"])
         return to_rows(values, places, batch, self.groups.cp)
 
     def prompt_pool(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
@@ -55,7 +57,7 @@ class Scorer:
     def statistics(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> TokenStatistics:
         """`log_probs` with the entropy and certainty of the same distributions, each [b, s] fp32, 0 where masked."""
         arguments, places = self._kernel_arguments(hidden, chunk, batch)
-        found = token_statistics(**arguments) if len(places) else [_of_nothing(arguments["hidden"])] * 3
+        found = self.kernel.statistics(**arguments) if len(places) else [_of_nothing(arguments["hidden"])] * 3
         return TokenStatistics(*(to_rows(values, places, batch, self.groups.cp) for values in found))
 
     def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:

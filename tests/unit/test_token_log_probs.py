@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import megatron_powerflow.objective.token_log_probs_plain as plain_arithmetic
+from megatron_powerflow.objective.log_prob_kernel import LogProbKernel
 from megatron_powerflow.objective.token_log_probs import token_log_probs, token_statistics
 
 
@@ -113,3 +120,154 @@ def test_certainty_is_the_divergence_of_the_uniform_distribution(alone):
     uniform = torch.full_like(log_p, 1 / 37)
     divergence = (uniform * (uniform.log() - log_p)).sum(-1)
     torch.testing.assert_close(certainty - torch.tensor(37.0, dtype=torch.float64).log(), divergence)
+
+
+class Sizes(TorchDispatchMode):
+    """The largest tensor that any operation hands out, per dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        answer = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(answer):
+            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in self.given:
+                self.largest[tensor.dtype] = max(self.largest.get(tensor.dtype, 0), tensor.numel())
+        return answer
+
+    def watch(self, *given: torch.Tensor) -> Sizes:
+        """Leave out the inputs, of which operations hand out views."""
+        self.given = {tensor.data_ptr() for tensor in given}
+        return self
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_but_the_weights_gradient_grows_with_the_vocabulary(alone, dtype, everything):
+    """And in bf16 there is no copy of that gradient in fp32."""
+    function = token_statistics if everything else token_log_probs
+    for vocab_size in (1000, 4000):
+        hidden, weight, targets = case(64, vocab_size, vocab_size, dtype=dtype)
+        hidden.requires_grad_(), weight.requires_grad_()
+        with Sizes().watch(hidden, weight) as sizes:
+            found = function(
+                hidden, weight, targets, tp_group=alone, vocab_size=vocab_size, temperature=0.7, max_logits=2048
+            )
+            (found.log_probs + found.entropy if everything else found).sum().backward()
+        grown = {**sizes.largest}
+        assert grown.pop(dtype) == weight.numel()  # of 64 * vocab_size logits
+        assert grown.pop(torch.float32, 0) <= 2048
+        assert all(size <= 2048 for size in grown.values())
+
+
+def test_a_gradient_that_nobody_asks_for_is_not_computed(alone):
+    hidden, weight, targets = case(11, 37, 48)
+    arguments = {"tp_group": alone, "vocab_size": 37, "temperature": 0.7}
+    both = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    token_log_probs(*both, targets, **arguments).sum().backward()
+    for number in range(2):
+        inputs = [hidden.clone(), weight.clone()]
+        inputs[number].requires_grad_()
+        token_log_probs(*inputs, targets, **arguments).sum().backward()
+        torch.testing.assert_close(inputs[number].grad, both[number].grad, rtol=0, atol=0)
+        assert inputs[1 - number].grad is None
+    with Sizes().watch(weight) as sizes:
+        token_log_probs(both[0], weight, targets, **arguments).sum().backward()
+    assert sizes.largest[torch.float64] < weight.numel()
+
+
+def test_a_target_outside_the_vocabulary_is_an_error(alone):
+    hidden, weight, targets = case(11, 37, 48)
+    for wrong in (37, 47, -1):
+        targets[3] = wrong
+        with pytest.raises(RuntimeError, match="not in the vocabulary of 37"):
+            token_log_probs(hidden, weight, targets, tp_group=alone, vocab_size=37, temperature=1.0)
+
+
+def arithmetic_with(**changes) -> SimpleNamespace:
+    """The plain arithmetic but for `changes`, under a name of its own."""
+    functions = {name: getattr(plain_arithmetic, name) for name in ("shard_sums", "grad_logits", "FAILURES")}
+    return SimpleNamespace(__name__="other", **functions | changes)
+
+
+def lower_maxima(*arguments):
+    maxima, sums = plain_arithmetic.shard_sums(*arguments)
+    return maxima - 20.0, sums
+
+
+def test_a_log_prob_above_0_stops_the_run(alone):
+    """verl #2656: fused log-probs reached +123."""
+    hidden, weight, targets = case(11, 37, 37)
+    broken = arithmetic_with(shard_sums=lower_maxima)
+    with pytest.raises(RuntimeError, match="above 0"):
+        token_log_probs(hidden, weight, targets, tp_group=alone, vocab_size=37, temperature=1.0, arithmetic=broken)
+
+
+def deaf_to_the_temperature(hidden, weight, columns, temperature, *rest):
+    return plain_arithmetic.shard_sums(hidden, weight, columns, 1.0, *rest)
+
+
+def without_the_target(hidden, weight, temperature, columns, *rest):
+    return plain_arithmetic.grad_logits(hidden, weight, temperature, torch.full_like(columns, -1), *rest)
+
+
+def without_entropy(hidden, weight, temperature, columns, log_normaliser, grad, *_):
+    return plain_arithmetic.grad_logits(hidden, weight, temperature, columns, log_normaliser, grad)
+
+
+def not_a_number(*arguments):
+    return plain_arithmetic.grad_logits(*arguments) * torch.nan
+
+
+def does_not_compile(*_):
+    raise NotImplementedError("no such instruction")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shard_sums": lower_maxima},
+        {"shard_sums": deaf_to_the_temperature},
+        {"grad_logits": without_the_target},
+        {"grad_logits": without_entropy},
+        {"grad_logits": not_a_number},
+        {"shard_sums": does_not_compile, "FAILURES": (NotImplementedError,)},
+    ],
+    ids=lambda changes: next(iter(changes.values())).__name__,
+)
+def test_an_arithmetic_that_errs_on_the_first_batch_is_not_used_and_that_is_said(alone, changes, dtype):
+    hidden, weight, targets = case(11, 37, 48, dtype=dtype)
+    arguments = {"tp_group": alone, "vocab_size": 37, "temperature": 0.7}
+    kernel = LogProbKernel(lambda hidden: arithmetic_with(**changes))
+    with pytest.warns(RuntimeWarning, match="by the plain path: other differs"):
+        found = kernel.log_probs(hidden, weight, targets, **arguments)
+    torch.testing.assert_close(found, token_log_probs(hidden, weight, targets, **arguments), rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once, decided once
+        kernel.statistics(hidden, weight, targets, **arguments)
+
+
+def test_an_arithmetic_that_agrees_on_the_first_batch_is_used(alone):
+    """The first batch that has tokens; rounding in bf16, against the plain arithmetic in fp32, is agreement."""
+    calls = []
+
+    def more_accurate(hidden, *arguments):
+        calls.append(len(hidden))
+        return plain_arithmetic.shard_sums(hidden.float(), *arguments)
+
+    kernel = LogProbKernel(lambda hidden: arithmetic_with(shard_sums=more_accurate, grad_logits=in_fp32))
+    hidden, weight, targets = case(11, 37, 48, dtype=torch.bfloat16)
+    arguments = {"tp_group": alone, "vocab_size": 37, "temperature": 0.7}
+    kernel.log_probs(hidden[:0], weight, targets[:0], **arguments)
+    assert calls == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernel.log_probs(hidden, weight, targets, **arguments)
+        kernel.log_probs(hidden[:5], weight, targets[:5], **arguments)
+    assert calls == [11, 11, 5]  # judged, used, used
+
+
+def in_fp32(hidden, *arguments):
+    return plain_arithmetic.grad_logits(hidden.float(), *arguments).to(hidden.dtype)
