@@ -28,14 +28,14 @@ SHORTEST, LONGEST, MEDIAN, SIGMA = 16, 512, 90, 0.9
 LONGEST_PROMPT = 64
 GROUP = 8
 WAYS = ("random order", "by length", "packed")
-# a random model of 13 M parameters, when none is named
+# a random model of 4 M parameters, when none is named
 MODEL = {
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 8000,
+    "vocab_size": 4000,
     "max_position_embeddings": 1024,
     "scale": 0.02,
 }
@@ -73,7 +73,7 @@ def config_of(way: str, model: Path, folder: Path, number: int, budget: int):
                 "max_response_tokens": LONGEST,
             },
             "parallel": parallel,
-            "optimizer": {"lr": 0.0},
+            "optimizer": {"lr": 0.0, "log_z_lr": 0.0},
             "run": {"output_dir": str(folder / way.replace(" ", "_"))},
         }
     )
@@ -153,9 +153,9 @@ def count_tokens(rollouts: list) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hf-path", type=Path, help="model; default: a random one of 13 M parameters")
+    parser.add_argument("--hf-path", type=Path, help="model; default: a random one of 4 M parameters")
     parser.add_argument("--rollouts", type=int, default=64)
-    parser.add_argument("--budget", type=int, default=2304, help="positions of a micro-batch, at most")
+    parser.add_argument("--budget", type=int, default=4608, help="positions of a micro-batch, at most")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
 
