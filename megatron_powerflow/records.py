@@ -165,6 +165,7 @@ class MicroBatch:
     kept: Tensor  # [b] bool, False: takes part in nothing (objective.truncated=drop)
     annotations: Tensor  # [b, len(ANNOTATION_COLUMNS)] fp32: only for the metrics; NaN: does not exist
     stream: Stream | None = None  # None: the rows as they are, padding and all
+    whole_groups: bool = False  # no group goes on in another micro-batch: its log Z' needs no forward pass of its own
     # what scoring adds; None before
     ref_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the frozen reference
     old_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the policy that sampled

@@ -58,28 +58,35 @@ def flop_count(architecture: Architecture) -> FlopCount:
     return FlopCount(2.0 * weights, 2.0 * a.num_layers * a.num_attention_heads * a.head_dim)
 
 
+def groups_fit(groups: Sequence[Sequence[int]], rule: BinRule) -> bool:
+    """Whether each group has room in one micro-batch."""
+    return max(sum(map(rule.padded, group)) for group in groups) <= rule.capacity
+
+
 def plan_update(
-    groups: Sequence[Sequence[int]], dp_size: int, rule: BinRule, flops: FlopCount
+    groups: Sequence[Sequence[int]], dp_size: int, rule: BinRule, flops: FlopCount, *, together: bool
 ) -> list[list[list[tuple[int, int]]]]:
     """groups[q][i]: tokens of rollout i of group q. Returns, for each data-parallel rank, its micro-batches as lists of
     (q, i); equally many on every rank, an empty one being a dummy. Groups stay whole on their rank, and every rank gets
-    equally many of them. dp_size divides the number of groups; no rollout is over the rule's capacity.
+    equally many of them; together: whole in their micro-batch, too, for which `groups_fit` must hold. dp_size divides
+    the number of groups; no rollout is over the rule's capacity.
     """
     assert len(groups) % dp_size == 0 and groups
     costs = [sum(flops(length) for length in group) for group in groups]
-    ranks = [
-        [(q, i) for q in own for i in range(len(groups[q]))] for own in deal(costs, dp_size, len(groups) // dp_size)
-    ]
-    sizes = [[rule.padded(groups[q][i]) for q, i in own] for own in ranks]
+    ranks = []  # of each rank, what goes into one micro-batch whatever else does
+    for own in deal(costs, dp_size, len(groups) // dp_size):
+        rollouts = [[(q, i) for i in range(len(groups[q]))] for q in own]
+        ranks.append(rollouts if together else [[item] for group in rollouts for item in group])
+    sizes = [[sum(rule.padded(groups[q][i]) for q, i in unit) for unit in own] for own in ranks]
     assert max(map(max, sizes)) <= rule.capacity, "refused by plan_layout before"
     fewest = max(len(first_fit(own, rule.capacity)) for own in sizes)
     count = -(-fewest // rule.count_multiple) * rule.count_multiple
     plan = []
     for own, own_sizes in zip(ranks, sizes, strict=True):
-        own_costs = [flops(size) for size in own_sizes]
+        own_costs = [sum(flops(groups[q][i]) for q, i in unit) for unit in own]
         bins = fill_evenly(own_sizes, own_costs, rule.capacity, count)
         bins.sort(key=lambda bin: (-sum(own_costs[place] for place in bin), bin))
-        plan.append([[own[place] for place in bin] for bin in bins])
+        plan.append([[item for place in bin for item in own[place]] for bin in bins])
     return plan
 
 

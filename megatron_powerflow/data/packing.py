@@ -73,6 +73,7 @@ def pack_streams(
     device: torch.device,
     cp_rank: int = 0,
     cp_size: int = 1,
+    whole_groups: bool = False,
 ) -> list[MicroBatch]:
     """Packed: a micro-batch per element of `bins` (see `plan_update`), its sequences behind each other; an empty one is
     a dummy. uniform: all streams are as long as the longest (interleaved pipelines)."""
@@ -89,7 +90,7 @@ def pack_streams(
         lengths = [item.num_tokens for item in ordered]
         total = max(totals) if uniform else total
         stream = packed_stream(lengths, longest, total, rule.sequence_multiple, cp_rank, cp_size, device)
-        batches.append(replace(batch, stream=stream))
+        batches.append(replace(batch, stream=stream, whole_groups=whole_groups))
     return batches
 
 

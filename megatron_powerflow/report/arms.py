@@ -18,7 +18,7 @@ from megatron_powerflow.report.runs import Evaluation, EvaluationFile, Run, natu
 from megatron_powerflow.report.seeds import Estimate, estimate
 
 # Where and how long a run goes, how it is watched and saved: none of it makes another arm.
-SAME_ARM_KEYS = ("run.seed", "run.output_dir", "run.num_steps", "run.name", "run.export")
+SAME_ARM_KEYS = ("run.seed", "run.output_dir", "run.num_steps", "run.name", "run.export", "rollout.save")
 SAME_ARM_SECTIONS = ("checkpoint", "metrics")
 # What an arm is called by, most telling first, then every other key in the config's order.
 FIRST_KEYS = ("objective.preset", "objective.alpha", "objective.log_z", "optimizer.lr", "objective.ratio")

@@ -1,6 +1,7 @@
 """What must be known of a whole group before any of its losses? log Z' estimates and advantages.
 
-Both are made of the policy as it is now, so they cost a forward pass; a group is whole on its data-parallel rank.
+Both are made of the policy as it is now, so they cost a forward pass; a group is whole on its data-parallel rank. Where
+it is whole in its micro-batch, its log Z' is estimated in the loss's own forward pass instead (`loss.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def with_group_values(
     """
     form = objective.form
     if isinstance(form, Balance) and not objective.learns_log_z:
-        return _with_log_z(batches, _current(chunks, batches, scorer, old_is_current), objective, form, alpha)
+        if all(batch.whole_groups for batch in batches):
+            return list(batches)
+        return with_log_z(batches, _current(chunks, batches, scorer, old_is_current), objective, form, alpha)
     if isinstance(form, PolicyGradient):
         if form.reward == "certainty":
             means = score_certainty(chunks, batches, scorer)
@@ -105,15 +108,19 @@ def _current(
     return score(chunks, batches, scorer)
 
 
-def _with_log_z(
+def with_log_z(
     batches: Sequence[MicroBatch],
     current: Sequence[Tensor | None],
     objective: ObjectiveSection,
     form: Balance,
     alpha: float,
 ) -> list[MicroBatch]:
+    """The micro-batches, of whole groups together, with the estimates of log Z'. current: [b, s] detached log-probs of
+    the policy; None where there are none (no last stage), and then nothing is added."""
     if current[0] is None:
         return list(batches)
+    if not any(len(batch.group) for batch in batches):  # a dummy
+        return [replace(batch, log_z=batch.psi, weight_factor=batch.psi) for batch in batches]
     sequences = [log_probs.sum(dim=1) for log_probs in current]
     pairs = list(zip(sequences, batches, strict=True))
     arguments = (

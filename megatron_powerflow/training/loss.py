@@ -18,7 +18,7 @@ from megatron_powerflow.objective.trajectory_balance import balance_loss, token_
 from megatron_powerflow.presets import Balance, PolicyGradient
 from megatron_powerflow.records import ANNOTATION_COLUMNS, ROLLOUT_COLUMNS, MicroBatch
 from megatron_powerflow.training.forward_step import Scorer
-from megatron_powerflow.training.group_values import partial_of, residual_weight, weight_of
+from megatron_powerflow.training.group_values import partial_of, residual_weight, weight_of, with_log_z
 
 Columns = dict[str, Tensor]
 
@@ -37,6 +37,8 @@ def micro_batch_loss(
     form = objective.form
     if isinstance(form, Balance):
         log_probs = scorer.log_probs(hidden, chunk, batch)
+        if head is None and batch.whole_groups:
+            (batch,) = with_log_z([batch], [log_probs.detach()], objective, form, alpha)
         log_z = batch.log_z if head is None else head(scorer.prompt_pool(hidden, batch))
         loss, columns = balance(log_probs, log_z, batch, objective, form, alpha, num_kept)
     elif isinstance(form, PolicyGradient):

@@ -18,7 +18,7 @@ from megatron_powerflow.checkpoint.state import Progress, Trainable
 from megatron_powerflow.config import Config, ModelSection, PrecisionSection
 from megatron_powerflow.conversion.hf_config import Family
 from megatron_powerflow.conversion.shards import load_from_hf, open_checked
-from megatron_powerflow.data.bins import BinRule, flop_count, plan_update
+from megatron_powerflow.data.bins import BinRule, flop_count, groups_fit, plan_update
 from megatron_powerflow.data.packing import pack, pack_streams
 from megatron_powerflow.model.build import build_chunks, transformer_config
 from megatron_powerflow.model.log_z_head import LogZHead
@@ -28,6 +28,7 @@ from megatron_powerflow.model.reference import Reference, ResidentReference, Swa
 from megatron_powerflow.parallel.collectives import every_rollout
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.layout import Layout
+from megatron_powerflow.presets import Balance
 from megatron_powerflow.records import Architecture, MicroBatch, Rollout
 from megatron_powerflow.rollout.engine import Engine
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
@@ -149,17 +150,24 @@ def _pack_streams(
     everyone = every_rollout(list(rollouts), groups, shared_over_cp=False) if groups.dp_size > 1 else list(rollouts)
     by_group = [list(members) for _, members in groupby(everyone, key=lambda rollout: rollout.slot)]
     per_update = len(by_group) // config.optimizer.updates_per_rollout
-    planned = []  # of each update, this rank's micro-batches of (slot, response_index)
+    estimates = isinstance(config.objective.form, Balance) and not config.objective.learns_log_z
+    planned = []  # of each update: this rank's micro-batches of rollouts, and whether groups are whole in them
     for first in range(0, len(by_group), per_update):
-        own_groups = by_group[first : first + per_update]
-        lengths = [[len(r.prompt.token_ids) + len(r.response_token_ids) for r in members] for members in own_groups]
-        bins = plan_update(lengths, groups.dp_size, rule, flops)[groups.dp_rank]
-        planned.append([[own_groups[q][i] for q, i in bin] for bin in bins])
-    mine = {(r.slot, r.response_index) for bins in planned for bin in bins for r in bin}
-    own = [rollout for rollout in everyone if (rollout.slot, rollout.response_index) in mine]
-    annotated = annotate(own, config.objective, plan.tokenizer, groups)
-    place = {(item.rollout.slot, item.rollout.response_index): item for item in annotated}
+        members = by_group[first : first + per_update]
+        lengths = [[len(r.prompt.token_ids) + len(r.response_token_ids) for r in group] for group in members]
+        together = estimates and groups_fit(lengths, rule)
+        bins = plan_update(lengths, groups.dp_size, rule, flops, together=together)[groups.dp_rank]
+        planned.append(([[members[q][i] for q, i in bin] for bin in bins], together))
+    mine = {_name(rollout) for bins, _ in planned for bin in bins for rollout in bin}
+    own = [rollout for rollout in everyone if _name(rollout) in mine]
+    annotated = {_name(item.rollout): item for item in annotate(own, config.objective, plan.tokenizer, groups)}
     return [
-        pack_streams([[place[r.slot, r.response_index] for r in bin] for bin in bins], rule, **arguments)
-        for bins in planned
+        pack_streams(
+            [[annotated[_name(rollout)] for rollout in bin] for bin in bins], rule, whole_groups=together, **arguments
+        )
+        for bins, together in planned
     ]
+
+
+def _name(rollout: Rollout) -> tuple[int, int]:
+    return rollout.slot, rollout.response_index

@@ -65,6 +65,7 @@ LAYOUTS = {
     "dp2_distributed": (2, ["optimizer.distributed=true"]),
     "tp2_pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
     "pp2_dp2": (4, ["parallel.pp=2"]),
+    "packed_apart": (2, [*PACKED[:1], "parallel.max_tokens_per_micro_batch=28"]),  # groups of up to 34 tokens
     "packed_cp2": (2, [*PACKED, "parallel.cp=2"]),
     "packed_pp2_dp2": (4, [*PACKED, "parallel.pp=2"]),
     "one_by_one": (1, ["parallel.micro_batch_size=1"]),
@@ -103,6 +104,60 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_layout(
         assert loss_of(rows) == pytest.approx(loss_of(alone[0]), rel=1e-5)
         assert grad_norms == pytest.approx(alone[1], rel=1e-4)
         assert log_z_start == (alone[2] and pytest.approx(alone[2], rel=1e-5))
+
+
+def test_whole_groups_need_no_forward_pass_of_their_own(gloo, tiny_model, prompts, tmp_path):
+    """Packed with room for groups, log Z' comes out of the loss's own pass; with less room out of one before it."""
+    folder, common = tiny_model("qwen2"), ["objective.log_z=group", PACKED[0]]
+    for budget, passes in ((60, 1), (28, 2)):
+        config = config_for(
+            folder, prompts, tmp_path / str(budget), *common, f"parallel.max_tokens_per_micro_batch={budget}"
+        )
+        ((counted, num_batches),) = gloo.run(1, forward_passes_of_an_update, config)
+        assert counted == passes * num_batches
+
+
+def forward_passes_of_an_update(config) -> tuple[int, int]:
+    """(calls of the policy in `update`, micro-batches)."""
+    from megatron_powerflow.train import sampling_params
+    from megatron_powerflow.training.score import score_reference
+    from megatron_powerflow.training.setup import pack_updates
+    from megatron_powerflow.training.update import update
+
+    with opened_session(config) as (plan, session):
+        share = plan.share_of(plan.prompts[: config.rollout.prompts_per_step], 0)
+        updates = pack_updates(session.engine.generate(share, sampling_params(plan, 0)), plan, session)
+        updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
+        calls = []
+        session.trainable.chunks[0].register_forward_hook(lambda *_: calls.append(1))
+        update(session.trainable, updates, session.scorer, config.objective, config.optimizer, 2.0)
+        return len(calls), sum(map(len, updates))
+
+
+def test_dummy_micro_batches_weigh_nothing(gloo, tiny_model, prompts, tmp_path):
+    """Interleaving wants two micro-batches of a rank that has one rollout: the other is a dummy."""
+    common = ["rollout.responses_per_prompt=1", "rollout.prompts_per_step=2", "parallel.micro_batch_size=null"]
+    folder, layout = tiny_model("qwen2"), ["parallel.pp=2", "parallel.vpp=2"]
+    budget = "parallel.max_tokens_per_micro_batch=60"
+    (alone,) = gloo.run(1, one_step, config_for(folder, prompts, tmp_path / "alone", *common, budget))
+    for rows, grad_norms, _ in gloo.run(
+        4, one_step, config_for(folder, prompts, tmp_path / "dummies", *common, budget, *layout)
+    ):
+        assert column(rows, "rollout_index").tolist() == [0, 1]
+        assert loss_of(rows) == pytest.approx(loss_of(alone[0]), rel=1e-5)
+        assert grad_norms == pytest.approx(alone[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["one_shot_em", "intuitor", "rl_token", "tb_token_step"])
+def test_other_objectives_pack_and_split_as_well(gloo, tiny_model, prompts, tmp_path, preset):
+    """Entropies, certainties, advantages and per-token spreads, packed on two context-parallel ranks."""
+    folder, chosen = tiny_model("llama"), f"objective.preset={preset}"
+    (alone,) = gloo.run(1, one_step, config_for(folder, prompts, tmp_path / "alone", chosen))
+    for rows, grad_norms, _ in gloo.run(
+        2, one_step, config_for(folder, prompts, tmp_path / "packed", chosen, *PACKED, "parallel.cp=2")
+    ):
+        assert loss_of(rows) == pytest.approx(loss_of(alone[0]), rel=1e-5, abs=1e-7)
+        assert grad_norms == pytest.approx(alone[1], rel=1e-4)
 
 
 def test_at_alpha_1_every_residual_is_log_z_exactly(gloo, tiny_model, prompts, tmp_path):

@@ -76,3 +76,12 @@ def test_at_alpha_1_every_residual_is_log_z(config):
     (line,) = lines_of(config)
     assert line["residual_mean"] == pytest.approx(line["log_z_mean"], abs=1e-6)
     assert line["residual_std"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_packed_sequences_are_scored_as_the_sampler_wrote_them(config):
+    """Through Transformer Engine's thd kernels; the sampler's attention is torch's over its cache, row by row."""
+    pytest.importorskip("transformer_engine")
+    packed = ["parallel.micro_batch_size=null", "parallel.max_tokens_per_micro_batch=128"]
+    done = run_cli("train", config, "precision.dtype=bf16", *packed)
+    assert done.returncode == 0, done.stderr
+    assert all(line["sampler_gap_mean"] < 0.05 for line in lines_of(config))

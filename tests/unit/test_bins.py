@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_powerflow.data.bins import BinRule, FlopCount, deal, fill_evenly, first_fit, flop_count, plan_update
+from megatron_powerflow.data.bins import (
+    BinRule,
+    FlopCount,
+    deal,
+    fill_evenly,
+    first_fit,
+    flop_count,
+    groups_fit,
+    plan_update,
+)
 from tests.unit.test_layout import ARCHITECTURE
 
 FLOPS = FlopCount(linear=10.0, quadratic=1.0)
@@ -34,7 +43,7 @@ def updates(draw):
 @given(updates())
 def test_every_rollout_once_groups_whole_and_nothing_over_the_budget(case):
     groups, dp_size, rule = case
-    plan = plan_update(groups, dp_size, rule, FLOPS)
+    plan = plan_update(groups, dp_size, rule, FLOPS, together=False)
     assert len(plan) == dp_size
     everyone = [item for rank in plan for bin in rank for item in bin]
     assert sorted(everyone) == [(q, i) for q, group in enumerate(groups) for i in range(len(group))]
@@ -50,16 +59,30 @@ def test_every_rollout_once_groups_whole_and_nothing_over_the_budget(case):
 
 
 @given(updates())
+def test_groups_stay_whole_in_their_micro_batch_where_they_fit(case):
+    groups, dp_size, rule = case
+    room = rule.capacity // max(map(len, groups)) // rule.sequence_multiple * rule.sequence_multiple
+    groups = [[min(length, room) for length in group] for group in groups]
+    assert groups_fit(groups, rule)
+    plan = plan_update(groups, dp_size, rule, FLOPS, together=True)
+    bins = [bin for rank in plan for bin in rank]
+    everyone = [(q, i) for q, group in enumerate(groups) for i in range(len(group))]
+    assert sorted(item for bin in bins for item in bin) == everyone
+    assert sum(len({q for q, _ in bin}) for bin in bins) == len(groups)
+    assert all(sum(rule.padded(groups[q][i]) for q, i in bin) <= rule.capacity for bin in bins)
+
+
+@given(updates())
 def test_the_plan_is_a_function_of_the_lengths(case):
     groups, dp_size, rule = case
-    again = plan_update([list(group) for group in groups], dp_size, rule, FLOPS)
-    assert plan_update(groups, dp_size, rule, FLOPS) == again
+    again = plan_update([list(group) for group in groups], dp_size, rule, FLOPS, together=False)
+    assert plan_update(groups, dp_size, rule, FLOPS, together=False) == again
 
 
 @given(updates())
 def test_no_more_micro_batches_than_the_worst_rank_needs(case):
     groups, dp_size, rule = case
-    plan = plan_update(groups, dp_size, rule, FLOPS)
+    plan = plan_update(groups, dp_size, rule, FLOPS, together=False)
     needed = max(
         len(first_fit([rule.padded(groups[q][i]) for bin in rank for q, i in bin], rule.capacity)) for rank in plan
     )
@@ -76,7 +99,7 @@ def test_groups_are_dealt_in_equal_numbers(costs, num_shares):
 
 def test_ranks_are_even_in_flops_where_halves_of_the_list_are_not():
     groups = [[60, 60], [50, 50], [4, 4], [3, 3]]  # contiguous shares: 1 rank does nearly everything
-    plan = plan_update(groups, 2, rule_of(), FLOPS)
+    plan = plan_update(groups, 2, rule_of(), FLOPS, together=False)
     assert [sorted({q for bin in rank for q, _ in bin}) for rank in plan] == [[0, 3], [1, 2]]
 
 
@@ -93,7 +116,7 @@ def test_evenness_gives_way_to_the_budget():
 
 
 def test_too_few_rollouts_leave_dummies():
-    plan = plan_update([[5], [60]], 1, rule_of(count=4), FLOPS)
+    plan = plan_update([[5], [60]], 1, rule_of(count=4), FLOPS, together=False)
     assert [len(bin) for bin in plan[0]] == [1, 1, 0, 0]
 
 

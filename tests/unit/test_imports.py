@@ -45,6 +45,8 @@ FREE_OF_TORCH = (
     "presets",
     "training.plan",
     "metrics.counts",
+    "data.bins",
+    "rollout.saved",
     "metrics.diversity",
     "metrics.plot_style",
     "report.page",
