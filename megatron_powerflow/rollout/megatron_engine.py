@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,17 +75,22 @@ class MegatronEngine:
 
     def _lanes(self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> list[Lane]:
         """Up to pp lanes, which share the groups that may have rows at a time as evenly as they come."""
-        if not prompts:
-            return []
         waiting = deque(prompts)
         at_a_time = min(len(prompts), max(1, self._max_rows // sampling.responses_per_prompt))
         num_lanes = min(self._groups.pp_size, at_a_time)
-        bounds = [at_a_time * i // num_lanes for i in range(num_lanes + 1)]
-        longest = max(len(prompt.token_ids) for _, prompt in prompts)
+        longest = max((len(prompt.token_ids) for _, prompt in prompts), default=0)
         tp_size, device = self._groups.tp_size, self._groups.device
         return [
-            Lane(waiting, stop - start, longest, sampling, self._chunks, tp_size, device)
-            for start, stop in pairwise(bounds)
+            Lane(
+                waiting,
+                at_a_time * (place + 1) // num_lanes - at_a_time * place // num_lanes,
+                longest,
+                sampling,
+                self._chunks,
+                tp_size,
+                device,
+            )
+            for place in range(num_lanes)
         ]
 
     def _run(self, lanes: list[Lane], sampling: SamplingParams, total: int, progress: Progress | None) -> None:
