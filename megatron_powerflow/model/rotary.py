@@ -1,7 +1,8 @@
 """Which rotation does each position get? Rope as config.json states it, for any list of positions.
 
 Extends Megatron's `RotaryEmbedding` in two ways: the frequencies come from the model's own `Rope` (Megatron
-hard-codes Llama 3.1's constants), and decoding, where each row is somewhere else, gets rotations for any positions.
+hard-codes Llama 3.1's constants), and the position of every token may be named: decoding, where each row is somewhere
+else, needs that.
 """
 
 from __future__ import annotations
@@ -37,30 +38,41 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 
 class PositionedRotaryEmbedding(RotaryEmbedding):
-    """Megatron's embedding with the model's own frequencies; silent while tokens are decoded.
+    """`positions` None: positions 0..s-1, the same for each row. Else: the position of every token in turn.
 
-    While `decoding` it returns None, which Megatron's attention takes for "no rotation": the core attention rotates by
-    the cosines and sines of `rotation`, made once for all layers of a pass.
+    With positions [t] (int64) the answer is [t, 1, 1, head_dim] fp32 angles, whatever length is asked for. While
+    `decoding` it is None, which Megatron's attention takes for "no rotation": the core attention then rotates by the
+    cosines and sines of `rotation`, made once for all layers of a pass.
     """
 
     def __init__(self, rope: Rope, head_dim: int, **megatron_arguments) -> None:
         super().__init__(kv_channels=head_dim, rotary_base=rope.theta, **megatron_arguments)
         self.inv_freq = inverse_frequencies(rope, head_dim).to(self.inv_freq.device)
+        self.positions: Tensor | None = None
         self.decoding = False
 
     def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor | None:
-        return None if self.decoding else super().forward(max_seq_len, *args, **kwargs)
+        if self.decoding:
+            return None
+        if self.positions is None:
+            return super().forward(max_seq_len, *args, **kwargs)
+        angles = self._angles(self.positions)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [t] int64 -> cosines and signed sines for `rotate`, each [t, 1, 1, head_dim] in dtype."""
-        if self.inv_freq.device != positions.device:
-            self.inv_freq = self.inv_freq.to(positions.device)
-        angles = torch.outer(positions.float(), self.inv_freq)
+        angles = self._angles(positions)
         cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
         return (
             torch.cat((cosines, cosines), dim=-1)[:, None, None, :],
             torch.cat((-sines, sines), dim=-1)[:, None, None, :],
         )
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        """[t, head_dim / 2] fp32"""
+        if self.inv_freq.device != positions.device:
+            self.inv_freq = self.inv_freq.to(positions.device)
+        return torch.outer(positions.float(), self.inv_freq)
 
 
 def rotate(tensor: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:

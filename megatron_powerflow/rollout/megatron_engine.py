@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,14 +80,19 @@ class MegatronEngine:
         waiting = deque(prompts)
         at_a_time = min(len(prompts), max(1, self._max_rows // sampling.responses_per_prompt))
         num_lanes = largest(min(self._groups.pp_size, at_a_time), self._groups)
-        if num_lanes == 0:
-            return []
-        bounds = [at_a_time * i // num_lanes for i in range(num_lanes + 1)]
         longest = max((len(prompt.token_ids) for _, prompt in prompts), default=0)
         tp_size, device = self._groups.tp_size, self._groups.device
         return [
-            Lane(waiting, stop - start, longest, sampling, self._chunks, tp_size, device)
-            for start, stop in pairwise(bounds)
+            Lane(
+                waiting,
+                at_a_time * (place + 1) // num_lanes - at_a_time * place // num_lanes,
+                longest,
+                sampling,
+                self._chunks,
+                tp_size,
+                device,
+            )
+            for place in range(num_lanes)
         ]
 
     def _run(self, lanes: list[Lane], sampling: SamplingParams, total: int, progress: Progress | None) -> None:

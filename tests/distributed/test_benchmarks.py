@@ -40,5 +40,5 @@ def test_a_step_that_differs_is_refused(gloo, tiny_model):
 
 def test_both_sides_write_the_same_number_of_tokens(gloo, tiny_model):
     sizes = {"texts": TEXTS, "num_responses": 2, "num_tokens": 5, "repetitions": 1}
-    (printed,) = gloo.run(1, rollout.compare, tiny_model("qwen2"), **sizes)
+    (printed,) = gloo.run(1, rollout.compare, tiny_model("llama"), **sizes)
     assert "HF generate" in printed

@@ -107,10 +107,10 @@ def test_samples_do_not_depend_on_who_shares_the_batch(gloo, tiny_model):
 
 
 UNEVEN = {  # about a tenth of the tokens stop, so rows are freed at all times
-    "prompts": [[5, 6, 7], [9], [11] * 40, [20, 21], [30], [41, 42, 43, 44], [50] * 7],
+    "prompts": [[5, 6, 7], [9], [11] * 120, [20, 21], [30], [41, 42, 43, 44], [50] * 7],
     "responses": 4,
     "stop": tuple(range(30)),
-    "max_tokens": 140,  # with the longest prompt, more than one growth of the cache
+    "max_tokens": 60,  # with the longest prompt, more than one growth of the cache
 }
 
 
