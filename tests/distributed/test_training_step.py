@@ -156,7 +156,7 @@ def test_other_objectives_pack_and_split_as_well(gloo, tiny_model, prompts, tmp_
     for rows, grad_norms, _ in gloo.run(
         2, one_step, config_for(folder, prompts, tmp_path / "packed", chosen, *PACKED, "parallel.cp=2")
     ):
-        assert loss_of(rows) == pytest.approx(loss_of(alone[0]), rel=1e-5, abs=1e-7)
+        assert loss_of(rows) == pytest.approx(loss_of(alone[0]), rel=1e-5, abs=2e-6)
         assert grad_norms == pytest.approx(alone[1], rel=1e-4)
 
 
