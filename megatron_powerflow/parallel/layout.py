@@ -196,9 +196,9 @@ def _budget_violations(config: Config, layout: Layout) -> list[str]:
     if budget >= needed:
         return []
     return [
-        f"parallel.max_tokens_per_micro_batch={budget} has no room for the longest rollout, rollout.max_prompt_tokens + "
-        f"rollout.max_response_tokens = {longest} tokens, in multiples of {multiple}; choose {needed} or more, or lower "
-        "a length"
+        f"parallel.max_tokens_per_micro_batch={budget} has no room for the longest rollout, rollout.max_prompt_tokens "
+        f"+ rollout.max_response_tokens = {longest} tokens, in multiples of {multiple}; choose {needed} or more, or "
+        "lower a length"
     ]
 
 
