@@ -204,11 +204,7 @@ def _expert_violations(parallel: ParallelSection, architecture: Architecture) ->
 
 
 def _batch_violations(config: Config, layout: Layout) -> list[str]:
-    rollout, micro, budget = (
-        config.rollout,
-        config.parallel.micro_batch_size,
-        config.parallel.max_tokens_per_micro_batch,
-    )
+    rollout, micro = config.rollout, config.parallel.micro_batch_size
     prompts_per_update = rollout.prompts_per_step // config.optimizer.updates_per_rollout
     if prompts_per_update % layout.dp:
         return [
@@ -216,19 +212,8 @@ def _batch_violations(config: Config, layout: Layout) -> list[str]:
             f"(rollout.prompts_per_step={rollout.prompts_per_step}); a group is never split, so choose a multiple of "
             f"{layout.dp * config.optimizer.updates_per_rollout}"
         ]
-    if budget is not None:
-        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-        multiple = layout.position_multiple(FP8_TOKENS if config.precision.dtype == "fp8" else 1)
-        needed = -(-longest // multiple) * multiple
-        return (
-            []
-            if budget >= needed
-            else [
-                f"parallel.max_tokens_per_micro_batch={budget} has no room for the longest rollout, "
-                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens, in multiples of "
-                f"{multiple}; choose {needed} or more, or lower a length"
-            ]
-        )
+    if config.parallel.max_tokens_per_micro_batch is not None:
+        return _budget_violations(config, layout)
     local = prompts_per_update // layout.dp * rollout.responses_per_prompt
     if local % micro:
         return [
@@ -241,6 +226,21 @@ def _batch_violations(config: Config, layout: Layout) -> list[str]:
             "; change parallel.micro_batch_size or rollout.prompts_per_step"
         ]
     return []
+
+
+def _budget_violations(config: Config, layout: Layout) -> list[str]:
+    """Packed micro-batches come in any number; each rollout needs room in one."""
+    budget = config.parallel.max_tokens_per_micro_batch
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    multiple = layout.position_multiple(FP8_TOKENS if config.precision.dtype == "fp8" else 1)
+    needed = -(-longest // multiple) * multiple
+    if budget >= needed:
+        return []
+    return [
+        f"parallel.max_tokens_per_micro_batch={budget} has no room for the longest rollout, rollout.max_prompt_tokens "
+        f"+ rollout.max_response_tokens = {longest} tokens, in multiples of {multiple}; choose {needed} or more, or "
+        "lower a length"
+    ]
 
 
 def _divisors(number: int) -> list[int]:

@@ -68,7 +68,7 @@ def test_a_replay_is_the_run_without_its_engine_and_a_crash_loses_no_rollouts(gl
         gloo.run(num_ranks, no_engine, config, replay, f"run.output_dir={out}", *overrides)
         exact = not overrides
         for ours, theirs in zip(metrics_of(out), metrics_of(tmp_path / "saved"), strict=True):
-            assert ours == (theirs if exact else pytest.approx(theirs, rel=1e-4, abs=1e-5))
+            assert ours == (theirs if exact else pytest.approx(theirs, rel=1e-3, abs=1e-4))
 
     gloo.run(2, run_training, config, "rollout.save=true", f"run.output_dir={tmp_path / 'cp'}", "parallel.cp=2")
     sampled = read_rollouts(tmp_path / "cp" / "rollouts" / saved[0].name, vocab_size=307)

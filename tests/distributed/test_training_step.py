@@ -150,13 +150,15 @@ def test_dummy_micro_batches_weigh_nothing(gloo, tiny_model, prompts, tmp_path):
 
 @pytest.mark.parametrize("preset", ["one_shot_em", "intuitor", "rl_token", "tb_token_step"])
 def test_other_objectives_pack_and_split_as_well(gloo, tiny_model, prompts, tmp_path, preset):
-    """Entropies, certainties, advantages and per-token spreads, packed on two context-parallel ranks."""
+    """Entropies, certainties, advantages and per-token spreads, packed on two context-parallel ranks. Not the loss: two
+    responses of nearly one certainty have an advantage that divides rounding by rounding."""
     folder, chosen = tiny_model("llama"), f"objective.preset={preset}"
     (alone,) = gloo.run(1, one_step, config_for(folder, prompts, tmp_path / "alone", chosen))
     for rows, grad_norms, _ in gloo.run(
         2, one_step, config_for(folder, prompts, tmp_path / "packed", chosen, *PACKED, "parallel.cp=2")
     ):
-        assert loss_of(rows) == pytest.approx(loss_of(alone[0]), rel=1e-5, abs=1e-7)
+        for name in ("sequence_log_prob", "reward"):
+            np.testing.assert_allclose(column(rows, name), column(alone[0], name), rtol=1e-5, atol=1e-6)
         assert grad_norms == pytest.approx(alone[1], rel=1e-4)
 
 
