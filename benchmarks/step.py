@@ -23,8 +23,8 @@ from pathlib import Path
 from benchmarks.rollout import TEXTS, encode, take_cores
 
 ALPHA, LR, LOG_Z_LR = 4.0, 1e-6, 1e-3
-# Relative, of the first step. The norm's is wide: torch.norm in fp32, which both sides use, is off by 1e-3 on a CPU where
-# a tensor has tens of millions of elements, each side by its own amount.
+# Relative, of the first step. The norm has a wide one: torch.norm in fp32, which both sides use, is off by 1e-3 where a
+# tensor on a CPU has tens of millions of elements, on each side by its own amount.
 TOLERANCES = {"loss": 1e-4, "gradient norm": 5e-3}
 PHASES = ("rollout", "reference", "update")
 
