@@ -6,7 +6,7 @@ Rollout, reference scores, update; fp32, the same cores, learned log Z', respons
 their first step on our rollouts: their losses and gradient norms must agree, or nothing is timed. Then whole steps
 alternate, each side on its own samples.
 
-Left out: layouts (one process), unequal lengths, on which we win more (freed rows leave the batch).
+Left out: layouts (one process); responses of unequal lengths.
 """
 
 from __future__ import annotations
