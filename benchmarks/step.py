@@ -6,7 +6,7 @@ Rollout, reference scores, update; fp32, the same cores, learned log Z', respons
 their first step on our rollouts: their losses and gradient norms must agree, or nothing is timed. Then whole steps
 alternate, each side on its own samples.
 
-Left out: layouts (one process), unequal lengths, on which we win more (freed rows leave the batch).
+Left out: layouts (one process); responses of unequal lengths.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from pathlib import Path
 from benchmarks.rollout import TEXTS, encode, take_cores
 
 ALPHA, LR, LOG_Z_LR = 4.0, 1e-6, 1e-3
-TOLERANCE = 1e-4  # relative, of the first step's loss and gradient norm
+# Relative, of the first step. The norm has a wide one: torch.norm in fp32, which both sides use, is off by 1e-3 where a
+# tensor on a CPU has tens of millions of elements, on each side by its own amount.
+TOLERANCES = {"loss": 1e-4, "gradient norm": 5e-3}
 PHASES = ("rollout", "reference", "update")
 
 
@@ -61,15 +63,16 @@ class OurStep:
 
 
 class Clock:
-    """Seconds between notes."""
+    """seconds: between notes; under "CPU", the CPU seconds from the start to the last note."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._last, self._cpu_start = time.perf_counter(), time.process_time()
 
     def note(self, phase: str) -> None:
         now = time.perf_counter()
         self.seconds[phase], self._last = now - self._last, now
+        self.seconds["CPU"] = time.process_time() - self._cpu_start
 
 
 @contextlib.contextmanager
@@ -140,8 +143,8 @@ def compare(
         rows = [(rollout.prompt.token_ids, rollout.response_token_ids) for rollout in rollouts]
         assert sum(len(response) for _, response in rows) == len(prompts) * num_responses * num_tokens
         _, *plain_values = plain_step(plain, lambda: rows)
-        for name, our, their in zip(("loss", "gradient norm"), our_values, plain_values, strict=True):
-            assert abs(our - their) <= TOLERANCE * abs(their), f"first step's {name}: ours {our}, plain {their}"
+        for (name, tolerance), our, their in zip(TOLERANCES.items(), our_values, plain_values, strict=True):
+            assert abs(our - their) <= tolerance * abs(their), f"first step's {name}: ours {our}, plain {their}"
         for _ in range(repetitions):
             seconds["ours"].append(ours.run()[0])
             seconds["plain"].append(plain_step(plain, lambda: plain.write(prompts, num_responses, num_tokens))[0])
@@ -155,17 +158,17 @@ def compare(
 
 
 def table(seconds: dict[str, list[dict[str, float]]]) -> tuple[str, float]:
-    """Median seconds of each phase and of the whole step; the last ratio."""
-    lines = [f"{'median seconds':16}{'ours':>10}{'plain':>10}{'plain / ours':>14}"]
-    ratio = 0.0
-    for phase in (*PHASES, "whole step"):
-        parts = PHASES if phase == "whole step" else (phase,)
+    """Median seconds of each phase, of the whole step by the clock, and in CPU seconds, which other programs on the
+    machine disturb less; the ratio of whole steps by the clock."""
+    rows = {phase: (phase,) for phase in PHASES} | {"whole step": PHASES, "whole step, CPU": ("CPU",)}
+    lines, ratios = [f"{'median seconds':16}{'ours':>10}{'plain':>10}{'plain / ours':>14}"], {}
+    for name, parts in rows.items():
         ours, plain = (
             statistics.median(sum(step[part] for part in parts) for step in seconds[side]) for side in ("ours", "plain")
         )
-        ratio = plain / ours
-        lines.append(f"{phase:16}{ours:10.2f}{plain:10.2f}{ratio:14.2f}")
-    return "\n".join(lines), ratio
+        ratios[name] = plain / ours
+        lines.append(f"{name:16}{ours:10.2f}{plain:10.2f}{ratios[name]:14.2f}")
+    return "\n".join(lines), ratios["whole step"]
 
 
 def main() -> None:
