@@ -26,6 +26,7 @@ CHANGE_LIMIT = 1e-3
 
 PACKED = ("parallel.micro_batch_size=null", "parallel.max_tokens_per_micro_batch=96")
 SP = "parallel.sequence_parallel=true"
+MIXTURE = "qwen3_moe"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ ROWS = (
     Row("packed, PP2 x DP2", 4, (*PACKED, "parallel.pp=2")),
     Row("packed, TP2 + SP x CP2", 4, (*PACKED, "parallel.tp=2", SP, "parallel.cp=2")),
     Row("packed, CP2 x DP2, recomputed", 4, (*PACKED, "parallel.cp=2", "model.recompute=full")),
+    Row("experts: EP2", 2, ("parallel.ep=2",), MIXTURE),
+    Row("experts: TP2 + SP x EP2", 4, ("parallel.tp=2", SP, "parallel.ep=2"), MIXTURE),
+    Row("experts: packed, EP2", 2, (*PACKED, "parallel.ep=2"), MIXTURE),
 )
 
 
@@ -137,7 +141,7 @@ class Comparison:
         from safetensors.torch import load_file
 
         folder = self._folder / row.family
-        run = folder / row.name.replace(" ", "_").replace(",", "")
+        run = folder / row.name.replace(" ", "_").replace(",", "").replace(":", "")
         replay = (f"rollout.replay={folder / 'saved'}", f"run.output_dir={run}")
         self._train(folder, row.num_processes, *replay, *row.overrides)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

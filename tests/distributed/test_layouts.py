@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.layouts import ROWS, Comparison
 
-CONTAINED = {"TP2", "PP2", "DP2", "TP2 x PP2", "TP2 x CP2", "PP2 x DP2", "packed, DP2", "packed, CP2"}
+CONTAINED = {"TP2", "PP2", "DP2", "TP2 x PP2", "TP2 x CP2", "PP2 x DP2", "packed, DP2", "packed, CP2", "experts: EP2"}
 
 
 @pytest.fixture(scope="module")
