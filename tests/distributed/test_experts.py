@@ -233,7 +233,8 @@ def unbroken(gloo, tiny_model, tmp_path_factory):
     return path, comparable(folder / "run")
 
 
-DISTRIBUTED = ("precision.dtype=fp32", "optimizer.distributed=true")
+# without a head: the first gradient of its calibrated bias is rounding, of which Adam makes a step of lr either way
+DISTRIBUTED = ("precision.dtype=fp32", "optimizer.distributed=true", "objective.log_z=group")
 
 
 @pytest.mark.parametrize(
