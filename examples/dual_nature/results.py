@@ -36,12 +36,12 @@ EXAMINED = {
     "word nats": ("word_entropy", 2),
     "distinct of 64": ("distinct", 2),
 }
-# counted by the study and by `powerflow evaluate`: name there, and how far they may be apart (a <pad> or <bos> that was
-# sampled, once in thousands of responses, leaves nothing in a text)
+# counted by the study and by `powerflow evaluate`: name there, and how far they may be apart. Of gibberish they read
+# different things: to math-verify \\boxed{ +5 } is 5, and a <pad> that was sampled leaves nothing in a text.
 TWICE = {
-    "accuracy": ("avg", 1e-9),
+    "accuracy": ("avg", 0.005),
     "truncated": ("truncated_fraction", 1e-9),
-    "mean_tokens": ("response_length_mean", 0.05),
+    "mean_tokens": ("response_length_mean", 0.5),
 }
 COLLAPSED = 0.1  # truncated share of a step's responses
 SETTLING = (20, 60)  # steps over which the trap's margin is taken: after the start's noise, before any collapse
