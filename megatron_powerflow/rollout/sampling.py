@@ -80,8 +80,7 @@ def _first_above(parts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     running = parts.cumsum(dim=-1)
     place = torch.searchsorted(running, threshold[:, None], right=True)
     # rounding may carry the threshold past the last part that has any mass: stay on it
-    last = parts.shape[1] - 1 - (parts > 0).flip(1).int().argmax(dim=1, keepdim=True)
-    place = torch.minimum(place, last)
+    place = torch.minimum(place, _last_positive(parts, dim=1)[:, None])
     rest = threshold[:, None] - running.gather(1, place) + parts.gather(1, place)
     return place.squeeze(1), rest.squeeze(1)
 
@@ -89,8 +88,14 @@ def _first_above(parts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 def _owner(sums: Tensor, threshold: Tensor) -> Tensor:
     """[r] the rank whose share of the running total holds the threshold: the first that exceeds it."""
     exceeds = sums.cumsum(dim=0) > threshold
-    last_with_mass = sums.shape[0] - 1 - (sums > 0).flip(0).int().argmax(dim=0)
-    return torch.where(exceeds.any(dim=0), exceeds.int().argmax(dim=0), last_with_mass)
+    return torch.where(exceeds.any(dim=0), exceeds.int().argmax(dim=0), _last_positive(sums, dim=0))
+
+
+def _last_positive(values: Tensor, dim: int) -> Tensor:
+    """Place of the last value above 0; 0 where there is none: a model that blew up (NaN) draws a token that exists."""
+    positive = values > 0
+    last = values.shape[dim] - 1 - positive.flip(dim).int().argmax(dim=dim)
+    return torch.where(positive.any(dim=dim), last, 0)
 
 
 def _local_argmax(logits: Tensor, maxima: Tensor, first: int, tp_group) -> tuple[Tensor, Tensor]:

@@ -86,3 +86,13 @@ def test_a_token_between_blocks_without_mass_is_found(alone):
     logits[:, 127] = logits[:, 512] = 0.0
     uniform = torch.tensor([0.0, 0.4999, 0.5, 1 - 1e-16], dtype=torch.float64)
     assert sample_tokens(logits, uniform, tp_group=alone, first=0)[0].tolist() == [127, 127, 512, 512]
+
+
+def test_a_model_that_blew_up_draws_a_token_that_exists(alone):
+    """NaN logits, the last columns being padding: the run is to end with the reason, not with a broken micro-batch."""
+    logits = torch.full((2, 300), torch.nan)
+    logits[:, 290:] = -torch.inf
+    for uniform in (torch.tensor([0.0, 0.999], dtype=torch.float64), None):
+        tokens, log_probs = sample_tokens(logits, uniform, tp_group=alone, first=0)
+        assert tokens.tolist() == [0, 0]
+        assert log_probs.isnan().all()
