@@ -227,8 +227,7 @@ def _balances(c: Config) -> bool:
 
 
 def _tilts(c: Config) -> bool:
-    form = c.objective.form
-    return isinstance(form, Balance) and form.policy_norm == form.reference_norm == "length" and not form.per_token
+    return isinstance(c.objective.form, Balance) and c.objective.form.tilts
 
 
 def _rewarded(c: Config) -> bool:

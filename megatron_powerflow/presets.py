@@ -31,6 +31,11 @@ class Balance:
         """log Z' is a number per token."""
         return self.policy_norm == "length" or self.per_token
 
+    @property
+    def tilts(self) -> bool:
+        """The fixed point is p_base^alpha exp(-lambda n)."""
+        return self.policy_norm == self.reference_norm == "length" and not self.per_token
+
 
 # power: alpha S_ref - S + alpha psi, the log-ratio to the target; power_per_token: the same over n; the others: of text
 Reward = Literal["power", "power_per_token", "gold", "cluster", "majority", "certainty", "boxed"]
@@ -49,10 +54,17 @@ class PolicyGradient:
         """The reward is made of log-probs under the alpha-power of the reference."""
         return self.reward in ("power", "power_per_token")
 
+    @property
+    def tilts(self) -> bool:
+        """The fixed point is p_base^alpha exp(-lambda n)."""
+        return self.reward == "power_per_token"
+
 
 @dataclass(frozen=True, slots=True)
 class EntropyMinimum:
     """No reward and no target: the gradient of the entropy itself."""
+
+    tilts = False
 
 
 Form = Balance | PolicyGradient | EntropyMinimum

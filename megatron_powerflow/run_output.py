@@ -25,7 +25,6 @@ from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes,
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, WandbWriter, read_metrics
 from megatron_powerflow.parallel.collectives import any_rank
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.presets import Balance
 from megatron_powerflow.records import SamplingParams, StepMetrics
 from megatron_powerflow.training.held_out import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
@@ -87,13 +86,12 @@ class RunOutput:
     def write(self, step: int, updated: Updated, lr: float, alpha: float | None, progress: Progress) -> None:
         """One step's metrics, everywhere. Collective: the peak memory is that of the worst rank."""
         config, groups = self._plan.config, self._session.groups
-        form = config.objective.form
         target = Target(
             responses_per_prompt=config.rollout.responses_per_prompt,
             max_response_tokens=config.rollout.max_response_tokens,
             alpha=alpha,
             tilt_cap=config.objective.tilt_cap,
-            has_tilt=isinstance(form, Balance) and form.policy_norm == form.reference_norm == "length",
+            has_tilt=config.objective.form.tilts,
         )
         values = reduce_rollouts(updated.rows.numpy(), target)
         finite = [stepped.grad_norm for stepped in updated.steps if stepped.applied]

@@ -12,6 +12,7 @@ from megatron_powerflow.metrics.repetition import (
     repeated_share,
     trap_margin,
 )
+from megatron_powerflow.presets import PRESETS
 
 
 def test_a_loop_of_one_token_by_hand():
@@ -67,3 +68,8 @@ def test_shares_by_hand():
     assert repeated_share([1, 2]) == 0.0
     assert distinct_n([[1, 2, 3], [1, 2, 4]], 2) == pytest.approx(3 / 4)
     assert distinct_n([[1], [2]], 2) == 0.0
+
+
+def test_the_margin_is_estimated_where_the_fixed_point_has_a_tilt_and_nowhere_else():
+    """p_base^alpha exp(-lambda n) is where these end (tests/distributed/test_exact_optimum.py)."""
+    assert {name for name, form in PRESETS.items() if form.tilts} == {"la_tb", "tb_token_score", "flow_rl", "rl_token"}
