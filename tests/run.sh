@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv and runs all of them; arguments go to pytest.
 #
-#   bash tests/run.sh                    everything: about 35 minutes on 2 cores
+#   bash tests/run.sh                    everything: about 32 minutes on 2 cores
 #   bash tests/run.sh -m "not slow"      what a change deserves before each commit: about 20 minutes
 #   bash tests/run.sh tests/unit         half a minute
 set -euo pipefail

@@ -89,6 +89,10 @@ def test_a_warned_job_saves_requeues_and_continues(cluster, tiny_model, prompts,
     while "JobState=PENDING" not in cluster.run("scontrol", "show", "job", job):  # ends, and is put back
         assert time.monotonic() < deadline + 150, log.read_text()
         time.sleep(0.5)
+    # its first start is still being cleared away: a second one in that moment is lost (the credential is revoked)
+    while set(cluster.run("sinfo", "--noheader", "--Node", "--format=%t").split()) != {"idle"}:
+        assert time.monotonic() < deadline + 200, cluster.run("sinfo")
+        time.sleep(0.5)
     # a requeued job waits two minutes by default; it may start now
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     state = cluster.wait_for(job, timeout=400)
