@@ -120,17 +120,30 @@ def read_header(path: Path) -> Header:
 
 
 def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
-    """By slot, then response_index. Raises UserError when the file is damaged or of another vocabulary."""
+    """By slot, then response_index. Raises UserError when the file is damaged, made up or of another vocabulary."""
     header = read_header(path)
     with path.open("rb") as file:
         file.readline()
         body = file.read()
     if hashlib.sha256(body).hexdigest() != header.sha256:
         raise UserError(f"{path}: damaged: its content does not have the checksum it was written with; sample it again")
-    rollouts = [rollout for line in body.decode().split("\n") if line for rollout in _rollouts_of(json.loads(line))]
-    highest = max(max(r.prompt.token_ids + r.response_token_ids) for r in rollouts)
-    if highest >= vocab_size:
-        raise UserError(f"{path}: token {highest} is outside the model's vocabulary of {vocab_size}")
+    try:
+        rollouts = [rollout for line in body.decode().split("\n") if line for rollout in _rollouts_of(json.loads(line))]
+        tokens = [token for rollout in rollouts for token in rollout.prompt.token_ids + rollout.response_token_ids]
+        outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not rollouts as this program writes them ({error!r}); sample them again") from None
+    if outside is not None:
+        raise UserError(f"{path}: token {outside} is outside the model's vocabulary of {vocab_size}")
+    counted = [(rollout.slot, rollout.response_index) for rollout in rollouts]
+    expected = [(slot, i) for slot in range(header.num_prompts) for i in range(header.responses_per_prompt)]
+    if counted != expected:
+        raise UserError(f"{path}: its groups are not the {len(expected)} rollouts that its first line says")
+    if broken := next((r for r in rollouts if _is_broken(r)), None):
+        raise UserError(
+            f"{path}: slot {broken.slot}, response {broken.response_index}: must have tokens, and a log-prob of at "
+            "most 0 for each of them"
+        )
     return rollouts
 
 
@@ -170,6 +183,12 @@ def _mismatches(header: Header, step: int, wanted: Wanted) -> list[str]:
         if theirs > ours:
             found.append(f"{name} is {theirs} tokens, over {key}={ours}; raise it")
     return found
+
+
+def _is_broken(rollout: Rollout) -> bool:
+    log_probs = rollout.rollout_log_probs
+    in_order = all(isinstance(value, float | int) and value <= 1e-4 for value in log_probs)
+    return not (rollout.response_token_ids and len(log_probs) == len(rollout.response_token_ids) and in_order)
 
 
 def _group_line(group: Sequence[Rollout]) -> dict[str, Any]:

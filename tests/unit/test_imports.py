@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_powerflow"
 LEVELS = {
     "errors": 0,
     "config": 0,
+    "config_rules": 0,
     "records": 0,
     "presets": 0,
     "parallel": 1,
@@ -35,6 +36,7 @@ LEVELS = {
 FREE_OF_TORCH = (
     "errors",
     "config",
+    "config_rules",
     "records",
     "cli",
     "parallel.layout",

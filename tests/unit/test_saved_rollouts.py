@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -72,6 +73,34 @@ def test_damage_and_a_foreign_vocabulary_are_refused(tmp_path):
     path.write_text("{}\n")
     with pytest.raises(UserError, match="no rollouts that can be read"):
         read_rollouts(path, vocab_size=50)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lines: lines[:-1], "not the 4 rollouts that its first line says"),
+        (lambda lines: [lines[0]] * 2, "not the 4 rollouts"),
+        (lambda lines: [lines[0] | {"responses": [{}]}], "not rollouts as this program writes them"),
+        (lambda lines: [5], "not rollouts as this program writes them"),
+        (lambda lines: replaced(lines, "token_ids", [9, -1]), "token -1 is outside"),
+        (lambda lines: replaced(lines, "token_ids", ["9", 2]), "not rollouts as"),
+        (lambda lines: replaced(lines, "token_ids", [9]), "slot 0, response 0: must have tokens, and a log-prob"),
+        (lambda lines: replaced(lines, "log_probs", [-1.0, 0.5]), "slot 0, response 0: must have tokens"),
+    ],
+)
+def test_a_file_made_up_with_a_right_checksum_is_refused(tmp_path, change, words):
+    path = saved(tmp_path)
+    head, *lines = path.read_text().strip().split("\n")  # not splitlines: the text has another kind of line end
+    body = "".join(json.dumps(line) + "\n" for line in change([json.loads(line) for line in lines]))
+    header = json.loads(head) | {"sha256": hashlib.sha256(body.encode()).hexdigest()}
+    path.write_text(json.dumps(header) + "\n" + body)
+    with pytest.raises(UserError, match=words):
+        read_rollouts(path, vocab_size=50)
+
+
+def replaced(lines: list[dict], key: str, value: list) -> list[dict]:
+    lines[0]["responses"][0][key] = value
+    return lines
 
 
 def test_what_fits_is_accepted(tmp_path):

@@ -1,0 +1,108 @@
+"""Which keys of a config depend on which? Defaults that hang on another key, keys that then have no effect, values
+that contradict each other.
+
+Left out: the keys themselves (`config.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from megatron_powerflow.presets import Balance, EntropyMinimum, PolicyGradient
+
+if TYPE_CHECKING:
+    from megatron_powerflow.config import Config
+
+
+def _has_alpha(c: Config) -> bool:
+    form = c.objective.form
+    return isinstance(form, Balance) or (isinstance(form, PolicyGradient) and form.powers)
+
+
+def _balances(c: Config) -> bool:
+    return isinstance(c.objective.form, Balance)
+
+
+def _tilts(c: Config) -> bool:
+    return isinstance(c.objective.form, Balance) and c.objective.form.tilts
+
+
+def _rewarded(c: Config) -> bool:
+    return c.objective.task_reward not in (None, "none")
+
+
+def _has_engine(c: Config) -> bool:
+    return c.rollout.replay is None
+
+
+def _pads(c: Config) -> bool:
+    return c.parallel.max_tokens_per_micro_batch is None
+
+
+def _for_flow_rl(value: Any, otherwise: Any) -> Callable[[Config], Any]:
+    return lambda c: value if c.objective.preset == "flow_rl" else otherwise
+
+
+# Keys whose default depends on another key: (key, its default or a function that gives it, when it applies, why not).
+# Where a key does not apply it stays None, and setting it is an error: nothing is accepted and ignored. In this order.
+_Conditional = tuple[str, Any, "Callable[[Config], bool]", str]
+CONDITIONAL: tuple[_Conditional, ...] = (
+    ("objective.alpha", _for_flow_rl(1.0, 4.0), _has_alpha, "this objective.preset knows no alpha"),
+    ("objective.alpha_warmup_steps", 0, _has_alpha, "this objective.preset knows no alpha"),
+    ("objective.psi", 0.0, _has_alpha, "this objective.preset knows no energy"),
+    ("objective.psi_exempt_tasks", ["creative"], lambda c: bool(c.objective.psi), "objective.psi=0"),
+    ("objective.log_z", "mlp", _balances, "this objective.preset has no log Z'"),
+    ("objective.log_z_detach", True, lambda c: c.objective.log_z == "mlp", "objective.log_z is not mlp"),
+    ("objective.tilt_cap", None, _tilts, "this objective.preset has no tilt on length that could be capped"),
+    ("objective.task_reward", _for_flow_rl("gold", "none"), _balances, "this objective.preset has no energy to add to"),
+    ("objective.reward_scale", _for_flow_rl(15.0, 1.0), _rewarded, "objective.task_reward=none"),
+    ("objective.reward_advantage", _for_flow_rl(True, False), _rewarded, "objective.task_reward=none"),
+    ("objective.kl_coefficient", 0.0, lambda c: not _has_alpha(c), "this objective.preset has p_base in its target"),
+    ("objective.clip", "two_sided", lambda c: c.objective.ratio != "none", "objective.ratio=none"),
+    ("objective.clip_epsilon", 0.2, lambda c: c.objective.ratio != "none", "objective.ratio=none"),
+    ("optimizer.log_z_lr", 1e-3, lambda c: c.objective.learns_log_z, "objective.log_z is not learned"),
+    ("optimizer.min_lr", 0.0, lambda c: c.optimizer.lr_decay != "constant", "optimizer.lr_decay=constant"),
+    ("precision.fp8_recipe", "tensorwise", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
+    ("precision.fp8_format", "hybrid", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
+    ("parallel.micro_batch_size", 4, _pads, "parallel.max_tokens_per_micro_batch packs instead"),
+    ("parallel.vpp", None, lambda c: c.parallel.pp > 1, "parallel.pp=1"),
+    ("evaluation.samples", 3, _has_engine, "rollout.replay trains without an engine"),
+    ("evaluation.prompts", None, _has_engine, "rollout.replay trains without an engine"),
+    ("evaluation.num_responses", 4, lambda c: c.evaluation.prompts is not None, "evaluation.prompts is not given"),
+    ("metrics.wandb_project", "megatron_powerflow", lambda c: c.metrics.wandb != "off", "metrics.wandb=off"),
+)
+
+
+def contradictions(config: Config) -> list[str]:
+    """What is wrong with values that are each right by themselves: a sentence each."""
+    rollout, objective, optimizer = config.rollout, config.objective, config.optimizer
+    found = []
+    if config.parallel.sequence_parallel and config.parallel.tp == 1:
+        found.append("parallel.sequence_parallel=true has no effect because parallel.tp=1; remove it")
+    if rollout.save and rollout.replay is not None:
+        found.append("rollout.save=true has no effect because rollout.replay is given; remove it")
+    by_group = objective.log_z or f"the advantage of objective.preset={objective.preset}"
+    alone = objective.learns_log_z or isinstance(objective.form, EntropyMinimum)
+    if not alone and rollout.responses_per_prompt == 1:
+        found.append(
+            f"rollout.responses_per_prompt=1 with {by_group}: it is a mean over the group and needs at least 2 "
+            "responses; raise it" + (" or choose objective.log_z=mlp" if objective.log_z else "")
+        )
+    if objective.ratio == "token" and isinstance(objective.form, Balance):
+        found.append(
+            f"objective.ratio=token with objective.preset={objective.preset}: a residual belongs to a whole response; "
+            "must be one of 'none', 'seq', 'seq_mean'"
+        )
+    if objective.ratio != "none" and isinstance(objective.form, EntropyMinimum):
+        found.append(f"objective.ratio={objective.ratio} with one_shot_em: it has no reward to weigh; remove it")
+    if rollout.prompts_per_step % optimizer.updates_per_rollout:
+        found.append(
+            f"optimizer.updates_per_rollout={optimizer.updates_per_rollout} does not divide "
+            f"rollout.prompts_per_step={rollout.prompts_per_step}: each update takes whole groups"
+        )
+    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
+        found.append(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
+    if any(not 0 <= beta < 1 for beta in optimizer.betas):
+        found.append(f"optimizer.betas={optimizer.betas}: each must be in [0, 1)")
+    return found
