@@ -1,8 +1,8 @@
 """What does a token's log-prob cost, forward and backward, in time and memory? Our kernel against full logits.
 
-    python benchmarks/log_prob_kernel.py                    4,096 tokens x 152,000 vocabulary x 896 hidden, fp32
-    python benchmarks/log_prob_kernel.py --dtype bf16       the same in bf16 (products in bf16, log-probs in fp32)
-    python benchmarks/log_prob_kernel.py --device cuda      on a GPU, with the Triton arithmetic as one more row
+    python -m benchmarks.log_prob_kernel                    4,096 tokens x 152,000 vocabulary x 896 hidden, fp32
+    python -m benchmarks.log_prob_kernel --dtype bf16       the same in bf16 (products in bf16, log-probs in fp32)
+    python -m benchmarks.log_prob_kernel --device cuda      on a GPU, with the Triton arithmetic as one more row
 
     (a) full logits     logits.float().log_softmax(-1).gather(targets)
     (b) Megatron-Core   vocab_parallel_cross_entropy(logits), as installed
