@@ -40,8 +40,10 @@ from megatron_powerflow.rollout.engine import Engine
 from megatron_powerflow.rollout.power_sampling import Chain, PowerSampling, block_limits, power_sampling
 from megatron_powerflow.training.forward_step import Scorer
 
-# the temperatures of power sampling are 1 and 1/alpha; it scores, so it takes a micro-batch size
-POWER_SAMPLING_KEYS = (*(k for k in GENERATE_KEYS if k != "rollout.temperature"), "parallel.micro_batch_size")
+# The temperatures of power sampling are 1 and 1/alpha; it scores, so it takes a micro-batch size. Its chains end when
+# they end, so ranks that shared experts would wait for each other.
+_NOT_HERE = ("rollout.temperature", "parallel.ep")
+POWER_SAMPLING_KEYS = (*(key for key in GENERATE_KEYS if key not in _NOT_HERE), "parallel.micro_batch_size")
 
 
 def power_sample_file(
@@ -142,7 +144,7 @@ def verbalize_file(
         reports = groups.pp_rank == 0 and groups.tp_rank == 0
 
         def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
-            rollouts = engine.generate(mine, sampling) if mine else []
+            rollouts = engine.generate(mine, sampling)
             if not reports:
                 return None
             lines = []

@@ -33,12 +33,17 @@ from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.parallel.layout import Layout, inference_layout
 from megatron_powerflow.records import Architecture, Prompt, Rollout, SamplingParams
+from megatron_powerflow.rollout.in_step import largest
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.score import score
 from megatron_powerflow.training.setup import alignment
 
-COMMON_KEYS = ("parallel.tp", "parallel.pp", "parallel.sequence_parallel", "precision.dtype", "precision.fp8_recipe")
+COMMON_KEYS = (
+    *(f"parallel.{key}" for key in ("tp", "pp", "ep", "sequence_parallel")),
+    "precision.dtype",
+    "precision.fp8_recipe",
+)
 SCORE_KEYS = (*COMMON_KEYS, "parallel.micro_batch_size", "rollout.temperature")
 GENERATE_KEYS = (
     *COMMON_KEYS,
@@ -50,6 +55,7 @@ GENERATE_KEYS = (
     "run.seed",
 )
 OF_THE_RUN = ("temperature", "max_prompt_tokens", "max_response_tokens")  # of `rollout`; what a run's folder stands for
+FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away
 ROUND_ROWS = 64  # rows to score, or responses to draw, per data-parallel rank between two writes
 
 
@@ -118,10 +124,16 @@ def score_file(opened: Opened, data: Path, out: Path, launch: Launch, console: C
         reports = groups.is_last_stage and groups.tp_rank == 0
 
         def one_round(mine: Sequence[Rollout]) -> list[tuple[int, dict]] | None:
-            found = score_rollouts(mine, chunks, scorer, opened) if mine else []
-            return found if reports else None
+            rows = _as_many_as_others(mine, groups)
+            found = score_rollouts(rows, chunks, scorer, opened) if rows else []
+            return [(slot, line) for slot, line in found if slot != FILLER.slot] if reports else None
 
         write_rounds(rows, one_round, ROUND_ROWS, out, groups, console, "scoring")
+
+
+def _as_many_as_others(mine: Sequence[Rollout], groups: Groups) -> list[Rollout]:
+    """Filled up: ranks that share experts make the same number of forward passes."""
+    return [*mine, *[FILLER] * (largest(len(mine), groups) - len(mine))]
 
 
 def score_rollouts(
@@ -169,7 +181,7 @@ def generate_file(
         reports = groups.pp_rank == 0 and groups.tp_rank == 0
 
         def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
-            rollouts = engine.generate(mine, sampling) if mine else []
+            rollouts = engine.generate(mine, sampling)
             return (
                 [(rollout.slot, response_line(rollout, opened.tokenizer)) for rollout in rollouts] if reports else None
             )

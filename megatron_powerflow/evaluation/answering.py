@@ -85,7 +85,7 @@ def answer_questions(
                     bar.update(task, completed=first + done * groups.dp_size // num_responses)
 
                 prompts = [(slot, prompt) for slot, _, prompt in mine]
-                rollouts = engine.generate(prompts, sampling, progress) if mine else []
+                rollouts = engine.generate(prompts, sampling, progress)
                 reports = groups.pp_rank == 0 and groups.tp_rank == 0
                 gathered = gather_to_main(_lines(rollouts, mine, opened) if reports else [], groups)
                 if gathered is not None:

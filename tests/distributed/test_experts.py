@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.megatron_sessions import config_for, run_training
+from tests.distributed.test_export import generate_to, score_to
 from tests.distributed.test_resume import comparable
 from tests.distributed.test_training_step import PROMPTS, column, loss_of, one_step
 
@@ -157,6 +158,31 @@ def test_replicas_that_share_experts_sample_what_they_would_alone(gloo, tiny_mod
         for replica, answer in gloo.run(num_ranks, generate_share, folder, shares, stop, 4, **parallel):
             slots = {slot for slot, _ in shares[replica]}
             assert answer == [item for item in expected if item[0] in slots]
+
+
+@pytest.mark.parametrize(("num_ranks", "parallel"), [(2, ["parallel.ep=2"]), (4, ["parallel.ep=2", "parallel.pp=2"])])
+def test_files_are_answered_and_scored_with_experts_spread_over_ranks(gloo, tiny_model, tmp_path, num_ranks, parallel):
+    """Five prompts over two replicas: one has a prompt fewer, of other lengths, and a round of its own without any."""
+    prompts, rows = tmp_path / "prompts.jsonl", tmp_path / "rows.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt_token_ids": list(range(5, 6 + i))}) + "\n" for i in range(5)))
+    limits = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6", "rollout.max_concurrent_rows=1")
+    model, answers = str(tiny_model("mixtral")), tmp_path / "answers.jsonl"
+    gloo.run(num_ranks, generate_to, model, str(prompts), str(answers), (*limits, *parallel), 32, False)
+    answered = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(line["id"], line["response_index"]) for line in answered] == [
+        (str(i), r) for i in range(5) for r in range(32)
+    ]
+    chosen = answered[::18]  # nine of them: again one more on one replica
+    lines = [
+        {"prompt_token_ids": list(range(5, 6 + int(line["id"]))), "response_token_ids": line["response_token_ids"]}
+        for line in chosen
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for ranks, extra in ((1, ()), (num_ranks, parallel)):
+        scores = tmp_path / f"scores_{ranks}.jsonl"
+        gloo.run(ranks, score_to, model, str(rows), str(scores), (*extra, "parallel.micro_batch_size=2"))
+        for line, scored in zip(chosen, scores.read_text().splitlines(), strict=True):
+            assert line["log_probs"] == pytest.approx(json.loads(scored)["log_probs"], abs=1e-4)
 
 
 RUN = """
