@@ -3,7 +3,7 @@
 #
 #   sbatch examples/run_70b.sh model.hf_path=/models/Llama-3.1-70B run.output_dir=/runs/70b [section.key=value ...]
 #
-# Nothing is passed through the environment: every setting is an argument and survives a requeue. SLURM's options stand
+# No setting is passed through the environment: each is an argument and survives a requeue. SLURM's options stand
 # on the command line as usual, e.g. `sbatch --nodes 4 --partition gpu examples/run_70b.sh ...`. Model, prompts and
 # output folder must be on a file system that all nodes see. Before the time limit, or when the job is preempted, the
 # run saves at the end of its step and the job is put into the queue again; it continues where it was.
@@ -21,8 +21,8 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 config=examples/configs/llama31_70b.yaml
 [ -f "$config" ] || { echo "error: submit from the repository's root; $PWD has no $config" >&2; exit 2; }
-python=python3
-[ -x .venv/bin/python ] && python=$PWD/.venv/bin/python
+python=${VENV:-.venv}/bin/python  # VENV as in tools/environment.sh
+[ -x "$python" ] || python=python3
 
 # One process per GPU; on nodes without GPUs one per node.
 per_node=${SLURM_GPUS_ON_NODE:-1}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need into .venv and runs all of them; arguments go to pytest.
+# Installs what the tests need into .venv (or VENV) and runs all of them; arguments go to pytest.
 #
 #   bash tests/run.sh                    everything: about 32 minutes on 2 cores
 #   bash tests/run.sh -m "not slow"      what a change deserves before each commit: about 20 minutes
@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source tools/environment.sh dev
-.venv/bin/ruff check .
-.venv/bin/ruff format --check --quiet .
-.venv/bin/python tools/fetch_example_model.py --out models/SmolLM2-135M-Instruct
-exec .venv/bin/python -m pytest "$@"
+"$python" -m ruff check .
+"$python" -m ruff format --check --quiet .
+"$python" tools/fetch_example_model.py --out models/SmolLM2-135M-Instruct
+exec "$python" -m pytest "$@"

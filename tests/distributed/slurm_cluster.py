@@ -36,6 +36,7 @@ class SlurmCluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment["VENV"] = sys.prefix  # jobs run what the tests run, of several environments too
         self.environment.pop("OMP_NUM_THREADS", None)
 
     def __enter__(self) -> SlurmCluster:

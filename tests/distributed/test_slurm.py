@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def test_the_70b_script_trains_over_two_nodes_and_exports(cluster, smollm2, prom
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert AutoModelForCausalLM.from_pretrained(run / "hf_export").config.num_hidden_layers == 30
     assert list((run / "wandb").glob("offline-run-*"))
+    launch = json.loads((run / "launches.jsonl").read_text())
+    assert launch["versions"]["python"] == platform.python_version()  # the interpreter of this environment
 
 
 def test_a_warned_job_saves_requeues_and_continues(cluster, tiny_model, prompts, tmp_path):
