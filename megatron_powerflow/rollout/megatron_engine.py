@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_powerflow.model.decode_weights import decode_weights
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import Progress
@@ -67,7 +68,8 @@ class MegatronEngine:
             chunk.eval()
         lanes = self._lanes(prompts, sampling)
         total = len(prompts) * sampling.responses_per_prompt
-        self._run(lanes, sampling, total, progress)
+        with decode_weights(self._chunks, sampling.max_response_tokens):
+            self._run(lanes, sampling, total, progress)
         for chunk, was_training in zip(self._chunks, training, strict=True):
             chunk.train(was_training)
         order = {slot: place for place, (slot, _) in enumerate(prompts)}
