@@ -9,9 +9,11 @@ Left out: what the model computes (`model_parity.py`).
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,10 +21,12 @@ import torch
 from megatron_powerflow.checkpoint.model_folders import Model
 from megatron_powerflow.checkpoint.ranks import Ranks
 from megatron_powerflow.conversion.stored import stored_parameters
+from megatron_powerflow.metrics.provenance import provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+CARD_NAME = "conversion_card.json"
 AS_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
@@ -86,6 +90,21 @@ def compare(a: Model, b: Model, ranks: Ranks, advance: Callable[[int], object] =
         num_equal_as_rounded=sum(share[4] for share in shares),
         differences=tuple(text for share in shares for text in share[5]),
     )
+
+
+def write_card(
+    path: Path, found: Comparison, *, a: Path, b: Path, command: str, max_log_prob_difference: float | None = None
+) -> None:
+    """The proof as a file. max_log_prob_difference: in nats, of a token; None: no text was scored."""
+    card = {
+        "a": str(a.resolve()),
+        "b": str(b.resolve()),
+        "equal": not found.differences,
+        **asdict(found),
+        "max_log_prob_difference": max_log_prob_difference,
+        **provenance(command),
+    }
+    path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def _config_differences(a: Model, b: Model) -> list[str]:

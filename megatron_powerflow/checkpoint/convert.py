@@ -21,14 +21,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from megatron_powerflow.checkpoint.compare import Comparison, compare
+from megatron_powerflow.checkpoint.compare import CARD_NAME, Comparison, compare, write_card
 from megatron_powerflow.checkpoint.folder import CONVERSION_NAME, HF_NAME, RELEASE_NAME, TRACKER_NAME
 from megatron_powerflow.checkpoint.model_folders import HfModel, MegatronModel, Model, open_model_folder
 from megatron_powerflow.checkpoint.ranks import Ranks
@@ -44,10 +42,10 @@ from megatron_powerflow.conversion.shard_files import (
 )
 from megatron_powerflow.conversion.stored import Place, Stored, parameter_shape, stored_parameters
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.provenance import provenance
 from megatron_powerflow.parallel.layout import padded_vocab_size
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what the command lines call them -> safetensors' names
-PACKAGES = ("megatron_powerflow", "torch", "safetensors")
 
 Advance = Callable[[int], object]  # told the bytes that were written
 
@@ -235,8 +233,7 @@ def _finish(request: Request, model: Model, partial: Path, ranks: Ranks, num_byt
             "family": model.family.model_type,
             "dtype": request.dtype or "as in the source",
             "num_bytes": num_bytes,
-            "command": request.command,
-            "versions": versions(),
+            **provenance(request.command),
         }
         (partial / CONVERSION_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     ranks.gather(None)
@@ -245,6 +242,8 @@ def _finish(request: Request, model: Model, partial: Path, ranks: Ranks, num_byt
         found = compare(model, ranks.together(lambda: open_model_folder(partial, ranks)), ranks)
         if found.differences:
             raise UserError([f"{request.out}: {difference}; nothing was kept" for difference in found.differences])
+        if ranks.is_main:
+            write_card(partial / CARD_NAME, found, a=model.path, b=request.out, command=request.command)
     if ranks.is_main:
         for path in partial.rglob("*"):
             _sync(path)
@@ -258,7 +257,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def versions() -> dict[str, Any]:
-    return {name: version(name) for name in PACKAGES}

@@ -71,6 +71,6 @@ def tensors_folder(checkpoint: Path) -> Path:
     return checkpoint / (RELEASE_NAME if is_converted(checkpoint) else POLICY_NAME)
 
 
-def weights_folder(model: Path) -> Path:
-    """Where the config and tokenizer of a `model.hf_path` are: in `hf/` of a converted checkpoint."""
+def hf_folder_of(model: Path) -> Path:
+    """Where config and tokenizer are of the model that a run starts from: in `hf/` of a converted checkpoint."""
     return model / HF_NAME if is_converted(model) else model

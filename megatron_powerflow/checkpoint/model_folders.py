@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_powerflow.checkpoint.digests import SUMS_NAME, check_share
+from megatron_powerflow.checkpoint.digests import check_share
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, find_checkpoint, is_converted, tensors_folder
 from megatron_powerflow.checkpoint.ranks import Ranks
 from megatron_powerflow.checkpoint.torch_dist import TorchDistFolder
 from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture
 from megatron_powerflow.conversion.hf_files import FLOATS, SafetensorsFolder, companion_files
-from megatron_powerflow.conversion.shapes import expected_tensors, impossible_sizes
+from megatron_powerflow.conversion.shapes import impossible_sizes
 from megatron_powerflow.conversion.shard_files import TensorInfo
 from megatron_powerflow.conversion.shards import open_checked
 from megatron_powerflow.conversion.stored import EMBEDDING, Place, Stored, parameter_shape, stored_parameters, whole
@@ -122,7 +122,7 @@ def open_model_folder(path: Path, ranks: Ranks, *, step: int | None = None) -> M
 
 
 def _open_megatron(checkpoint: Path, ranks: Ranks) -> MegatronModel:
-    if not is_converted(checkpoint) or (checkpoint / SUMS_NAME).is_file():
+    if not is_converted(checkpoint):
         ranks.together(lambda: check_share(checkpoint, ranks.rank, ranks.size))
     architecture, family = read_architecture(checkpoint / HF_NAME, FAMILIES)
     source = TorchDistFolder(tensors_folder(checkpoint))
@@ -190,5 +190,7 @@ def refuse_links_outside(folder: Path, paths: Sequence[Path]) -> None:
         )
 
 
-def num_tensors(model: Model) -> int:
-    return len(expected_tensors(model.architecture, model.family))
+def total_bytes(model: Model) -> int:
+    """Of the model's HF tensors."""
+    parameters = stored_parameters(model.architecture, model.family)
+    return sum(info.num_bytes for stored in parameters for info in model.info(stored).values())
