@@ -87,7 +87,7 @@ def check(
 
 @app.command()
 def score(
-    model: Annotated[Path, typer.Option(help="HF folder, run folder or checkpoint")],
+    model: Annotated[Path, typer.Option(help="HF folder, run folder, checkpoint or converted one")],
     data: Annotated[Path, typer.Option(help="JSONL or parquet: a prompt and response or response_token_ids per line")],
     out: Annotated[Path, typer.Option(help="JSONL: id, log_probs, sequence_log_prob")],
     overrides: Overrides = None,
@@ -114,7 +114,7 @@ class Decoding(StrEnum):
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Option(help="HF folder, run folder or checkpoint")],
+    model: Annotated[Path, typer.Option(help="HF folder, run folder, checkpoint or converted one")],
     prompts: Annotated[Path, typer.Option(help="JSONL or parquet, as for training")],
     out: Annotated[Path, typer.Option(help="JSONL: id, response_index, text, response_token_ids, log_probs, ...")],
     num_responses: Annotated[int, typer.Option(min=1, help="responses per prompt")] = 1,
@@ -166,7 +166,7 @@ def generate(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Option(help="HF folder, run folder or checkpoint")],
+    model: Annotated[Path, typer.Option(help="HF folder, run folder, checkpoint or converted one")],
     data: Annotated[list[str], typer.Option(help="JSONL, JSON, CSV, parquet or a benchmark's hub name; repeatable")],
     out: Annotated[Path, typer.Option(help="folder for responses.jsonl and evaluation.json; continued if begun")],
     num_responses: Annotated[int, typer.Option(min=1, help="responses per question")] = 1,
@@ -211,11 +211,14 @@ def evaluate(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="run folder (its latest) or checkpoint")],
+    checkpoint: Annotated[Path, typer.Argument(help="run folder (its latest), checkpoint or converted one")],
     out: Annotated[Path, typer.Option(help="Hugging Face folder to write")],
     overrides: Overrides = None,
 ) -> None:
-    """Write a training checkpoint as a plain Hugging Face folder, with any layout.
+    """Write a training checkpoint as a plain Hugging Face folder, through the loaded model, spread over any layout.
+
+    tools/convert_megatron_to_hf.py writes the same tensors without building the model: in little memory, without GPUs,
+    from any step, with a proof (--verify).
 
     Example: powerflow export runs/local --out exported
     """

@@ -39,7 +39,9 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    hf_path: str = Field(description="Hugging Face folder the run starts from; also the frozen reference")
+    hf_path: str = Field(
+        description="Hugging Face folder or converted checkpoint the run starts from; also the frozen reference"
+    )
     reference: Literal["resident", "swap"] = Field(
         "resident", description="second copy on the device, or one set of weights swapped with host memory"
     )

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_powerflow.checkpoint import storage
-from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, find_checkpoint
+from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, find_checkpoint, is_converted
 from megatron_powerflow.config import Config, load_config, parse_config
 from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_json, read_stop_token_ids
@@ -75,9 +75,10 @@ class Opened:
 def open_model(
     folder: Path, overrides: Sequence[str], allowed: Sequence[str], world_size: int, *, reference: bool = False
 ) -> Opened:
-    """An HF folder, a run's folder (its latest checkpoint) or a checkpoint. Raises UserError with every violation.
+    """An HF folder, a run's folder (its latest checkpoint), a checkpoint or a converted one.
 
-    Numbers default to what the folder says: the run's precision, temperature and lengths, or config.json's dtype.
+    Raises UserError with every violation. Numbers default to what the folder says: the run's precision, temperature and
+    lengths, or config.json's dtype.
     reference: not the run's policy but the base model that it started from, with the run's numbers.
     """
     foreign = [item for item in overrides if "=" in item and item.split("=", 1)[0] not in allowed]
@@ -86,12 +87,14 @@ def open_model(
             [f"{item.split('=', 1)[0]} has no effect here; known: {', '.join(allowed)}" for item in foreign]
         )
     checkpoint = find_checkpoint(folder) if folder.is_dir() else None
-    if reference and checkpoint is None:
+    if reference and (checkpoint is None or is_converted(checkpoint)):
         raise UserError(f"{folder}: --reference asks for the base model of a run, and this is no run's folder")
-    run = load_config(checkpoint / CONFIG_NAME) if checkpoint else None
+    of_a_run = checkpoint is not None and not is_converted(checkpoint)
+    run = load_config(checkpoint / CONFIG_NAME) if of_a_run else None
     if reference:
-        checkpoint = None
-    hf_folder = Path(run.model.hf_path) if reference else checkpoint / HF_NAME if checkpoint else folder
+        folder = Path(run.model.hf_path)
+        checkpoint = folder if is_converted(folder) else None
+    hf_folder = checkpoint / HF_NAME if checkpoint else folder
     architecture, family = read_architecture(hf_folder, FAMILIES)
     if run:
         precision = {"dtype": run.precision.dtype, "fp8_recipe": run.precision.fp8_recipe}

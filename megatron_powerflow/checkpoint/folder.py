@@ -12,6 +12,10 @@ from megatron_powerflow.errors import UserError
 
 LATEST_NAME = "latest"
 POLICY_NAME = "policy"
+# A converted checkpoint is laid out as Megatron-LM lays out a release, with `hf/` beside it.
+RELEASE_NAME = "release"
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+CONVERSION_NAME = "conversion.json"  # what a conversion says of itself, in the folder it wrote
 HF_NAME = "hf"
 CONFIG_NAME = "config.yaml"
 EXPORT_NAME = "hf_export"
@@ -40,8 +44,33 @@ def latest_checkpoint(run: Path) -> Path | None:
     return pointer.parent / name
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint a path means: a checkpoint itself, or a run's latest. None: neither, perhaps an HF folder."""
-    if (folder / POLICY_NAME).is_dir() and (folder / HF_NAME).is_dir():
+def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
+    """The checkpoint a path means: one of a run, a converted one, or a run's latest (or that of `step`).
+
+    None: neither, perhaps an HF folder. Raises UserError when the run has no checkpoint of that step.
+    """
+    if is_converted(folder) or ((folder / POLICY_NAME).is_dir() and (folder / HF_NAME).is_dir()):
+        if step is not None:
+            raise UserError(f"{folder}: is one checkpoint; a step is chosen among those of a run's folder")
         return folder
-    return latest_checkpoint(folder)
+    if step is None:
+        return latest_checkpoint(folder)
+    found = {path.name: path for path in checkpoints_of(folder)}
+    if checkpoint_name(step) not in found:
+        raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(found) or 'none'}")
+    return found[checkpoint_name(step)]
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether tools/convert_hf_to_megatron.py wrote it, to the end."""
+    return (folder / TRACKER_NAME).is_file() and (folder / RELEASE_NAME).is_dir() and (folder / HF_NAME).is_dir()
+
+
+def tensors_folder(checkpoint: Path) -> Path:
+    """The torch_dist folder of a checkpoint."""
+    return checkpoint / (RELEASE_NAME if is_converted(checkpoint) else POLICY_NAME)
+
+
+def hf_folder_of(model: Path) -> Path:
+    """Where config and tokenizer are of the model that a run starts from: in `hf/` of a converted checkpoint."""
+    return model / HF_NAME if is_converted(model) else model

@@ -13,6 +13,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_powerflow.errors import UserError
 
@@ -47,8 +48,11 @@ class _AuditUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def audit_checkpoint(folder: Path) -> None:
-    """Raises UserError when a pickled part of the folder would do more than describe data, or is damaged."""
+def audit_checkpoint(folder: Path) -> Metadata:
+    """The index of a torch_dist folder, read by the safe unpickler.
+
+    Raises UserError when a pickled part of the folder would do more than describe data, or is damaged.
+    """
     path = folder / ".metadata"
     try:
         metadata = _AuditUnpickler(io.BytesIO(path.read_bytes())).load()
@@ -64,6 +68,7 @@ def audit_checkpoint(folder: Path) -> None:
             raise UserError(f"{path}: refused, {index.fqn} is not stored as it is in this folder: {place}")
         if kinds.get(index.fqn) != "TensorStorageMetadata":
             _audit_entry(file, index.fqn, place.offset, place.length)
+    return metadata
 
 
 def _audit_entry(file: Path, name: str, offset: int, length: int) -> None:

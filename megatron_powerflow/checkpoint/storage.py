@@ -27,7 +27,15 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_powerflow.checkpoint.digests import check_share, digest_share, write_sums
-from megatron_powerflow.checkpoint.folder import HF_NAME, LATEST_NAME, POLICY_NAME, checkpoint_name, checkpoints_of
+from megatron_powerflow.checkpoint.folder import (
+    HF_NAME,
+    LATEST_NAME,
+    POLICY_NAME,
+    checkpoint_name,
+    checkpoints_of,
+    is_converted,
+    tensors_folder,
+)
 from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
 from megatron_powerflow.checkpoint.state import FORMAT, Progress, Trainable
 from megatron_powerflow.conversion.hf_files import copy_companions
@@ -100,12 +108,15 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> Progress:
 
 
 def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
-    """Only the policy's weights, for scoring and generating. Collective; any layout."""
-    _refuse_damage(checkpoint, groups)
-    audit_checkpoint(checkpoint / POLICY_NAME)
+    """Only the policy's weights, for scoring and generating. Collective; any layout. A converted checkpoint, which has
+    no list of digests, serves too."""
+    if not is_converted(checkpoint):
+        _refuse_damage(checkpoint, groups)
+    folder = tensors_folder(checkpoint)
+    audit_checkpoint(folder)
     sharded = {f"model{place}": _model_state(chunk) for place, chunk in enumerate(chunks)}
     try:
-        state = dist_checkpointing.load(sharded, str(checkpoint / POLICY_NAME))
+        state = dist_checkpointing.load(sharded, str(folder))
     except IO_ERRORS as error:
         raise UserError(f"{checkpoint}: cannot be loaded: {' '.join(str(error).split())[:500]}") from error
     _load_chunks(chunks, state)

@@ -79,8 +79,8 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
             f"{folder / 'config.json'}: the weights are quantized (quantization_config); "
             "give the folder of the unquantized model"
         )
-    missing = [key for key in (*_REQUIRED, *family.sizes) if not isinstance(fields.get(key), int)]
-    violations += [f"{folder / 'config.json'}: {key} is missing or not a whole number" for key in missing]
+    missing = [key for key in (*_REQUIRED, *family.sizes) if type(fields.get(key)) is not int or fields[key] < 1]
+    violations += [f"{folder / 'config.json'}: {key} is missing or not a whole number above 0" for key in missing]
     rope = _read_rope(fields, folder / "config.json", violations)
     if violations:
         raise UserError(violations)

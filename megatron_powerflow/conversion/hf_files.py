@@ -21,6 +21,10 @@ from megatron_powerflow.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# safetensors' name of a dtype -> torch's, bytes. What weights that were not quantized come in.
+FLOATS = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
+# Pages of a mapped file count as this process's memory: a file is let go after so many bytes read of it.
+MAPPED_BYTES = 512 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Everything of a folder that is not weights and not code: copied unchanged into an export.
@@ -49,7 +53,9 @@ class SafetensorsFolder:
 
         self.folder = Path(folder)
         self._file_of: dict[str, str] = {}
-        self._handles: dict[str, Any] = {}
+        self._info: dict[str, tuple[str, tuple[int, ...]]] = {}  # dtype, shape
+        self._mapped: tuple[str, Any] | None = None  # the file that is open for reading
+        self._bytes_read = 0
         violations = []
         for file_name, expected in self._shard_files().items():
             path = self.folder / file_name
@@ -61,11 +67,17 @@ class SafetensorsFolder:
             except (SafetensorError, OSError) as error:
                 violations.append(f"{path}: truncated or damaged safetensors file ({error}); copy it again")
                 continue
-            names = set(handle.keys())
-            if expected is not None and expected - names:
-                violations.append(f"{path}: lacks {sorted(expected - names)[:3]}, which {INDEX_NAME} places there")
-            self._handles[file_name] = handle
-            self._file_of.update(dict.fromkeys(names, file_name))
+            with handle:
+                for name in handle.keys():  # noqa: SIM118
+                    part = handle.get_slice(name)
+                    if name in self._file_of:
+                        violations.append(
+                            f"{path}: tensor {name} is in {self._file_of[name]} as well; save the model again"
+                        )
+                    self._file_of[name] = file_name
+                    self._info[name] = str(part.get_dtype()), tuple(part.get_shape())
+            missing = sorted((expected or set()) - {name for name, file in self._file_of.items() if file == file_name})
+            violations += [f"{path}: lacks tensor {name}, which {INDEX_NAME} places there" for name in missing]
         if violations:
             raise UserError(violations)
 
@@ -94,13 +106,27 @@ class SafetensorsFolder:
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
+        return self._info[name][1]
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name for it: "F32", "BF16", ..."""
+        return self._info[name][0]
 
     def read(self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Tensor:
         """The asked slice of a tensor, on CPU, in the file's dtype. Only these bytes are read."""
-        part = self._handles[self._file_of[name]].get_slice(name)
+        part = self._open(self._file_of[name]).get_slice(name)
         row_slice = slice(*rows) if rows is not None else slice(None)
-        return part[row_slice] if columns is None else part[row_slice, slice(*columns)]
+        value = part[row_slice] if columns is None else part[row_slice, slice(*columns)]
+        self._bytes_read += value.nbytes
+        return value
+
+    def _open(self, file_name: str) -> Any:
+        from safetensors import safe_open
+
+        if self._mapped is None or self._mapped[0] != file_name or self._bytes_read > MAPPED_BYTES:
+            self._mapped = file_name, safe_open(self.folder / file_name, framework="pt")
+            self._bytes_read = 0
+        return self._mapped[1]
 
 
 def check_tensor_names(
@@ -120,6 +146,11 @@ def check_tensor_names(
         if folder.shape(name) != expected[name]:
             violations.append(
                 f"{folder.folder}: tensor {name} has shape {folder.shape(name)}, config.json implies {expected[name]}"
+            )
+        if folder.dtype(name) not in FLOATS:
+            violations.append(
+                f"{folder.folder}: tensor {name} is {folder.dtype(name)}; only {', '.join(FLOATS)} are read: "
+                "give the folder of the unquantized model"
             )
     if violations:
         raise UserError(violations)

@@ -29,16 +29,8 @@ from megatron_powerflow.model.attention import SdpaCoreAttention
 from megatron_powerflow.model.norm import RMSNorm
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import transformer_config_fields, use_transformer_engine
-from megatron_powerflow.parallel.layout import Layout
+from megatron_powerflow.parallel.layout import Layout, padded_vocab_size
 from megatron_powerflow.records import Architecture
-
-VOCAB_MULTIPLE = 128  # rows per rank, for the matrix products; the padding takes no part in any softmax
-
-
-def padded_vocab_size(architecture: Architecture, tp: int) -> int:
-    """Vocabulary rows on all ranks together; each rank holds an equal share."""
-    multiple = VOCAB_MULTIPLE * tp if architecture.vocab_size >= VOCAB_MULTIPLE * tp else tp
-    return -(-architecture.vocab_size // multiple) * multiple
 
 
 def transformer_config(

@@ -111,6 +111,21 @@ def initialized(layout: Layout, launch: Launch, *, seed: int) -> Iterator:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def cpu_group(launch: Launch) -> Iterator[None]:
+    """Only torch's default process group, over gloo, for what needs no model; none at all for a process alone."""
+    import torch.distributed as dist
+
+    if launch.world_size == 1:
+        yield
+        return
+    _init_process_group(launch, "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def _init_process_group(launch: Launch, backend: str) -> None:
     import torch.distributed as dist
 

@@ -34,6 +34,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Architecture
 
 FP8_TOKENS = 32  # a multiple of every FP8 recipe's own rule, see model/precision.py
+VOCAB_MULTIPLE = 128  # rows per rank, for the matrix products; the padding takes no part in any softmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,12 @@ class Layout:
             shown = [" ".join(map(str, ranks)) for ranks in sets[:3]] + ["..."] * (len(sets) > 3)
             lines.append(f"  experts  {' | '.join(shown)}")
         return "\n".join(lines)
+
+
+def padded_vocab_size(architecture: Architecture, tp: int) -> int:
+    """Vocabulary rows on all ranks together; each rank holds an equal share."""
+    multiple = VOCAB_MULTIPLE * tp if architecture.vocab_size >= VOCAB_MULTIPLE * tp else tp
+    return -(-architecture.vocab_size // multiple) * multiple
 
 
 def plan_layout(config: Config, architecture: Architecture, world_size: int) -> Layout:

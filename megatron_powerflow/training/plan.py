@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_powerflow.checkpoint.folder import CONFIG_NAME, latest_checkpoint
+from megatron_powerflow.checkpoint.folder import CONFIG_NAME, hf_folder_of, is_converted, latest_checkpoint
 from megatron_powerflow.config import Config, dump_config, load_config
 from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_stop_token_ids
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def hf_folder(self) -> Path:
-        return Path(self.config.model.hf_path)
+        return hf_folder_of(Path(self.config.model.hf_path))
 
     def share_of(self, prompts: Sequence[Prompt], dp_rank: int) -> list[tuple[int, Prompt]]:
         """(slot, prompt) pairs of one data-parallel rank: equal, contiguous shares of the step's prompts, cut so
@@ -66,19 +66,22 @@ class Plan:
 def make_plan(config: Config, world_size: int) -> Plan:
     """Raises UserError with every violation that can be found, not just the first."""
     violations: list[str] = []
-    model = _collect(violations, lambda: read_architecture(config.model.hf_path, FAMILIES))
-    tokenizer = _collect(violations, lambda: load_tokenizer(config.model.hf_path))
+    start = Path(config.model.hf_path)
+    hf_folder = hf_folder_of(start)
+    model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
+    tokenizer = _collect(violations, lambda: load_tokenizer(hf_folder))
     resume_from = _collect(violations, lambda: _check_run_folder(config))
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
         architecture, _ = model
         layout = _collect(violations, lambda: plan_layout(config, architecture, world_size))
-        _collect(violations, lambda: SafetensorsFolder(config.model.hf_path))
+        if not is_converted(start):
+            _collect(violations, lambda: SafetensorsFolder(start))
         violations += _length_violations(config, architecture)
         if config.rollout.replay is not None:
             replay_from = _collect(violations, lambda: _check_replay(config, architecture, resume_from))
     if tokenizer is not None:
-        stop_token_ids = _collect(violations, lambda: read_stop_token_ids(config.model.hf_path, tokenizer.eos_token_id))
+        stop_token_ids = _collect(violations, lambda: read_stop_token_ids(hf_folder, tokenizer.eos_token_id))
     if model is not None and tokenizer is not None:
         prompt_file = _collect(violations, lambda: _read_prompts(config, config.prompts.path, tokenizer, model[0]))
         if prompt_file is not None:

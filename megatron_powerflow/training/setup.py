@@ -11,9 +11,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.checkpoint import storage
+from megatron_powerflow.checkpoint.folder import is_converted
 from megatron_powerflow.checkpoint.state import Progress, Trainable
 from megatron_powerflow.config import Config, ModelSection, PrecisionSection
 from megatron_powerflow.conversion.hf_config import Family
@@ -61,7 +63,11 @@ def build_policy(
     """Model chunks of this rank, with the weights of model.hf_path: each rank reads its own slices."""
     config = transformer_config(architecture, layout, model, precision)
     chunks = build_chunks(config, architecture, layout, precision, groups.device)
-    load_from_hf(chunks, open_checked(model.hf_path, architecture, family), architecture, family, groups)
+    start = Path(model.hf_path)
+    if is_converted(start):
+        storage.load_weights(start, chunks, groups)
+    else:
+        load_from_hf(chunks, open_checked(start, architecture, family), architecture, family, groups)
     return chunks
 
 

@@ -31,6 +31,8 @@ LEVELS = {
     "inference": 5,
     "report": 5,
     "decoding": 5,
+    "conversion_tools": 5,
+    "model_parity": 5,
     "cli": 5,
 }
 FREE_OF_TORCH = (

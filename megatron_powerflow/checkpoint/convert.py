@@ -1,0 +1,259 @@
+"""How does a Hugging Face folder become a torch_dist checkpoint, and back, tensor by tensor?
+
+Both directions play the family's one list of operations (`conversion/ops.py`), one parameter at a time, and write
+
+    OUT/latest_checkpointed_iteration.txt   "release": what Megatron-LM's --load looks for
+    OUT/release/                            torch_dist: .metadata, metadata.json, common.pt, __<rank>_0.distcp
+    OUT/hf/                                 the source's config.json, tokenizer, generation config, chat template
+    OUT/conversion.json                     where it came from
+
+or a plain HF folder with a conversion.json in it. Everything happens in OUT.partial, which gets its name when it is
+whole and on the disk: a conversion that was killed leaves no folder that looks finished, and starts again.
+
+Left out: going on with a conversion that was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from megatron_powerflow.checkpoint.compare import CARD_NAME, Comparison, compare, write_card
+from megatron_powerflow.checkpoint.folder import CONVERSION_NAME, HF_NAME, RELEASE_NAME, TRACKER_NAME
+from megatron_powerflow.checkpoint.model_folders import HfModel, MegatronModel, Model, open_model_folder
+from megatron_powerflow.checkpoint.ranks import Ranks
+from megatron_powerflow.checkpoint.torch_dist import Chunk, write_frame, write_tensors
+from megatron_powerflow.conversion.hf_config import read_json
+from megatron_powerflow.conversion.hf_files import FLOATS, copy_companions
+from megatron_powerflow.conversion.shard_files import (
+    PlannedFile,
+    ShardFile,
+    TensorInfo,
+    plan_files,
+    write_planned_index,
+)
+from megatron_powerflow.conversion.stored import Place, Stored, parameter_shape, stored_parameters
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.provenance import provenance
+from megatron_powerflow.parallel.layout import padded_vocab_size
+
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what the command lines call them -> safetensors' names
+
+Advance = Callable[[int], object]  # told the bytes that were written
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of a conversion. dtype: fp32, bf16, fp16, or None: as it is in the source."""
+
+    source: Path
+    out: Path
+    dtype: str | None = None
+    max_shard_bytes: int = 5 * 10**9
+    step: int | None = None
+    overwrite: bool = False
+    verify: bool = False
+    command: str = ""
+
+
+def hf_to_megatron(request: Request, ranks: Ranks, advance: Advance = lambda size: None) -> Comparison | None:
+    """Write a torch_dist checkpoint that any layout loads. Collective. Returns what `verify` found.
+
+    Raises UserError with everything that is wrong with the source, or when the disk cannot take it.
+    """
+    model = ranks.together(lambda: _open_source(request, ranks, HfModel))
+    padded = padded_vocab_size(model.architecture, 1)
+    of_place: dict[Place, Stored] = {}
+    chunks: list[Chunk] = []
+    shape_of: dict[str, tuple[int, ...]] = {}
+    for stored in stored_parameters(model.architecture, model.family):
+        if stored.op.megatron not in shape_of:
+            shape_of[stored.op.megatron] = parameter_shape(stored, model.architecture, padded)
+        dtype = _torch_dtype(_one_dtype(model, stored, request.dtype))
+        for place in stored.written:
+            of_place[place] = stored
+            chunks.append(Chunk(place, shape_of[stored.op.megatron], dtype))
+    mine = ranks.share(chunks, lambda chunk: chunk.num_bytes)
+    dtype_of = {chunk.place: chunk.dtype for chunk in mine}
+
+    def make(place: Place) -> torch.Tensor:
+        tensor = model.parameter(of_place[place], padded).to(dtype_of[place])
+        advance(tensor.nbytes)
+        return tensor
+
+    with _published(request, model, ranks) as partial:
+        if ranks.is_main:
+            (partial / RELEASE_NAME).mkdir()
+        ranks.gather(None)
+        _writing(ranks, request.out, lambda: write_tensors(partial / RELEASE_NAME, mine, make, ranks.size))
+        if ranks.is_main:
+            write_frame(partial / RELEASE_NAME)
+            _copy_companions(model, partial / HF_NAME, {_dtype_name(chunk.dtype) for chunk in chunks})
+            (partial / TRACKER_NAME).write_text("release", encoding="utf-8")
+        return _finish(request, model, partial, ranks, sum(chunk.num_bytes for chunk in chunks))
+
+
+def megatron_to_hf(request: Request, ranks: Ranks, advance: Advance = lambda size: None) -> Comparison | None:
+    """Write a plain HF folder. Collective. Returns what `verify` found.
+
+    Each rank writes files of its own. Raises UserError as `hf_to_megatron` does.
+    """
+    model = ranks.together(lambda: _open_source(request, ranks, MegatronModel))
+    parameters = list(stored_parameters(model.architecture, model.family))
+    groups = [
+        {
+            name: TensorInfo(DTYPES[request.dtype] if request.dtype else info.dtype, info.shape)
+            for name, info in model.info(stored).items()
+        }
+        for stored in parameters
+    ]
+    files = plan_files(groups, request.max_shard_bytes)
+
+    def write_file(file: PlannedFile, partial: Path) -> None:
+        shard = ShardFile(partial / file.name, file.tensors)
+        try:
+            for number in file.groups:
+                for name, tensor in model.read(parameters[number]).items():
+                    shard.add(name, tensor.to(_torch_dtype(file.tensors[name].dtype)))
+                    advance(file.tensors[name].num_bytes)
+            shard.close()
+        finally:
+            shard.abandon()
+
+    with _published(request, model, ranks) as partial:
+        mine = ranks.share(files, lambda file: file.num_bytes)
+        _writing(ranks, request.out, lambda: [write_file(file, partial) for file in mine])
+        if ranks.is_main:
+            _copy_companions(model, partial, {info.dtype for group in groups for info in group.values()})
+            write_planned_index(partial, files)
+        return _finish(request, model, partial, ranks, sum(file.num_bytes for file in files))
+
+
+def _open_source(request: Request, ranks: Ranks, kind: type) -> Model:
+    """The source, of the kind that this direction starts from; and a place for `out`."""
+    _check_out(request)
+    model = open_model_folder(request.source, ranks, step=request.step)
+    if isinstance(model, kind):
+        return model
+    if kind is HfModel:
+        raise UserError(f"{request.source}: a Megatron checkpoint already; give a Hugging Face folder")
+    raise UserError(f"{request.source}: a Hugging Face folder already; give a run's folder or a checkpoint")
+
+
+def _check_out(request: Request) -> None:
+    source, out = request.source.resolve(), request.out.resolve()
+    if out.is_relative_to(source) or source.is_relative_to(out):
+        raise UserError(f"--out {request.out}: one of it and {request.source} lies in the other; write elsewhere")
+    if not request.out.exists() and not request.out.is_symlink():
+        return
+    if not (request.out / CONVERSION_NAME).is_file():
+        raise UserError(f"--out {request.out}: exists and no conversion wrote it; give a folder that is not there")
+    if not request.overwrite:
+        raise UserError(f"--out {request.out}: exists; give another folder, or --overwrite to replace it when done")
+
+
+def _one_dtype(model: HfModel, stored: Stored, dtype: str | None) -> str:
+    """safetensors' name of the dtype that the parameter will have."""
+    if dtype is not None:
+        return DTYPES[dtype]
+    found = {name: info.dtype for name, info in model.info(stored).items()}
+    if len(set(found.values())) > 1:
+        raise UserError(f"{model.path}: tensors {found} become one parameter and differ in dtype; give --dtype")
+    return next(iter(found.values()))
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return getattr(torch, FLOATS[name][0])
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name in FLOATS if _torch_dtype(name) is dtype)
+
+
+@contextmanager
+def _published(request: Request, model: Model, ranks: Ranks) -> Iterator[Path]:
+    """OUT.partial, made anew; renamed to OUT behind the block, or gone when anything was raised in it. Collective."""
+    partial = request.out.with_name(request.out.name + ".partial")
+
+    def start() -> None:
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    ranks.together(start)
+    try:
+        yield partial
+    except BaseException:
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if ranks.is_main:
+        old = request.out.with_name(request.out.name + ".old")
+        if request.out.exists():
+            request.out.rename(old)
+        partial.rename(request.out)
+        _sync(request.out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    ranks.gather(None)
+
+
+def _writing(ranks: Ranks, out: Path, function: Callable[[], object]) -> None:
+    """Run what writes, on every rank; a full disk is the user's to mend."""
+
+    def attempt() -> None:
+        try:
+            function()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{out}: could not be written ({error}); free space on that disk and start again") from None
+
+    ranks.together(attempt)
+
+
+def _copy_companions(model: Model, target: Path, dtypes: set[str]) -> None:
+    """config.json is copied byte by byte unless its dtype is not the tensors' any more."""
+    raw = read_json(model.hf_folder / "config.json", "the model's config.json")
+    stated = raw.get("dtype", raw.get("torch_dtype"))
+    now = {FLOATS[name][0] for name in dtypes}
+    copy_companions(model.hf_folder, target, dtype=None if stated in now or len(now) > 1 else now.pop())
+
+
+def _finish(request: Request, model: Model, partial: Path, ranks: Ranks, num_bytes: int) -> Comparison | None:
+    """Say where it came from, compare when asked, have it all on the disk. Collective."""
+    if ranks.is_main:
+        values = {
+            "source": str(request.source.resolve()),
+            "family": model.family.model_type,
+            "dtype": request.dtype or "as in the source",
+            "num_bytes": num_bytes,
+            **provenance(request.command),
+        }
+        (partial / CONVERSION_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    ranks.gather(None)
+    found = None
+    if request.verify:
+        found = compare(model, ranks.together(lambda: open_model_folder(partial, ranks)), ranks)
+        if found.differences:
+            raise UserError([f"{request.out}: {difference}; nothing was kept" for difference in found.differences])
+        if ranks.is_main:
+            write_card(partial / CARD_NAME, found, a=model.path, b=request.out, command=request.command)
+    if ranks.is_main:
+        for path in partial.rglob("*"):
+            _sync(path)
+        _sync(partial)
+    return found
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
