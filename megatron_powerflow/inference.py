@@ -111,7 +111,7 @@ def open_model(
         "run": {"output_dir": "unused"},
     }
     config = parse_config(values, overrides)
-    require_fp8_support(config.precision)
+    require_fp8_support(config.precision, architecture, config.parallel.cp)
     layout = inference_layout(config.parallel, architecture, world_size)
     return Opened(config, layout, architecture, family, load_tokenizer(hf_folder), hf_folder, checkpoint)
 
@@ -219,7 +219,7 @@ def check_room(opened: Opened) -> None:
     if longest > opened.architecture.max_positions:
         raise UserError(
             f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's "
-            f"max_position_embeddings={opened.architecture.max_positions}; lower one of them"
+            f"{opened.architecture.positions_field}={opened.architecture.max_positions}; lower one of them"
         )
 
 

@@ -21,13 +21,21 @@ class Rope:
     """Rotary position embedding as the model's config.json states it."""
 
     theta: float
-    # "default", "linear" or "llama3"; the readers refuse every other kind
+    # "default", "linear", "llama3" or "longrope"; the readers refuse every other kind
     scaling: str = "default"
     factor: float = 1.0
     # llama3 only: wavelengths above `original_max_positions / low_freq_factor` are stretched by `factor`
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    # longrope only, up to original_max_positions: what each wavelength is multiplied by, and cosines and sines
+    factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    fraction: float = 1.0  # of each head's dimensions, from the first, that are rotated; the others stay as they are
+
+    def rotated(self, head_dim: int) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(head_dim * self.fraction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,30 @@ class Architecture:
     # tokens a position may look back, itself included; None: no limit
     sliding_window: int | None
     experts: Experts | None = None  # None: one MLP per layer
+    windowed_layers: tuple[bool, ...] | None = None  # the layers that have the sliding window; None: all of them
+    qk_norm_over_heads: bool = False  # qk_norm is over all heads of a token together, not over each by itself
+    pre_norm: bool = True  # RMS norms before attention and MLP
+    post_norm: bool = False  # and behind them, before the residual is added
+    zero_centered_norms: bool = False  # norms multiply by 1 + weight
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
+    embedding_scale: float | None = None  # what embeddings are multiplied by, rounded to their dtype; None: 1
+    softmax_scale: float | None = None  # of attention scores; None: 1 / sqrt(head_dim)
+    # s becomes softcap * tanh(s / softcap): scaled attention scores; logits, before the temperature. None: no cap
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+
+    @property
+    def positions_field(self) -> str:
+        """The field of config.json that max_positions is."""
+        return "original_max_position_embeddings" if self.rope.scaling == "longrope" else "max_position_embeddings"
+
+    @property
+    def query_width(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        return self.num_query_groups * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 9.0, 10.0],
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.75,
+}
 FAMILY_DEFAULTS = {
     "llama": {"tie_word_embeddings": True, "rope": LLAMA3_ROPE},
     "mistral": {"tie_word_embeddings": False, "sliding_window": None, "head_dim": 16},
@@ -35,6 +42,34 @@ FAMILY_DEFAULTS = {
     # the router's two softmaxes: over all experts (norm_topk_prob false), over the chosen ones (Mixtral)
     "qwen3_moe": {"head_dim": 20, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"tie_word_embeddings": False, "hidden_size": 64, "rope": LONGROPE},
+    "olmo2": {"tie_word_embeddings": False, "vocab_size": 305},
+    # windows shorter than the tests' sequences, caps that bite: scores and logits of random models are small
+    "gemma2": {
+        "head_dim": 20,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 7,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+}
+# a second shape of each, the other way round: tied for untied, windows for none
+OTHER_SHAPES = {
+    "llama": {"tie_word_embeddings": False, "rope": None, "head_dim": 20},
+    "mistral": {"tie_word_embeddings": True, "sliding_window": 7, "head_dim": None},
+    "qwen2": {"tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3_moe": {"tie_word_embeddings": True, "norm_topk_prob": True, "vocab_size": 307},
+    "mixtral": {"tie_word_embeddings": True, "sliding_window": 9, "head_dim": 20},
+    "phi3": {"tie_word_embeddings": True, "sliding_window": 8, "rope": None, "vocab_size": 307, "hidden_size": 48},
+    "olmo2": {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 20},
+    "gemma2": {
+        "scale": 0.15,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": 20.0,
+        "num_key_value_heads": 4,
+        "layer_types": ("full_attention", "sliding_attention", "sliding_attention", "full_attention"),
+    },
 }
 FAMILIES = tuple(FAMILY_DEFAULTS)
 MIXTURES = ("qwen3_moe", "mixtral")

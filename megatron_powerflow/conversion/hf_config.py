@@ -2,7 +2,10 @@
 
 The JSON itself is read, not a transformers config object: what the file says is what is checked, no code
 of the folder runs, and no import of torch is needed. A setting that changes the computation and is not
-mapped is refused by name.
+mapped is refused by name. There are three kinds of fields (`config_fields.py`): those that some architecture
+computes with, which every family maps or refuses; those that describe, or act in training or generation only,
+which are passed over; and unknown ones, which are named in a warning: transformers ignores them too, and folders
+carry notes of their own (SmolLM2's released file says is_llama_config), but one may be a newer transformers' switch.
 
 Left out: the tensors (`hf_files.py`) and their layout (`ops.py`).
 """
@@ -10,11 +13,14 @@ Left out: the tensors (`hf_files.py`) and their layout (`ops.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_powerflow.conversion.config_fields import BOOKKEEPING, COMPUTING, READ
 from megatron_powerflow.conversion.ops import Op
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Architecture, Experts, Rope
@@ -30,6 +36,8 @@ class Family:
     overrides: (fields of the file) -> Architecture fields that differ from the common reading.
     ops: one list, two directions: tensors of a layer, and those outside the layers.
     sizes: fields that must be whole numbers beside the common ones.
+    reads: fields that `overrides` maps, or that do nothing in this family whatever they say.
+    partial_rotary: partial_rotary_factor counts here; elsewhere only 1.0 is accepted. longrope: so does that scaling.
     """
 
     model_type: str
@@ -39,6 +47,9 @@ class Family:
     layer_ops: tuple[Op, ...]
     model_ops: tuple[Op, ...]
     sizes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    partial_rotary: bool = False
+    longrope: bool = False
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -67,13 +78,14 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
         )
     family = families[model_type]
     fields = {**family.defaults, **raw}  # a null in the file stays null: for Mistral it means "no window"
+    mapped = {*family.defaults, *family.reads, *family.sizes}
+    must_be = {key: value for key, value in COMPUTING.items() if key not in mapped} | dict(family.must_be)
     violations = [
         f"{folder / 'config.json'}: {key}={fields[key]!r} is not supported for {model_type}; only {value!r} is"
-        for key, value in family.must_be.items()
+        for key, value in must_be.items()
         if (fields.get(key, value) or None) != (value or None)
     ]
-    if set(fields.get("layer_types") or ()) - {"full_attention"}:
-        violations.append(f"{folder / 'config.json'}: layer_types other than full_attention are not supported")
+    _mention_unknown_fields(raw, mapped | must_be.keys(), folder / "config.json")
     if fields.get("quantization_config"):
         violations.append(
             f"{folder / 'config.json'}: the weights are quantized (quantization_config); "
@@ -81,13 +93,35 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
         )
     missing = [key for key in (*_REQUIRED, *family.sizes) if type(fields.get(key)) is not int or fields[key] < 1]
     violations += [f"{folder / 'config.json'}: {key} is missing or not a whole number above 0" for key in missing]
-    rope = _read_rope(fields, folder / "config.json", violations)
+    rope = _read_rope(fields, family, folder / "config.json", violations)
     if violations:
         raise UserError(violations)
     architecture = _architecture(fields, family, rope, folder / "config.json")
-    if found := _expert_violations(architecture.experts):
+    pairs = rope.rotated(architecture.head_dim) // 2
+    if rope.scaling == "longrope" and len(rope.factors) != pairs:
+        raise UserError(
+            f"{folder / 'config.json'}: longrope's short_factor has {len(rope.factors)} numbers, not {pairs}"
+        )
+    found = _expert_violations(architecture.experts) + _attention_violations(architecture, fields.get("layer_types"))
+    if found:
         raise UserError([f"{folder / 'config.json'}: {violation}" for violation in found])
     return architecture, family
+
+
+def _mention_unknown_fields(raw: Mapping[str, Any], known: set[str], path: Path) -> None:
+    unknown = [
+        key
+        for key, value in raw.items()
+        if value and key not in known | READ | BOOKKEEPING and not key.startswith("_")  # false, null, 0: off
+    ]
+    if unknown:
+        warnings.warn(
+            f"{path}: fields unknown to this program change nothing here: "
+            + ", ".join(f"{key}={raw[key]!r}" for key in unknown)
+            + "; if the model computes with one of them, its numbers are not the model's",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 _REQUIRED = (
@@ -118,7 +152,9 @@ def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: P
         "tied_embeddings": bool(fields["tie_word_embeddings"]),
         "qkv_bias": False,
         "qk_norm": False,
-        "max_positions": fields["max_position_embeddings"],
+        "max_positions": rope.original_max_positions
+        if rope.scaling == "longrope"
+        else fields["max_position_embeddings"],
         "sliding_window": None,
     }
     return Architecture(**{**common, **family.overrides(fields)})
@@ -134,18 +170,48 @@ def _expert_violations(experts: Experts | None) -> list[str]:
     return []
 
 
-def _read_rope(fields: Mapping[str, Any], path: Path, violations: list[str]) -> Rope:
+def _attention_violations(architecture: Architecture, layer_types: Any) -> list[str]:
+    found, window = [], architecture.sliding_window
+    if window is not None and (not isinstance(window, int) or window < 1):
+        found.append(f"sliding_window={window!r}; it must be a whole number of tokens, at least 1, or null")
+    for field, cap in (
+        ("attn_logit_softcapping", architecture.attention_softcap),
+        ("final_logit_softcapping", architecture.logit_softcap),
+    ):
+        if cap is not None and (not isinstance(cap, int | float) or cap <= 0):
+            found.append(f"{field}={cap!r}; it must be a number above 0, or null")
+    layers = architecture.windowed_layers or (window is not None,) * architecture.num_layers
+    computed = ["sliding_attention" if here else "full_attention" for here in layers]
+    if layer_types is not None and list(layer_types) != computed:
+        found.append(
+            f"layer_types={list(layer_types)} is not supported for {architecture.family} with "
+            f"sliding_window={window!r}; only {computed} is"
+        )
+    return found
+
+
+def windows_by_layer(window: int | None, layer_types: Any, default: Sequence[bool]) -> dict[str, Any]:
+    """Architecture fields of a sliding window that only some layers have. layer_types: what the file says, or None;
+    default: which layers have the window where it is silent. What it says wrongly is found by `read_architecture`."""
+    layers = tuple(default) if layer_types is None else tuple(kind == "sliding_attention" for kind in layer_types)
+    if window is None or not any(layers):
+        return {}
+    return {"sliding_window": window, "windowed_layers": None if all(layers) else layers}
+
+
+def _read_rope(fields: Mapping[str, Any], family: Family, path: Path, violations: list[str]) -> Rope:
     """transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters; both are read."""
     scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if (fields.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0) != 1.0:
-        violations.append(f"{path}: partial_rotary_factor is not supported; only 1.0 is")
+    fraction = float(fields.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0)
+    if fraction != 1.0 and not family.partial_rotary:
+        violations.append(f"{path}: partial_rotary_factor is not supported for {family.model_type}; only 1.0 is")
     if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
+        return Rope(theta, fraction=fraction)
+    if kind == "linear" and not family.longrope:
         return Rope(theta, "linear", float(scaling["factor"]))
-    if kind == "llama3":
+    if kind == "llama3" and not family.longrope:
         return Rope(
             theta,
             "llama3",
@@ -154,8 +220,38 @@ def _read_rope(fields: Mapping[str, Any], path: Path, violations: list[str]) -> 
             float(scaling["high_freq_factor"]),
             int(scaling["original_max_position_embeddings"]),
         )
-    violations.append(f"{path}: rope scaling type {kind!r} is not supported; supported: default, linear, llama3")
+    if kind in ("longrope", "su") and family.longrope:
+        return _longrope(scaling, fields, theta, fraction, path, violations)
+    violations.append(
+        f"{path}: rope scaling type {kind!r} is not supported for {family.model_type}; supported: "
+        + ("default, longrope" if family.longrope else "default, linear, llama3")
+    )
     return Rope(theta)
+
+
+def _longrope(scaling, fields, theta: float, fraction: float, path: Path, violations: list[str]) -> Rope:
+    """Of sequences up to original_max_position_embeddings: the short factors. Beyond, other factors hold for the whole
+    sequence, so that its first tokens would change with its length: there the model ends for us."""
+    limit = scaling.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings")
+    factors, stretch = scaling.get("short_factor"), scaling.get("factor")
+    if not isinstance(limit, int) or not isinstance(factors, list):
+        violations.append(f"{path}: longrope needs short_factor, a list, and original_max_position_embeddings")
+        return Rope(theta)
+    longest = fields["max_position_embeddings"] / limit
+    if stretch is not None and stretch != longest:
+        violations.append(
+            f"{path}: longrope with factor={stretch} is not supported; only max_position_embeddings / "
+            f"original_max_position_embeddings = {longest} is"
+        )
+    default = math.sqrt(1 + math.log(longest) / math.log(limit)) if longest > 1 else 1.0
+    return Rope(
+        theta,
+        "longrope",
+        original_max_positions=limit,
+        factors=tuple(map(float, factors)),
+        attention_factor=float(scaling.get("attention_factor") or default),
+        fraction=fraction,
+    )
 
 
 def read_stop_token_ids(folder: str | Path, tokenizer_eos: int | None) -> frozenset[int]:

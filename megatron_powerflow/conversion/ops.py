@@ -9,7 +9,7 @@ Left out: which file a tensor is in (`hf_files.py`), which rank holds which laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -182,6 +182,50 @@ class Qkv:
         per_group = architecture.num_attention_heads // architecture.num_query_groups
         whole = torch.cat(list(shards), dim=0).unflatten(0, (architecture.num_query_groups, -1))
         return tuple(part.flatten(0, 1) for part in whole.split([per_group * head_dim, head_dim, head_dim], dim=1))
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One HF tensor that holds those of `parts`, a Qkv or a GateUp, behind each other: [q; k; v] or [gate; up]."""
+
+    parts: Op
+    hf: str
+
+    @property
+    def megatron(self) -> str:
+        return self.parts.megatron
+
+    def hf_names(self, layer, expert=None):
+        return (self.hf.format(layer=layer, expert=expert),)
+
+    def hf_shapes(self, architecture):
+        shapes = self.parts.hf_shapes(architecture)
+        return ((sum(shape[0] for shape in shapes), *shapes[0][1:]),)
+
+    def shard(self, source, names, shape):
+        starts, total = {}, 0
+        part_names = self.parts.hf_names(None)
+        for part, part_shape in zip(part_names, self.parts.hf_shapes(shape.architecture), strict=True):
+            starts[part], total = total, total + part_shape[0]
+        return self.parts.shard(_RowsOf(source, names[0], starts), part_names, shape)
+
+    def merge(self, shards, shape):
+        import torch
+
+        return (torch.cat(self.parts.merge(shards, shape), dim=0),)
+
+
+@dataclass(frozen=True)
+class _RowsOf:
+    """A TensorSource of parts of one tensor: each part's rows start where `starts` says."""
+
+    source: TensorSource
+    name: str
+    starts: Mapping[str, int]
+
+    def read(self, name, *, rows=None, columns=None):
+        first = self.starts[name]
+        return self.source.read(self.name, rows=(first + rows[0], first + rows[1]), columns=columns)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How do queries meet keys? Core attention on torch's scaled_dot_product_attention.
+"""How do queries meet keys? Core attention on torch's scaled_dot_product_attention; by hand where scores are capped.
 
 Takes the place of Megatron's unfused `DotProductAttention` in the local layer spec: it never builds
 [b, heads, s, s] and knows our KV cache. Beside Transformer Engine, `CachedTEAttention` does the same for
@@ -8,19 +8,42 @@ Packed and context-parallel sequences come in pieces of queries with the keys th
 over the context-parallel ranks; a ring would overlap that with computing and need less memory: Transformer Engine has
 one.
 
-Left out: rotary embedding outside decoding (applied before, by Megatron's SelfAttention).
+A sliding window is a mask: a layer with one keeps all its keys and values, and computes with all of them but in
+pieces. Capped scores (Gemma 2) are held as [heads, queries, keys], and saved for the backward pass, which
+model.recompute=selective avoids; SDPA cannot cap.
+
+Left out: rotary embedding outside decoding (applied before, by Megatron's SelfAttention); a fused kernel for capped
+scores, and a cache that forgets what has left the window.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 from megatron_powerflow.model.kv_cache import KVCache
 from megatron_powerflow.model.rotary import rotate
 from megatron_powerflow.model.stream import Pieces
 from megatron_powerflow.parallel.collectives import gather_over
+
+
+class Rule(NamedTuple):
+    """How a layer attends. scale: of scores, None: 1 / sqrt(d). window: keys that a query sees, its own included, None:
+    all before it. softcap: scores s become softcap * tanh(s / softcap), None: they stay."""
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+
+def rule_of(config, layer_number: int, softmax_scale: float | None, softcap: float | None = None) -> Rule:
+    """Of a layer, counted from 1 over the whole model: Megatron's fields say which layers have the window."""
+    windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+    return Rule(softmax_scale, config.window_size[0] + 1 if windowed else None, softcap)
 
 
 class SdpaCoreAttention(nn.Module):
@@ -31,11 +54,13 @@ class SdpaCoreAttention(nn.Module):
     returns [s, b, heads/tp * d]. Padding stands behind the real tokens, so the causal mask hides it from them.
     """
 
-    def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale=None, **_) -> None:
+    def __init__(
+        self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale=None, softcap=None, **_
+    ) -> None:
         super().__init__()
         assert attention_type == "self", attention_type
         assert config.attention_dropout == 0.0, "attention dropout would make log-probs random"
-        self.softmax_scale = softmax_scale
+        self.rule = rule_of(config, layer_number, softmax_scale, softcap)
         self.kv_cache: tuple[KVCache, int] | None = None  # the cache and this layer's place in it
 
     def forward(
@@ -43,22 +68,42 @@ class SdpaCoreAttention(nn.Module):
     ):
         assert attention_bias is None
         if self.kv_cache is not None:
-            return cached_attention(query, key, value, *self.kv_cache, self.softmax_scale)
+            return cached_attention(query, key, value, *self.kv_cache, self.rule)
         if packed_seq_params is not None:
-            return pieced_attention(query, key, value, packed_seq_params, self.softmax_scale)
+            return pieced_attention(query, key, value, packed_seq_params, self.rule)
         # [s, b, h, d] -> [b, h, s, d]
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        out = causal_attention(q, k, v, self.softmax_scale)
+        out = causal_attention(q, k, v, self.rule)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Tensor:
-    """q [b, h, s, d], k and v [b, g, s, d] with g dividing h -> [b, h, s, d]."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """q [b, h, s, d], k and v [b, g, t, d] with g dividing h and t >= s, the last query at the last key
+    -> [b, h, s, d]."""
     k, v = _spread_groups(k, q.shape[1]), _spread_groups(v, q.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    windowed = rule.window is not None and rule.window < num_keys
+    if num_queries == num_keys and not windowed and rule.softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scale)
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
+    if windowed:
+        seen = seen.triu(num_keys - num_queries - rule.window + 1)
+    return masked_attention(q, k, v, seen, rule)
 
 
-def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, softmax_scale: float | None) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+    """q [b, h, s, d], k and v [b, h, t, d]. mask, broadcast to [b, h, s, t]: bool, True where seen, or of q's dtype, 0
+    or -inf; every query sees a key. rule: its window is in the mask already. Returns [b, h, s, d]."""
+    if rule.softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scale)
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if rule.scale is None else rule.scale)
+    scores = (scores / rule.softcap).tanh() * rule.softcap
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    # softmax in fp32 (or wider), as SDPA and transformers have it
+    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+
+
+def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, rule: Rule) -> Tensor:
     """query [t / cp, b, h, d], key and value [t / cp, b, g, d] of this rank -> [t / cp, b, h * d].
     Collective over cp."""
     if stream.key_group is not None:
@@ -66,23 +111,15 @@ def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, 
         key, value = both.chunk(2, dim=-1)
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     parts = []
-    for first, end, first_key, end_key in stream.pieces:
-        own_k, own_v = (_spread_groups(tensor[:, :, first_key:end_key], q.shape[1]) for tensor in (k, v))
-        num_queries, num_keys = end - first, end_key - first_key
-        mask = None
-        if num_queries != num_keys:  # the last query sees the last key
-            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, first:end], own_k, own_v, attn_mask=mask, is_causal=mask is None, scale=softmax_scale
-            )
-        )
+    for first, end, first_key, end_key in stream.pieces:  # the last query sees the last key
+        if rule.window is not None:  # keys that no query of the piece sees any more
+            first_key = max(first_key, end_key - (end - first) - rule.window + 1)
+        own_k, own_v = (tensor[:, :, first_key:end_key] for tensor in (k, v))
+        parts.append(causal_attention(q[:, :, first:end], own_k, own_v, rule))
     return torch.cat(parts, dim=2).permute(2, 0, 1, 3).flatten(2)
 
 
-def cached_attention(
-    query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, softmax_scale: float | None
-) -> Tensor:
+def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, rule: Rule) -> Tensor:
     """Rotate, store the new keys and values, attend over what each row holds.
 
     query [t, 1, h, d], key and value [t, 1, g, d]: flat tokens, not yet rotated, see `KVCache.prefilling` and
@@ -90,19 +127,19 @@ def cached_attention(
     """
     query, key = rotate(torch.cat((query, key), dim=2), *cache.rotation).split((query.shape[2], key.shape[2]), dim=2)
     if cache.segments is not None:
-        return _prefill(query, key, value, cache, layer, softmax_scale)
+        return _prefill(query, key, value, cache, layer, rule)
     num_rows, num_groups, head_dim = cache.num_rows, key.shape[2], key.shape[3]
     for stored, new in zip(cache.layers[layer], (key, value), strict=True):
         stored.view(-1, head_dim).index_copy_(0, cache.places, new[:num_rows].reshape(-1, head_dim))
     k, v = (stored[:, :, : cache.max_length] for stored in cache.layers[layer])
     # heads of one group stand together: [rows, g, h/g, d] lets one key serve them without a copy
     q = query[:num_rows, 0].unflatten(1, (num_groups, -1))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, scale=softmax_scale).flatten(1)[:, None]
+    out = masked_attention(q, k, v, cache.mask(rule.window), rule).flatten(1)[:, None]
     padding = query.shape[0] - num_rows
     return out if padding == 0 else F.pad(out, (0, 0, 0, 0, 0, padding))
 
 
-def _prefill(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, softmax_scale) -> Tensor:
+def _prefill(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, rule: Rule) -> Tensor:
     """Each prompt by itself; its keys and values go to every row of its group."""
     keys, values = cache.layers[layer]
     out = torch.zeros_like(query)
@@ -110,7 +147,7 @@ def _prefill(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: i
         # [len, 1, g, d] -> [1, g, len, d]
         q, k, v = (tensor[start:stop].permute(1, 2, 0, 3) for tensor in (query, key, value))
         keys[rows, :, : stop - start], values[rows, :, : stop - start] = k, v
-        out[start:stop] = causal_attention(q, k, v, softmax_scale).permute(2, 0, 1, 3)
+        out[start:stop] = causal_attention(q, k, v, rule).permute(2, 0, 1, 3)
     return out.flatten(2)
 
 

@@ -1,12 +1,16 @@
 """How does an `Architecture` become Megatron model chunks on this rank?
 
-The layer spec is Transformer Engine's where it is importable on CUDA, else Megatron's local spec with our
-SDPA core attention and norm. Nothing about a model is written down here: every size comes from config.json.
+The layer spec is Transformer Engine's where it is importable on CUDA and has words for what the model does, else
+Megatron's local spec with our SDPA core attention and norms. Nothing about a model is
+written down here: every size comes from config.json.
 
 Left out: experts in one grouped matrix product. Each is an MLP of its own (Megatron's SequentialMLP) everywhere.
 """
 
 from __future__ import annotations
+
+import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +24,21 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_powerflow.config import ModelSection, PrecisionSection
 from megatron_powerflow.model.attention import SdpaCoreAttention
-from megatron_powerflow.model.norm import RMSNorm
+from megatron_powerflow.model.norm import KeyNormOverHeads, NormThenAdd, QueryNormOverHeads, RMSNorm
 from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.model.precision import transformer_config_fields, use_transformer_engine
+from megatron_powerflow.model.precision import needs_own_layers, transformer_config_fields, use_transformer_engine
 from megatron_powerflow.parallel.layout import Layout, padded_vocab_size
 from megatron_powerflow.records import Architecture
+
+# Architecture.activation -> of the gate's half of linear_fc1
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def transformer_config(
@@ -43,7 +51,8 @@ def transformer_config(
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[model.recompute]
     fused = torch.cuda.is_available() and use_transformer_engine(precision)
-    return TransformerConfig(
+    window = architecture.sliding_window
+    config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -52,11 +61,15 @@ def transformer_config(
         kv_channels=architecture.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
+        layernorm_zero_centered_gamma=architecture.zero_centered_norms,
         qk_layernorm=architecture.qk_norm,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[architecture.activation],
+        softmax_scale=architecture.softmax_scale,
+        window_size=None if window is None else (window - 1, 0),  # besides a token's own position: before, behind
+        window_attn_skip_freq=architecture.windowed_layers and [int(here) for here in architecture.windowed_layers],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
@@ -78,14 +91,20 @@ def transformer_config(
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every parameter is read from a file
-        bias_dropout_fusion=fused,
-        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused and not architecture.post_norm,
+        bias_activation_fusion=fused and architecture.activation == "silu",
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # would need Apex, and bypasses DDP's own accumulation
         apply_rope_fusion=False,
         **recompute,
         **transformer_config_fields(precision),
     )
+    if architecture.rope.attention_factor != 1.0:
+        # Megatron's attention multiplies cosines and sines by 1 + mscale / 10 * log(scaling_factor), if its config says
+        # these words of yarn, over the same with mscale_all_dim. Nothing else reads them but its own yarn embedding.
+        config.yarn_rotary_scaling_factor = math.e
+        config.yarn_mscale, config.yarn_mscale_all_dim = 10.0 * (architecture.rope.attention_factor - 1.0), 0.0
+    return config
 
 
 def _expert_fields(architecture: Architecture) -> dict:
@@ -144,7 +163,7 @@ def _mark_tensor_parallel(chunk: PolicyModel) -> None:
 
 
 def _block_spec(config: TransformerConfig, architecture: Architecture, precision: PrecisionSection, vp_stage):
-    if use_transformer_engine(precision):
+    if use_transformer_engine(precision) and not needs_own_layers(architecture, config.context_parallel_size):
         from megatron_powerflow.model.te_attention import CachedTEAttention, TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(
@@ -153,15 +172,28 @@ def _block_spec(config: TransformerConfig, architecture: Architecture, precision
         layer.submodules.self_attention.submodules.core_attention = CachedTEAttention
         norm = TENorm
     else:
-        layer = get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm, normalization="RMSNorm"
-        )
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = SdpaCoreAttention
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm = RMSNorm
-        if architecture.qk_norm:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
+        layer, norm = _own_layer(config, architecture), RMSNorm
     assert isinstance(layer, ModuleSpec)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
     )
+
+
+def _own_layer(config: TransformerConfig, architecture: Architecture) -> ModuleSpec:
+    """Megatron's local layer with our attention and norms."""
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm, normalization="RMSNorm"
+    )
+    parts, attention = layer.submodules, layer.submodules.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    if architecture.attention_softcap is not None:
+        attention.core_attention = partial(SdpaCoreAttention, softcap=architecture.attention_softcap)
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm if architecture.pre_norm else IdentityOp
+    if architecture.post_norm:
+        size = {"config": config, "hidden_size": config.hidden_size}
+        parts.self_attn_bda = parts.mlp_bda = ModuleSpec(module=NormThenAdd, params=size)
+    if architecture.qk_norm_over_heads:
+        attention.q_layernorm, attention.k_layernorm = QueryNormOverHeads, KeyNormOverHeads
+    elif architecture.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer

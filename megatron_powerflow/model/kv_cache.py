@@ -43,7 +43,8 @@ class KVCache:
         )
         self.max_length = 0  # decode: positions that any row attends to
         self.places: Tensor | None = None  # decode: [rows * groups] where the new keys go, the first three axes as one
-        self.mask: Tensor | None = None  # decode: [rows, 1, 1, max_length], 0 where attended to, else -inf
+        self._ages: Tensor | None = None  # decode: [rows, max_length] positions since each key, the token's own 0
+        self._masks: dict[int | None, Tensor] = {}  # by window, of this pass
 
     @property
     def num_rows(self) -> int:
@@ -75,12 +76,22 @@ class KVCache:
         starts = torch.arange(keys.shape[0] * keys.shape[1], device=self._device) * keys.shape[2]
         on_device = torch.from_numpy(positions).to(self._device)
         self.places = starts + on_device.repeat_interleave(keys.shape[1])
-        later = torch.arange(self.max_length, device=self._device) > on_device[:, None]
-        self.mask = torch.zeros(later.shape, dtype=self.dtype, device=self._device).masked_fill_(later, -torch.inf)
-        self.mask, self.segments = self.mask[:, None, None, :], None
+        self._ages = on_device[:, None] - torch.arange(self.max_length, device=self._device)
+        self._masks, self.segments = {}, None
         with self._attached(chunk, positions, padding):
             yield
         self.lengths = self.lengths + alive
+
+    def mask(self, window: int | None) -> Tensor:
+        """decode: [rows, 1, 1, max_length] of self.dtype, 0 where attended to, else -inf. window: keys that a token
+        sees, its own included; None: all before it. Made once a pass for all layers."""
+        if window not in self._masks:
+            hidden = self._ages < 0
+            if window is not None:
+                hidden |= self._ages >= window
+            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+            self._masks[window] = mask[:, None, None, :]
+        return self._masks[window]
 
     @contextlib.contextmanager
     def _attached(self, chunk: nn.Module, positions: np.ndarray, padding: int) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -36,6 +37,12 @@ class PolicyModel(GPTModel):
             **gpt_arguments,
         )
         self.padded_vocab_size = padded_vocab_size
+        self.logit_softcap = architecture.logit_softcap  # for whoever makes logits of the output weight
+        if self.pre_process and architecture.embedding_scale is not None:
+            # Megatron's embedding knows no factor; a class of our own could not be handed to GPTModel
+            # Rounded to the embeddings' dtype first, as Gemma was trained and transformers computes it.
+            scale = torch.tensor(architecture.embedding_scale, dtype=self.config.params_dtype).item()
+            self.embedding.register_forward_hook(lambda module, arguments, embeddings: embeddings * scale)
         self.rotary_pos_emb = PositionedRotaryEmbedding(
             architecture.rope,
             architecture.head_dim,

@@ -13,6 +13,7 @@ import torch
 
 from megatron_powerflow.config import PrecisionSection
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.records import Architecture
 
 # precision.fp8_recipe -> megatron.core.enums.Fp8Recipe value, and the compute capability it needs
 FP8_RECIPES = {
@@ -36,6 +37,15 @@ def transformer_engine_installed() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def needs_own_layers(architecture: Architecture, cp: int) -> bool:
+    """Whether the model does what Transformer Engine's layers, as Megatron-Core 0.16 to 0.19 builds them, have no words
+    for: norms in other places, capped scores, a sliding window over context-parallel ranks. It runs on Megatron's local
+    layers with our attention then, on CUDA as well."""
+    elsewhere = architecture.post_norm or not architecture.pre_norm or architecture.qk_norm_over_heads
+    windowed = architecture.sliding_window is not None and cp > 1
+    return elsewhere or windowed or architecture.attention_softcap is not None
+
+
 def fp8_violations(precision: PrecisionSection) -> list[str]:
     """Why FP8 cannot run on this machine; empty when it can, or is not asked for."""
     if precision.dtype != "fp8":
@@ -57,8 +67,16 @@ def fp8_violations(precision: PrecisionSection) -> list[str]:
     return []
 
 
-def require_fp8_support(precision: PrecisionSection) -> None:
+def require_fp8_support(precision: PrecisionSection, architecture: Architecture, cp: int) -> None:
+    """Raises UserError where FP8 is asked for and this machine, or this model, cannot have it."""
     violations = fp8_violations(precision)
+    if precision.dtype == "fp8" and needs_own_layers(architecture, cp):
+        violations.append(
+            f"precision.dtype=fp8: a {architecture.family} model"
+            + (f" with sliding_window={architecture.sliding_window} at parallel.cp={cp}" if cp > 1 else "")
+            + " has layers that Transformer Engine, whose FP8 it is, does not know; use precision.dtype=bf16"
+            + (", or parallel.cp=1" if cp > 1 and not needs_own_layers(architecture, 1) else "")
+        )
     if violations:
         raise UserError(violations)
 

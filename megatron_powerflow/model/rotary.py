@@ -17,17 +17,21 @@ from megatron_powerflow.records import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """[head_dim / 2] fp32: radians per position of each rotated pair, slowest last.
+    """[rotated / 2] fp32: radians per position of each rotated pair, slowest last; rotated = rope.rotated(head_dim).
 
     llama3 scaling as in the Llama 3.1 release: wavelengths above original_max_positions / low_freq_factor are
     divided by `factor`, those below original_max_positions / high_freq_factor are kept, between: interpolated.
+    longrope (arXiv 2402.13753): a factor for each, those for sequences of up to original_max_positions.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    rotated = rope.rotated(head_dim)
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
     frequencies = 1.0 / rope.theta**exponents
     if rope.scaling == "default":
         return frequencies
     if rope.scaling == "linear":
         return frequencies / rope.factor
+    if rope.scaling == "longrope":
+        return frequencies / torch.tensor(rope.factors, device="cpu")
     assert rope.scaling == "llama3", rope.scaling
     wavelengths = 2 * math.pi / frequencies
     smooth = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / (
@@ -40,14 +44,16 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 class PositionedRotaryEmbedding(RotaryEmbedding):
     """`positions` None: positions 0..s-1, the same for each row. Else: the position of every token in turn.
 
-    With positions [t] (int64) the answer is [t, 1, 1, head_dim] fp32 angles, whatever length is asked for. While
-    `decoding` it is None, which Megatron's attention takes for "no rotation": the core attention then rotates by the
-    cosines and sines of `rotation`, made once for all layers of a pass.
+    With positions [t] (int64) the answer is [t, 1, 1, rotated] fp32 angles, whatever length is asked for; Megatron
+    rotates so many dimensions of a head and passes the others through. While `decoding` it is None, which Megatron's
+    attention takes for "no rotation": the core attention then rotates by the cosines and sines of `rotation`, made once
+    for all layers of a pass.
     """
 
     def __init__(self, rope: Rope, head_dim: int, **megatron_arguments) -> None:
-        super().__init__(kv_channels=head_dim, rotary_base=rope.theta, **megatron_arguments)
+        super().__init__(kv_channels=rope.rotated(head_dim), rotary_base=rope.theta, **megatron_arguments)
         self.inv_freq = inverse_frequencies(rope, head_dim).to(self.inv_freq.device)
+        self.attention_factor = rope.attention_factor  # elsewhere than in decoding Megatron's attention applies it
         self.positions: Tensor | None = None
         self.decoding = False
 
@@ -60,22 +66,26 @@ class PositionedRotaryEmbedding(RotaryEmbedding):
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [t] int64 -> cosines and signed sines for `rotate`, each [t, 1, 1, head_dim] in dtype."""
+        """positions [t] int64 -> cosines and signed sines for `rotate`, each [t, 1, 1, rotated] in dtype."""
         angles = self._angles(positions)
-        cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
+        cosines, sines = (part.mul_(self.attention_factor).to(dtype) for part in (angles.cos(), angles.sin()))
         return (
             torch.cat((cosines, cosines), dim=-1)[:, None, None, :],
             torch.cat((-sines, sines), dim=-1)[:, None, None, :],
         )
 
     def _angles(self, positions: Tensor) -> Tensor:
-        """[t, head_dim / 2] fp32"""
+        """[t, rotated / 2] fp32"""
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
         return torch.outer(positions.float(), self.inv_freq)
 
 
 def rotate(tensor: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
-    """[t, 1, heads, head_dim] rotated by the angles of each token: Megatron's formula, halves of a head paired."""
+    """[t, 1, heads, head_dim], the first dimensions of each head rotated by the angles of each token, as many as there
+    are: Megatron's formula, halves paired."""
+    rotated = cosines.shape[-1]
+    if rotated < tensor.shape[-1]:
+        return torch.cat((rotate(tensor[..., :rotated], cosines, signed_sines), tensor[..., rotated:]), dim=-1)
     first, second = tensor.chunk(2, dim=-1)
     return tensor * cosines + torch.cat((second, first), dim=-1).mul_(signed_sines)

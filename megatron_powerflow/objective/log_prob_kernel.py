@@ -56,23 +56,23 @@ class LogProbKernel:
         arithmetic = self._arithmetic(hidden, output_weight, targets, **arguments)
         return token_statistics(hidden, output_weight, targets, arithmetic=arithmetic, **arguments)
 
-    def _arithmetic(self, hidden, weight, targets, *, tp_group, vocab_size, temperature) -> ModuleType:
+    def _arithmetic(self, hidden, weight, targets, *, tp_group, vocab_size, temperature, softcap=None) -> ModuleType:
         if self._settled is None and len(targets):
             candidate = self._candidate(hidden)
             if candidate is not None:
                 first = dist.get_rank(tp_group) * weight.shape[0]
                 real = weight.detach()[: max(vocab_size - first, 0)]
-                if not _proven(candidate, hidden.detach(), real, targets - first, temperature, tp_group):
+                if not _proven(candidate, hidden.detach(), real, targets - first, temperature, softcap, tp_group):
                     candidate = None
             self._settled = candidate or plain
         return self._settled or plain
 
 
-def _proven(candidate, hidden, weight, columns, temperature, tp_group) -> bool:
+def _proven(candidate, hidden, weight, columns, temperature, softcap, tp_group) -> bool:
     """Whether the candidate works and agrees with the plain arithmetic on every rank of tp_group; if not, says so."""
     failure = ""
     try:
-        worst = disagreement(candidate, hidden, weight, columns, temperature)
+        worst = disagreement(candidate, hidden, weight, columns, temperature, softcap)
     except candidate.FAILURES as error:
         failure = f" ({type(error).__name__}: {error})"
         worst = hidden.new_tensor(torch.inf, dtype=torch.float32)
@@ -89,7 +89,14 @@ def _proven(candidate, hidden, weight, columns, temperature, tp_group) -> bool:
 
 
 @torch.no_grad()
-def disagreement(candidate: ModuleType, hidden: Tensor, weight: Tensor, columns: Tensor, temperature: float) -> Tensor:
+def disagreement(
+    candidate: ModuleType,
+    hidden: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    temperature: float,
+    softcap: float | None = None,
+) -> Tensor:
     """Largest difference of `candidate` from the plain arithmetic in fp32, in units of what rounding explains.
 
     hidden: [t, H]; the first JUDGED_TOKENS are judged. weight: [v, H] real rows. columns: [t], the targets' rows.
@@ -100,7 +107,9 @@ def disagreement(candidate: ModuleType, hidden: Tensor, weight: Tensor, columns:
     if not len(weight):  # a rank that holds padding only
         return worst
     found, exact = (
-        _per_token(*arithmetic.shard_sums(tokens, weight, columns, temperature, True, JUDGED_LOGITS), len(weight))
+        _per_token(
+            *arithmetic.shard_sums(tokens, weight, columns, temperature, True, JUDGED_LOGITS, softcap), len(weight)
+        )
         for arithmetic, tokens in ((candidate, few), (plain, few.float()))
     )
     worst = torch.maximum(worst, _infinite((found - exact).abs() / (1.0 + exact.abs()) / TOLERANCE).amax())
@@ -109,7 +118,7 @@ def disagreement(candidate: ModuleType, hidden: Tensor, weight: Tensor, columns:
     per_token = (torch.arange(len(few), device=few.device) % len(block), exact[0], ramp, ramp.flip(0), exact[2])
     for upstream in (per_token[:3], per_token):  # of log-probs alone, and with the entropy's
         ours, theirs = (
-            arithmetic.grad_logits(tokens, block, temperature, *upstream).float()
+            arithmetic.grad_logits(tokens, block, temperature, *upstream, softcap=softcap).float()
             for arithmetic, tokens in ((candidate, few), (plain, few.float()))
         )
         # rounded once to hidden's dtype, where sums in another order differ by TOLERANCE at most

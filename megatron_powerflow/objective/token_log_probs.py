@@ -53,10 +53,13 @@ def token_log_probs(
     tp_group: dist.ProcessGroup,
     vocab_size: int,
     temperature: float,
+    softcap: float | None = None,
     max_logits: int | None = None,
     arithmetic: ModuleType = plain,
 ) -> Tensor:
     """log softmax(hidden @ W^T / temperature)[target], the softmax over the real vocabulary.
+
+    softcap: of the logits z = hidden @ W^T, which become softcap * tanh(z / softcap) before the temperature; None: z.
 
     hidden: [t, H] any float, the same on every rank of tp_group.
     output_weight: [V_padded / tp, H] in hidden's dtype, this rank's rows; rows at or beyond vocab_size are padding,
@@ -68,7 +71,7 @@ def token_log_probs(
     in hidden's dtype, and reduced in fp32 (fp64 when the inputs are).
     Raises RuntimeError when a log-prob is above 0 or a target is outside (on CUDA: a device-side assertion).
     """
-    arguments = (tp_group, vocab_size, temperature, max_logits, arithmetic)
+    arguments = (tp_group, vocab_size, temperature, softcap, max_logits, arithmetic)
     return _TokenStatistics.apply(hidden, output_weight, targets, False, *arguments)[0]
 
 
@@ -80,11 +83,12 @@ def token_statistics(
     tp_group: dist.ProcessGroup,
     vocab_size: int,
     temperature: float,
+    softcap: float | None = None,
     max_logits: int | None = None,
     arithmetic: ModuleType = plain,
 ) -> TokenStatistics:
     """`token_log_probs` and, of the same distributions, entropy (with gradient) and certainty (without)."""
-    arguments = (tp_group, vocab_size, temperature, max_logits, arithmetic)
+    arguments = (tp_group, vocab_size, temperature, softcap, max_logits, arithmetic)
     return TokenStatistics(*_TokenStatistics.apply(hidden, output_weight, targets, True, *arguments))
 
 
@@ -92,7 +96,8 @@ class _TokenStatistics(torch.autograd.Function):
     """`everything` False: the log-probs alone; the other two are empty."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, everything, tp_group, vocab_size, temperature, max_logits, arithmetic):
+    def forward(ctx, hidden, weight, targets, everything, *arguments):
+        tp_group, vocab_size, temperature, softcap, max_logits, arithmetic = arguments
         inside = ((targets >= 0) & (targets < vocab_size)).all()
         _require(inside, f"a target is not in the vocabulary of {vocab_size}: the micro-batch is broken")
         first = dist.get_rank(tp_group) * weight.shape[0]
@@ -100,7 +105,8 @@ class _TokenStatistics(torch.autograd.Function):
         columns = targets - first  # on this rank where 0 <= column < num_real
         if max_logits is None:
             max_logits = MAX_LOGITS_CPU if hidden.device.type == "cpu" else MAX_LOGITS
-        maxima, sums = arithmetic.shard_sums(hidden, weight[:num_real], columns, temperature, everything, max_logits)
+        real = weight[:num_real]
+        maxima, sums = arithmetic.shard_sums(hidden, real, columns, temperature, everything, max_logits, softcap)
         if dist.get_world_size(tp_group) > 1:
             maxima, sums = _over_ranks(maxima, sums, tp_group)
         log_normaliser = maxima + sums[0].log()
@@ -111,7 +117,7 @@ class _TokenStatistics(torch.autograd.Function):
             entropy = sums[0].log() - sums[2] / sums[0]  # log Z - E[logit], both from the maximum
             certainty = log_normaliser - sums[3] / vocab_size
         ctx.save_for_backward(hidden, weight, columns, log_normaliser, entropy)
-        ctx.arguments = tp_group, num_real, temperature, max_logits, arithmetic
+        ctx.arguments = tp_group, num_real, temperature, softcap, max_logits, arithmetic
         ctx.mark_non_differentiable(certainty)
         ctx.set_materialize_grads(False)
         return log_probs, entropy.clone(), certainty
@@ -120,7 +126,7 @@ class _TokenStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, grad_entropy, _):
         hidden, weight, columns, log_normaliser, entropy = ctx.saved_tensors
-        tp_group, num_real, temperature, max_logits, arithmetic = ctx.arguments
+        tp_group, num_real, temperature, softcap, max_logits, arithmetic = ctx.arguments
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad = torch.zeros_like(log_normaliser) if grad is None else grad
         upstream = [grad] if grad_entropy is None else [grad, grad_entropy, entropy]
@@ -133,7 +139,7 @@ class _TokenStatistics(torch.autograd.Function):
             sums = grad_weight[block].to(log_normaliser.dtype) if wants_weight else None
             for rows in slices(hidden.shape[0], num_rows):
                 per_token = (values[rows] for values in (columns - block.start, log_normaliser, *upstream))
-                tile = arithmetic.grad_logits(hidden[rows], block_weight, temperature, *per_token)
+                tile = arithmetic.grad_logits(hidden[rows], block_weight, temperature, *per_token, softcap=softcap)
                 if wants_hidden:
                     _add_product(grad_hidden[rows], tile, block_weight)
                 if wants_weight:
@@ -144,7 +150,7 @@ class _TokenStatistics(torch.autograd.Function):
             if dist.get_world_size(tp_group) > 1:
                 dist.all_reduce(grad_hidden, group=tp_group)
             grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, *[None] * 7
+        return grad_hidden, grad_weight, *[None] * 8
 
 
 # Waits for nothing: on CUDA the error comes with a later call. NaN passes: the step is skipped, which is not for here.

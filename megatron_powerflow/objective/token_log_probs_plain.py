@@ -18,12 +18,18 @@ FAILURES = ()
 
 
 def shard_sums(
-    hidden: Tensor, weight: Tensor, columns: Tensor, temperature: float, everything: bool, max_logits: int
+    hidden: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    temperature: float,
+    everything: bool,
+    max_logits: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What this rank's columns say of each token.
 
     hidden: [t, H]. weight: [v, H], v >= 0 real rows. columns: [t] int64, the target's row of weight; outside [0, v)
-    where another rank has it. max_logits: logits held at a time.
+    where another rank has it. max_logits: logits held at a time. temperature, softcap: see `make_logits`.
     Returns, fp32 or wider, max [t] of the logits l (the lowest number where v is 0) and sums [2 or 4, t]:
     exp(l - max); the target's l, else 0; with everything also exp(l - max) (l - max), and l.
     """
@@ -35,7 +41,7 @@ def shard_sums(
     num_rows, num_columns = tile_shape(num_tokens, max_logits)
     for rows in slices(num_tokens, num_rows):
         for block in slices(weight.shape[0], num_columns):
-            logits = _logits(hidden[rows], weight[block], temperature, dtype)
+            logits = make_logits(hidden[rows], weight[block], temperature, softcap, dtype)
             sums[1, rows] += _pick(logits, columns[rows] - block.start)
             if everything:
                 sums[3, rows] += logits.sum(dim=-1)
@@ -61,13 +67,18 @@ def grad_logits(
     grad: Tensor,
     grad_entropy: Tensor | None = None,
     entropy: Tensor | None = None,
+    *,
+    softcap: float | None = None,
 ) -> Tensor:
-    """[t, v] in hidden's dtype: gradient of the tile hidden @ weight^T, before the temperature.
+    """[t, v] in hidden's dtype: gradient of the tile hidden @ weight^T, before cap and temperature.
 
     hidden: [t, H]. weight: [v, H]. Per token: columns as in `shard_sums`; log_normaliser over the whole vocabulary;
     grad of the log-prob; grad_entropy of the entropy, which comes with it.
     """
-    log_p = _logits(hidden, weight, temperature, log_normaliser.dtype).sub_(log_normaliser[:, None])
+    logits = make_logits(hidden, weight, temperature, softcap, log_normaliser.dtype)
+    if softcap is not None:  # d cap tanh(z / cap) / dz = 1 - tanh(z / cap)^2
+        of_cap = 1.0 - (logits * (temperature / softcap)).square_()
+    log_p = logits.sub_(log_normaliser[:, None])
     if grad_entropy is None:
         slope = -grad[:, None]  # d log p(target) / d logit_v = [v == target] - p(v)
     else:  # d entropy / d logit_v = -p(v) (log p(v) + entropy)
@@ -77,12 +88,21 @@ def grad_logits(
     gradient.scatter_add_(1, place[:, None], torch.where(here, grad, 0.0)[:, None])
     if temperature != 1.0:
         gradient /= temperature
+    if softcap is not None:
+        gradient *= of_cap
     return gradient.to(hidden.dtype)
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """A new [t, v] of `dtype`, multiplied in hidden's dtype: a wider one than weight's to judge an arithmetic."""
+def make_logits(
+    hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None, dtype: torch.dtype
+) -> Tensor:
+    """hidden [t, H], weight [v, H] -> a new [t, v] of `dtype`, multiplied in hidden's dtype: a wider one than weight's
+    to judge an arithmetic. A logit z becomes softcap * tanh(z / softcap), where there is one, and is then divided by
+    the temperature. The sampler's logits, too.
+    """
     logits = (hidden @ weight.to(hidden.dtype).t()).to(dtype)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
     return logits.div_(temperature) if temperature != 1.0 else logits
 
 

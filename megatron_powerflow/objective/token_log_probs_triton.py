@@ -9,9 +9,9 @@ Products of bf16, fp16 or fp32 are added up in fp32 (fp32 in full precision, no 
 to bf16, unlike the plain arithmetic's, so in bf16 the two differ by the rounding of the plain one.
 
 Importable only where triton is; `log_prob_kernel.py` chooses it, and judges it by the plain arithmetic on its first
-batch. Not yet run on a GPU. Checked without one, triton 3.2 to 3.9: values and gradients in fp32 and fp16 in Triton's
-interpreter (TRITON_INTERPRET=1; it cannot multiply bf16), and that the kernels compile for sm_80, sm_90 and sm_100 in
-bf16 and fp32, with about 72 KiB of shared memory. Block sizes are chosen by that, not by timing.
+batch. Not yet run on a GPU. Checked without one, triton 3.2 to 3.9 (capped logits: 3.6): values and gradients in fp32
+and fp16 in Triton's interpreter (TRITON_INTERPRET=1; it cannot multiply bf16), and that the kernels compile for sm_80,
+sm_90 and sm_100 in bf16 and fp32, with about 72 KiB of shared memory. Block sizes are chosen by that, not by timing.
 
 Left out: fp64 (the plain arithmetic has it), autotuning, a fused gradient of hidden and weight.
 """
@@ -35,7 +35,13 @@ LAUNCH = {"num_warps": 4, "num_stages": 3}
 
 
 def shard_sums(
-    hidden: Tensor, weight: Tensor, columns: Tensor, temperature: float, everything: bool, max_logits: int
+    hidden: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    temperature: float,
+    everything: bool,
+    max_logits: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `token_log_probs_plain.shard_sums`. max_logits is not needed: logits stay in registers."""
     num_tokens, num_columns = hidden.shape[0], weight.shape[0]
@@ -58,7 +64,9 @@ def shard_sums(
         num_parts,
         blocks_per_part,
         temperature,
+        softcap or 1.0,
         HIDDEN=hidden.shape[1],
+        CAPPED=softcap is not None,
         EVERYTHING=everything,
         **_blocks(hidden.dtype),
     )
@@ -75,6 +83,8 @@ def grad_logits(
     grad: Tensor,
     grad_entropy: Tensor | None = None,
     entropy: Tensor | None = None,
+    *,
+    softcap: float | None = None,
 ) -> Tensor:
     """As `token_log_probs_plain.grad_logits`."""
     gradient = hidden.new_empty(hidden.shape[0], weight.shape[0])
@@ -91,7 +101,9 @@ def grad_logits(
         hidden.shape[0],
         weight.shape[0],
         temperature,
+        softcap or 1.0,
         HIDDEN=hidden.shape[1],
+        CAPPED=softcap is not None,
         ENTROPY=grad_entropy is not None,
         **_blocks(hidden.dtype),
     )
@@ -104,9 +116,19 @@ def _blocks(dtype: torch.dtype) -> dict[str, int]:
 
 @triton.jit
 def _logits(
-    hidden, weight, rows, cols, num_tokens, num_columns, temperature, HIDDEN: tl.constexpr, INNER: tl.constexpr
+    hidden,
+    weight,
+    rows,
+    cols,
+    num_tokens,
+    num_columns,
+    temperature,
+    softcap,
+    HIDDEN: tl.constexpr,
+    CAPPED: tl.constexpr,
+    INNER: tl.constexpr,
 ):
-    """[TOKENS, COLUMNS] fp32 of hidden @ weight^T / temperature; what is out of range comes out as 0."""
+    """[TOKENS, COLUMNS] fp32 of hidden @ weight^T, capped, divided by the temperature; what is out of range is 0."""
     sums = tl.zeros((rows.shape[0], cols.shape[0]), dtype=tl.float32)
     inner = tl.arange(0, INNER)
     # 64 bits: vocabulary times hidden size passes 2^31 in the largest models
@@ -117,6 +139,8 @@ def _logits(
         left = tl.load(from_hidden + place, mask=(rows[:, None] < num_tokens) & (place < HIDDEN), other=0.0)
         right = tl.load(from_weight + place, mask=(cols[:, None] < num_columns) & (place < HIDDEN), other=0.0)
         sums = tl.dot(left, tl.trans(right), sums, input_precision="ieee")
+    if CAPPED:  # tanh(x) = 2 sigmoid(2 x) - 1
+        sums = softcap * (2.0 * tl.sigmoid(2.0 * sums / softcap) - 1.0)
     return sums / temperature
 
 
@@ -131,7 +155,9 @@ def _shard_sums(
     num_parts,
     blocks_per_part,
     temperature,
+    softcap,
     HIDDEN: tl.constexpr,
+    CAPPED: tl.constexpr,
     EVERYTHING: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -148,7 +174,9 @@ def _shard_sums(
     for block in range(0, blocks_per_part):
         cols = first + block * COLUMNS + tl.arange(0, COLUMNS)
         real = cols[None, :] < num_columns
-        logits = _logits(hidden, weight, rows, cols, num_tokens, num_columns, temperature, HIDDEN, INNER)
+        logits = _logits(
+            hidden, weight, rows, cols, num_tokens, num_columns, temperature, softcap, HIDDEN, CAPPED, INNER
+        )
         picked += tl.sum(tl.where((cols[None, :] == target[:, None]) & real, logits, 0.0), axis=1)
         above = tl.maximum(maximum, tl.max(tl.where(real, logits, -3.4028234663852886e38), axis=1))
         shift = maximum - above
@@ -184,7 +212,9 @@ def _grad_logits(
     num_tokens,
     num_columns,
     temperature,
+    softcap,
     HIDDEN: tl.constexpr,
+    CAPPED: tl.constexpr,
     ENTROPY: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -196,7 +226,7 @@ def _grad_logits(
     target = tl.load(columns + rows, mask=valid, other=-1)
     normaliser = tl.load(log_normaliser + rows, mask=valid, other=0.0)
     upstream = tl.load(grad + rows, mask=valid, other=0.0)
-    logits = _logits(hidden, weight, rows, cols, num_tokens, num_columns, temperature, HIDDEN, INNER)
+    logits = _logits(hidden, weight, rows, cols, num_tokens, num_columns, temperature, softcap, HIDDEN, CAPPED, INNER)
     log_p = logits - normaliser[:, None]
     slope = -upstream[:, None]  # d log p(target) / d logit_v = [v == target] - p(v)
     if ENTROPY:  # d entropy / d logit_v = -p(v) (log p(v) + entropy)
@@ -204,6 +234,9 @@ def _grad_logits(
         nats = tl.load(entropy + rows, mask=valid, other=0.0)
         slope = slope - of_entropy[:, None] * (log_p + nats[:, None])
     slopes = tl.exp(log_p) * slope + tl.where(cols[None, :] == target[:, None], upstream[:, None], 0.0)
+    if CAPPED:  # d cap tanh(z / cap) / dz = 1 - tanh(z / cap)^2
+        tanh = logits * temperature / softcap
+        slopes = slopes * (1.0 - tanh * tanh)
     out = gradient + rows.to(tl.int64)[:, None] * num_columns + cols[None, :]
     inside = valid[:, None] & (cols[None, :] < num_columns)
     tl.store(out, (slopes / temperature).to(gradient.dtype.element_ty), mask=inside)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_powerflow.model.decode_weights import decode_weights
+from megatron_powerflow.objective.token_log_probs_plain import make_logits
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import Progress
@@ -152,9 +153,9 @@ class MegatronEngine:
             hidden = gather_from_sequence_parallel_region(hidden, group=self._groups.tp)
         weight = self._chunks[-1].output_weight()
         first = self._groups.tp_rank * weight.shape[0]
-        logits = (lane.predicting(hidden) @ weight.t()).float()
-        if sampling.temperature not in (0.0, 1.0):
-            logits.div_(sampling.temperature)
+        softcap = self._chunks[-1].logit_softcap
+        # at temperature 0 the most likely token is the same at any other
+        logits = make_logits(lane.predicting(hidden), weight, sampling.temperature or 1.0, softcap, torch.float32)
         if first + weight.shape[0] > self._vocab_size:
             logits[:, max(self._vocab_size - first, 0) :] = -torch.inf
         if lane.draws_each > 1:

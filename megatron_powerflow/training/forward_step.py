@@ -70,6 +70,7 @@ class Scorer:
             "tp_group": self.groups.tp,
             "vocab_size": self.vocab_size,
             "temperature": self.temperature,
+            "softcap": chunk.logit_softcap,
         }
         return arguments, places
 

@@ -175,14 +175,11 @@ def _read_prompts(config: Config, path: str, tokenizer: Tokenizer, architecture:
 
 def _length_violations(config: Config, architecture: Architecture) -> list[str]:
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    limits = {"max_position_embeddings": architecture.max_positions}
-    if architecture.sliding_window is not None:
-        limits["sliding_window"] = architecture.sliding_window
+    if longest <= architecture.max_positions:
+        return []
     return [
-        f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's {name}={limit}; "
-        "lower one of them"
-        for name, limit in limits.items()
-        if longest > limit
+        f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's "
+        f"{architecture.positions_field}={architecture.max_positions}; lower one of them"
     ]
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_powerflow.config import load_config
+from megatron_powerflow.config import PrecisionSection, load_config
+from megatron_powerflow.conversion.families import FAMILIES
+from megatron_powerflow.conversion.hf_config import read_architecture
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.training.plan import make_plan
 from tests.conftest import run_cli
 from tests.distributed.megatron_sessions import run_training
@@ -76,16 +79,29 @@ def test_truncated_weights_are_found_before_anything_starts(config, tmp_path):
     assert "model.safetensors: truncated or damaged" in violations(config)
 
 
-def test_a_window_shorter_than_the_sequences_is_refused(config, tiny_model):
-    text = violations(config, f"model.hf_path={tiny_model('mistral', sliding_window=10)}")
-    assert "rollout.max_prompt_tokens + rollout.max_response_tokens = 14 is over the model's sliding_window=10" in text
-
-
 def test_prompts_over_the_limit_are_counted_or_refused(config):
     plan = make_plan(load_config(config, ["rollout.max_prompt_tokens=2"]), 1)
     assert (len(plan.prompts), plan.num_prompts_too_long) == (1, 1)
     text = violations(config, "rollout.max_prompt_tokens=2", "prompts.too_long=error")
     assert "prompts.jsonl:1: 3 tokens, over rollout.max_prompt_tokens=2" in text
+
+
+def test_fp8_is_refused_for_layers_that_transformer_engine_does_not_know(tiny_model):
+    precision = PrecisionSection(dtype="fp8", fp8_recipe="tensorwise")
+
+    def refusals(family: str, cp: int = 1, **changes) -> str:
+        architecture, _ = read_architecture(tiny_model(family, **changes), FAMILIES)
+        try:
+            require_fp8_support(precision, architecture, cp)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert "a gemma2 model has layers that Transformer Engine" in refusals("gemma2")
+    assert "a olmo2 model has layers" in refusals("olmo2")
+    assert "a mistral model with sliding_window=7 at parallel.cp=2" in refusals("mistral", 2, sliding_window=7)
+    for settled in (refusals("mistral", sliding_window=7), refusals("llama", 2)):
+        assert "layers that Transformer Engine" not in settled
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

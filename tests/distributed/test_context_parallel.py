@@ -17,9 +17,12 @@ def layout_of(cp: int) -> Layout:
     return Layout(tp=1, pp=1, vpp=None, cp=cp, ep=1, dp=1, sequence_parallel=False)
 
 
-def attention_of_a_share(cp: int, packed: bool):
+RULES = {"plain": (None, None, None), "windowed": (0.3, 4, None), "capped": (1.5, 3, 0.7)}  # scale, window, softcap
+
+
+def attention_of_a_share(cp: int, packed: bool, rule: str):
     """(places of this rank's tokens; their outputs, gradients of query, key, value; a sum over all ranks' outputs)."""
-    from megatron_powerflow.model.attention import pieced_attention
+    from megatron_powerflow.model.attention import Rule, pieced_attention
     from megatron_powerflow.model.stream import pieces_of
     from megatron_powerflow.parallel.collectives import sum_over
 
@@ -36,7 +39,7 @@ def attention_of_a_share(cp: int, packed: bool):
         whole = torch.randn(3 * (ROW if packed else 16), 3, 4, 2, generator=generator, dtype=torch.float64)
         own = whole[stream.index.clamp(min=0)].permute(2, 1, 0, 3, 4)  # [3, t / cp, r, 4, 2]
         query, key, value = (part.clone().requires_grad_() for part in (own[0], own[1][:, :, ::2], own[2][:, :, ::2]))
-        out = pieced_attention(query, key, value, pieces_of(stream, groups.cp), None)
+        out = pieced_attention(query, key, value, pieces_of(stream, groups.cp), Rule(*RULES[rule]))
         real = stream.index.t() >= 0
         places = stream.index.t()[real]
         slope = torch.cos(torch.arange(8, dtype=torch.float64) + places[:, None])
@@ -47,15 +50,16 @@ def attention_of_a_share(cp: int, packed: bool):
         return places.tolist(), [tensor.tolist() for tensor in (out.detach()[real], *gradients)], total.item()
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cp", [2, 4])
-def test_attention_and_its_gradients_do_not_depend_on_the_split(gloo, cp, packed):
+def test_attention_and_its_gradients_do_not_depend_on_the_split(gloo, cp, packed, rule):
     """In float64, every output and every gradient. The loss is a square of a sum over all tokens: it would be wrong
     by orders if the ranks squared their own sums, or if the sum's gradient were summed again."""
-    ((places, expected, total),) = gloo.run(1, attention_of_a_share, 1, packed)
+    ((places, expected, total),) = gloo.run(1, attention_of_a_share, 1, packed, rule)
     expected = [dict(zip(places, tensor, strict=True)) for tensor in expected]
     seen = []
-    for own_places, found, own_total in gloo.run(cp, attention_of_a_share, cp, packed):
+    for own_places, found, own_total in gloo.run(cp, attention_of_a_share, cp, packed, rule):
         assert own_total == pytest.approx(total, rel=1e-12)
         for tensor, theirs in zip(found, expected, strict=True):
             for place, values in zip(own_places, tensor, strict=True):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, OTHER_SHAPES
 
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2_pp2": (2, 2)}
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [20, 21]]
@@ -67,11 +67,13 @@ def same_tokens(left, right) -> bool:
     return [item[:3] + item[4:] for item in left] == [item[:3] + item[4:] for item in right]
 
 
+@pytest.mark.parametrize("shape", ["usual", "other"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_hugging_face(gloo, tiny_model, family):
+def test_greedy_tokens_equal_hugging_face(gloo, tiny_model, family, shape):
+    """Through the cache, and beyond the sliding windows of the models that have one."""
     from transformers import AutoModelForCausalLM
 
-    folder = str(tiny_model(family))
+    folder = str(tiny_model(family, **(OTHER_SHAPES[family] if shape == "other" else {})))
     (ours,) = gloo.run(1, generate, folder, 1, 1, temperature=0.0, responses=1)
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for slot, _, tokens, _, _ in ours:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.megatron_sessions import run_training
-from tests.tiny_models import FAMILIES, MIXTURES
+from tests.tiny_models import FAMILIES, MIXTURES, OTHER_SHAPES
 
 
 def export_untrained(model: str, out: str, max_shard_bytes: int = 10**9, **parallel) -> None:
@@ -54,6 +54,13 @@ def test_hf_to_megatron_to_hf_is_bit_equal(gloo, tiny_model, tmp_path, family, t
     assert_same_folder(model, out)
     if max_shard_bytes < 10**9:
         assert len(list(out.glob("*.safetensors"))) > 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_shapes_come_back_bit_equal_too(gloo, tiny_model, tmp_path, family):
+    model, out = tiny_model(family, **OTHER_SHAPES[family]), tmp_path / "out"
+    gloo.run(4, export_untrained, str(model), str(out), tp=2, pp=2, sequence_parallel=family in MIXTURES)
+    assert_same_folder(model, out)
 
 
 @pytest.mark.parametrize("settings", [{"ep": 2}, {"ep": 2, "tp": 2, "sequence_parallel": True}, {"ep": 2, "pp": 2}])
@@ -109,9 +116,10 @@ def test_an_export_holds_no_head_and_loads_in_transformers(gloo, config, tiny_mo
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_scores_of_checkpoint_and_export_are_one(gloo, config, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2"])
+def test_scores_of_checkpoint_and_export_are_one(gloo, config, tiny_model, tmp_path, family):
     """powerflow score of the training checkpoint, under another layout, equals that of the exported folder."""
-    gloo.run(1, run_training, config, "precision.dtype=fp32")
+    gloo.run(1, run_training, config, "precision.dtype=fp32", f"model.hf_path={tiny_model(family)}")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         '{"prompt_token_ids": [5, 6], "response_token_ids": [7, 8, 2]}\n{"prompt": "w3", "response": "w4"}\n'
@@ -183,11 +191,13 @@ def test_generated_lines_are_in_order_and_equal_under_every_layout(gloo, tiny_mo
     assert len(first["log_probs"]) == len(first["response_token_ids"])
 
 
-def test_the_claimed_log_probs_of_generated_tokens_are_the_scorers(gloo, tiny_model, tmp_path):
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_the_claimed_log_probs_of_generated_tokens_are_the_scorers(gloo, tiny_model, tmp_path, family):
+    """Gemma 2: with caps, and beyond its window of 7 tokens."""
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text('{"prompt_token_ids": [5, 6]}\n')
     settings = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6", "rollout.temperature=0.7")
-    model = str(tiny_model("qwen3"))
+    model = str(tiny_model(family))
     gloo.run(1, generate_to, model, str(prompts), str(answers), settings, 4, False)
     generated = [json.loads(line) for line in answers.read_text().splitlines()]
     rows, scored = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"

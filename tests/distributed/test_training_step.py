@@ -106,6 +106,22 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_layout(
         assert log_z_start == (alone[2] and pytest.approx(alone[2], rel=1e-5))
 
 
+@pytest.mark.parametrize("family", ["olmo2", "gemma2"])
+def test_other_norms_windows_and_caps_have_the_same_gradients_in_every_layout(
+    gloo, tiny_model, prompts, tmp_path, family
+):
+    """Norms over all ranks' heads, norms behind attention and MLP, a window shorter than the sequences, capped scores
+    and logits."""
+    folder = tiny_model(family, sliding_window=3) if family == "gemma2" else tiny_model(family)
+    (alone,) = gloo.run(1, one_step, config_for(folder, prompts, tmp_path / "alone", *common_of("mlp")))
+    for layout in ("tp2_sp", "tp2_pp2", "packed_cp2", "recompute_selective"):
+        num_ranks, overrides = LAYOUTS[layout]
+        config = config_for(folder, prompts, tmp_path / layout, *common_of("mlp"), *overrides)
+        for rows, grad_norms, _ in gloo.run(num_ranks, one_step, config):
+            assert loss_of(rows) == pytest.approx(loss_of(alone[0]), rel=1e-5), layout
+            assert grad_norms == pytest.approx(alone[1], rel=1e-4), layout
+
+
 def test_whole_groups_need_no_forward_pass_of_their_own(gloo, tiny_model, prompts, tmp_path):
     """Packed with room for groups, log Z' comes out of the loss's own pass; with less room out of one before it."""
     folder, common = tiny_model("qwen2"), ["objective.log_z=group", PACKED[0]]

@@ -52,13 +52,13 @@ def case(num_tokens: int, vocab_size: int, hidden_size: int, dtype: torch.dtype)
     return hidden, weight, targets
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, None), (0.7, 3.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_it_agrees_with_the_plain_arithmetic(sizes, dtype, temperature):
+def test_it_agrees_with_the_plain_arithmetic(sizes, dtype, temperature, softcap):
     hidden, weight, targets = case(*sizes, dtype)
     for columns in (targets, targets - 5, targets + 5):  # targets of other ranks' rows among them
-        assert disagreement(in_triton, hidden, weight, columns, temperature) <= 1.0
+        assert disagreement(in_triton, hidden, weight, columns, temperature, softcap) <= 1.0
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -70,20 +70,23 @@ def test_sums_are_the_plain_ones(everything):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_log_probs_entropy_and_their_gradients_equal_full_logits_in_fp64(alone, dtype):
+def test_log_probs_entropy_and_their_gradients_equal_full_logits_in_fp64(alone, dtype, softcap):
     """The padding would dominate if it took part."""
     hidden, weight, targets = case(70, 300, 96, dtype)
     padded = torch.cat([weight, torch.full_like(weight[:20], 50.0)])
     upstream = torch.linspace(-1.0, 1.0, 70, device=DEVICE)
     h, w = hidden.clone().requires_grad_(), padded.clone().requires_grad_()
-    found = token_statistics(
-        h, w, targets, tp_group=alone, vocab_size=300, temperature=0.7, max_logits=5000, arithmetic=in_triton
-    )
+    arguments = {"vocab_size": 300, "temperature": 0.7, "softcap": softcap, "max_logits": 5000}
+    found = token_statistics(h, w, targets, tp_group=alone, arithmetic=in_triton, **arguments)
     (upstream @ found.log_probs + upstream.flip(0) @ found.entropy).backward()
     assert (w.grad[300:] == 0).all()
     h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    every = (h64 @ w64.t() / 0.7).log_softmax(-1)
+    logits = h64 @ w64.t()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    every = (logits / 0.7).log_softmax(-1)
     log_probs, entropy = every.gather(1, targets[:, None]).squeeze(1), -(every.exp() * every).sum(-1)
     (upstream.double() @ log_probs + upstream.flip(0).double() @ entropy).backward()
     torch.testing.assert_close(found.log_probs.double(), log_probs, rtol=1e-4, atol=1e-4)

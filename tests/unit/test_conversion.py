@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from megatron_powerflow.conversion.shapes import expected_tensors, experts_of
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Architecture, Experts, Rope
 from tests.tiny_models import FAMILIES as FAMILY_NAMES
-from tests.tiny_models import LLAMA3_ROPE, MIXTURES, make_tiny_model
+from tests.tiny_models import LLAMA3_ROPE, MIXTURES, OTHER_SHAPES, make_tiny_model
 
 
 class InMemory:
@@ -113,6 +114,13 @@ def test_a_silent_config_means_what_transformers_takes_it_to_mean(tmp_path, fami
     assert ours.max_positions == theirs.max_position_embeddings
     window = getattr(theirs, "sliding_window", None) if getattr(theirs, "use_sliding_window", True) else None
     assert ours.sliding_window == window
+    if hasattr(theirs, "layer_types"):
+        layers = ours.windowed_layers or (window is not None,) * 2
+        assert theirs.layer_types == ["sliding_attention" if here else "full_attention" for here in layers]
+    assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
+    assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
+    scale = getattr(theirs, "query_pre_attn_scalar", None)
+    assert ours.softmax_scale == (scale and scale**-0.5)
     assert ours.rope.theta == (getattr(theirs, "rope_theta", None) or theirs.rope_parameters["rope_theta"])
     if family in MIXTURES:
         normalized = getattr(theirs, "norm_topk_prob", True)  # Mixtral knows no other way
@@ -152,6 +160,12 @@ def test_rope_is_read_in_the_words_of_transformers_4_and_5(tmp_path):
         ({"quantization_config": {"bits": 4}}, ["quantized"]),
         ({"num_hidden_layers": "many"}, ["num_hidden_layers"]),
         ({"layer_types": ["sliding_attention"]}, ["layer_types"]),
+        ({"sliding_window": 4096}, ["sliding_window=4096", "only None"]),
+        ({"mlp_bias": True}, ["mlp_bias=True"]),
+        ({"attention_dropout": 0.1}, ["attention_dropout=0.1"]),
+        ({"final_logit_softcapping": 30.0}, ["final_logit_softcapping=30.0 is not supported for llama"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope scaling type 'dynamic'"]),
+        ({"hidden_size": 0}, ["hidden_size is missing or not a whole number above 0"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
     ],
 )
@@ -175,14 +189,48 @@ def test_what_cannot_be_computed_is_refused_by_name(tiny_model, tmp_path, change
         ("qwen3_moe", {"moe_intermediate_size": "wide"}, ["moe_intermediate_size is missing or not a whole number"]),
         ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise=0.1"]),
         ("mixtral", {"num_local_experts": None}, ["num_local_experts is missing or not a whole number"]),
+        ("mistral", {"sliding_window": 0}, ["sliding_window=0; it must be a whole number of tokens, at least 1"]),
+        ("mistral", {"layer_types": ["sliding_attention"] * 4}, ["layer_types=['sliding_attention', ", "only ['full_"]),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, ["layer_types", "sliding_window=None"]),
+        ("qwen3", {"attention_bias": True}, ["attention_bias=True"]),
+        ("phi3", {"resid_pdrop": 0.1, "full_attn_mod": 2}, ["resid_pdrop=0.1", "full_attn_mod=2"]),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["rope scaling type 'yarn'"]),
+        ("olmo2", {"clip_qkv": 8.0}, ["clip_qkv=8.0"]),
+        ("olmo2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "olmo2"]),
+        ("gemma2", {"hidden_activation": "gelu"}, ["hidden_activation='gelu'", "only 'gelu_pytorch_tanh'"]),
+        ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention=True"]),
+        ("gemma2", {"attn_logit_softcapping": -1}, ["attn_logit_softcapping=-1; it must be a number above 0"]),
+        ("gemma2", {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar is missing or not a whole number above 0"]),
+        ("gemma2", {"layer_types": ["full_attention"]}, ["layer_types=['full_attention']"]),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 4}, ["chunked_attention"]),
     ],
 )
-def test_what_a_mixture_cannot_compute_is_refused_by_name(tiny_model, tmp_path, family, changes, words):
+def test_what_a_family_cannot_compute_is_refused_by_name(tiny_model, tmp_path, family, changes, words):
     config = json.loads((tiny_model(family) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UserError) as caught:
         read_architecture(tmp_path, FAMILIES)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_unknown_fields_are_named_and_harmless_ones_are_not(tiny_model, tmp_path):
+    config = json.loads((tiny_model("llama") / "config.json").read_text())
+    notes = {"is_llama_config": True, "pretraining_tp": 2, "_name_or_path": "x", "torch_dtype": "float16", "odd": False}
+    (tmp_path / "config.json").write_text(json.dumps(config | notes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_architecture(tmp_path, FAMILIES)
+    (tmp_path / "config.json").write_text(json.dumps(config | notes | {"new_switch": 3}))
+    with pytest.warns(UserWarning, match="unknown to this program change nothing here: new_switch=3"):
+        read_architecture(tmp_path, FAMILIES)
+
+
+@pytest.mark.parametrize("shape", ["usual", "other"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_transformers_own_files_have_no_unknown_field(tiny_model, family, shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_architecture(tiny_model(family, **(OTHER_SHAPES[family] if shape == "other" else {})), FAMILIES)
 
 
 def test_a_mixture_is_read_in_the_words_of_its_released_files(tiny_model, tmp_path):

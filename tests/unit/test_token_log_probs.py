@@ -32,15 +32,19 @@ def case(num_tokens: int, vocab_size: int, padded: int, dtype=torch.float64):
     return hidden, weight, targets
 
 
-def plain(hidden, weight, targets, vocab_size: int, temperature: float):
-    logits = (hidden @ weight[:vocab_size].t()) / temperature
+def capped(logits, softcap: float | None):
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def plain(hidden, weight, targets, vocab_size: int, temperature: float, softcap: float | None = None):
+    logits = capped(hidden @ weight[:vocab_size].t(), softcap) / temperature
     return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, None), (2.0, None), (1.0, 3.0), (0.7, 5.0)])
 @pytest.mark.parametrize("max_logits", [1, 5, 512])
 @pytest.mark.parametrize(("vocab_size", "padded"), [(37, 37), (37, 48)])
-def test_values_and_gradients_equal_full_logits(alone, temperature, max_logits, vocab_size, padded):
+def test_values_and_gradients_equal_full_logits(alone, temperature, softcap, max_logits, vocab_size, padded):
     hidden, weight, targets = case(11, vocab_size, padded)
     upstream = torch.randn(11, dtype=torch.float64)
     results = []
@@ -54,10 +58,11 @@ def test_values_and_gradients_equal_full_logits(alone, temperature, max_logits, 
                 tp_group=alone,
                 vocab_size=vocab_size,
                 temperature=temperature,
+                softcap=softcap,
                 max_logits=max_logits,
             )
         else:
-            values = plain(h, w, targets, vocab_size, temperature)
+            values = plain(h, w, targets, vocab_size, temperature, softcap)
         values.backward(upstream)
         results.append((values.detach(), h.grad, w.grad))
     for ours, theirs in zip(*results, strict=True):
@@ -65,11 +70,13 @@ def test_values_and_gradients_equal_full_logits(alone, temperature, max_logits, 
     assert (results[0][2][vocab_size:] == 0).all()  # padding rows never move
 
 
-def test_gradcheck(alone):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck(alone, softcap):
     hidden, weight, targets = case(4, 7, 9)
+    arguments = {"tp_group": alone, "vocab_size": 7, "temperature": 0.9, "softcap": softcap, "max_logits": 6}
 
     def function(h, w):
-        return token_log_probs(h, w, targets, tp_group=alone, vocab_size=7, temperature=0.9, max_logits=6)
+        return token_log_probs(h, w, targets, **arguments)
 
     assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), weight.requires_grad_()))
 
@@ -87,9 +94,10 @@ def test_no_tokens_no_values(alone):
     assert token_log_probs(hidden, weight, targets, tp_group=alone, vocab_size=37, temperature=1.0).shape == (0,)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("max_logits", [5, 512])
 @pytest.mark.parametrize(("vocab_size", "padded"), [(37, 37), (37, 48)])
-def test_entropy_and_certainty_equal_full_logits(alone, max_logits, vocab_size, padded):
+def test_entropy_and_certainty_equal_full_logits(alone, max_logits, vocab_size, padded, softcap):
     hidden, weight, targets = case(11, vocab_size, padded)
     weight[vocab_size:] = 50.0  # padding that would dominate if it took part
     upstream = torch.randn(2, 11, dtype=torch.float64)
@@ -97,11 +105,12 @@ def test_entropy_and_certainty_equal_full_logits(alone, max_logits, vocab_size, 
     for kernel in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if kernel:
-            arguments = {"tp_group": alone, "vocab_size": vocab_size, "temperature": 0.8, "max_logits": max_logits}
+            sizes = {"vocab_size": vocab_size, "max_logits": max_logits}
+            arguments = {"tp_group": alone, "temperature": 0.8, "softcap": softcap, **sizes}
             log_probs, entropy, certainty = token_statistics(h, w, targets, **arguments)
             torch.testing.assert_close(log_probs, token_log_probs(h, w, targets, **arguments), rtol=0, atol=0)
         else:
-            logits = h @ w[:vocab_size].t() / 0.8
+            logits = capped(h @ w[:vocab_size].t(), softcap) / 0.8
             every = logits.log_softmax(-1)
             log_probs = every.gather(1, targets[:, None]).squeeze(1)
             entropy, certainty = -(every.exp() * every).sum(-1), (logits.logsumexp(-1) - logits.mean(-1)).detach()
@@ -208,16 +217,21 @@ def deaf_to_the_temperature(hidden, weight, columns, temperature, *rest):
     return plain_arithmetic.shard_sums(hidden, weight, columns, 1.0, *rest)
 
 
-def without_the_target(hidden, weight, temperature, columns, *rest):
-    return plain_arithmetic.grad_logits(hidden, weight, temperature, torch.full_like(columns, -1), *rest)
+def without_the_target(hidden, weight, temperature, columns, *rest, softcap):
+    columns = torch.full_like(columns, -1)
+    return plain_arithmetic.grad_logits(hidden, weight, temperature, columns, *rest, softcap=softcap)
 
 
-def without_entropy(hidden, weight, temperature, columns, log_normaliser, grad, *_):
-    return plain_arithmetic.grad_logits(hidden, weight, temperature, columns, log_normaliser, grad)
+def without_entropy(hidden, weight, temperature, columns, log_normaliser, grad, *_, softcap):
+    return plain_arithmetic.grad_logits(hidden, weight, temperature, columns, log_normaliser, grad, softcap=softcap)
 
 
-def not_a_number(*arguments):
-    return plain_arithmetic.grad_logits(*arguments) * torch.nan
+def deaf_to_the_cap(*arguments, softcap):
+    return plain_arithmetic.grad_logits(*arguments)
+
+
+def not_a_number(*arguments, softcap):
+    return plain_arithmetic.grad_logits(*arguments, softcap=softcap) * torch.nan
 
 
 def does_not_compile(*_):
@@ -232,6 +246,7 @@ def does_not_compile(*_):
         {"shard_sums": deaf_to_the_temperature},
         {"grad_logits": without_the_target},
         {"grad_logits": without_entropy},
+        {"grad_logits": deaf_to_the_cap},
         {"grad_logits": not_a_number},
         {"shard_sums": does_not_compile, "FAILURES": (NotImplementedError,)},
     ],
@@ -239,7 +254,7 @@ def does_not_compile(*_):
 )
 def test_an_arithmetic_that_errs_on_the_first_batch_is_not_used_and_that_is_said(alone, changes, dtype):
     hidden, weight, targets = case(11, 37, 48, dtype=dtype)
-    arguments = {"tp_group": alone, "vocab_size": 37, "temperature": 0.7}
+    arguments = {"tp_group": alone, "vocab_size": 37, "temperature": 0.7, "softcap": 6.0}
     kernel = LogProbKernel(lambda hidden: arithmetic_with(**changes))
     with pytest.warns(RuntimeWarning, match="by the plain path: other differs"):
         found = kernel.log_probs(hidden, weight, targets, **arguments)
@@ -269,5 +284,5 @@ def test_an_arithmetic_that_agrees_on_the_first_batch_is_used(alone):
     assert calls == [11, 11, 5]  # judged, used, used
 
 
-def in_fp32(hidden, *arguments):
-    return plain_arithmetic.grad_logits(hidden.float(), *arguments).to(hidden.dtype)
+def in_fp32(hidden, *arguments, softcap):
+    return plain_arithmetic.grad_logits(hidden.float(), *arguments, softcap=softcap).to(hidden.dtype)

@@ -1,9 +1,11 @@
 """Qwen3 (dense): Llama's tensors plus RMS norms on the query and key of each head.
 
-Oddities: head_dim is 128 where the file is silent, whatever hidden_size / heads gives; no qkv bias.
+Oddities: head_dim is 128 where the file is silent, whatever hidden_size / heads gives; no qkv bias;
+the sliding window of Qwen2.
 """
 
 from megatron_powerflow.conversion.families.llama import ATTENTION, DEFAULTS, LAYER_OPS, MODEL_OPS
+from megatron_powerflow.conversion.families.qwen2 import WINDOW, windows_of
 from megatron_powerflow.conversion.hf_config import Family
 from megatron_powerflow.conversion.ops import Replicated
 
@@ -14,9 +16,9 @@ NORMS = (
 
 FAMILY = Family(
     model_type="qwen3",
-    defaults={**DEFAULTS, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
-    must_be={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
-    overrides=lambda fields: {"qk_norm": True},
+    defaults={**DEFAULTS, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, **WINDOW},
+    must_be={"hidden_act": "silu"},
+    overrides=lambda fields: {"qk_norm": True, **windows_of(fields)},
     layer_ops=LAYER_OPS + NORMS,
     model_ops=MODEL_OPS,
 )

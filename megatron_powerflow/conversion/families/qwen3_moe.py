@@ -27,11 +27,11 @@ FAMILY = Family(
     },
     must_be={
         "hidden_act": "silu",
-        "attention_bias": False,
         "use_sliding_window": False,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
+    reads=("num_local_experts", "sliding_window"),  # the latter counts only with use_sliding_window
     sizes=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
     overrides=lambda fields: {
         "qk_norm": True,
