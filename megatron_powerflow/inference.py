@@ -102,7 +102,7 @@ def open_model(
         "run": {"output_dir": "unused"},
     }
     config = parse_config(values, overrides)
-    require_fp8_support(config.precision)
+    require_fp8_support(config.precision, architecture, config.parallel.cp)
     layout = inference_layout(config.parallel, architecture, world_size)
     return Opened(config, layout, architecture, family, load_tokenizer(hf_folder), hf_folder, checkpoint)
 

@@ -36,7 +36,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
 
     command: what the run's folder says started it.
     """
-    require_fp8_support(plan.config.precision)
+    require_fp8_support(plan.config.precision, plan.architecture, plan.layout.cp)
     with initialized(plan.layout, launch, seed=plan.config.run.seed) as groups:
         if groups.is_main:
             write_config(plan)

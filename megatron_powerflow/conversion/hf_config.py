@@ -10,6 +10,7 @@ Left out: the tensors (`hf_files.py`) and their layout (`ops.py`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class Family:
     overrides: (fields of the file) -> Architecture fields that differ from the common reading.
     ops: one list, two directions: tensors of a layer, and those outside the layers.
     sizes: fields that must be whole numbers beside the common ones.
+    rope_types: ways of stretching rotation that we compute for it.
+    violations: what else of the fields, all of them there, cannot be computed.
     """
 
     model_type: str
@@ -39,6 +42,8 @@ class Family:
     layer_ops: tuple[Op, ...]
     model_ops: tuple[Op, ...]
     sizes: tuple[str, ...] = ()
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    violations: Callable[[Mapping[str, Any]], list[str]] = lambda fields: []
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -81,7 +86,9 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
         )
     missing = [key for key in (*_REQUIRED, *family.sizes) if not isinstance(fields.get(key), int)]
     violations += [f"{folder / 'config.json'}: {key} is missing or not a whole number" for key in missing]
-    rope = _read_rope(fields, folder / "config.json", violations)
+    rope = _read_rope(fields, family, folder / "config.json", violations)
+    if not missing:
+        violations += [f"{folder / 'config.json'}: {violation}" for violation in family.violations(fields)]
     if violations:
         raise UserError(violations)
     architecture = _architecture(fields, family, rope, folder / "config.json")
@@ -101,7 +108,8 @@ _REQUIRED = (
 
 def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: Path) -> Architecture:
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
-    head_dim = fields.get("head_dim")
+    own = family.overrides(fields)
+    head_dim = own.get("head_dim") or fields.get("head_dim")
     if head_dim is None and hidden % heads:
         raise UserError(f"{path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim")
     common = {
@@ -121,7 +129,7 @@ def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: P
         "max_positions": fields["max_position_embeddings"],
         "sliding_window": None,
     }
-    return Architecture(**{**common, **family.overrides(fields)})
+    return Architecture(**{**common, **own})
 
 
 def _expert_violations(experts: Experts | None) -> list[str]:
@@ -134,28 +142,61 @@ def _expert_violations(experts: Experts | None) -> list[str]:
     return []
 
 
-def _read_rope(fields: Mapping[str, Any], path: Path, violations: list[str]) -> Rope:
+def _read_rope(fields: Mapping[str, Any], family: Family, path: Path, violations: list[str]) -> Rope:
     """transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters; both are read."""
     scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if (fields.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0) != 1.0:
         violations.append(f"{path}: partial_rotary_factor is not supported; only 1.0 is")
+    if kind not in family.rope_types:
+        supported = ", ".join(family.rope_types)
+        violations.append(f"{path}: rope scaling type {kind!r} is not supported; supported: {supported}")
+        return Rope(theta)
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, "linear", float(scaling["factor"]))
-    if kind == "llama3":
-        return Rope(
-            theta,
-            "llama3",
-            float(scaling["factor"]),
-            float(scaling["low_freq_factor"]),
-            float(scaling["high_freq_factor"]),
-            int(scaling["original_max_position_embeddings"]),
-        )
-    violations.append(f"{path}: rope scaling type {kind!r} is not supported; supported: default, linear, llama3")
-    return Rope(theta)
+    if kind == "yarn":
+        return _read_yarn(theta, scaling, path, violations)
+    assert kind == "llama3", kind
+    return Rope(
+        theta,
+        "llama3",
+        float(scaling["factor"]),
+        float(scaling["low_freq_factor"]),
+        float(scaling["high_freq_factor"]),
+        int(scaling["original_max_position_embeddings"]),
+    )
+
+
+def _read_yarn(theta: float, scaling: Mapping[str, Any], path: Path, violations: list[str]) -> Rope:
+    if scaling.get("truncate") is False:
+        violations.append(f"{path}: truncate=False of rope scaling type 'yarn' is not supported; only True is")
+    missing = [key for key in ("factor", "original_max_position_embeddings") if not scaling.get(key)]
+    if missing:
+        violations.append(f"{path}: rope scaling type 'yarn' without {' and '.join(missing)}")
+        return Rope(theta)
+    factor, mscale, mscale_all_dim = float(scaling["factor"]), scaling.get("mscale"), scaling.get("mscale_all_dim")
+
+    def concentration(mscale: float) -> float:  # the temperature of YaRN, arXiv 2309.00071, as DeepSeek weighs it
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None and mscale and mscale_all_dim:
+        attention_factor = concentration(mscale) / concentration(mscale_all_dim)
+    elif attention_factor is None:
+        attention_factor = concentration(1.0)
+    return Rope(
+        theta,
+        "yarn",
+        factor,
+        original_max_positions=int(scaling["original_max_position_embeddings"]),
+        beta_fast=float(scaling.get("beta_fast") or 32),
+        beta_slow=float(scaling.get("beta_slow") or 1),
+        attention_factor=float(attention_factor),
+        mscale_all_dim=float(mscale_all_dim or 0.0),
+    )
 
 
 def read_stop_token_ids(folder: str | Path, tokenizer_eos: int | None) -> frozenset[int]:

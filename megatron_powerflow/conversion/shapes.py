@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_powerflow.conversion.hf_config import Family
-from megatron_powerflow.conversion.ops import Op
+from megatron_powerflow.conversion.ops import InLayers, Op
 from megatron_powerflow.records import Architecture
 
 
@@ -22,6 +22,11 @@ def experts_of(op: Op, architecture: Architecture) -> Sequence[int | None]:
     return range(architecture.experts.num) if "{expert}" in op.megatron else [None]
 
 
+def layers_of(op: Op, architecture: Architecture) -> range:
+    """The layers that have a tensor of this operation."""
+    return op.layers(architecture) if isinstance(op, InLayers) else range(architecture.num_layers)
+
+
 def expected_tensors(architecture: Architecture, family: Family) -> dict[str, tuple[int, ...]]:
     """Every HF tensor with its shape. A tied output weight is no tensor of its own."""
     ops = [(op, None, None) for op in family.model_ops if not (architecture.tied_embeddings and is_output(op))]
@@ -29,6 +34,7 @@ def expected_tensors(architecture: Architecture, family: Family) -> dict[str, tu
         (op, layer, expert)
         for layer in range(architecture.num_layers)
         for op in family.layer_ops
+        if layer in layers_of(op, architecture)
         for expert in experts_of(op, architecture)
     ]
     return {

@@ -13,6 +13,7 @@ import torch
 
 from megatron_powerflow.config import PrecisionSection
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.records import Architecture
 
 # precision.fp8_recipe -> megatron.core.enums.Fp8Recipe value, and the compute capability it needs
 FP8_RECIPES = {
@@ -36,6 +37,12 @@ def transformer_engine_installed() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def needs_own_layers(architecture: Architecture, cp: int) -> bool:
+    """Whether the model does what we have not made Transformer Engine's layers do: latent attention. It runs on
+    Megatron's local layers with our attention then, on CUDA as well."""
+    return architecture.mla is not None
+
+
 def fp8_violations(precision: PrecisionSection) -> list[str]:
     """Why FP8 cannot run on this machine; empty when it can, or is not asked for."""
     if precision.dtype != "fp8":
@@ -57,8 +64,14 @@ def fp8_violations(precision: PrecisionSection) -> list[str]:
     return []
 
 
-def require_fp8_support(precision: PrecisionSection) -> None:
+def require_fp8_support(precision: PrecisionSection, architecture: Architecture, cp: int) -> None:
+    """Raises UserError where FP8 is asked for and this machine, or this model, cannot have it."""
     violations = fp8_violations(precision)
+    if precision.dtype == "fp8" and needs_own_layers(architecture, cp):
+        violations.append(
+            f"precision.dtype=fp8: a {architecture.family} model does not run on Transformer Engine's layers, and FP8 "
+            "is theirs; use precision.dtype=bf16"
+        )
     if violations:
         raise UserError(violations)
 

@@ -1,6 +1,6 @@
 """Which model families are known? One file each, one line here."""
 
-from megatron_powerflow.conversion.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from megatron_powerflow.conversion.families import deepseek_v3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from megatron_powerflow.conversion.hf_config import Family
 
 FAMILIES: dict[str, Family] = {
@@ -12,5 +12,6 @@ FAMILIES: dict[str, Family] = {
         qwen3.FAMILY,
         mixtral.FAMILY,
         qwen3_moe.FAMILY,
+        deepseek_v3.FAMILY,
     )
 }
