@@ -106,6 +106,7 @@ def _expert_fields(architecture: Architecture) -> dict:
     experts = architecture.experts
     if experts is None:
         return {}
+    first = experts.first_layer
     return {
         "num_moe_experts": experts.num,
         "moe_ffn_hidden_size": architecture.ffn_hidden_size,
@@ -119,6 +120,8 @@ def _expert_fields(architecture: Architecture) -> dict:
         "moe_router_group_topk": experts.groups_per_token if experts.num_groups > 1 else None,
         "moe_router_topk_scaling_factor": experts.scaling if experts.scaling != 1.0 else None,
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        # where layers differ, checkpoints keep them apart, not as one tensor of all layers
+        **({"moe_layer_freq": [int(i >= first) for i in range(architecture.num_layers)]} if first else {}),
     }
 
 

@@ -323,6 +323,19 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(folder):
     assert "tensor lm_head.weight has shape (3, 3)" in text
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_in_one_tensor_are_named_with_the_way_out(tiny_model, tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    architecture, family = read_architecture(tiny_model(family), FAMILIES)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(family.model_type))
+    for original in (False, True):
+        model.save_pretrained(tmp_path / str(original), save_original_format=original)
+    check_tensor_names(SafetensorsFolder(tmp_path / "True"), expected_tensors(architecture, family))
+    with pytest.raises(UserError, match=r"experts\.(down|gate_up)_proj: transformers 5 .* save_original_format=False"):
+        check_tensor_names(SafetensorsFolder(tmp_path / "False"), expected_tensors(architecture, family))
+
+
 def test_only_safetensors_are_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="only safetensors"):
