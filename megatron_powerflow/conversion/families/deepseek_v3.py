@@ -78,7 +78,7 @@ def _overrides(fields):
         "head_dim": fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"],
         "ffn_hidden_size": fields["moe_intermediate_size"],
         "experts": Experts(
-            fields.get("num_local_experts") or fields["n_routed_experts"],
+            fields["n_routed_experts"],
             fields["num_experts_per_tok"],
             bool(fields["norm_topk_prob"]),
             "sigmoid",
@@ -106,6 +106,8 @@ def _violations(fields):
     groups, best = fields["n_group"], fields["topk_group"]
     if not isinstance(fields["q_lora_rank"], int | None):
         found.append(f"q_lora_rank={fields['q_lora_rank']!r} is neither null nor a whole number")
+    if fields["qk_rope_head_dim"] % 2:
+        found.append(f"qk_rope_head_dim={fields['qk_rope_head_dim']} is odd; dimensions are rotated in pairs")
     if fields["num_key_value_heads"] not in (None, fields["num_attention_heads"]):
         found.append(
             f"num_key_value_heads={fields['num_key_value_heads']} is not supported; latent attention makes keys and "
@@ -118,8 +120,9 @@ def _violations(fields):
         )
     if fields["n_shared_experts"] < 1:
         found.append(f"n_shared_experts={fields['n_shared_experts']} is not supported; 1 or more are")
-    if not fields["routed_scaling_factor"] > 0:
-        found.append(f"routed_scaling_factor={fields['routed_scaling_factor']} is not supported; it must be above 0")
+    scaling = fields["routed_scaling_factor"]
+    if not isinstance(scaling, int | float) or not scaling > 0:
+        found.append(f"routed_scaling_factor={scaling!r} is not supported; it must be a number above 0")
     if not 1 <= best <= groups or experts % groups or experts // groups < 2:
         found.append(
             f"n_group={groups} with topk_group={best} does not divide {experts} experts into groups of two or more, of "
