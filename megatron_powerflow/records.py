@@ -21,16 +21,20 @@ class Rope:
     """Rotary position embedding as the model's config.json states it."""
 
     theta: float
-    # "default", "linear", "llama3" or "longrope"; the readers refuse every other kind
+    # "default", "linear", "llama3", "longrope" or, with Mla only, "yarn"; the readers refuse every other kind
     scaling: str = "default"
     factor: float = 1.0
     # llama3 only: wavelengths above `original_max_positions / low_freq_factor` are stretched by `factor`
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
-    # longrope only, up to original_max_positions: what each wavelength is multiplied by, and cosines and sines
+    # longrope only, up to original_max_positions: what each wavelength is multiplied by
     factors: tuple[float, ...] = ()
-    attention_factor: float = 1.0
+    # yarn only: pairs that turn more than beta_fast times in original_max_positions are kept, below beta_slow divided
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0  # longrope and yarn: what cosines and sines are multiplied by
+    mscale_all_dim: float = 0.0  # yarn only: attention scores are multiplied by (0.1 mscale_all_dim ln(factor) + 1)^2
     fraction: float = 1.0  # of each head's dimensions, from the first, that are rotated; the others stay as they are
 
     def rotated(self, head_dim: int) -> int:
@@ -40,16 +44,40 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts in the place of every layer's MLP; Architecture.ffn_hidden_size is that of one expert.
+    """A mixture of experts in the place of a layer's MLP; Architecture.ffn_hidden_size is that of one expert.
 
-    Each token goes to the per_token experts with the highest router logits. Their weights are the softmax over all
-    experts (normalized False), or that divided by its sum over the chosen ones (True).
-    Example: Mixtral-8x7B 8, 2, True.
+    Each token goes to the per_token experts with the highest scores. Their weights are these scores (normalized False),
+    or those divided by their sum over the chosen ones (True), times scaling.
+    Example: Mixtral-8x7B 8, 2, True. DeepSeek-V3 256, 8, True, "sigmoid", True, 8, 4, 2.5, 3, 18432, 2048.
     """
 
     num: int
     per_token: int
     normalized: bool
+    score: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits: over all experts, or of each
+    choice_bias: bool = False  # a number for each expert is added to its score for the choice, not for the weight
+    # the experts stand in groups; a token's are of its groups_per_token best ones, by the sum of the two best scores
+    num_groups: int = 1
+    groups_per_token: int = 1
+    scaling: float = 1.0
+    first_layer: int = 0  # the layers before it have one MLP each, of dense_ffn_hidden_size
+    dense_ffn_hidden_size: int | None = None
+    shared_ffn_hidden_size: int | None = None  # of an MLP that every token goes through beside its experts; None: none
+
+
+@dataclass(frozen=True, slots=True)
+class Mla:
+    """Multi-head latent attention: keys and values are made of one short vector a token, queries of another.
+
+    Architecture.head_dim is that of queries and keys, nope_head_dim + rope_head_dim; the latter part alone is rotated,
+    and a key's is the same for all heads. Example (DeepSeek-V3): 1536, 512, 128, 64, 128.
+    """
+
+    q_lora_rank: int | None  # None: queries are made of the hidden state itself
+    kv_lora_rank: int
+    nope_head_dim: int
+    rope_head_dim: int
+    v_head_dim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +105,7 @@ class Architecture:
     # tokens a position may look back, itself included; None: no limit
     sliding_window: int | None
     experts: Experts | None = None  # None: one MLP per layer
+    mla: Mla | None = None  # None: every head has keys and values of its own, or its group's
     windowed_layers: tuple[bool, ...] | None = None  # the layers that have the sliding window; None: all of them
     qk_norm_over_heads: bool = False  # qk_norm is over all heads of a token together, not over each by itself
     pre_norm: bool = True  # RMS norms before attention and MLP

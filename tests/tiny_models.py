@@ -52,6 +52,30 @@ FAMILY_DEFAULTS = {
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
     },
+    # queries of 12 + 6, values of 14; a group of experts counts by its best two; YaRN with both its factors in use
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 28,
+        "kv_lora_rank": 20,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 14,
+        "rope": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 4.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.0,
+        },
+    },
 }
 # a second shape of each, the other way round: tied for untied, windows for none
 OTHER_SHAPES = {
@@ -70,9 +94,11 @@ OTHER_SHAPES = {
         "num_key_value_heads": 4,
         "layer_types": ("full_attention", "sliding_attention", "sliding_attention", "full_attention"),
     },
+    # queries without a latent, any group of experts
+    "deepseek_v3": {"q_lora_rank": None, "topk_group": 4, "tie_word_embeddings": True, "rope": None, "vocab_size": 307},
 }
 FAMILIES = tuple(FAMILY_DEFAULTS)
-MIXTURES = ("qwen3_moe", "mixtral")
+MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3")
 
 
 def make_tiny_model(
@@ -95,6 +121,9 @@ def make_tiny_model(
             parameter.normal_(0.0, scale)
             if "norm" in name:
                 parameter.add_(1.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, scale)
     model.save_pretrained(folder)
     write_tokenizer(folder, values["vocab_size"], boxes=boxes)
     return folder

@@ -37,7 +37,9 @@ class Family:
     ops: one list, two directions: tensors of a layer, and those outside the layers.
     sizes: fields that must be whole numbers beside the common ones.
     reads: fields that `overrides` maps, or that do nothing in this family whatever they say.
-    partial_rotary: partial_rotary_factor counts here; elsewhere only 1.0 is accepted. longrope: so does that scaling.
+    partial_rotary: partial_rotary_factor counts here; elsewhere only 1.0 is accepted.
+    rope_types: ways of stretching rotation that we compute for it.
+    violations: what else of the fields, all of them there, cannot be computed.
     """
 
     model_type: str
@@ -49,7 +51,8 @@ class Family:
     sizes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     partial_rotary: bool = False
-    longrope: bool = False
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    violations: Callable[[Mapping[str, Any]], list[str]] = lambda fields: []
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -94,6 +97,8 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
     missing = [key for key in (*_REQUIRED, *family.sizes) if type(fields.get(key)) is not int or fields[key] < 1]
     violations += [f"{folder / 'config.json'}: {key} is missing or not a whole number above 0" for key in missing]
     rope = _read_rope(fields, family, folder / "config.json", violations)
+    if not missing:
+        violations += [f"{folder / 'config.json'}: {violation}" for violation in family.violations(fields)]
     if violations:
         raise UserError(violations)
     architecture = _architecture(fields, family, rope, folder / "config.json")
@@ -135,7 +140,8 @@ _REQUIRED = (
 
 def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: Path) -> Architecture:
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
-    head_dim = fields.get("head_dim")
+    own = family.overrides(fields)
+    head_dim = own.get("head_dim") or fields.get("head_dim")
     if head_dim is None and hidden % heads:
         raise UserError(f"{path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim")
     common = {
@@ -157,7 +163,7 @@ def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: P
         else fields["max_position_embeddings"],
         "sliding_window": None,
     }
-    return Architecture(**{**common, **family.overrides(fields)})
+    return Architecture(**{**common, **own})
 
 
 def _expert_violations(experts: Experts | None) -> list[str]:
@@ -207,26 +213,59 @@ def _read_rope(fields: Mapping[str, Any], family: Family, path: Path, violations
     fraction = float(fields.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0)
     if fraction != 1.0 and not family.partial_rotary:
         violations.append(f"{path}: partial_rotary_factor is not supported for {family.model_type}; only 1.0 is")
+    kind = "longrope" if kind == "su" else kind  # its name in the first Phi-3
+    if kind not in family.rope_types:
+        violations.append(
+            f"{path}: rope scaling type {kind!r} is not supported for {family.model_type}; supported: "
+            + ", ".join(family.rope_types)
+        )
+        return Rope(theta)
     if kind == "default":
         return Rope(theta, fraction=fraction)
-    if kind == "linear" and not family.longrope:
+    if kind == "linear":
         return Rope(theta, "linear", float(scaling["factor"]))
-    if kind == "llama3" and not family.longrope:
-        return Rope(
-            theta,
-            "llama3",
-            float(scaling["factor"]),
-            float(scaling["low_freq_factor"]),
-            float(scaling["high_freq_factor"]),
-            int(scaling["original_max_position_embeddings"]),
-        )
-    if kind in ("longrope", "su") and family.longrope:
+    if kind == "longrope":
         return _longrope(scaling, fields, theta, fraction, path, violations)
-    violations.append(
-        f"{path}: rope scaling type {kind!r} is not supported for {family.model_type}; supported: "
-        + ("default, longrope" if family.longrope else "default, linear, llama3")
+    if kind == "yarn":
+        return _read_yarn(theta, scaling, path, violations)
+    assert kind == "llama3", kind
+    return Rope(
+        theta,
+        "llama3",
+        float(scaling["factor"]),
+        float(scaling["low_freq_factor"]),
+        float(scaling["high_freq_factor"]),
+        int(scaling["original_max_position_embeddings"]),
     )
-    return Rope(theta)
+
+
+def _read_yarn(theta: float, scaling: Mapping[str, Any], path: Path, violations: list[str]) -> Rope:
+    if scaling.get("truncate") is False:
+        violations.append(f"{path}: truncate=False of rope scaling type 'yarn' is not supported; only True is")
+    missing = [key for key in ("factor", "original_max_position_embeddings") if not scaling.get(key)]
+    if missing:
+        violations.append(f"{path}: rope scaling type 'yarn' without {' and '.join(missing)}")
+        return Rope(theta)
+    factor, mscale, mscale_all_dim = float(scaling["factor"]), scaling.get("mscale"), scaling.get("mscale_all_dim")
+
+    def concentration(mscale: float) -> float:  # the temperature of YaRN, arXiv 2309.00071, as DeepSeek weighs it
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None and mscale and mscale_all_dim:
+        attention_factor = concentration(mscale) / concentration(mscale_all_dim)
+    elif attention_factor is None:
+        attention_factor = concentration(1.0)
+    return Rope(
+        theta,
+        "yarn",
+        factor,
+        original_max_positions=int(scaling["original_max_position_embeddings"]),
+        beta_fast=float(scaling.get("beta_fast") or 32),
+        beta_slow=float(scaling.get("beta_slow") or 1),
+        attention_factor=float(attention_factor),
+        mscale_all_dim=float(mscale_all_dim or 0.0),
+    )
 
 
 def _longrope(scaling, fields, theta: float, fraction: float, path: Path, violations: list[str]) -> Rope:

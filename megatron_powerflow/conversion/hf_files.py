@@ -140,6 +140,11 @@ def check_tensor_names(
     known_buffers = {name for name in present if name.endswith("rotary_emb.inv_freq")}
     missing = sorted(set(expected) - present)
     extra = sorted(present - set(expected) - known_buffers - set(optional))
+    if fused := [name for name in extra if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        raise UserError(
+            f"{folder.folder}: experts stand in one tensor, such as {fused[0]}: transformers 5 wrote it with "
+            "save_original_format=False; load and save it there again, with True, its default"
+        )
     violations = [f"{folder.folder}: tensor {name} is missing" for name in missing]
     violations += [f"{folder.folder}: tensor {name} is not part of this architecture" for name in extra]
     for name in sorted(set(expected) & present):

@@ -9,7 +9,7 @@ Left out: which file a tensor is in (`hf_files.py`), which rank holds which laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,25 @@ from megatron_powerflow.records import Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# What a family's operations count by, beside the fields of an Architecture.
+WIDTHS: dict[str, Callable[[Architecture], int]] = {
+    "attention": lambda a: a.num_attention_heads * (a.mla.v_head_dim if a.mla else a.head_dim),
+    "ffn": lambda a: a.ffn_hidden_size,
+    "queries": lambda a: a.num_attention_heads * a.head_dim,
+    "q_latent": lambda a: a.mla.q_lora_rank,
+    "kv_latent": lambda a: a.mla.kv_lora_rank,
+    "kv_latent_and_rope": lambda a: a.mla.kv_lora_rank + a.mla.rope_head_dim,
+    "keys_and_values": lambda a: a.num_attention_heads * (a.mla.nope_head_dim + a.mla.v_head_dim),
+    "experts": lambda a: a.experts.num,
+    "dense_ffn": lambda a: a.experts.dense_ffn_hidden_size,
+    "shared_ffn": lambda a: a.experts.shared_ffn_hidden_size,
+}
+
+
+def width(architecture: Architecture, word: str) -> int:
+    """The number that an operation's data calls `word`."""
+    return WIDTHS[word](architecture) if word in WIDTHS else getattr(architecture, word)
 
 
 class TensorSource(Protocol):
@@ -63,19 +82,18 @@ class ShardShape:
 
 @dataclass(frozen=True)
 class Replicated:
-    """The same tensor on every rank: norms, [size], and routers, [experts, size]. size: an Architecture field."""
+    """The same tensor on every rank: norms, [size], and small weights, [rows, size]; see `width`."""
 
     megatron: str
     hf: str
     size: str = "hidden_size"
-    per_expert: bool = False
+    rows: str | None = None
 
     def hf_names(self, layer, expert=None):
         return (self.hf.format(layer=layer, expert=expert),)
 
     def hf_shapes(self, architecture):
-        size = getattr(architecture, self.size)
-        return ((architecture.experts.num, size) if self.per_expert else (size,),)
+        return (tuple(width(architecture, word) for word in (self.rows, self.size) if word is not None),)
 
     def shard(self, source, names, shape):
         return source.read(names[0])
@@ -85,26 +103,45 @@ class Replicated:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Row-parallel weight [out, in]: each rank holds columns of it. `inputs` counts the in-features."""
+class Columns:
+    """Column-parallel weight [outputs, inputs]: each rank holds some of its rows, whole heads of them."""
 
     megatron: str
     hf: str
-    inputs: str  # "attention" (heads * head_dim) or "ffn"
-
-    def _in_features(self, architecture):
-        if self.inputs == "attention":
-            return architecture.num_attention_heads * architecture.head_dim
-        return architecture.ffn_hidden_size
+    outputs: str
+    inputs: str = "hidden_size"
 
     def hf_names(self, layer, expert=None):
         return (self.hf.format(layer=layer, expert=expert),)
 
     def hf_shapes(self, architecture):
-        return ((architecture.hidden_size, self._in_features(architecture)),)
+        return ((width(architecture, self.outputs), width(architecture, self.inputs)),)
 
     def shard(self, source, names, shape):
-        return source.read(names[0], columns=shape.part(self._in_features(shape.architecture)))
+        return source.read(names[0], rows=shape.part(width(shape.architecture, self.outputs)))
+
+    def merge(self, shards, shape):
+        import torch
+
+        return (torch.cat(list(shards), dim=0),)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row-parallel weight [hidden_size, inputs]: each rank holds columns of it."""
+
+    megatron: str
+    hf: str
+    inputs: str
+
+    def hf_names(self, layer, expert=None):
+        return (self.hf.format(layer=layer, expert=expert),)
+
+    def hf_shapes(self, architecture):
+        return ((architecture.hidden_size, width(architecture, self.inputs)),)
+
+    def shard(self, source, names, shape):
+        return source.read(names[0], columns=shape.part(width(shape.architecture, self.inputs)))
 
     def merge(self, shards, shape):
         import torch
@@ -119,17 +156,18 @@ class GateUp:
     megatron: str
     gate: str
     up: str
+    outputs: str = "ffn"
 
     def hf_names(self, layer, expert=None):
         return (self.gate.format(layer=layer, expert=expert), self.up.format(layer=layer, expert=expert))
 
     def hf_shapes(self, architecture):
-        return ((architecture.ffn_hidden_size, architecture.hidden_size),) * 2
+        return ((width(architecture, self.outputs), architecture.hidden_size),) * 2
 
     def shard(self, source, names, shape):
         import torch
 
-        rows = shape.part(shape.architecture.ffn_hidden_size)
+        rows = shape.part(width(shape.architecture, self.outputs))
         return torch.cat([source.read(name, rows=rows) for name in names], dim=0)
 
     def merge(self, shards, shape):
@@ -254,3 +292,27 @@ class VocabRows:
         import torch
 
         return (torch.cat(list(shards), dim=0)[: shape.architecture.vocab_size],)
+
+
+@dataclass(frozen=True)
+class InLayers:
+    """An operation whose tensors only some layers have. layers: architecture -> their global numbers, from 0."""
+
+    op: Op
+    layers: Callable[[Architecture], range]
+
+    @property
+    def megatron(self):
+        return self.op.megatron
+
+    def hf_names(self, layer, expert=None):
+        return self.op.hf_names(layer, expert)
+
+    def hf_shapes(self, architecture):
+        return self.op.hf_shapes(architecture)
+
+    def shard(self, source, names, shape):
+        return self.op.shard(source, names, shape)
+
+    def merge(self, shards, shape):
+        return self.op.merge(shards, shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_powerflow.conversion.hf_config import Family
-from megatron_powerflow.conversion.ops import Op
+from megatron_powerflow.conversion.ops import InLayers, Op
 from megatron_powerflow.records import Architecture
 
 
@@ -22,6 +22,11 @@ def experts_of(op: Op, architecture: Architecture) -> Sequence[int | None]:
     return range(architecture.experts.num) if "{expert}" in op.megatron else [None]
 
 
+def layers_of(op: Op, architecture: Architecture) -> range:
+    """The layers that have a tensor of this operation."""
+    return op.layers(architecture) if isinstance(op, InLayers) else range(architecture.num_layers)
+
+
 def placed_ops(architecture: Architecture, family: Family) -> Iterator[tuple[Op, int | None, int | None]]:
     """(operation, layer, expert) of every parameter, in the order in which HF lists tensors: embedding, layers, rest.
 
@@ -31,7 +36,8 @@ def placed_ops(architecture: Architecture, family: Family) -> Iterator[tuple[Op,
     yield from ((op, None, None) for op in ops if is_embedding(op))
     for layer in range(architecture.num_layers):
         for op in family.layer_ops:
-            yield from ((op, layer, expert) for expert in experts_of(op, architecture))
+            if layer in layers_of(op, architecture):
+                yield from ((op, layer, expert) for expert in experts_of(op, architecture))
     yield from ((op, None, None) for op in ops if not is_embedding(op))
 
 

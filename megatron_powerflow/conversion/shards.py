@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -45,9 +46,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Placement:
-    """One local parameter, the operation that fills it, the global layer and expert it belongs to (None: to none)."""
+    """One local parameter, the operation that fills it, the global layer and expert it belongs to (None: to none).
 
-    parameter: nn.Parameter
+    A buffer that is a part of the model, and that no optimizer moves, is a Tensor and no nn.Parameter.
+    """
+
+    parameter: Tensor
     op: Op
     layer: int | None
     expert: int | None = None
@@ -58,11 +62,13 @@ class Placement:
 
 
 def placements(chunks: Sequence[nn.Module], family: Family, ep_rank: int) -> Iterator[Placement]:
-    """Every parameter of this rank's chunks, in order. A parameter no operation names is a bug."""
+    """Every parameter of this rank's chunks, in order; one that no operation names is a bug. Then the buffers that one
+    names."""
     layer_ops = {op.megatron: op for op in family.layer_ops}
     model_ops = {op.megatron: op for op in family.model_ops}
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
+        buffers = ((name, it) for name, it in chunk.named_buffers() if name.endswith(tuple(layer_ops)))
+        for name, parameter in chain(chunk.named_parameters(), buffers):
             match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
             if match is None:
                 assert name in model_ops, f"no operation fills {name} in family {family.model_type}"

@@ -108,7 +108,7 @@ def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, 
     Collective over cp."""
     if stream.key_group is not None:
         both = gather_over(torch.cat([key, value], dim=-1), stream.key_order, stream.key_group)
-        key, value = both.chunk(2, dim=-1)
+        key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     parts = []
     for first, end, first_key, end_key in stream.pieces:  # the last query sees the last key
@@ -122,15 +122,18 @@ def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, 
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, rule: Rule) -> Tensor:
     """Rotate, store the new keys and values, attend over what each row holds.
 
-    query [t, 1, h, d], key and value [t, 1, g, d]: flat tokens, not yet rotated, see `KVCache.prefilling` and
-    `KVCache.decoding`. Returns [t, 1, h * d]; tokens beyond those the cache expects are padding and come back as zeros.
+    query [t, 1, h, d], key and value [t, 1, g, d]: flat tokens, not yet rotated where the cache has a rotation, see
+    `KVCache.prefilling` and `KVCache.decoding`. The values' d may be another. Returns [t, 1, h * d]; tokens beyond
+    those the cache expects are padding and come back as zeros.
     """
-    query, key = rotate(torch.cat((query, key), dim=2), *cache.rotation).split((query.shape[2], key.shape[2]), dim=2)
+    if cache.rotation is not None:
+        both = rotate(torch.cat((query, key), dim=2), *cache.rotation)
+        query, key = both.split((query.shape[2], key.shape[2]), dim=2)
     if cache.segments is not None:
         return _prefill(query, key, value, cache, layer, rule)
-    num_rows, num_groups, head_dim = cache.num_rows, key.shape[2], key.shape[3]
+    num_rows, num_groups = cache.num_rows, key.shape[2]
     for stored, new in zip(cache.layers[layer], (key, value), strict=True):
-        stored.view(-1, head_dim).index_copy_(0, cache.places, new[:num_rows].reshape(-1, head_dim))
+        stored.view(-1, new.shape[3]).index_copy_(0, cache.places, new[:num_rows].reshape(-1, new.shape[3]))
     k, v = (stored[:, :, : cache.max_length] for stored in cache.layers[layer])
     # heads of one group stand together: [rows, g, h/g, d] lets one key serve them without a copy
     q = query[:num_rows, 0].unflatten(1, (num_groups, -1))
@@ -142,7 +145,7 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, 
 def _prefill(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, rule: Rule) -> Tensor:
     """Each prompt by itself; its keys and values go to every row of its group."""
     keys, values = cache.layers[layer]
-    out = torch.zeros_like(query)
+    out = value.new_zeros(*query.shape[:3], value.shape[3])
     for rows, start, stop in cache.segments:
         # [len, 1, g, d] -> [1, g, len, d]
         q, k, v = (tensor[start:stop].permute(1, 2, 0, 3) for tensor in (query, key, value))

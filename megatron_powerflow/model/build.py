@@ -25,12 +25,15 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_powerflow.config import ModelSection, PrecisionSection
 from megatron_powerflow.model.attention import SdpaCoreAttention
+from megatron_powerflow.model.latent_attention import LatentAttention
 from megatron_powerflow.model.norm import KeyNormOverHeads, NormThenAdd, QueryNormOverHeads, RMSNorm
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import needs_own_layers, transformer_config_fields, use_transformer_engine
@@ -52,10 +55,11 @@ def transformer_config(
     }[model.recompute]
     fused = torch.cuda.is_available() and use_transformer_engine(precision)
     window = architecture.sliding_window
-    config = TransformerConfig(
+    dense_ffn_hidden_size = architecture.experts.dense_ffn_hidden_size if architecture.experts else None
+    config = (MLATransformerConfig if architecture.mla else TransformerConfig)(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
+        ffn_hidden_size=dense_ffn_hidden_size or architecture.ffn_hidden_size,
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.head_dim,
@@ -87,6 +91,7 @@ def transformer_config(
         batch_p2p_comm=layout.vpp is None,
         moe_token_dispatcher_type="alltoall",  # read even without experts, and the default refuses variable lengths
         **_expert_fields(architecture),
+        **_latent_fields(architecture),
         # gradients are sums: the loss already carries 1 / rollouts of the global batch
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
@@ -112,6 +117,7 @@ def _expert_fields(architecture: Architecture) -> dict:
     experts = architecture.experts
     if experts is None:
         return {}
+    first = experts.first_layer
     return {
         "num_moe_experts": experts.num,
         "moe_ffn_hidden_size": architecture.ffn_hidden_size,
@@ -120,6 +126,31 @@ def _expert_fields(architecture: Architecture) -> dict:
         "moe_router_pre_softmax": not experts.normalized,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",  # a choice between near-equal experts should not hang on bf16 rounding
+        "moe_router_score_function": experts.score,
+        "moe_router_num_groups": experts.num_groups if experts.num_groups > 1 else None,
+        "moe_router_group_topk": experts.groups_per_token if experts.num_groups > 1 else None,
+        "moe_router_topk_scaling_factor": experts.scaling if experts.scaling != 1.0 else None,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        # where layers differ, checkpoints keep them apart, not as one tensor of all layers
+        **({"moe_layer_freq": [int(i >= first) for i in range(architecture.num_layers)]} if first else {}),
+    }
+
+
+def _latent_fields(architecture: Architecture) -> dict:
+    """Megatron's words for latent attention."""
+    latent, rope = architecture.mla, architecture.rope
+    if latent is None:
+        return {}
+    return {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.nope_head_dim,
+        "qk_pos_emb_head_dim": latent.rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        # the angles come from our rotation; these two make the scale of attention scores
+        "rope_type": "yarn",
+        "rotary_scaling_factor": rope.factor,
+        "mscale_all_dim": rope.mscale_all_dim,
     }
 
 
@@ -144,6 +175,8 @@ def build_chunks(
             vp_stage=stage,
         )
         _mark_tensor_parallel(chunk)
+        if architecture.experts and architecture.experts.choice_bias:
+            _add_choice_bias(chunk)
         chunks.append(chunk.to(device))
     return chunks
 
@@ -162,27 +195,50 @@ def _mark_tensor_parallel(chunk: PolicyModel) -> None:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
 
 
+def _add_choice_bias(chunk: PolicyModel) -> None:
+    """A buffer in each router, fp32 in any precision, that Megatron adds to the scores and leaves alone.
+
+    Its own, of moe_router_enable_expert_bias, moves with every step towards a balanced load.
+    """
+    for module in chunk.modules():
+        if isinstance(module, TopKRouter):
+            del module.expert_bias
+            module.register_buffer("expert_bias", torch.zeros(module.num_experts, dtype=torch.float32))
+
+
 def _block_spec(config: TransformerConfig, architecture: Architecture, precision: PrecisionSection, vp_stage):
     if use_transformer_engine(precision) and not needs_own_layers(architecture, config.context_parallel_size):
-        from megatron_powerflow.model.te_attention import CachedTEAttention, TENorm
+        from megatron_powerflow.model.te_attention import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm
-        )
-        layer.submodules.self_attention.submodules.core_attention = CachedTEAttention
-        norm = TENorm
+        layer, norm = _te_layer(config, architecture), TENorm
     else:
-        layer, norm = _own_layer(config, architecture), RMSNorm
+        layer, norm = _own_layer(config, architecture, config.num_moe_experts), RMSNorm
     assert isinstance(layer, ModuleSpec)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
+    layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    if architecture.experts:
+        offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        num_dense = min(max(architecture.experts.first_layer - offset, 0), len(layers))
+        layers[:num_dense] = [_own_layer(config, architecture, None)] * num_dense
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _te_layer(config: TransformerConfig, architecture: Architecture) -> ModuleSpec:
+    from megatron_powerflow.model.te_attention import CachedTEAttention
+
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm
     )
+    layer.submodules.self_attention.submodules.core_attention = CachedTEAttention
+    return layer
 
 
-def _own_layer(config: TransformerConfig, architecture: Architecture) -> ModuleSpec:
-    """Megatron's local layer with our attention and norms."""
+def _own_layer(config: TransformerConfig, architecture: Architecture, num_experts: int | None) -> ModuleSpec:
+    """Megatron's local layer with our attention and norms. num_experts None: one MLP."""
     layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm, normalization="RMSNorm"
+        num_experts=num_experts,
+        qk_layernorm=architecture.qk_norm,
+        multi_latent_attention=architecture.mla is not None,
+        normalization="RMSNorm",
     )
     parts, attention = layer.submodules, layer.submodules.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
@@ -192,7 +248,10 @@ def _own_layer(config: TransformerConfig, architecture: Architecture) -> ModuleS
     if architecture.post_norm:
         size = {"config": config, "hidden_size": config.hidden_size}
         parts.self_attn_bda = parts.mlp_bda = ModuleSpec(module=NormThenAdd, params=size)
-    if architecture.qk_norm_over_heads:
+    if architecture.mla:
+        parts.self_attention.module = LatentAttention
+        attention.q_layernorm = attention.kv_layernorm = RMSNorm  # of the latents
+    elif architecture.qk_norm_over_heads:
         attention.q_layernorm, attention.k_layernorm = QueryNormOverHeads, KeyNormOverHeads
     elif architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

@@ -26,18 +26,20 @@ class KVCache:
     """Keys and values of the rows in the batch, for every layer of one chunk.
 
     layers: (keys, values) of each layer, each [rows, query_groups / tp, capacity, head_dim], contiguous.
+    head_dims: of a key and of a value.
     limit: tokens that a row can come to hold; room never grows beyond it.
     lengths: [rows] int64 on the host, tokens already stored. A forward pass is bracketed by `prefilling` or `decoding`,
     which say which tokens come.
     """
 
-    def __init__(self, num_layers: int, num_groups: int, head_dim: int, limit: int, dtype, device) -> None:
-        empty = torch.empty(0, num_groups, 0, head_dim, dtype=dtype, device=device)
-        self.layers: list[tuple[Tensor, Tensor]] = [(empty, empty)] * num_layers
+    def __init__(self, num_layers: int, num_groups: int, head_dims: tuple[int, int], limit: int, dtype, device) -> None:
+        keys, values = (torch.empty(0, num_groups, 0, size, dtype=dtype, device=device) for size in head_dims)
+        self.layers: list[tuple[Tensor, Tensor]] = [(keys, values)] * num_layers
         self.lengths = np.zeros(0, dtype=np.int64)
         self._limit, self.dtype, self._device = limit, dtype, device
         # of the forward pass under way:
-        self.rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of the coming tokens, see rotary.py
+        # cosines and sines of the coming tokens, see rotary.py; None: they come rotated
+        self.rotation: tuple[Tensor, Tensor] | None = None
         self.segments: list[tuple[Tensor, int, int]] | None = (
             None  # prefill: a prompt's rows, its tokens' start and stop
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_powerflow.model.attention import SdpaCoreAttention
 from megatron_powerflow.model.kv_cache import KVCache
-from megatron_powerflow.model.rotary import PositionedRotaryEmbedding
+from megatron_powerflow.model.rotary import LatentRotaryEmbedding, PositionedRotaryEmbedding
 from megatron_powerflow.model.stream import pieces_of, thd_of
 from megatron_powerflow.records import Architecture, Stream
 
@@ -43,13 +43,17 @@ class PolicyModel(GPTModel):
             # Rounded to the embeddings' dtype first, as Gemma was trained and transformers computes it.
             scale = torch.tensor(architecture.embedding_scale, dtype=self.config.params_dtype).item()
             self.embedding.register_forward_hook(lambda module, arguments, embeddings: embeddings * scale)
-        self.rotary_pos_emb = PositionedRotaryEmbedding(
+        latent = architecture.mla
+        self.rotary_pos_emb = (LatentRotaryEmbedding if latent else PositionedRotaryEmbedding)(
             architecture.rope,
-            architecture.head_dim,
+            latent.rope_head_dim if latent else architecture.head_dim,
             rotary_percent=1.0,
             use_cpu_initialization=self.config.use_cpu_initialization,
             cp_group=self.pg_collection.cp,
         )
+        if latent:  # Megatron has one in each layer
+            for layer in self.decoder.layers:
+                layer.self_attention.rotary_pos_emb = self.rotary_pos_emb
 
     def _postprocess(self, hidden_states: Tensor, **_) -> Tensor:
         """Upstream: GPTModel builds logits or the cross-entropy here. 0.19 has `output_processor` for the same
@@ -79,8 +83,11 @@ class PolicyModel(GPTModel):
 
     def set_decoding(self, positions: Tensor | None, cache: KVCache | None) -> None:
         """Attach a KV cache and the positions of the coming tokens [t]; (None, None) detaches."""
-        self.rotary_pos_emb.decoding = cache is not None
-        if cache is not None:
+        if self.config.multi_latent_attention:
+            self.rotary_pos_emb.positions = positions
+        else:
+            self.rotary_pos_emb.decoding = cache is not None
+        if cache is not None and self.rotary_pos_emb.decoding:
             cache.rotation = self.rotary_pos_emb.rotation(positions, cache.dtype)
         for place, layer in enumerate(self.decoder.layers):
             layer.self_attention.core_attention.kv_cache = (cache, place) if cache is not None else None

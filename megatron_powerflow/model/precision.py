@@ -39,11 +39,12 @@ def transformer_engine_installed() -> bool:
 
 def needs_own_layers(architecture: Architecture, cp: int) -> bool:
     """Whether the model does what Transformer Engine's layers, as Megatron-Core 0.16 to 0.19 builds them, have no words
-    for: norms in other places, capped scores, a sliding window over context-parallel ranks. It runs on Megatron's local
-    layers with our attention then, on CUDA as well."""
+    for, or what we have not made them do: norms in other places, capped scores, a sliding window over context-parallel
+    ranks; latent attention. It runs on Megatron's local layers with our attention then, on CUDA as well."""
     elsewhere = architecture.post_norm or not architecture.pre_norm or architecture.qk_norm_over_heads
     windowed = architecture.sliding_window is not None and cp > 1
-    return elsewhere or windowed or architecture.attention_softcap is not None
+    capped = architecture.attention_softcap is not None
+    return elsewhere or windowed or capped or architecture.mla is not None
 
 
 def fp8_violations(precision: PrecisionSection) -> list[str]:
@@ -74,7 +75,7 @@ def require_fp8_support(precision: PrecisionSection, architecture: Architecture,
         violations.append(
             f"precision.dtype=fp8: a {architecture.family} model"
             + (f" with sliding_window={architecture.sliding_window} at parallel.cp={cp}" if cp > 1 else "")
-            + " has layers that Transformer Engine, whose FP8 it is, does not know; use precision.dtype=bf16"
+            + " does not run on Transformer Engine's layers, and FP8 is theirs; use precision.dtype=bf16"
             + (", or parallel.cp=1" if cp > 1 and not needs_own_layers(architecture, 1) else "")
         )
     if violations:

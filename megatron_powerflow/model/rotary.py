@@ -32,6 +32,8 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
         return frequencies / rope.factor
     if rope.scaling == "longrope":
         return frequencies / torch.tensor(rope.factors, device="cpu")
+    if rope.scaling == "yarn":
+        return _yarn_frequencies(frequencies, rope, head_dim)
     assert rope.scaling == "llama3", rope.scaling
     wavelengths = 2 * math.pi / frequencies
     smooth = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / (
@@ -39,6 +41,20 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     )
     smooth = smooth.clamp(0.0, 1.0)
     return (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+
+
+def _yarn_frequencies(frequencies: Tensor, rope: Rope, head_dim: int) -> Tensor:
+    """YaRN (arXiv 2309.00071): pairs that turn often in original_max_positions are kept, those that turn seldom are
+    divided by `factor`, between: interpolated, over whole pairs."""
+
+    def pair_that_turns(times: float) -> float:
+        return head_dim * math.log(rope.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first = max(math.floor(pair_that_turns(rope.beta_fast)), 0)
+    last = min(math.ceil(pair_that_turns(rope.beta_slow)), head_dim - 1)
+    pairs = torch.arange(len(frequencies), dtype=torch.float32, device="cpu")
+    divided = ((pairs - first) / max(last - first, 0.001)).clamp(0.0, 1.0)
+    return divided * frequencies / rope.factor + (1 - divided) * frequencies
 
 
 class PositionedRotaryEmbedding(RotaryEmbedding):
@@ -79,6 +95,18 @@ class PositionedRotaryEmbedding(RotaryEmbedding):
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
         return torch.outer(positions.float(), self.inv_freq)
+
+
+class LatentRotaryEmbedding(PositionedRotaryEmbedding):
+    """The same for Megatron's latent attention, which wants (angles, factor of cosines and sines) and rotates by them
+    itself, while decoding as well."""
+
+    def __init__(self, rope: Rope, head_dim: int, **megatron_arguments) -> None:
+        super().__init__(rope, head_dim, **megatron_arguments)
+        self.attention_factor = rope.attention_factor
+
+    def forward(self, max_seq_len: int, *args, **kwargs) -> tuple[Tensor, float]:
+        return super().forward(max_seq_len, *args, **kwargs), self.attention_factor
 
 
 def rotate(tensor: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Pieces(PackedSeqParams):
     """What `SdpaCoreAttention` needs of a `Stream`. `qkv_format` is not thd, so Megatron keeps [t, b, heads, d]."""
 
     pieces: tuple[tuple[int, int, int, int], ...] = ()
+    positions: Tensor | None = None  # for latent attention, which rotates in each layer
     key_order: Tensor | None = None
     key_group: dist.ProcessGroup | None = None  # ranks that hold the other keys
 
@@ -36,6 +37,7 @@ def pieces_of(stream: Stream, cp_group: dist.ProcessGroup) -> Pieces:
         max_seqlen_q=stream.longest,
         max_seqlen_kv=stream.longest,
         pieces=stream.pieces,
+        positions=stream.positions,
         key_order=stream.key_order,
         key_group=cp_group if stream.key_order is not None else None,
     )

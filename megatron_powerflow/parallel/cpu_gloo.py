@@ -214,6 +214,12 @@ def _te_general_gemm() -> None:
     moe_utils.te_general_gemm = None
 
 
+def _latent_attention_without_te() -> None:
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.HAVE_TE = False
+
+
 SHIMS: tuple[Shim, ...] = (
     Shim(
         "current_device",
@@ -286,6 +292,14 @@ SHIMS: tuple[Shim, ...] = (
         "NameError in the router of a mixture of experts",
         "Megatron-Core 0.19, which defines it as None, is the oldest one supported",
         _te_general_gemm,
+        needed_below=(0, 19),
+    ),
+    Shim(
+        "latent_attention_without_te",
+        "transformer.multi_latent_attention.HAVE_TE: True without Transformer Engine too, whose classes are mocks then",
+        "TypeError of isinstance() when a layer with latent attention is built",
+        "Megatron-Core 0.19, which asks whether Transformer Engine is there, is the oldest one supported",
+        _latent_attention_without_te,
         needed_below=(0, 19),
     ),
 )

@@ -174,6 +174,12 @@ def model_violations(parallel: ParallelSection, architecture: Architecture) -> l
         "num_query_groups": architecture.num_query_groups,
         "ffn_hidden_size": architecture.ffn_hidden_size,
     }
+    if architecture.experts:
+        others = ("dense_ffn_hidden_size", "shared_ffn_hidden_size")
+        counts |= {name: size for name in others if (size := getattr(architecture.experts, name)) is not None}
+    if latent := architecture.mla:  # Megatron cuts its own down projections, before ours take their place
+        counts["kv_lora_rank + qk_rope_head_dim"] = latent.kv_lora_rank + latent.rope_head_dim
+        counts |= {"q_lora_rank": latent.q_lora_rank} if latent.q_lora_rank is not None else {}
     for name, count in counts.items():
         if count % tp:
             found.append(

@@ -56,7 +56,10 @@ class Lane:
             KVCache(
                 num_layers=len(chunk.decoder.layers),
                 num_groups=config.num_query_groups // tp_size,
-                head_dim=config.kv_channels,
+                head_dims=(
+                    config.kv_channels,
+                    config.v_head_dim if config.multi_latent_attention else config.kv_channels,
+                ),
                 limit=max_prompt_tokens + sampling.max_response_tokens,
                 dtype=config.params_dtype,
                 device=device,

@@ -36,8 +36,14 @@ if __name__ == "__main__":
 """
 
 
-# what only a mixture of experts spread over ranks needs; ep=2 with tp=2 takes four of them
-WITH_EXPERTS = {"streams": 2, "all_to_all_splits": 2, "te_general_gemm": 2, "uneven_shards": 4}
+# what only a mixture of experts spread over ranks, or latent attention, needs; ep=2 with tp=2 takes four ranks
+WITH_EXPERTS = {
+    "streams": 2,
+    "all_to_all_splits": 2,
+    "te_general_gemm": 2,
+    "latent_attention_without_te": 2,
+    "uneven_shards": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +71,14 @@ run: {{num_steps: 1, export: false, output_dir: {folder / "run"}}}
 
 @pytest.fixture(scope="module")
 def with_experts(tiny_model, started, tmp_path_factory) -> dict[int, Path]:
-    """Number of processes -> a run of a mixture that has not begun."""
+    """Number of processes -> a run of a mixture with latent attention that has not begun."""
     folders = {}
     for num_processes in set(WITH_EXPERTS.values()):
         folder = folders[num_processes] = tmp_path_factory.mktemp("experts")
         shutil.copyfile(started / "script.py", folder / "script.py")
-        text = (started / "config.yaml").read_text().replace("llama", "mixtral")
+        text = (started / "config.yaml").read_text()
         text = text.replace(str(started / "run"), str(folder / "run")).replace("recompute: full", "recompute: none")
-        text = re.sub("hf_path: [^,]*", f"hf_path: {tiny_model('mixtral')}", text)
+        text = re.sub("hf_path: [^,]*", f"hf_path: {tiny_model('deepseek_v3')}", text)
         split = "tp: 2, sequence_parallel: true, ep: 2" if num_processes == 4 else "ep: 2"
         text = text.replace("pp: 2", split).replace("prompts_per_step: 1", "prompts_per_step: 2")
         (folder / "config.yaml").write_text(text)

@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from tests.distributed.megatron_sessions import config_for, run_training
-from tests.distributed.test_export import generate_to, score_to
+from tests.distributed.test_export import generate_to, score_to, tensors_of
 from tests.distributed.test_resume import comparable
-from tests.distributed.test_training_step import PROMPTS, column, loss_of, one_step
+from tests.distributed.test_training_step import PACKED, PROMPTS, column, loss_of, one_step
 
 SP2 = ["parallel.tp=2", "parallel.sequence_parallel=true"]
 # family, processes, settings
@@ -27,6 +28,12 @@ LAYOUTS = {
     "tp2_sp_ep2_three_experts_each": ("qwen3_moe", 4, [*SP2, "parallel.ep=2"]),
     "ep2_pp2": ("qwen3_moe", 4, ["parallel.ep=2", "parallel.pp=2"]),
     "ep2_of_dp4_distributed": ("mixtral", 4, ["parallel.ep=2", "optimizer.distributed=true"]),
+    # latent attention: the part of the key that all heads share has heads on both tensor-parallel ranks; its positions
+    # go with the stream, to the recomputation too; of four stages of one layer each, the first has no experts
+    "latent_tp2_sp": ("deepseek_v3", 2, SP2),
+    "latent_packed_cp2_recompute": ("deepseek_v3", 2, [*PACKED, "parallel.cp=2", "model.recompute=full"]),
+    "latent_ep2_pp2_vpp2": ("deepseek_v3", 4, ["parallel.ep=2", "parallel.pp=2", "parallel.vpp=2"]),
+    "latent_pp4_distributed": ("deepseek_v3", 4, ["parallel.pp=4", "optimizer.distributed=true"]),
 }
 
 
@@ -148,7 +155,8 @@ def generate_share(model: str, prompts: list, stop: tuple, max_rows: int, **para
 )
 def test_replicas_that_share_experts_sample_what_they_would_alone(gloo, tiny_model, num_ranks, parallel):
     """Five prompts on one replica, one on the other: different numbers of waves and lanes, and of tokens in each."""
-    folder, stop = str(tiny_model("mixtral")), tuple(range(2, 30))
+    family = "deepseek_v3" if num_ranks == 4 else "mixtral"
+    folder, stop = str(tiny_model(family)), tuple(range(2, 30))
     prompts = list(enumerate([[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [20, 21], [30], [40, 41, 42]]))
     ((_, expected),) = gloo.run(1, generate_share, folder, [prompts], stop, 256)
     lengths = [sum(len(item[2]) for item in expected if (item[0] < 5) == many) for many in (True, False)]
@@ -281,3 +289,21 @@ def test_a_distributed_optimizer_continues_with_its_experts_elsewhere(gloo, unbr
     for ours, theirs in zip(comparable(tmp_path / "moved"), expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+def test_the_choice_bias_of_a_router_stays_as_it_was_loaded(gloo, tiny_model, prompts, tmp_path):
+    """Through training in bf16 with the experts spread, a checkpoint and another layout: fp32 and bit for bit."""
+    model, path = tiny_model("deepseek_v3"), tmp_path / "config.yaml"
+    path.write_text(RUN.format(model=model, prompts=prompts, out=tmp_path / "run"))
+    gloo.run(2, run_training, path, "parallel.ep=2", "run.num_steps=1")
+    gloo.run(2, run_training, path, "parallel.pp=2", "run.num_steps=2", "run.export=true")
+    before, after = tensors_of(model), tensors_of(tmp_path / "run" / "hf_export")
+    assert before.keys() == after.keys()
+    biases = {name for name in before if name.endswith("e_score_correction_bias")}
+    assert len(biases) == 3
+    for name, tensor in before.items():
+        if name in biases:
+            assert after[name].dtype == torch.float32
+            assert torch.equal(after[name], tensor), name
+        else:
+            assert not torch.equal(after[name], tensor.bfloat16()), name

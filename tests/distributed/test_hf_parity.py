@@ -132,6 +132,20 @@ def test_normalized_router_weights_are_hugging_faces(gloo, tiny_model, record_pr
     assert worst < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q_lora_rank": None, "rope": None},
+        {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3, "n_shared_experts": 1},
+    ],
+    ids=["plain_queries_and_rotation", "one_group"],
+)
+def test_latent_attention_and_its_router_in_other_shapes(gloo, tiny_model, record_property, changes):
+    worst = compare(gloo, tiny_model("deepseek_v3", **changes), 2, 1, sequence_parallel=True)
+    record_property("max_abs_difference", worst)
+    assert worst < TOLERANCE
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (1, 2), (3, 1)])
 def test_smollm2_equals_hugging_face(gloo, smollm2, record_property, tp, pp):
     worst = compare(gloo, smollm2, tp, pp)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ from megatron_powerflow.conversion.hf_files import (
     write_index,
 )
 from megatron_powerflow.conversion.ops import ShardShape
-from megatron_powerflow.conversion.shapes import expected_tensors, experts_of
+from megatron_powerflow.conversion.shapes import expected_tensors, experts_of, layers_of
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.records import Architecture, Experts, Rope
+from megatron_powerflow.records import Architecture, Experts, Mla, Rope
 from tests.tiny_models import FAMILIES as FAMILY_NAMES
 from tests.tiny_models import LLAMA3_ROPE, MIXTURES, OTHER_SHAPES, make_tiny_model
 
@@ -48,6 +49,7 @@ shapes = st.fixed_dictionaries(
         "head_dim": st.sampled_from([2, 6]),
         "ffn_per_rank": st.integers(1, 5),
         "vocab_size": st.integers(3, 40),
+        "q_lora_rank": st.sampled_from([None, 5]),
     }
 )
 
@@ -57,7 +59,7 @@ shapes = st.fixed_dictionaries(
 def test_merging_the_shards_gives_back_every_tensor(shape, family_name):
     """to_hf(from_hf(w)) == w, bit for bit, for each operation of each family and each tp."""
     family, tp = FAMILIES[family_name], shape["tp"]
-    groups = tp * shape["groups_per_rank"]
+    groups, latent = tp * shape["groups_per_rank"], family_name == "deepseek_v3"
     architecture = Architecture(
         family=family_name,
         num_layers=2,
@@ -74,14 +76,24 @@ def test_merging_the_shards_gives_back_every_tensor(shape, family_name):
         qk_norm=False,
         max_positions=16,
         sliding_window=None,
-        experts=Experts(3, 2, normalized=True) if family_name in MIXTURES else None,
+        experts=Experts(
+            3, 2, normalized=True, first_layer=latent, dense_ffn_hidden_size=3 * tp, shared_ffn_hidden_size=2 * tp
+        )
+        if family_name in MIXTURES
+        else None,
+        mla=Mla(shape["q_lora_rank"], 7, shape["head_dim"] - 2, 2, 3) if latent else None,
     )
     names = expected_tensors(architecture, family)
     tensors = {name: torch.randn(size) for name, size in names.items()}
     source, seen = InMemory(tensors), set()
     padded = -(-shape["vocab_size"] // tp) * tp
     ops = [(op, None, None) for op in family.model_ops]
-    ops += [(op, 1, expert) for op in family.layer_ops for expert in experts_of(op, architecture)]
+    ops += [
+        (op, layer, expert)
+        for op in family.layer_ops
+        for layer in layers_of(op, architecture)
+        for expert in experts_of(op, architecture)
+    ]
     for op, layer, expert in ops:
         hf_names = op.hf_names(layer, expert)
         shards = [op.shard(source, hf_names, ShardShape(architecture, rank, tp, padded)) for rank in range(tp)]
@@ -89,7 +101,7 @@ def test_merging_the_shards_gives_back_every_tensor(shape, family_name):
         for name, value in zip(hf_names, merged, strict=True):
             assert torch.equal(value, tensors[name]), name
             seen.add(name)
-    assert seen == {name for name in names if ".layers.0." not in name}
+    assert seen == set(names)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -101,21 +113,24 @@ def test_a_silent_config_means_what_transformers_takes_it_to_mean(tmp_path, fami
         "vocab_size": 64,
         "hidden_size": 4096,
         "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 4,
         "num_attention_heads": 32,
     }
+    if family == "deepseek_v3":  # its transformers model only runs with as many, and is silent about another number
+        sizes["num_key_value_heads"] = 32
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
     ours, _ = read_architecture(tmp_path, FAMILIES)
     theirs = CONFIG_MAPPING[family](**sizes)
     assert ours.num_query_groups == theirs.num_key_value_heads
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 4096 // 32)
+    head_dim = getattr(theirs, "qk_head_dim", None) or getattr(theirs, "head_dim", None)
+    assert ours.head_dim == (head_dim or 4096 // 32)
     assert ours.norm_epsilon == theirs.rms_norm_eps
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.max_positions == theirs.max_position_embeddings
     window = getattr(theirs, "sliding_window", None) if getattr(theirs, "use_sliding_window", True) else None
     assert ours.sliding_window == window
     if hasattr(theirs, "layer_types"):
-        layers = ours.windowed_layers or (window is not None,) * 2
+        layers = ours.windowed_layers or (window is not None,) * ours.num_layers
         assert theirs.layer_types == ["sliding_attention" if here else "full_attention" for here in layers]
     assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
     assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
@@ -124,7 +139,22 @@ def test_a_silent_config_means_what_transformers_takes_it_to_mean(tmp_path, fami
     assert ours.rope.theta == (getattr(theirs, "rope_theta", None) or theirs.rope_parameters["rope_theta"])
     if family in MIXTURES:
         normalized = getattr(theirs, "norm_topk_prob", True)  # Mixtral knows no other way
-        assert ours.experts == Experts(theirs.num_experts, theirs.num_experts_per_tok, normalized)
+        experts = Experts(theirs.num_local_experts, theirs.num_experts_per_tok, normalized)
+        if family == "deepseek_v3":
+            experts = replace(
+                experts,
+                score="sigmoid",
+                choice_bias=True,
+                num_groups=theirs.n_group,
+                groups_per_token=theirs.topk_group,
+                scaling=theirs.routed_scaling_factor,
+                first_layer=theirs.first_k_dense_replace,
+                dense_ffn_hidden_size=128,
+                shared_ffn_hidden_size=theirs.n_shared_experts * theirs.moe_intermediate_size,
+            )
+            dims = (theirs.qk_nope_head_dim, theirs.qk_rope_head_dim, theirs.v_head_dim)
+            assert ours.mla == Mla(theirs.q_lora_rank, theirs.kv_lora_rank, *dims)
+        assert ours.experts == experts
         assert ours.ffn_hidden_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     else:
         assert ours.experts is None
@@ -203,6 +233,23 @@ def test_what_cannot_be_computed_is_refused_by_name(tiny_model, tmp_path, change
         ("gemma2", {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar is missing or not a whole number above 0"]),
         ("gemma2", {"layer_types": ["full_attention"]}, ["layer_types=['full_attention']"]),
         ("gemma2", {"layer_types": ["chunked_attention"] * 4}, ["chunked_attention"]),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps=1e-05", "only 1e-06"]),
+        ("deepseek_v3", {"rope_interleave": False}, ["rope_interleave=False"]),
+        ("deepseek_v3", {"norm_topk_prob": False}, ["norm_topk_prob=False"]),
+        ("deepseek_v3", {"scoring_func": "softmax"}, ["scoring_func='softmax'"]),
+        ("deepseek_v3", {"num_experts_per_tok": 6}, ["ranks groups by their best 3 experts, DeepSeek by their best 2"]),
+        ("deepseek_v3", {"n_group": 3}, ["n_group=3 with topk_group=2 does not divide 8 experts"]),
+        ("deepseek_v3", {"n_group": None}, ["n_group is missing or not a whole number"]),
+        ("deepseek_v3", {"num_key_value_heads": 2}, ["num_key_value_heads=2"]),
+        ("deepseek_v3", {"first_k_dense_replace": 4}, ["first_k_dense_replace=4 leaves no layer"]),
+        ("deepseek_v3", {"n_shared_experts": 0}, ["n_shared_experts is missing or not a whole number above 0"]),
+        ("deepseek_v3", {"routed_scaling_factor": 0.0}, ["routed_scaling_factor=0.0"]),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "llama3"}}, ["'llama3' is not supported", "default, yarn"]),
+        (
+            "deepseek_v3",
+            {"rope_parameters": {"rope_type": "yarn", "truncate": False}},
+            ["truncate=False", "without factor and original_max_position_embeddings"],
+        ),
     ],
 )
 def test_what_a_family_cannot_compute_is_refused_by_name(tiny_model, tmp_path, family, changes, words):
@@ -322,6 +369,19 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(folder):
     assert "tensor model.norm.weight is missing" in text
     assert "tensor model.extra is not part" in text
     assert "tensor lm_head.weight has shape (3, 3)" in text
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_in_one_tensor_are_named_with_the_way_out(tiny_model, tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    architecture, family = read_architecture(tiny_model(family), FAMILIES)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(family.model_type))
+    for original in (False, True):
+        model.save_pretrained(tmp_path / str(original), save_original_format=original)
+    check_tensor_names(SafetensorsFolder(tmp_path / "True"), expected_tensors(architecture, family))
+    with pytest.raises(UserError, match=r"experts\.(down|gate_up)_proj: transformers 5 .* save_original_format=False"):
+        check_tensor_names(SafetensorsFolder(tmp_path / "False"), expected_tensors(architecture, family))
 
 
 def test_only_safetensors_are_read(folder):

@@ -1,6 +1,17 @@
 """Which model families are known? One file each, one line here."""
 
-from megatron_powerflow.conversion.families import gemma2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe
+from megatron_powerflow.conversion.families import (
+    deepseek_v3,
+    gemma2,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_powerflow.conversion.hf_config import Family
 
 FAMILIES: dict[str, Family] = {
@@ -15,5 +26,6 @@ FAMILIES: dict[str, Family] = {
         phi3.FAMILY,
         olmo2.FAMILY,
         gemma2.FAMILY,
+        deepseek_v3.FAMILY,
     )
 }

@@ -17,7 +17,7 @@ def expert_ops(block: str, gate: str, up: str, down: str) -> tuple[Op, ...]:
     local = "mlp.experts.local_experts.{expert}."
     return (
         *(op for op in LAYER_OPS if not op.megatron.startswith("mlp.")),
-        Replicated("mlp.router.weight", f"model.layers.{{layer}}.{block}.gate.weight", per_expert=True),
+        Replicated("mlp.router.weight", f"model.layers.{{layer}}.{block}.gate.weight", rows="experts"),
         GateUp(local + "linear_fc1.weight", f"{expert}{gate}.weight", f"{expert}{up}.weight"),
         Rows(local + "linear_fc2.weight", f"{expert}{down}.weight", inputs="ffn"),
     )

@@ -20,5 +20,5 @@ FAMILY = Family(
     layer_ops=(*(op for op in LAYER_OPS if op.megatron not in (QKV.megatron, GATE_UP.megatron)), QKV, GATE_UP),
     model_ops=MODEL_OPS,
     partial_rotary=True,
-    longrope=True,
+    rope_types=("default", "longrope"),
 )
