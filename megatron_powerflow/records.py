@@ -121,7 +121,8 @@ class Architecture:
     @property
     def positions_field(self) -> str:
         """The field of config.json that max_positions is."""
-        return "original_max_position_embeddings" if self.rope.scaling == "longrope" else "max_position_embeddings"
+        limited = self.rope.scaling == "longrope" and self.rope.original_max_positions == self.max_positions
+        return "original_max_position_embeddings" if limited else "max_position_embeddings"
 
     @property
     def query_width(self) -> int:

@@ -42,7 +42,12 @@ FAMILY_DEFAULTS = {
     # the router's two softmaxes: over all experts (norm_topk_prob false), over the chosen ones (Mixtral)
     "qwen3_moe": {"head_dim": 20, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "phi3": {"tie_word_embeddings": False, "hidden_size": 64, "rope": LONGROPE},
+    "phi3": {
+        "tie_word_embeddings": False,
+        "hidden_size": 64,
+        "rope": LONGROPE,
+        "original_max_position_embeddings": 64,
+    },
     "olmo2": {"tie_word_embeddings": False, "vocab_size": 305},
     # windows shorter than the tests' sequences, caps that bite: scores and logits of random models are small
     "gemma2": {

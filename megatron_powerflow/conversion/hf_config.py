@@ -102,11 +102,6 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
     if violations:
         raise UserError(violations)
     architecture = _architecture(fields, family, rope, folder / "config.json")
-    pairs = rope.rotated(architecture.head_dim) // 2
-    if rope.scaling == "longrope" and len(rope.factors) != pairs:
-        raise UserError(
-            f"{folder / 'config.json'}: longrope's short_factor has {len(rope.factors)} numbers, not {pairs}"
-        )
     found = _expert_violations(architecture.experts) + _attention_violations(architecture, fields.get("layer_types"))
     if found:
         raise UserError([f"{folder / 'config.json'}: {violation}" for violation in found])
@@ -144,6 +139,7 @@ def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: P
     head_dim = own.get("head_dim") or fields.get("head_dim")
     if head_dim is None and hidden % heads:
         raise UserError(f"{path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim")
+    limit = rope.original_max_positions if rope.scaling == "longrope" else fields["max_position_embeddings"]
     common = {
         "family": family.model_type,
         "num_layers": fields["num_hidden_layers"],
@@ -158,9 +154,7 @@ def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: P
         "tied_embeddings": bool(fields["tie_word_embeddings"]),
         "qkv_bias": False,
         "qk_norm": False,
-        "max_positions": rope.original_max_positions
-        if rope.scaling == "longrope"
-        else fields["max_position_embeddings"],
+        "max_positions": min(fields["max_position_embeddings"], limit),
         "sliding_window": None,
     }
     return Architecture(**{**common, **own})
@@ -177,7 +171,10 @@ def _expert_violations(experts: Experts | None) -> list[str]:
 
 
 def _attention_violations(architecture: Architecture, layer_types: Any) -> list[str]:
-    found, window = [], architecture.sliding_window
+    found, window, rope = [], architecture.sliding_window, architecture.rope
+    pairs = rope.rotated(architecture.head_dim) // 2
+    if rope.scaling == "longrope" and len(rope.factors) != pairs:
+        found.append(f"longrope's short_factor has {len(rope.factors)} numbers; {pairs} are needed")
     if window is not None and (not isinstance(window, int) or window < 1):
         found.append(f"sliding_window={window!r}; it must be a whole number of tokens, at least 1, or null")
     for field, cap in (
@@ -271,11 +268,13 @@ def _read_yarn(theta: float, scaling: Mapping[str, Any], path: Path, violations:
 def _longrope(scaling, fields, theta: float, fraction: float, path: Path, violations: list[str]) -> Rope:
     """Of sequences up to original_max_position_embeddings: the short factors. Beyond, other factors hold for the whole
     sequence, so that its first tokens would change with its length: there the model ends for us."""
-    limit = scaling.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings")
+    limit = fields["original_max_position_embeddings"]  # goes before the one in the scaling
     factors, stretch = scaling.get("short_factor"), scaling.get("factor")
     if not isinstance(limit, int) or not isinstance(factors, list):
         violations.append(f"{path}: longrope needs short_factor, a list, and original_max_position_embeddings")
         return Rope(theta)
+    if (other := scaling.get("original_max_position_embeddings", limit)) != limit:
+        violations.append(f"{path}: original_max_position_embeddings is {limit}, and {other} in the rope scaling")
     longest = fields["max_position_embeddings"] / limit
     if stretch is not None and stretch != longest:
         violations.append(

@@ -27,7 +27,7 @@ from megatron_powerflow.conversion.shapes import expected_tensors, experts_of, l
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Architecture, Experts, Mla, Rope
 from tests.tiny_models import FAMILIES as FAMILY_NAMES
-from tests.tiny_models import LLAMA3_ROPE, MIXTURES, OTHER_SHAPES, make_tiny_model
+from tests.tiny_models import LLAMA3_ROPE, LONGROPE, MIXTURES, OTHER_SHAPES, make_tiny_model
 
 
 class InMemory:
@@ -225,6 +225,9 @@ def test_what_cannot_be_computed_is_refused_by_name(tiny_model, tmp_path, change
         ("qwen3", {"attention_bias": True}, ["attention_bias=True"]),
         ("phi3", {"resid_pdrop": 0.1, "full_attn_mod": 2}, ["resid_pdrop=0.1", "full_attn_mod=2"]),
         ("phi3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["rope scaling type 'yarn'"]),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["longrope needs short_factor"]),
+        ("phi3", {"rope_parameters": LONGROPE | {"short_factor": [1.0]}}, ["short_factor has 1 numbers; 6 are needed"]),
+        ("phi3", {"rope_parameters": LONGROPE | {"factor": 8.0}}, ["factor=8.0 is not supported", "= 4.0 is"]),
         ("olmo2", {"clip_qkv": 8.0}, ["clip_qkv=8.0"]),
         ("olmo2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "olmo2"]),
         ("gemma2", {"hidden_activation": "gelu"}, ["hidden_activation='gelu'", "only 'gelu_pytorch_tanh'"]),
@@ -278,6 +281,13 @@ def test_transformers_own_files_have_no_unknown_field(tiny_model, family, shape)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_architecture(tiny_model(family, **(OTHER_SHAPES[family] if shape == "other" else {})), FAMILIES)
+
+
+def test_longrope_ends_where_its_other_factors_begin(tiny_model):
+    """transformers' own attention factor: sqrt(1 + ln 4 / ln 64)."""
+    architecture, _ = read_architecture(tiny_model("phi3"), FAMILIES)
+    assert (architecture.max_positions, architecture.positions_field) == (64, "original_max_position_embeddings")
+    assert architecture.rope.attention_factor == pytest.approx((1 + 1 / 3) ** 0.5)
 
 
 def test_a_mixture_is_read_in_the_words_of_its_released_files(tiny_model, tmp_path):

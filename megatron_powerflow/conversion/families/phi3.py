@@ -14,7 +14,13 @@ GATE_UP = Fused(GateUp("mlp.linear_fc1.weight", "gate", "up"), MLP + "gate_up_pr
 
 FAMILY = Family(
     model_type="phi3",
-    defaults={**DEFAULTS, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None},
+    defaults={
+        **DEFAULTS,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "sliding_window": None,
+    },
     must_be={"hidden_act": "silu", "full_attn_mod": 1, "interpolate_factor": 1},
     overrides=lambda fields: {"sliding_window": fields["sliding_window"]},
     layer_ops=(*(op for op in LAYER_OPS if op.megatron not in (QKV.megatron, GATE_UP.megatron)), QKV, GATE_UP),
