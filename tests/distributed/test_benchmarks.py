@@ -3,7 +3,7 @@ loss and gradient norm of its plain counterpart. The speeds are not looked at.""
 
 from __future__ import annotations
 
-from benchmarks import rollout, step
+from benchmarks import conversion, rollout, step
 
 TEXTS = ("w5 w6 w7 w8", "w9", "w10 w11 w12")
 
@@ -42,3 +42,11 @@ def test_both_sides_write_the_same_number_of_tokens(gloo, tiny_model):
     sizes = {"texts": TEXTS, "num_responses": 2, "num_tokens": 5, "repetitions": 1}
     (printed,) = gloo.run(1, rollout.compare, tiny_model("llama"), **sizes)
     assert "HF generate" in printed
+
+
+def test_the_conversion_benchmark_converts_both_ways(tmp_path):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    printed, _ = conversion.compare(tmp_path / "work", sizes | {"num_key_value_heads": 4, "vocab_size": 300})
+    assert printed.count("cp") >= 3
+    assert "HF to Megatron" in printed
+    assert not list((tmp_path / "work").iterdir())
