@@ -3,7 +3,8 @@
     python -m benchmarks.rollout [--vllm-python /path/of/its/environment/bin/python]
 
 The same model in fp32, the same prompts, the same cores, plain sampling at temperature 1, stop tokens ignored on every
-side, so that all write the same number of tokens. Repetitions of the sides alternate; the first of each is not counted.
+side, so that all write the same number of tokens. Repetitions of the sides alternate, two seconds
+apart; the first of each is not counted.
 Ours also returns the log-prob of every token, which the others are not asked for; the server keeps the prompts of
 earlier repetitions cached.
 
@@ -39,6 +40,7 @@ TEXTS = (
     "Continue: the train had been standing in the dark for an hour when",
 )
 SERVER_START_SECONDS = 600
+SETTLE_SECONDS = 2  # before each side: else the one after the vLLM server shares the core with it for about a second
 
 
 class Side(NamedTuple):
@@ -188,6 +190,7 @@ def alternate(sides: dict[str, Side], num_tokens: int, repetitions: int) -> dict
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for repetition in range(repetitions + 1):
         for name, side in sides.items():
+            time.sleep(SETTLE_SECONDS)
             start, cpu_start = time.perf_counter(), side.cpu_seconds()
             written = side.write()
             seconds, cpu_seconds = time.perf_counter() - start, side.cpu_seconds() - cpu_start

@@ -31,25 +31,27 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row from softmax(logits), the vocabulary split over tp_group.
 
-    logits: [r, V/tp] fp32, temperature applied, padding at -inf; `first` is the global id of column 0.
+    logits: [r, V/tp] fp32, temperature applied, padding at -inf, OVERWRITTEN: a second buffer of that size would be
+    mapped anew for every token; `first` is the global id of column 0.
     uniform: [r] fp64 in [0, 1); None: the most likely token (lowest id on ties).
     Returns tokens [r] int64 and their log-probs [r] fp32, equal on every rank of tp_group.
     """
     maxima = logits.amax(dim=-1)
     _reduce(maxima, dist.ReduceOp.MAX, tp_group)
-    mass = _blocks((logits - maxima[:, None]).exp_())  # [r, blocks, BLOCK] fp32
-    block_sums = mass.sum(dim=-1).double()
-    sums = _gather(block_sums.sum(dim=-1), tp_group)  # [tp, r]
-    total = sums.sum(dim=0)
     if uniform is None:
         columns, here = _local_argmax(logits, maxima, first, tp_group)
-    else:
-        columns, here = _local_inverse(mass, block_sums, sums, uniform * total, tp_group)
-        columns = columns.clamp_max_(logits.shape[1] - 1)  # of a shard without any mass, and so not here
-    chosen = logits.gather(1, columns[:, None]).squeeze(1)
-    answer = torch.stack([torch.where(here, columns + first, 0).double(), torch.where(here, chosen, 0.0).double()])
+    mass = logits.sub_(maxima[:, None]).exp_()
+    blocks = _blocks(mass)  # [r, blocks, BLOCK] fp32
+    block_sums = blocks.sum(dim=-1).double()
+    sums = _gather(block_sums.sum(dim=-1), tp_group)  # [tp, r]
+    total = sums.sum(dim=0)
+    if uniform is not None:
+        columns, here = _local_inverse(blocks, block_sums, sums, uniform * total, tp_group)
+        columns = columns.clamp_max_(mass.shape[1] - 1)  # of a shard without any mass, and so not here
+    chosen = mass.gather(1, columns[:, None]).squeeze(1).double().log()  # less the maximum, to 1e-7
+    answer = torch.stack([torch.where(here, columns + first, 0).double(), torch.where(here, chosen, 0.0)])
     _reduce(answer, dist.ReduceOp.SUM, tp_group)
-    log_probs = answer[1] - maxima.double() - total.log()
+    log_probs = answer[1] - total.log()
     return answer[0].long(), log_probs.float()
 
 

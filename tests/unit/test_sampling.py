@@ -36,7 +36,7 @@ def test_neighbouring_streams_do_not_overlap():
 def test_tokens_invert_the_cumulative_distribution(alone):
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(6, 4).contiguous()
     uniform = torch.tensor([0.0, 0.0999, 0.1001, 0.35, 0.65, 0.9999], dtype=torch.float64)
-    tokens, log_probs = sample_tokens(logits, uniform, tp_group=alone, first=0)
+    tokens, log_probs = sample_tokens(logits.clone(), uniform, tp_group=alone, first=0)
     assert tokens.tolist() == [0, 0, 1, 2, 3, 3]
     torch.testing.assert_close(log_probs, logits[0][tokens])
 
@@ -45,12 +45,12 @@ def test_impossible_tokens_are_never_drawn(alone):
     logits = torch.full((3, 6), -torch.inf)
     logits[:, 1] = logits[:, 3] = 0.0
     uniform = torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)
-    assert sample_tokens(logits, uniform, tp_group=alone, first=0)[0].tolist() == [1, 3, 3]
+    assert sample_tokens(logits.clone(), uniform, tp_group=alone, first=0)[0].tolist() == [1, 3, 3]
 
 
 def test_greedy_takes_the_most_likely_and_the_lowest_id_on_ties(alone):
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0], [5.0, 0.0, 0.0, 0.0]])
-    tokens, log_probs = sample_tokens(logits, None, tp_group=alone, first=0)
+    tokens, log_probs = sample_tokens(logits.clone(), None, tp_group=alone, first=0)
     assert tokens.tolist() == [1, 0]
     torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1))
 
@@ -59,7 +59,7 @@ def test_frequencies_follow_the_probabilities(alone):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 50, generator=generator)
     uniform = torch.from_numpy(uniforms(seed=0, step=0, slot=0, response=0, count=20_000))
-    tokens, _ = sample_tokens(logits.expand(20_000, 50).contiguous(), uniform, tp_group=alone, first=0)
+    tokens, _ = sample_tokens(logits.repeat(20_000, 1), uniform, tp_group=alone, first=0)
     frequencies = torch.bincount(tokens, minlength=50) / 20_000
     assert float((frequencies - logits.softmax(-1)[0]).abs().sum() / 2) < 0.03
 
@@ -70,7 +70,7 @@ def test_a_large_vocabulary_is_inverted_as_in_fp64(alone):
     logits = torch.randn(1, 150_001, generator=generator)
     logits[0, 0] = logits[0, 1:].logsumexp(0) + np.log(9.0)
     uniform = torch.from_numpy(uniforms(seed=0, step=0, slot=0, response=0, count=500))
-    tokens, log_probs = sample_tokens(logits.expand(500, -1), uniform, tp_group=alone, first=0)
+    tokens, log_probs = sample_tokens(logits.repeat(500, 1), uniform, tp_group=alone, first=0)
     running = logits[0].double().softmax(0).cumsum(0)
     assert (tokens > 0).sum() > 20
     assert (running[tokens] > uniform - 1e-7).all()
@@ -85,7 +85,7 @@ def test_a_token_between_blocks_without_mass_is_found(alone):
     logits = torch.full((4, 1000), -torch.inf)
     logits[:, 127] = logits[:, 512] = 0.0
     uniform = torch.tensor([0.0, 0.4999, 0.5, 1 - 1e-16], dtype=torch.float64)
-    assert sample_tokens(logits, uniform, tp_group=alone, first=0)[0].tolist() == [127, 127, 512, 512]
+    assert sample_tokens(logits.clone(), uniform, tp_group=alone, first=0)[0].tolist() == [127, 127, 512, 512]
 
 
 def test_a_model_that_blew_up_draws_a_token_that_exists(alone):
@@ -93,6 +93,6 @@ def test_a_model_that_blew_up_draws_a_token_that_exists(alone):
     logits = torch.full((2, 300), torch.nan)
     logits[:, 290:] = -torch.inf
     for uniform in (torch.tensor([0.0, 0.999], dtype=torch.float64), None):
-        tokens, log_probs = sample_tokens(logits, uniform, tp_group=alone, first=0)
+        tokens, log_probs = sample_tokens(logits.clone(), uniform, tp_group=alone, first=0)
         assert tokens.tolist() == [0, 0]
         assert log_probs.isnan().all()
