@@ -45,6 +45,7 @@ FAMILY_DEFAULTS = {
     "phi3": {
         "tie_word_embeddings": False,
         "hidden_size": 64,
+        "scale": 0.2,
         "rope": LONGROPE,
         "original_max_position_embeddings": 64,
     },
@@ -107,14 +108,16 @@ MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3")
 
 
 def make_tiny_model(
-    folder: Path, family: str, *, seed: int = 0, scale: float = 0.3, boxes: bool = False, **changes
+    folder: Path, family: str, *, seed: int = 0, scale: float | None = None, boxes: bool = False, **changes
 ) -> Path:
-    """Save a random `family` model in fp32. scale: standard deviation of its weights; boxes: see `write_tokenizer`."""
+    """Save a random `family` model in fp32. scale: standard deviation of its weights, the family's own or
+    0.3 where it is not given; boxes: see `write_tokenizer`."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     values = {**SIZES, **FAMILY_DEFAULTS[family], **changes}
+    usual_scale = values.pop("scale", 0.3)
     rope = values.pop("rope", None)
     if rope is not None:
         values |= rope_arguments(CONFIG_MAPPING[family], rope)
@@ -123,7 +126,7 @@ def make_tiny_model(
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(0.0, scale)
+            parameter.normal_(0.0, usual_scale if scale is None else scale)
             if "norm" in name:
                 parameter.add_(1.0)
         for name, buffer in model.named_buffers():
