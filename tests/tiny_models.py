@@ -117,7 +117,8 @@ def make_tiny_model(
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     values = {**SIZES, **FAMILY_DEFAULTS[family], **changes}
-    usual_scale = values.pop("scale", 0.3)
+    own_scale = values.pop("scale", 0.3)
+    scale = own_scale if scale is None else scale
     rope = values.pop("rope", None)
     if rope is not None:
         values |= rope_arguments(CONFIG_MAPPING[family], rope)
@@ -126,7 +127,7 @@ def make_tiny_model(
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(0.0, usual_scale if scale is None else scale)
+            parameter.normal_(0.0, scale)
             if "norm" in name:
                 parameter.add_(1.0)
         for name, buffer in model.named_buffers():

@@ -97,6 +97,9 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
     missing = [key for key in (*_REQUIRED, *family.sizes) if type(fields.get(key)) is not int or fields[key] < 1]
     violations += [f"{folder / 'config.json'}: {key} is missing or not a whole number above 0" for key in missing]
     rope = _read_rope(fields, family, folder / "config.json", violations)
+    if "num_hidden_layers" not in missing and fields["num_hidden_layers"] > MOST_LAYERS:  # before lists are that long
+        number = fields["num_hidden_layers"]
+        raise UserError(f"{folder / 'config.json'}: num_hidden_layers={number}; no model has over {MOST_LAYERS}")
     if not missing:
         violations += [f"{folder / 'config.json'}: {violation}" for violation in family.violations(fields)]
     if violations:
@@ -124,6 +127,7 @@ def _mention_unknown_fields(raw: Mapping[str, Any], known: set[str], path: Path)
         )
 
 
+MOST_LAYERS = 10_000
 _REQUIRED = (
     "num_hidden_layers",
     "hidden_size",
@@ -185,7 +189,9 @@ def _attention_violations(architecture: Architecture, layer_types: Any) -> list[
             found.append(f"{field}={cap!r}; it must be a number above 0, or null")
     layers = architecture.windowed_layers or (window is not None,) * architecture.num_layers
     computed = ["sliding_attention" if here else "full_attention" for here in layers]
-    if layer_types is not None and list(layer_types) != computed:
+    if layer_types is not None and len(layer_types) != len(computed):
+        found.append(f"layer_types has {len(layer_types)} entries, num_hidden_layers={len(computed)} asks for as many")
+    elif layer_types is not None and list(layer_types) != computed:
         found.append(
             f"layer_types={list(layer_types)} is not supported for {architecture.family} with "
             f"sliding_window={window!r}; only {computed} is"
