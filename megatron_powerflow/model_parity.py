@@ -30,9 +30,10 @@ def max_log_prob_difference(a: Path, b: Path, texts: Sequence[str], launch: Laun
 
     The main rank's answer counts. Collective.
     """
-    opened = [_open(folder, launch) for folder in (a, b)]
-    if reason := _too_large(opened[0], launch) or _uneven(opened[0], launch):
+    alone = open_model(a, ["precision.dtype=fp32"], SCORE_KEYS, launch.world_size)
+    if reason := _too_large(alone, launch) or _uneven(alone, launch):
         return None, reason
+    opened = [_open(folder, launch) for folder in (a, b)]
     rows = [_rows(item, texts) for item in opened]
     if [row.response_token_ids for row in rows[0]] != [row.response_token_ids for row in rows[1]]:
         raise UserError(f"{a} and {b}: their tokenizers read the text differently; copy the tokenizer's files again")
