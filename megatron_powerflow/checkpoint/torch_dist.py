@@ -60,6 +60,8 @@ class TorchDistFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._metadata = audit_checkpoint(folder)
+        if not (folder / BACKEND_NAME).is_file():
+            raise UserError(f"{folder / BACKEND_NAME}: no such file; the checkpoint is not complete")
         _audit_common(folder / COMMON_NAME)
         self._stored = {
             (index.fqn, tuple(index.offset or ())): place for index, place in self._metadata.storage_data.items()
@@ -177,11 +179,14 @@ class _Part(io.RawIOBase):
 
 
 def _audit_common(path: Path) -> None:
-    """common.pt is not needed for the tensors; what cannot be read without running code is refused all the same."""
+    """common.pt is not needed for the tensors; what cannot be read without running code is refused all the same.
+
+    Megatron-Core 0.19 keeps what 0.16 writes there among the other entries, which `audit_checkpoint` has looked at.
+    """
     try:
         torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the checkpoint is not complete") from None
+        return
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: refused, damaged or not safe to load: {str(error).splitlines()[0]}") from None
 
