@@ -42,9 +42,9 @@ def convert(request: Request, launch: Launch, console: Console, *, to_hf: bool) 
     """Run a conversion with a bar, say what was written."""
     _quiet()
     started = perf_counter()
-    with cpu_group(launch), _bar(console, launch, f"writing {request.out.name}") as advance:
+    with cpu_group(launch), _bar(console, launch, f"writing {request.out.name}") as (advance, announce):
         ranks = Ranks(launch.rank, launch.world_size)
-        found = (megatron_to_hf if to_hf else hf_to_megatron)(request, ranks, advance)
+        found = (megatron_to_hf if to_hf else hf_to_megatron)(request, ranks, advance, announce)
     if launch.is_main:
         console.print(f"wrote {request.out} in {perf_counter() - started:.1f} s", highlight=False, soft_wrap=True)
         if found is not None:
@@ -60,7 +60,8 @@ def verify(
         ranks = Ranks(launch.rank, launch.world_size)
         first = ranks.together(lambda: open_model_folder(a, ranks))
         second = ranks.together(lambda: open_model_folder(b, ranks))
-        with _bar(console, launch, "comparing", total_bytes(first) / launch.world_size) as advance:
+        with _bar(console, launch, "comparing") as (advance, announce):
+            announce(total_bytes(first) // launch.world_size)
             found = compare(first, second, ranks, advance)
     gap, what = None, "no log-probs: left out"
     if texts is not None and not found.differences:
@@ -89,8 +90,8 @@ def describe(found: Comparison) -> str:
 
 
 @contextmanager
-def _bar(console: Console, launch: Launch, title: str, total: float | None = None) -> Iterator[Callable[[int], None]]:
-    """Bytes of the main rank's share."""
+def _bar(console: Console, launch: Launch, title: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A bar of the bytes of the main rank's share: what to call with bytes that are done, and with all of them."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(
         *columns,
@@ -100,8 +101,8 @@ def _bar(console: Console, launch: Launch, title: str, total: float | None = Non
         disable=not (launch.is_main and console.is_terminal),
     )
     with bar:
-        task = bar.add_task(title, total=total)
-        yield lambda size: bar.advance(task, size)
+        task = bar.add_task(title, total=None)
+        yield lambda size: bar.advance(task, size), lambda size: bar.update(task, total=size)
 
 
 def _quiet() -> None:

@@ -1,7 +1,7 @@
 """Do two model folders give the same log-probs? Both through the model and the scorer of training, in fp32.
 
 fp32 whatever the weights are in: the difference is then one of weights and of config, not of arithmetic. The two are
-loaded one after the other. Under torchrun the ranks are pipeline stages.
+loaded one after the other, in one process.
 
 Left out: the weights themselves, which `checkpoint/compare.py` compares bit by bit.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_powerflow.conversion.shapes import expected_tensors
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.inference import SCORE_KEYS, Opened, load_chunks, log_probs_by_slot, open_model
-from megatron_powerflow.parallel.collectives import gather_to_main
+from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.training.forward_step import Scorer
@@ -26,40 +26,20 @@ MEMORY_SHARE = 0.6  # of the free memory that the model may take
 
 
 def max_log_prob_difference(a: Path, b: Path, texts: Sequence[str], launch: Launch) -> tuple[float | None, str]:
-    """The largest difference of a token's log-prob, in nats, or None; and what it is of, or why there is none.
-
-    The main rank's answer counts. Collective.
-    """
-    opened = [_open(folder, launch) for folder in (a, b)]
-    if reason := _too_large(opened[0], launch) or _uneven(opened[0], launch):
-        return None, reason
+    """The largest difference of a token's log-prob, in nats, or None; and what it is of, or why there is none."""
+    if launch.world_size > 1:
+        return None, "no log-probs: several processes; without torchrun they are compared too"
+    opened = [open_model(folder, ["precision.dtype=fp32"], SCORE_KEYS, 1) for folder in (a, b)]
+    needed = 4 * sum(map(prod, expected_tensors(opened[0].architecture, opened[0].family).values()))
+    if needed > MEMORY_SHARE * (free := free_memory_bytes()):
+        return None, f"no log-probs: {needed / 1e9:.1f} GB of weights in fp32, {free / 1e9:.1f} GB of memory free"
     rows = [_rows(item, texts) for item in opened]
     if [row.response_token_ids for row in rows[0]] != [row.response_token_ids for row in rows[1]]:
         raise UserError(f"{a} and {b}: their tokenizers read the text differently; copy the tokenizer's files again")
-    first, second = (_score(item, rows[0], launch) for item in opened)
+    with initialized(opened[0].layout, launch, seed=0) as groups:
+        first, second = (_score(item, rows[0], groups) for item in opened)
     gaps = [abs(x - y) for slot in first for x, y in zip(first[slot], second[slot], strict=True)]
-    return (max(gaps), f"{len(gaps)} tokens") if gaps else (None, "a rank that reports nothing")
-
-
-def _open(folder: Path, launch: Launch) -> Opened:
-    overrides = ["precision.dtype=fp32"]
-    if launch.world_size > 1:
-        overrides.append(f"parallel.pp={launch.world_size}")
-    return open_model(folder, overrides, SCORE_KEYS, launch.world_size)
-
-
-def _too_large(opened: Opened, launch: Launch) -> str | None:
-    needed = 4 * sum(map(prod, expected_tensors(opened.architecture, opened.family).values())) / launch.world_size
-    free = free_memory_bytes() / launch.local_world_size
-    if needed <= MEMORY_SHARE * free:
-        return None
-    return f"no log-probs: {needed / 1e9:.1f} GB of weights a process, {free / 1e9:.1f} GB of memory free"
-
-
-def _uneven(opened: Opened, launch: Launch) -> str | None:
-    if opened.architecture.num_layers % launch.world_size == 0:
-        return None
-    return f"no log-probs: {launch.world_size} processes do not divide the {opened.architecture.num_layers} layers"
+    return max(gaps), f"{len(gaps)} tokens"
 
 
 def free_memory_bytes() -> int:
@@ -83,9 +63,7 @@ def _rows(opened: Opened, texts: Sequence[str]) -> list[Rollout]:
     return rows
 
 
-def _score(opened: Opened, rows: Sequence[Rollout], launch: Launch) -> dict[int, list[float]]:
-    with initialized(opened.layout, launch, seed=0) as groups:
-        chunks = load_chunks(opened, groups)
-        scorer = Scorer(groups, opened.architecture.vocab_size, 1.0, opened.layout.sequence_parallel)
-        shares = gather_to_main(log_probs_by_slot(rows, chunks, scorer, opened), groups) or []
-        return {slot: values for share in shares for slot, values in share.items()}
+def _score(opened: Opened, rows: Sequence[Rollout], groups: Groups) -> dict[int, list[float]]:
+    chunks = load_chunks(opened, groups)
+    scorer = Scorer(groups, opened.architecture.vocab_size, 1.0, opened.layout.sequence_parallel)
+    return log_probs_by_slot(rows, chunks, scorer, opened)

@@ -27,7 +27,8 @@ def main(
 ) -> None:
     """Compare two model folders and write the proof as a JSON card. Exit code 2 where they differ.
 
-    B may be A rounded to another dtype; the card counts such tensors apart. Under torchrun the ranks share the tensors.
+    B may be A rounded to another dtype; the card counts such tensors apart. Under torchrun the ranks share the tensors,
+    and log-probs are left out.
 
     Example: python tools/verify_conversion.py models/SmolLM2-135M-Instruct smollm2-megatron
     """

@@ -33,6 +33,7 @@ from megatron_powerflow.checkpoint.ranks import Ranks
 from megatron_powerflow.checkpoint.torch_dist import Chunk, write_frame, write_tensors
 from megatron_powerflow.conversion.hf_config import read_json
 from megatron_powerflow.conversion.hf_files import FLOATS, copy_companions
+from megatron_powerflow.conversion.one_ahead import OneAhead
 from megatron_powerflow.conversion.shard_files import (
     PlannedFile,
     ShardFile,
@@ -40,14 +41,18 @@ from megatron_powerflow.conversion.shard_files import (
     plan_files,
     write_planned_index,
 )
-from megatron_powerflow.conversion.stored import Place, Stored, parameter_shape, stored_parameters
+from megatron_powerflow.conversion.stored import Place, Stored, extra_states, parameter_shape, stored_parameters
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.provenance import provenance
 from megatron_powerflow.parallel.layout import padded_vocab_size
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what the command lines call them -> safetensors' names
 
-Advance = Callable[[int], object]  # told the bytes that were written
+Told = Callable[[int], object]  # told numbers of bytes
+
+
+def _untold(num_bytes: int) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +69,12 @@ class Request:
     command: str = ""
 
 
-def hf_to_megatron(request: Request, ranks: Ranks, advance: Advance = lambda size: None) -> Comparison | None:
+def hf_to_megatron(
+    request: Request, ranks: Ranks, advance: Told = _untold, announce: Told = _untold
+) -> Comparison | None:
     """Write a torch_dist checkpoint that any layout loads. Collective. Returns what `verify` found.
 
+    announce: told once what this rank will write; advance: each time it has written something.
     Raises UserError with everything that is wrong with the source, or when the disk cannot take it.
     """
     model = ranks.together(lambda: _open_source(request, ranks, HfModel))
@@ -74,7 +82,8 @@ def hf_to_megatron(request: Request, ranks: Ranks, advance: Advance = lambda siz
     of_place: dict[Place, Stored] = {}
     chunks: list[Chunk] = []
     shape_of: dict[str, tuple[int, ...]] = {}
-    for stored in stored_parameters(model.architecture, model.family):
+    parameters = list(stored_parameters(model.architecture, model.family))
+    for stored in parameters:
         if stored.op.megatron not in shape_of:
             shape_of[stored.op.megatron] = parameter_shape(stored, model.architecture, padded)
         dtype = _torch_dtype(_one_dtype(model, stored, request.dtype))
@@ -83,17 +92,29 @@ def hf_to_megatron(request: Request, ranks: Ranks, advance: Advance = lambda siz
             chunks.append(Chunk(place, shape_of[stored.op.megatron], dtype))
     mine = ranks.share(chunks, lambda chunk: chunk.num_bytes)
     dtype_of = {chunk.place: chunk.dtype for chunk in mine}
+    announce(sum(chunk.num_bytes for chunk in mine))
 
-    def make(place: Place) -> torch.Tensor:
-        tensor = model.parameter(of_place[place], padded).to(dtype_of[place])
-        advance(tensor.nbytes)
-        return tensor
+    def read(place: Place) -> torch.Tensor:
+        return model.parameter(of_place[place], padded).to(dtype_of[place])
+
+    def write(folder: Path) -> None:
+        ahead = OneAhead(read, [chunk.place for chunk in mine])
+
+        def make(place: Place) -> torch.Tensor:
+            tensor = ahead(place)
+            advance(tensor.nbytes)
+            return tensor
+
+        try:
+            write_tensors(folder, mine, make, extra_states(parameters) if ranks.is_main else [], ranks.size)
+        finally:
+            ahead.close()
 
     with _published(request, model, ranks) as partial:
         if ranks.is_main:
             (partial / RELEASE_NAME).mkdir()
         ranks.gather(None)
-        _writing(ranks, request.out, lambda: write_tensors(partial / RELEASE_NAME, mine, make, ranks.size))
+        _writing(ranks, request.out, lambda: write(partial / RELEASE_NAME))
         if ranks.is_main:
             write_frame(partial / RELEASE_NAME)
             _copy_companions(model, partial / HF_NAME, {_dtype_name(chunk.dtype) for chunk in chunks})
@@ -101,7 +122,9 @@ def hf_to_megatron(request: Request, ranks: Ranks, advance: Advance = lambda siz
         return _finish(request, model, partial, ranks, sum(chunk.num_bytes for chunk in chunks))
 
 
-def megatron_to_hf(request: Request, ranks: Ranks, advance: Advance = lambda size: None) -> Comparison | None:
+def megatron_to_hf(
+    request: Request, ranks: Ranks, advance: Told = _untold, announce: Told = _untold
+) -> Comparison | None:
     """Write a plain HF folder. Collective. Returns what `verify` found.
 
     Each rank writes files of its own. Raises UserError as `hf_to_megatron` does.
@@ -117,19 +140,25 @@ def megatron_to_hf(request: Request, ranks: Ranks, advance: Advance = lambda siz
     ]
     files = plan_files(groups, request.max_shard_bytes)
 
+    def read(number: int) -> dict[str, torch.Tensor]:
+        tensors = model.read(parameters[number])
+        return {name: tensor.to(_torch_dtype(groups[number][name].dtype)) for name, tensor in tensors.items()}
+
     def write_file(file: PlannedFile, partial: Path) -> None:
-        shard = ShardFile(partial / file.name, file.tensors)
+        shard, ahead = ShardFile(partial / file.name, file.tensors), OneAhead(read, file.groups)
         try:
             for number in file.groups:
-                for name, tensor in model.read(parameters[number]).items():
-                    shard.add(name, tensor.to(_torch_dtype(file.tensors[name].dtype)))
-                    advance(file.tensors[name].num_bytes)
+                for name, tensor in ahead(number).items():
+                    shard.add(name, tensor)
+                    advance(tensor.nbytes)
             shard.close()
         finally:
+            ahead.close()
             shard.abandon()
 
     with _published(request, model, ranks) as partial:
         mine = ranks.share(files, lambda file: file.num_bytes)
+        announce(sum(file.num_bytes for file in mine))
         _writing(ranks, request.out, lambda: [write_file(file, partial) for file in mine])
         if ranks.is_main:
             _copy_companions(model, partial, {info.dtype for group in groups for info in group.values()})

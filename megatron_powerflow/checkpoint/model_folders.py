@@ -185,9 +185,7 @@ def refuse_links_outside(folder: Path, paths: Sequence[Path]) -> None:
     allowed = [real, real.parent.parent / "blobs"]
     outside = [path for path in paths if path.is_symlink() and not any(map(path.resolve().is_relative_to, allowed))]
     if outside:
-        raise UserError(
-            [f"{path}: a link that leads outside the folder; put the file itself there" for path in outside]
-        )
+        raise UserError([f"{path}: a link that leads out of the folder; put the file itself there" for path in outside])
 
 
 def total_bytes(model: Model) -> int:

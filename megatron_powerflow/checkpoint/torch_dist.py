@@ -60,6 +60,8 @@ class TorchDistFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._metadata = audit_checkpoint(folder)
+        if not (folder / BACKEND_NAME).is_file():
+            raise UserError(f"{folder / BACKEND_NAME}: no such file; the checkpoint is not complete")
         _audit_common(folder / COMMON_NAME)
         self._stored = {
             (index.fqn, tuple(index.offset or ())): place for index, place in self._metadata.storage_data.items()
@@ -138,8 +140,7 @@ class TorchDistFolder:
         path = self.folder / place.relative_path
         try:
             with path.open("rb") as file:
-                file.seek(place.offset)
-                data = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+                data = torch.load(_Part(file, place.offset, place.length), weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
             text = str(error).splitlines()[0]
             raise UserError(f"{path}: tensor {key} is damaged or not safe to load: {text}") from None
@@ -149,12 +150,43 @@ class TorchDistFolder:
         return data
 
 
+class _Part(io.RawIOBase):
+    """A part of an open file as a file of its own: torch reads it straight into a tensor's memory."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(0, origin + offset)
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._start + self._at)
+        size = max(0, min(len(buffer), self._length - self._at))
+        count = self._file.readinto(memoryview(buffer).cast("B")[:size])
+        self._at += count
+        return count
+
+
 def _audit_common(path: Path) -> None:
-    """common.pt is not needed for the tensors; what cannot be read without running code is refused all the same."""
+    """common.pt is not needed for the tensors; what cannot be read without running code is refused all the same.
+
+    Megatron-Core 0.19 keeps what 0.16 writes there among the other entries, which `audit_checkpoint` has looked at.
+    """
     try:
         torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the checkpoint is not complete") from None
+        return
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: refused, damaged or not safe to load: {str(error).splitlines()[0]}") from None
 
@@ -187,9 +219,13 @@ class Chunk:
 
 
 class _LazyPlanner(SavePlanner):
-    """Tells torch's writer what will come; `make(place)` gives the tensor when the writer asks for it."""
+    """Tells torch's writer what will come; `make(place)` gives the tensor when the writer asks for it.
 
-    def __init__(self, chunks: Sequence[Chunk], make: Callable[[Place], Tensor]) -> None:
+    empty: keys of objects that hold nothing.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], make: Callable[[Place], Tensor], empty: Sequence[str]) -> None:
+        self._empty = empty
         self._chunks = {(chunk.place.key, chunk.offsets): chunk for chunk in chunks}
         self._make = make
 
@@ -197,7 +233,8 @@ class _LazyPlanner(SavePlanner):
         pass
 
     def create_local_plan(self) -> SavePlan:
-        return SavePlan([chunk.item() for chunk in self._chunks.values()])
+        objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._empty]
+        return SavePlan([*(chunk.item() for chunk in self._chunks.values()), *objects])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return create_default_global_save_plan(all_plans, rewrite_index_hints=False)
@@ -205,24 +242,31 @@ class _LazyPlanner(SavePlanner):
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            nothing = io.BytesIO()
+            torch.save([None], nothing)  # Megatron-Core's form: a list of what the ranks' shards hold
+            return nothing
         chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset)]
         tensor = self._make(chunk.place)
         assert tuple(tensor.shape) == chunk.shape and tensor.dtype == chunk.dtype, chunk
         return tensor.reshape((*(1 for _ in chunk.place.index), *chunk.shape)).contiguous()
 
 
-def write_tensors(folder: Path, chunks: Sequence[Chunk], make: Callable[[Place], Tensor], world_size: int) -> None:
+def write_tensors(
+    folder: Path, chunks: Sequence[Chunk], make: Callable[[Place], Tensor], empty: Sequence[str], world_size: int
+) -> None:
     """Write this rank's share of the chunks, and on rank 0 the index of all. Collective where there are ranks.
 
-    Raises what `make` raised, or the OSError of the disk; on every rank, if any failed.
+    empty: keys of objects that hold nothing, written by this rank. Raises what `make` raised, or the OSError of the
+    disk; on every rank, if any failed.
     """
     crc = torch.serialization.get_crc32_options()
     # torch.load does not look at the sum, and making it halves the speed
     torch.serialization.set_crc32_options(False)
     try:
         writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
-        dcp.save({}, storage_writer=writer, planner=_LazyPlanner(chunks, make), no_dist=world_size == 1)
+        dcp.save({}, storage_writer=writer, planner=_LazyPlanner(chunks, make, empty), no_dist=world_size == 1)
     except CheckpointException as error:
         raise _cause(error) from None
     finally:

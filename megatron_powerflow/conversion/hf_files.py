@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # safetensors' name of a dtype -> torch's, bytes. What weights that were not quantized come in.
 FLOATS = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
 # Pages of a mapped file count as this process's memory: a file is let go after so many bytes read of it.
-MAPPED_BYTES = 512 * 2**20
+MAPPED_BYTES = 256 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Everything of a folder that is not weights and not code: copied unchanged into an export.

@@ -17,7 +17,7 @@ Left out: files and bytes (`checkpoint/torch_dist.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_powerflow.conversion.hf_config import Family
@@ -87,6 +87,25 @@ def _place(name: str, layer: int, expert: int | None, architecture: Architecture
     index = ((layer,) if stacked else ()) + (() if expert is None else (expert,))
     lead = ((architecture.num_layers,) if stacked else ()) + (() if expert is None else (architecture.experts.num,))
     return Place(f"decoder.layers.{name}" if stacked else f"decoder.layers.{layer}.{name}", index, lead)
+
+
+def extra_states(parameters: Iterable[Stored]) -> list[str]:
+    """Keys of the `_extra_state` that Megatron-Core asks of each linear layer and attention, of each layer and expert.
+
+    FP8 scales live there; without them it holds nothing, but a model does not load where it is missing.
+    """
+    keys: dict[str, None] = {}
+    for stored in parameters:
+        name = stored.op.megatron.removesuffix(".weight")
+        if stored.layer is None or name == stored.op.megatron or "linear_" not in name.rsplit(".", 1)[-1]:
+            continue
+        modules = [stored.written[0].key.removesuffix("weight")]
+        if name == "self_attention.linear_proj":
+            modules.append(modules[0].replace("linear_proj.", "core_attention."))
+        index = ".".join(map(str, stored.written[0].index or (0,)))
+        shape = ".".join(map(str, stored.written[0].lead or (1,)))
+        keys |= dict.fromkeys(f"{module}_extra_state/shard_{index}_{shape}" for module in modules)
+    return list(keys)
 
 
 def parameter_shape(stored: Stored, architecture: Architecture, padded_vocab_size: int) -> tuple[int, ...]:

@@ -86,7 +86,7 @@ def test_transformers_reads_what_comes_back(tiny_model, tmp_path):
 
 
 def test_a_converted_checkpoint_of_any_split_comes_back(converted, tiny_model, tmp_path):
-    """torch's own writer, told to cut the tensors otherwise: a chunk of two layers, a layer in two halves."""
+    """torch's own writer makes one chunk of all layers and experts of a kind."""
     from torch.distributed import checkpoint
 
     source = TorchDistFolder(converted / "release")
