@@ -94,6 +94,8 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
             f"{folder / 'config.json'}: the weights are quantized (quantization_config); "
             "give the folder of the unquantized model"
         )
+    if not isinstance(fields.get("layer_types"), list | None):
+        violations.append(f"{folder / 'config.json'}: layer_types={fields['layer_types']!r} is not a list")
     missing = [key for key in (*_REQUIRED, *family.sizes) if type(fields.get(key)) is not int or fields[key] < 1]
     violations += [f"{folder / 'config.json'}: {key} is missing or not a whole number above 0" for key in missing]
     rope = _read_rope(fields, family, folder / "config.json", violations)
