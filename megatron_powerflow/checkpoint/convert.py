@@ -117,7 +117,11 @@ def hf_to_megatron(
         _writing(ranks, request.out, lambda: write(partial / RELEASE_NAME))
         if ranks.is_main:
             write_frame(partial / RELEASE_NAME)
-            _copy_companions(model, partial / HF_NAME, {_dtype_name(chunk.dtype) for chunk in chunks})
+            _copy_companions(
+                model,
+                partial / HF_NAME,
+                {_dtype_name(chunk.dtype) for chunk in chunks if not of_place[chunk.place].fp32},
+            )
             (partial / TRACKER_NAME).write_text("release", encoding="utf-8")
         return _finish(request, model, partial, ranks, sum(chunk.num_bytes for chunk in chunks))
 
@@ -133,7 +137,9 @@ def megatron_to_hf(
     parameters = list(stored_parameters(model.architecture, model.family))
     groups = [
         {
-            name: TensorInfo(DTYPES[request.dtype] if request.dtype else info.dtype, info.shape)
+            name: TensorInfo(
+                DTYPES["fp32" if stored.fp32 else request.dtype] if request.dtype else info.dtype, info.shape
+            )
             for name, info in model.info(stored).items()
         }
         for stored in parameters
@@ -161,7 +167,8 @@ def megatron_to_hf(
         announce(sum(file.num_bytes for file in mine))
         _writing(ranks, request.out, lambda: [write_file(file, partial) for file in mine])
         if ranks.is_main:
-            _copy_companions(model, partial, {info.dtype for group in groups for info in group.values()})
+            usual = [group for stored, group in zip(parameters, groups, strict=True) if not stored.fp32]
+            _copy_companions(model, partial, {info.dtype for group in usual for info in group.values()})
             write_planned_index(partial, files)
         return _finish(request, model, partial, ranks, sum(file.num_bytes for file in files))
 
@@ -191,6 +198,8 @@ def _check_out(request: Request) -> None:
 
 def _one_dtype(model: HfModel, stored: Stored, dtype: str | None) -> str:
     """safetensors' name of the dtype that the parameter will have."""
+    if stored.fp32:
+        return DTYPES["fp32"]
     if dtype is not None:
         return DTYPES[dtype]
     found = {name: info.dtype for name, info in model.info(stored).items()}

@@ -182,7 +182,9 @@ class SafetensorsWriter:
         if self._pending_bytes + size > self.max_shard_bytes:
             self.flush()
         assert name not in self.file_of and name not in self._pending, f"{name} written twice"
-        self._pending[name] = tensor.detach().cpu().contiguous()
+        tensor = tensor.detach().cpu().contiguous()
+        owned = tensor.untyped_storage().nbytes() == size  # a part of another's memory is not for save_file
+        self._pending[name] = tensor if owned else tensor.clone()
         self._pending_bytes += size
 
     def flush(self) -> None:

@@ -46,6 +46,13 @@ class TensorSource(Protocol):
     ) -> Tensor: ...
 
 
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """The parts behind each other; one alone as it is, without a copy."""
+    import torch
+
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
 class Op(Protocol):
     """megatron: name of the parameter, within its layer or the model; {layer} in HF names is the global layer.
 
@@ -82,12 +89,16 @@ class ShardShape:
 
 @dataclass(frozen=True)
 class Replicated:
-    """The same tensor on every rank: norms, [size], and small weights, [rows, size]; see `width`."""
+    """The same tensor on every rank: norms, [size], and small weights, [rows, size]; see `width`.
+
+    fp32: it stays in fp32, whatever dtype the model has or is converted to.
+    """
 
     megatron: str
     hf: str
     size: str = "hidden_size"
     rows: str | None = None
+    fp32: bool = False
 
     def hf_names(self, layer, expert=None):
         return (self.hf.format(layer=layer, expert=expert),)
@@ -121,9 +132,7 @@ class Columns:
         return source.read(names[0], rows=shape.part(width(shape.architecture, self.outputs)))
 
     def merge(self, shards, shape):
-        import torch
-
-        return (torch.cat(list(shards), dim=0),)
+        return (joined(shards, 0),)
 
 
 @dataclass(frozen=True)
@@ -144,9 +153,7 @@ class Rows:
         return source.read(names[0], columns=shape.part(width(shape.architecture, self.inputs)))
 
     def merge(self, shards, shape):
-        import torch
-
-        return (torch.cat(list(shards), dim=1),)
+        return (joined(shards, 1),)
 
 
 @dataclass(frozen=True)
@@ -171,10 +178,8 @@ class GateUp:
         return torch.cat([source.read(name, rows=rows) for name in names], dim=0)
 
     def merge(self, shards, shape):
-        import torch
-
         halves = [shard.chunk(2, dim=0) for shard in shards]
-        return torch.cat([half[0] for half in halves], dim=0), torch.cat([half[1] for half in halves], dim=0)
+        return joined([half[0] for half in halves], 0), joined([half[1] for half in halves], 0)
 
 
 @dataclass(frozen=True)
@@ -214,11 +219,9 @@ class Qkv:
         return torch.cat(parts, dim=1).flatten(0, 1)
 
     def merge(self, shards, shape):
-        import torch
-
         architecture, head_dim = shape.architecture, shape.architecture.head_dim
         per_group = architecture.num_attention_heads // architecture.num_query_groups
-        whole = torch.cat(list(shards), dim=0).unflatten(0, (architecture.num_query_groups, -1))
+        whole = joined(shards, 0).unflatten(0, (architecture.num_query_groups, -1))
         return tuple(part.flatten(0, 1) for part in whole.split([per_group * head_dim, head_dim, head_dim], dim=1))
 
 
@@ -289,9 +292,7 @@ class VocabRows:
         return torch.cat([real, padding], dim=0) if padding.shape[0] else real
 
     def merge(self, shards, shape):
-        import torch
-
-        return (torch.cat(list(shards), dim=0)[: shape.architecture.vocab_size],)
+        return (joined(shards, 0)[: shape.architecture.vocab_size],)
 
 
 @dataclass(frozen=True)
@@ -304,6 +305,10 @@ class InLayers:
     @property
     def megatron(self):
         return self.op.megatron
+
+    @property
+    def fp32(self):
+        return getattr(self.op, "fp32", False)
 
     def hf_names(self, layer, expert=None):
         return self.op.hf_names(layer, expert)

@@ -56,6 +56,11 @@ class Stored:
     def hf_names(self) -> tuple[str, ...]:
         return self.op.hf_names(self.layer, self.expert)
 
+    @property
+    def fp32(self) -> bool:
+        """It is in fp32 whatever is asked for."""
+        return getattr(self.op, "fp32", False)
+
 
 def stored_parameters(architecture: Architecture, family: Family) -> Iterator[Stored]:
     """Every parameter of the model once, in the order in which HF lists tensors."""

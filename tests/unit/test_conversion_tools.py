@@ -85,6 +85,20 @@ def test_transformers_reads_what_comes_back(tiny_model, tmp_path):
     assert torch.equal(model(tokens).logits, original(tokens).logits)
 
 
+def test_what_stays_in_fp32_does_so_in_both_directions(tiny_model, tmp_path):
+    """DeepSeek's numbers for the choice of experts, in a model of bf16, which config.json says it is."""
+    model, name = tiny_model("deepseek_v3"), "model.layers.1.mlp.gate.e_score_correction_bias"
+    megatron = to_megatron(model, tmp_path / "megatron", dtype="bf16")
+    back = to_hf(megatron, tmp_path / "back", dtype="bf16", verify=True)
+    before, after = tensors_of(model), tensors_of(back)
+    assert after[name].dtype == torch.float32
+    assert torch.equal(after[name], before[name])
+    assert {tensor.dtype for key, tensor in after.items() if "correction_bias" not in key} == {torch.bfloat16}
+    for folder in (back, megatron / "hf"):
+        config = json.loads((folder / "config.json").read_text())
+        assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
 def test_a_converted_checkpoint_of_any_split_comes_back(converted, tiny_model, tmp_path):
     """torch's own writer makes one chunk of all layers and experts of a kind."""
     from torch.distributed import checkpoint

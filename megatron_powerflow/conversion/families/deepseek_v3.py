@@ -58,7 +58,7 @@ LAYERS = (
         InLayers(op, _mixed)
         for op in (
             *(op for op in expert_ops("mlp", "gate_proj", "up_proj", "down_proj") if op.megatron.startswith("mlp.")),
-            Replicated("mlp.router.expert_bias", MLP + "gate.e_score_correction_bias", size="experts"),
+            Replicated("mlp.router.expert_bias", MLP + "gate.e_score_correction_bias", size="experts", fp32=True),
             GateUp(
                 "mlp.shared_experts.linear_fc1.weight",
                 SHARED + "gate_proj.weight",
