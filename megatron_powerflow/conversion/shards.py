@@ -31,16 +31,14 @@ from megatron_powerflow.conversion.hf_files import (
 )
 from megatron_powerflow.conversion.ops import Op, ShardShape
 from megatron_powerflow.conversion.shapes import expected_tensors, impossible_sizes, is_embedding, is_output
+from megatron_powerflow.conversion.stored import FUSED_NORMS
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.collectives import first_failure, gather_to_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import Architecture
 
 # Transformer Engine fuses a norm with the linear layer behind it and names the weight after the latter.
-FUSED_NORM_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+FUSED_NORM_NAMES = {fused: own for own, (fused, _) in FUSED_NORMS.items()}
 MAX_SHARD_BYTES = 5 * 10**9
 
 
