@@ -17,7 +17,9 @@ TOLERANCE = 1e-4
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2_pp2": (2, 2)}
 
 
-def megatron_logits_and_log_probs(model: str, rows: list, tp: int, pp: int, sequence_parallel: bool = False):
+def megatron_logits_and_log_probs(
+    model: str, rows: list, tp: int, pp: int, sequence_parallel: bool = False, ep: int = 1
+):
     """Per row: logits [n, V] that predict the response tokens, and their log-probs [n]; on the last stage's tp 0."""
     import torch.distributed as dist
 
@@ -33,7 +35,7 @@ def megatron_logits_and_log_probs(model: str, rows: list, tp: int, pp: int, sequ
 
     launch = read_launch()
     architecture, family = read_architecture(model, families)
-    parallel = ParallelSection(tp=tp, pp=pp, sequence_parallel=sequence_parallel)
+    parallel = ParallelSection(tp=tp, pp=pp, ep=ep, sequence_parallel=sequence_parallel)
     layout = inference_layout(parallel, architecture, launch.world_size)
     with initialized(layout, launch, seed=0) as groups:
         precision = PrecisionSection(dtype="fp32")
@@ -93,9 +95,10 @@ def rows_for(vocab_size: int) -> list:
     return [(tokens(5), tokens(9)), (tokens(40), tokens(3)), (tokens(1), tokens(1)), (tokens(12), tokens(30))]
 
 
-def compare(gloo, model: Path, tp: int, pp: int, **kwargs) -> float:
+def compare(gloo, model: Path, tp: int, pp: int, ep: int = 1, **kwargs) -> float:
+    """The largest difference. With ep > 1 as many replicas share the experts, and all score the same rows."""
     rows = rows_for(json.loads((model / "config.json").read_text())["vocab_size"])
-    answers = gloo.run(tp * pp, megatron_logits_and_log_probs, str(model), rows, tp, pp, **kwargs)
+    answers = gloo.run(tp * pp * ep, megatron_logits_and_log_probs, str(model), rows, tp, pp, ep=ep, **kwargs)
     (ours,) = [answer for rank, answer in enumerate(answers) if rank == (pp - 1) * tp]
     assert len(ours) == len(rows)
     worst = 0.0
@@ -125,22 +128,17 @@ def test_sequence_parallelism_changes_nothing(gloo, tiny_model, family):
     assert compare(gloo, tiny_model(family), 2, 2, sequence_parallel=True) < TOLERANCE
 
 
-def test_normalized_router_weights_are_hugging_faces(gloo, tiny_model, record_property):
-    """Qwen3's released mixtures normalize; the one above does not."""
-    worst = compare(gloo, tiny_model("qwen3_moe", norm_topk_prob=True), 1, 1)
+@pytest.mark.parametrize("shape", ["usual", "other"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_spread_over_ranks_give_hugging_faces(gloo, tiny_model, record_property, family, shape):
+    model = tiny_model(family, **(OTHER_SHAPES[family] if shape == "other" else {}))
+    worst = compare(gloo, model, 1, 1, ep=2)
     record_property("max_abs_difference", worst)
     assert worst < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"q_lora_rank": None, "rope": None},
-        {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3, "n_shared_experts": 1},
-    ],
-    ids=["plain_queries_and_rotation", "one_group"],
-)
-def test_latent_attention_and_its_router_in_other_shapes(gloo, tiny_model, record_property, changes):
+def test_experts_of_one_group_only(gloo, tiny_model, record_property):
+    changes = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3, "n_shared_experts": 1}
     worst = compare(gloo, tiny_model("deepseek_v3", **changes), 2, 1, sequence_parallel=True)
     record_property("max_abs_difference", worst)
     assert worst < TOLERANCE
