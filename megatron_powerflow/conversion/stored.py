@@ -30,6 +30,7 @@ FUSED_NORMS = {
     "input_layernorm.weight": ("self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_qkv.weight"),
     "pre_mlp_layernorm.weight": ("mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight"),
 }
+FUSED_QKV = "self_attention.linear_qkv.weight"  # latent attention has none, and its local layers take no other name
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -77,8 +78,8 @@ def stored_parameters(architecture: Architecture, family: Family) -> Iterator[St
             stacked = tuple(_place(name, layer, expert, architecture, stacked=True) for name in names)
             apart = tuple(_place(name, layer, expert, architecture, stacked=False) for name in names)
             places = stacked + apart if len(kinds) == 1 else apart + stacked
-            # both names of a norm that is fused in one kind of layers and not in the other
-            fused = op.megatron in FUSED_NORMS and FUSED_NORMS[op.megatron][1] in names_of[layer]
+            # both names where Transformer Engine's layers fuse a norm and the local ones do not, or the other way round
+            fused = op.megatron in FUSED_NORMS and {FUSED_NORMS[op.megatron][1], FUSED_QKV} <= names_of[layer]
             written = places[:1] if fused else places[: len(names)]
         yield Stored(op, layer, expert, places, written)
 

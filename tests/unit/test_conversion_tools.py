@@ -388,7 +388,11 @@ def test_a_conversion_that_was_stopped_leaves_nothing_that_looks_whole(tiny_mode
     command = [sys.executable, str(tmp_path / "paused.py")]
     processes = [
         subprocess.Popen(
-            [*command, name, str(source), str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            [*command, name, str(source), str(out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job of `&` and its children ignore it
         )
         for name, (source, out) in outs.items()
     ]
