@@ -4,7 +4,8 @@
 
 The model is a llama of random bf16 weights, of the shape of Llama-2-7B by default. Each conversion is the command line
 of tools/ in a process of its own; its peak memory is that process's largest resident set, mapped files included. Every
-step ends with its files synced to the disk, cp's too. Nothing is dropped from the page cache, for none of them.
+step ends with its files synced to the disk, cp's too. Before each, a file of the model's size is written and deleted, so
+that each finds memory as warm: on a virtual machine a page's first use costs several times as much as writing to it.
 
 Left out: --verify, which reads everything twice more.
 """
@@ -60,6 +61,17 @@ def write_model(folder: Path, sizes: dict[str, int]) -> None:
     write_planned_index(folder, files)
 
 
+def warm_memory(path: Path, num_bytes: int) -> None:
+    """Have the page cache take as many pages, and give them free again."""
+    block = bytes(2**20)
+    with path.open("wb") as file:
+        for _ in range(num_bytes // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()
+
+
 def timed(command: Sequence[str], written: Path) -> tuple[float, int]:
     """Seconds until the command has ended and `written` is on the disk; its largest resident set in bytes."""
     started = perf_counter()
@@ -90,6 +102,7 @@ def compare(work: Path, sizes: dict[str, int]) -> tuple[str, bool]:
         rows: list[tuple[str, float, int]] = []
 
         def measure(name: str, command: Sequence[str], written: Path) -> None:
+            warm_memory(work / "filler", num_bytes)
             rows.append((name, *timed(command, written)))
 
         def measure_copy() -> None:
