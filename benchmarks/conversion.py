@@ -4,8 +4,8 @@
 
 The model is a llama of random bf16 weights, of the shape of Llama-2-7B by default. Each conversion is the command line
 of tools/ in a process of its own; its peak memory is that process's largest resident set, mapped files included. Every
-step ends with its files synced to the disk, cp's too. Before each, a file of the model's size is written and deleted, so
-that each finds memory as warm: on a virtual machine a page's first use costs several times as much as writing to it.
+step ends with its files synced to the disk, cp's too. Before each, a file of the model's size is written and deleted,
+so that each finds memory as warm: on a virtual machine a page's first use costs several times a write to it.
 
 Left out: --verify, which reads everything twice more.
 """
