@@ -1,33 +1,40 @@
 """Which answer does a response give, and are two answers the same one?
 
-An answer is what stands in the last `\\boxed{}`. Equality is math-verify's, so that 1/2, 0.5 and \\frac{1}{2} are one
-answer; plain numbers and letters are settled without it.
+An answer is what stands in the last box that is not in a thought. Each is read once, to a value and the name and unit
+that it says (`answer_reading.py`); two answers are the same where the values are equal and neither names nor units
+contradict each other. So 5 cm and 5 are one answer, 5 cm and 5 inches are two: a bare number fits either of them.
+
+Clusters are classes whatever the order: a bare 5 joins the 5 cm where that is the only unit said with 5 in the group,
+and stands alone beside 5 cm and 5 inches. The rules, with a table that the tests read: ANSWERS.md.
 
 Left out: rewards made of equality (`training/rewards.py`), the readers of benchmarks (`evaluation/`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from fractions import Fraction
+from dataclasses import replace
 
+from megatron_powerflow.data.answer_reading import Answer, read_answer
 from megatron_powerflow.data.response_format import last_boxed
 
-TIMEOUT_SECONDS = 3  # of one parse or comparison: answers are hostile, and 9^{9^{9}} is an answer
+THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
 
 
 def extract_answer(response: str) -> str | None:
-    """What stands in the last complete \\boxed{...}; None without one."""
-    return last_boxed(response)
+    """What stands in the last box behind the last thought; None without one, and where a thought does not end."""
+    said = response.rpartition(END_OF_THOUGHT)[2]
+    return last_boxed(said.partition(THOUGHT)[0])
 
 
 def same_answer(gold: str, given: str | None) -> bool:
-    """Is `given` the answer `gold`? No answer is no answer's equal. math-verify takes the gold answer first."""
-    if given is None:
-        return False
-    simple = _simple_comparison(gold, given)
-    return _verified(_parsed(gold), _parsed(given)) if simple is None else simple
+    """Is `given` the answer `gold`? Symmetric. No answer is no answer's equal."""
+    return given is not None and agree(read_answer(gold), read_answer(given))
+
+
+def agree(one: Answer, other: Answer) -> bool:
+    """Equal values, and no name or unit that differs."""
+    return one.value == other.value and _fits(one.name, other.name) and _fits(one.unit, other.unit)
 
 
 def cluster_answers(answers: Sequence[str | None]) -> list[int]:
@@ -35,54 +42,31 @@ def cluster_answers(answers: Sequence[str | None]) -> list[int]:
 
     A missing answer is a cluster of its own (EMPO, github.com/QingyangZhang/EMPO).
     """
-    clusters: list[int] = []
-    first_of: dict[int, str] = {}
+    classes = iter(cluster_read([read_answer(answer) for answer in answers if answer is not None]))
+    number: dict = {}
+    return [
+        number.setdefault(("none", place) if answer is None else next(classes), len(number))
+        for place, answer in enumerate(answers)
+    ]
+
+
+def cluster_read(answers: Sequence[Answer]) -> list[Answer]:
+    """The class of each: a name or unit that is left out is the one that the others give this value, if it is one."""
+    names: dict = {}
+    units: dict = {}
     for answer in answers:
-        known = next((c for c, first in first_of.items() if answer is not None and same_answer(first, answer)), None)
-        if known is None:
-            known = max(clusters, default=-1) + 1
-            if answer is not None:
-                first_of[known] = answer
-        clusters.append(known)
-    return clusters
+        names.setdefault(answer.value, set()).add(answer.name)
+        units.setdefault(answer.value, set()).add(answer.unit)
+    return [
+        replace(answer, name=_only(answer.name, names[answer.value]), unit=_only(answer.unit, units[answer.value]))
+        for answer in answers
+    ]
 
 
-def _simple_comparison(gold: str, given: str) -> bool | None:
-    """The verdict where it needs no mathematics; None where it does."""
-    gold, given = _bare(gold), _bare(given)
-    if gold == given:
-        return True
-    numbers = _number(gold), _number(given)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    if re.fullmatch(r"[A-Z]", gold) and re.fullmatch(r"[A-Z]", given):
-        return False  # two choices
-    return None
+def _only(said: str | None, among: set[str | None]) -> str | None:
+    others = among - {None}
+    return next(iter(others)) if said is None and len(others) == 1 else said
 
 
-def _bare(answer: str) -> str:
-    """Without dollar signs, \\text{}, final dots and spaces at the ends: what people put around a choice or number."""
-    text = answer.strip().strip("$").strip()
-    text = re.sub(r"^\\(?:text|mathrm|textbf)\{([^{}]*)\}$", r"\1", text)
-    return text.rstrip(".").strip()
-
-
-def _number(text: str) -> Fraction | None:
-    if not re.fullmatch(r"[-+]?\d{1,40}(?:\.\d{1,40})?(?:/\d{1,40})?", text) or ("." in text and "/" in text):
-        return None
-    try:
-        return Fraction(text)
-    except ZeroDivisionError:
-        return None
-
-
-def _parsed(answer: str) -> list:
-    from math_verify import parse
-
-    return parse(f"\\boxed{{{answer}}}", parsing_timeout=TIMEOUT_SECONDS)
-
-
-def _verified(gold: list, given: list) -> bool:
-    from math_verify import verify
-
-    return bool(verify(gold, given, timeout_seconds=TIMEOUT_SECONDS))
+def _fits(one: str | None, other: str | None) -> bool:
+    return one is None or other is None or one == other

@@ -1,15 +1,18 @@
 """Which responses are right, and which of them agree?
 
-Equality of answers is `data/answers.py`; this file asks it no question twice.
+Each answer is read once. Whether it is right depends on its class and the gold answer alone.
+
+Left out: what an answer says and when two agree (`answers.py`, `answer_reading.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from megatron_powerflow.data.answers import cluster_answers, same_answer
+from megatron_powerflow.data.answer_reading import Answer, read_answer
+from megatron_powerflow.data.answers import agree, cluster_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,38 +25,47 @@ class Grade:
 
 def grade(answers: Sequence[str | None], gold: str | None, tolerance: float | None = None) -> list[Grade]:
     """Of the answers to one question, in their order."""
+    read = _read_all(answers)
     return [
         Grade(correct, cluster)
-        for correct, cluster in zip(verdicts(answers, gold, tolerance), clusters(answers), strict=True)
+        for correct, cluster in zip(_verdicts(read, gold, tolerance), _clusters(read), strict=True)
     ]
 
 
 def verdicts(answers: Sequence[str | None], gold: str | None, tolerance: float | None = None) -> list[bool | None]:
-    """Right or not; no answer is wrong; None where there is no gold answer. Answers spelt alike are compared once."""
-    if gold is None:
-        return [None] * len(answers)
-    correct = {answer: is_correct(answer, gold, tolerance) for answer in set(answers) if answer is not None}
-    return [correct.get(answer, False) for answer in answers]
+    """Right or not; no answer is wrong; None where there is no gold answer."""
+    return [None] * len(answers) if gold is None else _verdicts(_read_all(answers), gold, tolerance)
 
 
 def clusters(answers: Sequence[str | None]) -> list[int | None]:
-    """Equal answers share a number, by first appearance; None without an answer. Spelt alike: compared once."""
-    spelt = list(dict.fromkeys(answer for answer in answers if answer is not None))
-    number = dict(zip(spelt, cluster_answers(spelt), strict=True))
-    return [number.get(answer) for answer in answers]
+    """Equal answers share a number, by first appearance; None without an answer."""
+    return _clusters(_read_all(answers))
 
 
-def is_correct(answer: str, gold: str, tolerance: float | None) -> bool:
-    """The gold answer, or a plain number within `tolerance` of it where both are plain numbers."""
-    if same_answer(gold, answer):
+def _read_all(answers: Sequence[str | None]) -> list[Answer | None]:
+    """What is spelt alike is read once."""
+    read = {answer: read_answer(answer) for answer in dict.fromkeys(answers) if answer is not None}
+    return [read.get(answer) for answer in answers]
+
+
+def _verdicts(read: Sequence[Answer | None], gold: str | None, tolerance: float | None) -> list[bool | None]:
+    if gold is None:
+        return [None] * len(read)
+    right = read_answer(gold)
+    return [answer is not None and _is_correct(answer, right, tolerance) for answer in read]
+
+
+def _clusters(read: Sequence[Answer | None]) -> list[int | None]:
+    classes = iter(cluster_read([answer for answer in read if answer is not None]))
+    number: dict[Answer, int] = {}
+    return [None if answer is None else number.setdefault(next(classes), len(number)) for answer in read]
+
+
+def _is_correct(answer: Answer, gold: Answer, tolerance: float | None) -> bool:
+    """The gold answer, or a number within `tolerance` of it where both are rational numbers."""
+    if agree(gold, answer):
         return True
-    numbers = _decimal(gold), _decimal(answer)
-    return tolerance is not None and None not in numbers and abs(numbers[0] - numbers[1]) <= Fraction(str(tolerance))
-
-
-def _decimal(text: str) -> Fraction | None:
-    text = text.strip().strip("$")
-    try:
-        return Fraction(text) if len(text) <= 40 and "e" not in text.lower() else None
-    except (ValueError, ZeroDivisionError):
-        return None
+    if tolerance is None or not (isinstance(answer.value, Fraction) and isinstance(gold.value, Fraction)):
+        return False
+    near = abs(gold.value - answer.value) <= Fraction(str(tolerance))
+    return near and agree(replace(gold, value=None), replace(answer, value=None))

@@ -1,0 +1,512 @@
+"""What does an answer say? Text in, one class out: `value`, and what may stand beside it, a name and a unit.
+
+    5 cm -> 5, unit centimeter      x = 5 -> 5, name x      \\frac12 -> 1/2      (B) twelve -> choice B
+
+What cannot be read is its own text without spaces, and equal to nothing but that. The rules, with examples: ANSWERS.md.
+
+Left out: when names and units agree (`answers.py`), formulas (`expressions.py`, `fingerprints.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from megatron_powerflow.data.answer_tokens import tokenize
+from megatron_powerflow.data.expressions import (
+    Unreadable,
+    is_number,
+    is_symbol,
+    parse_expression,
+    symbols_of,
+    with_value,
+)
+from megatron_powerflow.data.fingerprints import direction, fingerprint
+from megatron_powerflow.data.units import SCALES, unit_of
+
+OPENS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
+CLOSES = frozenset(OPENS.values())
+RELATIONS = ("=", "<", ">", "\\leq", "\\geq", "\\neq", "\\in", "\\approx", "\\equiv")
+FLIPPED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
+INFINITY = {1: ("infinity", 1), -1: ("infinity", -1)}
+MAX_ENTRIES, MAX_LEVELS = 100, 6
+EMPTY_SET = ("set", frozenset())
+LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+SEPARATORS = (",", ";", '"or"', '"and"')
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """value: hashable, equal for equal answers; a Fraction for a rational number. name, unit: None where not said."""
+
+    value: Hashable
+    name: str | None = None
+    unit: str | None = None
+
+
+def read_answer(text: str) -> Answer:
+    """The class of an answer. Never raises; microseconds to some milliseconds, by the text's length."""
+    tokens = tokenize(text)
+    if not tokens:
+        return Answer(_as_text(text))
+    if (letter := _choice(text)) is not None:
+        return Answer(("choice", letter))
+    try:
+        return _Reader().answer(_without_ends(tokens))
+    except Unreadable:
+        return Answer(("text", "".join(tokens)))
+
+
+def _as_text(text: str) -> Hashable:
+    return ("text", "".join(text.split()))
+
+
+_SPACES = r"(?:\s|~|\\[,;:! ]|\\q?quad|[$])*"
+_IN_FONT = rf"\\(?:text|textbf|mathrm|mathbf|textrm)\{{{_SPACES}"
+_LETTER = rf"(?:{_IN_FONT}\(?([A-Z])\)?[.:]?{_SPACES}\}}|\(?([A-Z])\)?)"
+_WORD_BEFORE = rf"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer){_SPACES})?"
+_LONE = re.compile(rf"{_SPACES}{_WORD_BEFORE}\(?{_SPACES}{_LETTER}{_SPACES}\)?[.:]?{_SPACES}")
+_BEFORE_TEXT = re.compile(
+    rf"{_SPACES}(?:\\(?:text|textbf|mathrm|mathbf)\{{{_SPACES}(?:\(([A-J])\)|([A-J])[.):])(?:{_SPACES}\}}|(?=\s))"
+    r"|(?:\(([A-J])\)|([A-J])[.):])(?:\s|~|\\[,;:! ]|\\q?quad|(?=\\text)))"
+    rf"{_SPACES}(?!-\s|[-+*/^=<>|&_,;!]|\\(?:cup|cap|times|cdot|in|leq?|geq?|neq?|pm|text\{{{_SPACES}(?:or|and)\b)(?![a-z]))."
+)
+
+
+def _choice(text: str) -> str | None:
+    """The letter of a choice, alone or before its text: B, (B), \\text{B.}, (B) twelve, B. twelve."""
+    found = _LONE.fullmatch(text) or _BEFORE_TEXT.match(text)
+    return next((letter for letter in found.groups() if letter), None) if found else None
+
+
+def _without_ends(tokens: list[str]) -> list[str]:
+    """Without the sentence's punctuation, an = in front, and braces around everything."""
+    first, last = 0, len(tokens)
+    while first < last and tokens[first] in ("=", "\\approx", ":", "\\therefore", "\\Rightarrow", "\\to"):
+        first += 1
+    while first < last and tokens[last - 1] in (".", ",", ";", ":"):
+        last -= 1
+    tokens = tokens[first:last]
+    while len(tokens) > 2 and tokens[0] == "{" and _end_of_group(tokens, 0) == len(tokens) - 1:
+        tokens = tokens[1:-1]
+    if len(tokens) > 2 and tokens[0] == "\\{" and tokens[1].startswith("\\begin:") and tokens[-1].startswith("\\end:"):
+        return tokens[1:]  # \left\{ \begin{array} ... \right.
+    middle = tokens[1:-1]
+    outward = tokens[:1] == ["]"] or tokens[-1:] == ["["]
+    if (
+        outward
+        and tokens[0] in ("]", "[", "(")
+        and tokens[-1] in ("[", "]", ")")
+        and not {*OPENS, *CLOSES} & {*middle} - {"{", "}"}
+    ):
+        return ["(" if tokens[0] == "]" else tokens[0], *middle, ")" if tokens[-1] == "[" else tokens[-1]]  # ]0, 1[
+    return tokens
+
+
+def _end_of_group(tokens: Sequence[str], start: int) -> int:
+    """Where the bracket at `start` closes. Intervals mix brackets, so ( and ] are one pair."""
+    depth = 0
+    for place in range(start, len(tokens)):
+        depth += (tokens[place] in OPENS) - (tokens[place] in CLOSES)
+        if depth == 0:
+            return place
+    raise Unreadable
+
+
+def split(tokens: Sequence[str], separators: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """(parts, the separators between them), outside of brackets, absolute values and environments."""
+    parts, between, depth = [[]], [], 0
+    for token in tokens:
+        depth += (token in OPENS or token.startswith("\\begin:")) - (token in CLOSES or token.startswith("\\end:"))
+        if depth == 0 and token in separators:
+            parts.append([])
+            between.append(token)
+            if len(parts) > MAX_ENTRIES:
+                raise Unreadable
+        else:
+            parts[-1].append(token)
+    if depth:
+        raise Unreadable
+    return parts, between
+
+
+class _Reader:
+    """Reads one answer; holds how deep it is inside of it."""
+
+    level = 0
+
+    def answer(self, tokens: list[str]) -> Answer:
+        self.level += 1
+        if self.level > MAX_LEVELS or not tokens:
+            raise Unreadable
+        found = self._answer(tokens)
+        self.level -= 1
+        return found
+
+    def _answer(self, tokens: list[str]) -> Answer:
+        if len(tokens) == 1 and tokens[0][0] == '"':
+            said = tokens[0][1:-1].lower()
+            if said in ("no solution", "no solutions"):
+                return Answer(EMPTY_SET)
+            return Answer(("choice", said.upper()) if tokens[0][1:-1] in LETTERS else ("text", said))
+        if len(tokens) == 1 and tokens[0] in LETTERS:
+            return Answer(("choice", tokens[0]))
+        if (found := self.system(tokens)) is not None:
+            return found
+        parts, between = split(tokens, SEPARATORS)
+        if any(between):
+            return self.several([part for part in parts if part], set(between))
+        parts, between = split(tokens, RELATIONS)
+        if between:
+            return self.relation(parts, between)
+        return self.single(tokens)
+
+    def several(self, parts: list[list[str]], between: set[str]) -> Answer:
+        """2, 3 is a set; x = 2, y = 3 is the pair (2, 3); x < 1 or x > 2 is a union."""
+        if len(parts) < 2:
+            raise Unreadable
+        found = [self.answer(part) for part in parts]
+        names = [one.name for one in found]
+        units = {one.unit for one in found} - {None}
+        if len(units) > 1:
+            return Answer(("set", frozenset(found)))
+        unit = next(iter(units), None)
+        bases = {re.sub(r"_\d+$", "", name) for name in names if name}
+        if len(bases) > 1:
+            if None in names or len(set(names)) < len(names):
+                return Answer(("set", frozenset(found)))
+            ordered = sorted(found, key=lambda one: one.name)
+            return Answer(("tuple", *(one.value for one in ordered)), ",".join(sorted(names)), unit)
+        name = next(iter(bases), None)
+        values = [one.value for one in found]
+        if all(map(_is_range, values)):
+            return Answer(("union" if between == {'"or"'} else "ranges", frozenset(values)), name, unit)
+        if len(set(values)) < len(values):
+            return Answer(("list", frozenset(Counter(values).items())), name, unit)
+        return Answer(_set(values), name, unit)
+
+    def system(self, tokens: list[str]) -> Answer | None:
+        """Equations one below the other are read as if they stood in one line. Cases with conditions are not read."""
+        kind = tokens[0].removeprefix("\\begin:")
+        if kind not in ("array", "cases", "aligned", "align", "gathered", "split") or tokens[-1] != f"\\end:{kind}":
+            return None
+        if "&" in tokens and kind in ("array", "cases"):
+            raise Unreadable
+        rows, _ = split([token for token in tokens[1:-1] if token != "&"], ("\\\\",))
+        rows = [_without_ends(row) for row in rows if row]
+        return self.answer(rows[0]) if len(rows) == 1 else self.several(rows, {'"and"'})
+
+    def relation(self, parts: list[list[str]], between: list[str]) -> Answer:
+        if set(between) <= {"=", "\\approx"}:
+            return self.equation(parts, between)
+        if len(between) == 1 and between[0] in ("\\in", "\\neq"):
+            name = name_of(parts[0])
+            if name is None:
+                raise Unreadable
+            inside = self.answer(parts[1])
+            value = inside.value if between[0] == "\\in" else ("all but", frozenset([inside.value]))
+            return replace(inside, value=value, name=name)
+        if set(between) <= set(FLIPPED):
+            return self.inequality(parts, between)
+        raise Unreadable
+
+    def equation(self, parts: list[list[str]], between: list[str]) -> Answer:
+        """x = 5 is 5 by the name of x; 2 + 3 = 5 is 5; 6 = 5 is false and equals nothing; else both sides count."""
+        names = []
+        while len(parts) > 1 and (name := name_of(parts[0])) and not (len(parts) == 2 and _is_letter(parts[1], name)):
+            names.append(name)
+            parts, between = parts[1:], between[1:]
+        if "\\approx" in between:
+            parts = parts[: between.index("\\approx") + 1]  # 10/3 \approx 3.33
+        said = ",".join(names) or None
+        if len(parts) + len(names) == 2 and (solved := _solved_for_y(names, parts)) is not None:
+            return solved
+        if len(names) == 1 and names[0].startswith("(") and len(parts) == 1:
+            return self.assigned_tuple(names[0], parts[0])
+        sides = [self.answer(part) for part in parts]
+        if len(sides) == 1:
+            return replace(sides[0], name=said)
+        last = sides[-1]
+        constants = [side.value for side in sides if not _varies(side.value)]
+        if names and constants and not _varies(last.value):
+            if len(set(constants)) == 1:
+                return replace(last, name=said)
+        elif len({side.value for side in sides}) == 1 and not any(map(_varies, constants)):
+            return replace(last, name=said)
+        elif len(sides) == 2 and not names and len(constants) < 2:
+            tree = ("-", parse_expression(parts[0]), parse_expression(parts[1]))
+            return Answer(("equation", direction(tree, signed=False)))
+        raise Unreadable  # 6 = 5 and its like
+
+    def assigned_tuple(self, name: str, tokens: list[str]) -> Answer:
+        """(y, x) = (3, 2) is (2, 3), names in order."""
+        value = self.answer(tokens).value
+        names = name[1:-1].split(",")
+        entries = _entries(value)
+        if entries is None or len(entries) != len(names) or len(set(names)) < len(names):
+            raise Unreadable
+        ordered = sorted(zip(names, entries, strict=True), key=lambda pair: pair[0])
+        return Answer(("tuple", *(entry for _, entry in ordered)), ",".join(sorted(names)))
+
+    def inequality(self, parts: list[list[str]], between: list[str]) -> Answer:
+        """x > 5 is (5, oo), 0 < x <= 1 is (0, 1], each by the name of x; others are what they compare."""
+        if len(between) == 1 and name_of(parts[1]) and not name_of(parts[0]):
+            parts, between = parts[::-1], [FLIPPED[between[0]]]
+        if len(between) == 1 and (name := name_of(parts[0])):
+            bound, strict = self.bound(parts[1]), between[0] in ("<", ">")
+            upward = between[0] in (">", "\\geq")
+            ends = (bound, INFINITY[1]) if upward else (INFINITY[-1], bound)
+            return Answer(_interval(*ends, strict or not upward, strict or upward), name)
+        if len(between) == 2 and (name := name_of(parts[1])):
+            if between[0] in (">", "\\geq"):
+                parts, between = parts[::-1], [FLIPPED[sign] for sign in reversed(between)]
+            if not set(between) <= {"<", "\\leq"}:
+                raise Unreadable
+            ends = self.bound(parts[0]), self.bound(parts[2])
+            return Answer(_interval(*ends, between[0] == "<", between[1] == "<"), name)
+        if len(between) == 1:
+            if between[0] in (">", "\\geq"):
+                parts, between = parts[::-1], [FLIPPED[between[0]]]
+            tree = ("-", parse_expression(parts[0]), parse_expression(parts[1]))
+            if not symbols_of(tree):
+                raise Unreadable
+            return Answer(("inequality", between[0], direction(tree, signed=True)))
+        raise Unreadable
+
+    def bound(self, tokens: list[str]) -> Hashable:
+        found = self.single(tokens)
+        if found.unit is not None:
+            raise Unreadable
+        return found.value
+
+    def single(self, tokens: list[str]) -> Answer:
+        """An answer without commas and relations: with a unit, or without."""
+        body, unit, scale = _split_unit(tokens)
+        if not body:
+            raise Unreadable
+        value = self.value(body)
+        if scale != 1:
+            if not isinstance(value, Fraction):
+                raise Unreadable
+            value *= scale
+        return Answer(value, None, unit)
+
+    def value(self, tokens: list[str]) -> Hashable:
+        for read in (self.infinite, self.bracketed, self.union, self.matrix, self.either_sign, self.ratio):
+            if (found := read(tokens)) is not None:
+                return found
+        return fingerprint(parse_expression(tokens))
+
+    def infinite(self, tokens: list[str]) -> Hashable | None:
+        if tokens[-1:] == ["\\infty"] and tokens[:-1] in ([], ["+"], ["-"]):
+            return INFINITY[-1 if tokens[0] == "-" else 1]
+        if tokens == ["\\emptyset"]:
+            return EMPTY_SET
+        return ("tuple", INFINITY[-1], INFINITY[1]) if tokens == ["\\RR"] else None
+
+    def bracketed(self, tokens: list[str]) -> Hashable | None:
+        """Sets, tuples, intervals; None for a formula in brackets."""
+        first, last = tokens[0], tokens[-1]
+        if first not in ("(", "[", "\\{") or last not in CLOSES or _end_of_group(tokens, 0) != len(tokens) - 1:
+            return None
+        if first == "\\{":
+            if last != "\\}":
+                return None
+            if tokens[1:-1] == []:
+                return EMPTY_SET
+            if is_symbol(tokens[1]) and tokens[2] in ("|", ":"):  # {x | x > 5}
+                return self.answer(tokens[3:-1]).value
+            return _set([self.plain(part) for part in split(tokens[1:-1], (",", ";"))[0]])
+        parts, _ = split(tokens[1:-1], (",", ";"))
+        if len(parts) == 1:
+            return None
+        entries = [self.plain(part) for part in parts]
+        if len(entries) == 2:
+            return _interval(*entries, first == "(", last == ")")
+        return ("tuple", *entries) if (first, last) in (("(", ")"), ("[", "]")) else None
+
+    def plain(self, tokens: list[str]) -> Hashable:
+        """An entry: its value, with its unit or name where it has one."""
+        found = self.answer(tokens)
+        return found.value if found.name is None and found.unit is None else found
+
+    def union(self, tokens: list[str]) -> Hashable | None:
+        parts, between = split(tokens, ("\\cup", "\\setminus"))
+        if not between:
+            return None
+        values = [self.value(part) for part in parts if part]
+        if len(values) != len(parts):
+            raise Unreadable
+        if (
+            between == ["\\setminus"]
+            and parts[0] == ["\\RR"]
+            and isinstance(values[1], tuple)
+            and values[1][0] == "set"
+        ):
+            return ("all but", values[1][1])
+        if set(between) != {"\\cup"}:
+            raise Unreadable
+        return ("union", frozenset(values))
+
+    def matrix(self, tokens: list[str]) -> Hashable | None:
+        kind = tokens[0].removeprefix("\\begin:")
+        if kind == tokens[0] or tokens[-1] != f"\\end:{kind}":
+            return None
+        rows, _ = split(tokens[1:-1], ("\\\\",))
+        rows = [split(row, ("&",))[0] for row in rows if row]
+        if kind in ("pmatrix", "bmatrix", "matrix"):
+            return ("matrix", *(tuple(self.plain(entry) for entry in row) for row in rows))
+        raise Unreadable
+
+    def either_sign(self, tokens: list[str]) -> Hashable | None:
+        if "\\pm" not in tokens and "\\mp" not in tokens:
+            return None
+        upper = {"\\pm": "+", "\\mp": "-"}
+        lower = {"\\pm": "-", "\\mp": "+"}
+        return _set([self.value([signs.get(token, token) for token in tokens]) for signs in (upper, lower)])
+
+    def ratio(self, tokens: list[str]) -> Hashable | None:
+        """3:4 is 6:8 and no number; 10:50 may be a time of day and stays text."""
+        parts, between = split(tokens, (":",))
+        if not between:
+            return None
+        clock = len(parts) in (2, 3) and all(len(p) == 1 and re.fullmatch(r"\d\d", p[0]) for p in parts[1:])
+        values = [fingerprint(parse_expression(part)) for part in parts]
+        if clock or not all(isinstance(value, Fraction) for value in values) or values[0] == 0:
+            raise Unreadable
+        return ("ratio", *(value / values[0] for value in values))
+
+
+def name_of(tokens: Sequence[str]) -> str | None:
+    """What an answer calls its value: x, x_1, f(x), AB, \\angle ABC, area; (x, y). None for anything that computes."""
+    if not tokens or len(tokens) > 12:
+        return None
+    said = "".join(token.strip('"').lower() if token[0] == '"' else token for token in tokens)
+    if len(tokens) == 1 and tokens[0][0] == '"':
+        return said
+    if re.fullmatch(r"\((?:[A-Za-z](?:_\d)?'?,)+[A-Za-z](?:_\d)?'?\)", said):
+        return said
+    symbol = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\{\w+\}|\w))?'*"
+    if is_symbol(tokens[0]) and tokens[0] not in ("e", "i") and re.fullmatch(symbol, said):
+        return re.sub(r"_\{(\w+)\}", r"_\1", said)
+    function = rf"[A-Za-z](?:_(?:\{{\w+\}}|\w))?(?:\^\{{-1\}})?'*\((?:{symbol}|\d+)(?:,(?:{symbol}|\d+))*\)"
+    if re.fullmatch(function, said):
+        return said
+    return (
+        said if re.fullmatch(r"\|?(?:\\angle|\\triangle|\\overline\{)?[A-Z]{2,}'?\}?\|?|\\angle[A-Z]", said) else None
+    )
+
+
+def _is_letter(tokens: Sequence[str], name: str) -> bool:
+    """A = B says that two things are equal, and answers nothing; f(x) = x does."""
+    return len(name) <= 2 and len(tokens) == 1 and is_symbol(tokens[0]) and tokens[0] not in ("e", "i")
+
+
+def _split_unit(tokens: list[str]) -> tuple[list[str], str | None, int]:
+    """(the rest, the unit, what it multiplies by: 5 million people). Raises Unreadable for words that are no unit."""
+    if tokens[0] in ('"dollar"', '"euro"', '"pound"') and len(tokens) > 1:
+        body, unit, scale = _split_unit(tokens[1:])
+        return (body, tokens[0].strip('"'), scale) if unit is None else (tokens, None, 1)
+    if tokens[-1] in ("%", "\\%"):
+        return tokens[:-1], "percent", 1
+    for degree in (["^", "\\circ"], ["^", "{", "\\circ", "}"], ["\\circ"]):
+        for scale in ([], ["C"], ["F"]):
+            ending = [*degree, *scale]
+            if (
+                len(tokens) > len(ending)
+                and tokens[-len(ending) :] == ending
+                and _is_one_number(tokens[: -len(ending)])
+            ):
+                return tokens[: -len(ending)], f"degree {scale[0]}" if scale else "degree", 1
+    if len(tokens) > 2 and is_number(tokens[0]) and tokens[1] == "_":
+        base = "".join(tokens[2:]).strip('{}"')
+        if tokens[0].isdigit() and base.isdigit():
+            return tokens[:1], f"base {base}", 1
+    start = len(tokens)
+    while start and _belongs_to_unit(tokens, start - 1):
+        start -= 1
+    while start < len(tokens) and tokens[start][0] != '"':
+        start += 1
+    if start in (0, len(tokens)):
+        return tokens, None, 1
+    words = "".join(token.strip('"') if token[0] == '"' else token for token in tokens[start:] if token not in "{}")
+    scale, words = _split_scale(words)
+    unit = unit_of(words.replace("^", " ^ ")) if "^" not in words else _unit_with_power(words)
+    if (words and unit is None) or tokens[start - 1] in ("+", "-", "*", "/", "^", "_"):
+        raise Unreadable
+    return tokens[:start], unit, scale
+
+
+def _belongs_to_unit(tokens: Sequence[str], place: int) -> bool:
+    token = tokens[place]
+    if token[0] == '"':
+        return token not in ('"or"', '"and"')
+    if token in ("^", "{", "}", "/", "2", "3", "-"):
+        return any(other[0] == '"' for other in tokens[max(0, place - 4) : place])
+    return False
+
+
+def _split_scale(words: str) -> tuple[int, str]:
+    first, _, rest = words.partition(" ")
+    return (SCALES[first], rest) if first in SCALES else (1, words)
+
+
+def _unit_with_power(words: str) -> str | None:
+    found = re.fullmatch(r"([A-Za-z ]+(?:/[A-Za-z]+)?)\^(\d)(?:/([A-Za-z]+))?", words)
+    unit = unit_of(found[1]) if found else None
+    if unit is None:
+        return None
+    return f"{unit}^{found[2]}" + (f" per {unit_of(found[3])}" if found[3] else "")
+
+
+def _is_one_number(tokens: Sequence[str]) -> bool:
+    """No sum or product, of which a degree would belong to the last part only."""
+    return not {"+", "*"} & set(tokens) and not any(token[1:] in ("sin", "cos", "tan") for token in tokens)
+
+
+def _varies(value: Hashable) -> bool:
+    return isinstance(value, tuple) and value[0] == "formula"
+
+
+def _is_range(value: Hashable) -> bool:
+    return isinstance(value, tuple) and (
+        value[0] == "interval" or (value[0] == "tuple" and any(end in INFINITY.values() for end in value[1:]))
+    )
+
+
+def _interval(low: Hashable, high: Hashable, open_below: bool, open_above: bool) -> Hashable:
+    """Open intervals are written as pairs are, and nothing tells them apart: (0, 1) is one class."""
+    if open_below and open_above:
+        return ("tuple", low, high)
+    return ("interval", low, high, open_below, open_above)
+
+
+def _entries(value: Hashable) -> tuple | None:
+    return value[1:] if isinstance(value, tuple) and value[0] == "tuple" else None
+
+
+def _solved_for_y(names: Sequence[str], parts: Sequence[Sequence[str]]) -> Answer | None:
+    """2x - y + 1 = 0 and x = (y - 1) / 2 are y = 2x + 1; None for what is no such equation in x and y."""
+    if names not in ([], ["x"]):
+        return None
+    try:
+        sides = [parse_expression(part) for part in ([names, *parts] if names else parts)]
+    except Unreadable:
+        return None
+    tree = ("-", *sides)
+    if symbols_of(tree) != {"x", "y"}:
+        return None
+    at = [with_value(tree, "y", Fraction(y)) for y in range(3)]
+    slopes = [fingerprint(("-", at[1], at[0])), fingerprint(("-", at[2], at[1]))]
+    if slopes[0] != slopes[1] or slopes[0] == 0 or _varies(slopes[0]):
+        return None
+    return Answer(fingerprint(("/", at[0], ("-", at[0], at[1]))), "y")
+
+
+def _set(values: Sequence[Hashable]) -> Hashable:
+    """Without order; of one entry it is that entry."""
+    distinct = frozenset(values)
+    return next(iter(distinct)) if len(distinct) == 1 else ("set", distinct)

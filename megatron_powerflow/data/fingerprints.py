@@ -1,0 +1,248 @@
+"""Are two formulas the same function? One key for each; equal keys are equality, so it is an equivalence.
+
+A number that is rational by exact arithmetic is its own key. Any other number is its first PLACES decimals, computed
+with DIGITS digits; what is then within 1e-48 of a fraction with a denominator up to a million is that fraction. A formula
+with variables is its values at three points that follow from the variables' names: all positive, all negative, complex.
+Two functions that agree at all three to 50 places are held equal; those that agree on a part of the numbers only, such as
+x and |x|, are not.
+
+Work is bounded: a tree has at most as many nodes as an answer has characters, every number lies between 1e-60 and 1e60,
+and what does not raises Unreadable. Nothing depends on time or on the machine: mpmath computes in whole numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+from collections.abc import Callable, Hashable
+from fractions import Fraction
+
+import mpmath
+
+from megatron_powerflow.data.expressions import Tree, Unreadable, symbols_of
+
+DIGITS, PLACES = 200, 50
+LARGEST = 60  # powers of ten that any part of a formula may reach, up or down
+MAX_BITS = 8000  # of an exact fraction's numerator and denominator
+MAX_FACTORIAL = 300
+MAX_DENOMINATOR = 10**6
+NUM_POINTS = 3
+EXACT = ("+", "-", "*", "/", "neg", "^", "!", "abs", "binom", "floor", "ceil")
+
+_CONTEXT = mpmath.ctx_mp.MPContext()
+_CONTEXT.dps = DIGITS
+
+
+def fingerprint(tree: Tree) -> Hashable:
+    """The key of a formula: a Fraction where it is a rational number. Raises Unreadable."""
+    exact = exactly(tree)
+    if exact is not None:
+        return exact
+    names = symbols_of(tree)
+    if not names:
+        return _key_of(value_at(tree, 0), recognize=True)
+    values = [_key_of(value_at(tree, point), recognize=False) for point in range(NUM_POINTS)]
+    if len(set(values)) == 1:
+        return _key_of(value_at(tree, 0), recognize=True)  # x - x + 1
+    return ("formula", *values)
+
+
+def direction(tree: Tree, *, signed: bool) -> Hashable:
+    """The key of a formula up to a constant factor, as of both sides of an equation; signed: up to a positive one."""
+    values = [value_at(tree, point) for point in range(NUM_POINTS)]
+    scale = values[0]
+    if _is_zero(scale):
+        raise Unreadable
+    if signed:
+        if not _is_zero(_CONTEXT.im(scale)):
+            raise Unreadable
+        scale = abs(scale)
+    return ("up to a factor", *(_key_of(value / scale, recognize=False) for value in values))
+
+
+def exactly(tree: Tree) -> Fraction | None:
+    """The rational number that + - * / and whole powers make; None where the tree holds anything else."""
+    if isinstance(tree, Fraction):
+        return tree
+    if not isinstance(tree, tuple) or tree[0] not in (
+        "+",
+        "-",
+        "*",
+        "/",
+        "neg",
+        "^",
+        "!",
+        "abs",
+        "binom",
+        "floor",
+        "ceil",
+    ):
+        return None
+    parts = [exactly(part) for part in tree[1:]]
+    if None in parts:
+        return None
+    return _bounded(_exact(tree[0], parts))
+
+
+def _exact(operation: str, parts: list[Fraction]) -> Fraction | None:
+    if operation == "^":
+        return _exact_power(*parts)
+    if operation == "/":
+        if parts[1] == 0:
+            raise Unreadable
+        return parts[0] / parts[1]
+    if operation in ("!", "binom"):
+        if any(part.denominator != 1 or not 0 <= part <= MAX_FACTORIAL for part in parts):
+            raise Unreadable
+        numbers = [int(part) for part in parts]
+        return Fraction(math.factorial(*numbers) if operation == "!" else math.comb(*numbers))
+    simple = {
+        **{"+": operator.add, "-": operator.sub, "*": operator.mul, "neg": operator.neg, "abs": abs},
+        **{"floor": math.floor, "ceil": math.ceil},
+    }
+    return Fraction(simple[operation](*parts))
+
+
+def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
+    if exponent.denominator != 1:
+        return None
+    if base == 0 and exponent <= 0:
+        raise Unreadable
+    size = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if abs(base) != 1 and base != 0 and size * abs(exponent) > MAX_BITS:
+        raise Unreadable
+    if abs(base) == 1:
+        return base if exponent % 2 else Fraction(1)
+    return base ** int(exponent)
+
+
+def _bounded(value: Fraction | None) -> Fraction | None:
+    if value is not None and max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise Unreadable
+    return value
+
+
+def value_at(tree: Tree, point: int):
+    """The value, real or complex, at one of the points. Raises Unreadable."""
+    if isinstance(tree, Fraction):
+        return _checked(_CONTEXT.mpf(tree.numerator) / tree.denominator)
+    if isinstance(tree, str):
+        return _coordinate(tree, point)
+    if tree[0] in ("floor", "ceil") and symbols_of(tree):
+        raise Unreadable  # too coarse for points to tell apart
+    try:
+        value = _OPERATIONS[tree[0]](*(value_at(part, point) for part in tree[1:]))
+    except (ValueError, ZeroDivisionError, OverflowError, TypeError):
+        raise Unreadable from None
+    return _checked(value)
+
+
+def _coordinate(name: str, point: int):
+    """A variable's value: its 38 digits follow from its name."""
+    digest = hashlib.sha256(f"{name}/{point}".encode("utf-8", "surrogatepass")).digest()
+    size = _CONTEXT.mpf(int.from_bytes(digest[:16], "big")) / 2**127 + _CONTEXT.mpf(1) / 4
+    if point == 0:
+        return size
+    other = _CONTEXT.mpf(int.from_bytes(digest[16:], "big")) / 2**127 + _CONTEXT.mpf(1) / 4
+    return -size if point == 1 else _CONTEXT.mpc(size, other)
+
+
+def _checked(value):
+    size = abs(value)
+    if not _CONTEXT.isfinite(size) or size > _CONTEXT.mpf(10) ** LARGEST:
+        raise Unreadable
+    if size < _CONTEXT.mpf(10) ** (-2 * LARGEST):
+        return _CONTEXT.mpf(0)  # what rounding leaves of a difference of equals
+    if size < _CONTEXT.mpf(10) ** -LARGEST:
+        raise Unreadable
+    return value
+
+
+def _is_zero(value) -> bool:
+    return abs(value) < _CONTEXT.mpf(10) ** -(PLACES + 10)
+
+
+def _key_of(value, *, recognize: bool) -> Hashable:
+    """50 decimals of both parts; recognize: a Fraction where the number is rational."""
+    decimals = [_decimals(part) for part in (_CONTEXT.re(value), _CONTEXT.im(value))]
+    if not recognize:
+        return tuple(decimals)
+    parts = [_recognized(part) for part in decimals]
+    return parts[0] if parts[1] == 0 and isinstance(parts[0], Fraction) else ("number", *parts)
+
+
+def _decimals(part) -> int:
+    if not _is_zero(part) and abs(part) < _CONTEXT.mpf(10) ** -15:
+        raise Unreadable  # 50 places would tell too little apart
+    return int(_CONTEXT.nint(part * 10**PLACES))
+
+
+def _recognized(decimals: int) -> Fraction | int:
+    exact = Fraction(decimals, 10**PLACES)
+    near = exact.limit_denominator(MAX_DENOMINATOR)
+    return near if abs(near - exact) * 10 ** (PLACES - 2) < 1 else decimals
+
+
+def _power(base, exponent):
+    if _is_zero(exponent):
+        if _is_zero(base):
+            raise Unreadable
+        return _CONTEXT.mpf(1)
+    if _is_zero(base):
+        if _CONTEXT.re(exponent) < 0:
+            raise Unreadable
+        return _CONTEXT.mpf(0)
+    if abs(exponent * _CONTEXT.log(base)) > LARGEST * 3:
+        raise Unreadable
+    return _CONTEXT.power(base, exponent)
+
+
+def _root(radicand, degree):
+    if _is_zero(degree):
+        raise Unreadable
+    real = _is_zero(_CONTEXT.im(radicand)) and _CONTEXT.re(radicand) < 0
+    if real and _is_zero(degree - _CONTEXT.nint(_CONTEXT.re(degree))) and int(_CONTEXT.nint(degree)) % 2:
+        return -_power(-radicand, 1 / degree)  # the real cube root of -8 is -2
+    return _power(radicand, 1 / degree)
+
+
+def _small(function: Callable, bound: int) -> Callable:
+    """The function, for arguments up to a size that its time and result stay bounded for."""
+
+    def bounded(*arguments):
+        if any(abs(argument) > bound for argument in arguments):
+            raise Unreadable
+        return function(*arguments)
+
+    return bounded
+
+
+def _quotient(above, below):
+    if _is_zero(below):
+        raise Unreadable
+    return above / below
+
+
+def _logarithm(value):
+    if _is_zero(value):
+        raise Unreadable
+    return _CONTEXT.log(value)
+
+
+_OPERATIONS: dict[str, Callable] = {
+    **{"+": operator.add, "-": operator.sub, "*": operator.mul, "/": _quotient, "neg": operator.neg},
+    **{"^": _power, "root": _root, "abs": abs, "ln": _logarithm},
+    # of log without a base nobody says which: some fixed base, which is neither e nor 10
+    "log": lambda value: _logarithm(value) / _logarithm(_coordinate("the base of log", 0)),
+    "lg": lambda value: _logarithm(value) / _logarithm(_CONTEXT.mpf(10)),
+    **{"pi": lambda: +_CONTEXT.pi, "e": lambda: +_CONTEXT.e, "i": lambda: _CONTEXT.mpc(0, 1)},
+    **{"floor": _CONTEXT.floor, "ceil": _CONTEXT.ceil},
+    "!": _small(_CONTEXT.factorial, MAX_FACTORIAL // 6),
+    "binom": _small(_CONTEXT.binomial, MAX_FACTORIAL // 6),
+    **{
+        name: _small(getattr(_CONTEXT, name), 130)
+        for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp")
+    },
+    **{f"arc{name}": _small(getattr(_CONTEXT, f"a{name}"), 10**9) for name in ("sin", "cos", "tan")},
+}
