@@ -88,7 +88,7 @@ def batches_of(way: str, rollouts: list, plan, session) -> list:
     if way != "random order":
         (batches,) = pack_updates(rollouts, plan, session)
         return batches
-    annotated = annotate(rollouts, plan.config.objective, plan.tokenizer, session.groups)
+    annotated = annotate(rollouts, plan.config.objective, plan.tokenizer)
     size = plan.config.parallel.micro_batch_size
     order = np.random.default_rng(1).permutation(len(annotated))
     return [

@@ -284,9 +284,7 @@ class _Reader:
 
     def single(self, tokens: list[str]) -> Answer:
         """An answer without commas and relations: with a unit, or without."""
-        body, unit, scale = _split_unit(tokens)
-        if not body:
-            raise Unreadable
+        body, unit, scale = _split_unit(tokens) if tokens else ([], None, 1)
         value = self.value(body)
         if scale != 1:
             if not isinstance(value, Fraction):
@@ -295,6 +293,8 @@ class _Reader:
         return Answer(value, None, unit)
 
     def value(self, tokens: list[str]) -> Hashable:
+        if not tokens:
+            raise Unreadable
         for read in (self.infinite, self.bracketed, self.union, self.matrix, self.either_sign, self.ratio):
             if (found := read(tokens)) is not None:
                 return found
@@ -340,13 +340,9 @@ class _Reader:
         values = [self.value(part) for part in parts if part]
         if len(values) != len(parts):
             raise Unreadable
-        if (
-            between == ["\\setminus"]
-            and parts[0] == ["\\RR"]
-            and isinstance(values[1], tuple)
-            and values[1][0] == "set"
-        ):
-            return ("all but", values[1][1])
+        if between == ["\\setminus"] and parts[0] == ["\\RR"] and parts[1][0] == "\\{":
+            holes = values[1]
+            return ("all but", holes[1] if isinstance(holes, tuple) and holes[0] == "set" else frozenset([holes]))
         if set(between) != {"\\cup"}:
             raise Unreadable
         return ("union", frozenset(values))
@@ -444,7 +440,8 @@ def _belongs_to_unit(tokens: Sequence[str], place: int) -> bool:
     token = tokens[place]
     if token[0] == '"':
         return token not in ('"or"', '"and"')
-    if token in ("^", "{", "}", "/", "2", "3", "-"):
+    per_letter = len(token) == 1 and token.isalpha() and place > 1 and tokens[place - 1] == "/"
+    if per_letter or token in ("^", "{", "}", "/", "2", "3"):
         return any(other[0] == '"' for other in tokens[max(0, place - 4) : place])
     return False
 

@@ -25,14 +25,10 @@ def _listed(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-FUNCTIONS = _listed(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp "
-)
-]  # what expressions.py computes
+FUNCTIONS = _listed("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp")
 SYMBOLS = _listed(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi "
-    "omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar "
-)
+    "omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar"
 )
 _SAME = {
     **{"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "choose": "choose"},
@@ -42,29 +38,16 @@ _SAME = {
     **{"vartheta": "theta", "varphi": "phi", "varepsilon": "epsilon", "arcsen": "arcsin", "tg": "tan", "ctg": "cot"},
     **{"lor": '"or"', "vee": '"or"', "land": '"and"', "wedge": '"and"', "simeq": "approx", "sim": "approx"},
     **{"dots": "ldots", "cdots": "ldots", "colon": ":", "backslash": "setminus", "infin": "infty", "R": "RR"},
-    **{
-        "euro": '"euro"',
-        "pounds": '"pound"',
-        "percent": "%",
-        "lparen": "(",
-        "rparen": ")",
-        "langle": "(",
-        "rangle": ")",
-        "C": "CC",
-        "Z": "ZZ",
-    },
+    **{"euro": '"euro"', "pounds": '"pound"', "percent": "%", "lparen": "(", "rparen": ")"},
+    **{"langle": "(", "rangle": ")", "C": "CC", "Z": "ZZ"},
     **{"leftarrow": "gets", "rightarrow": "to", "implies": "Rightarrow", "euler": "e"},
 }
 _GONE = _listed(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
     "limits quad qquad hspace rm bf it sf tt nolimits hfill boldsymbol mathbf mathit bm mathsf mathnormal boxed "
-    "fbox phantom thinspace space nobreakspace bold ensuremath color scriptstyle "
+    "fbox phantom thinspace space nobreakspace bold ensuremath color scriptstyle"
 )
-)
-_WORDS = _listed(
-    "text textbf textit textrm textsf mathrm mbox operatorname hbox textnormal mathtt texttt "
-)
-)
+_WORDS = _listed("text textbf textit textrm textsf mathrm mbox operatorname hbox textnormal mathtt texttt")
 _UNICODE = {
     **{"−": "-", "–": "-", "‐": "-", "﹣": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "∗": "*", "÷": "/", "⁄": "/"},
     **{"π": "\\pi ", "∞": "\\infty ", "≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "±": "\\pm ", "∓": "\\mp "},
@@ -85,16 +68,14 @@ _SUBSCRIPTS = {ord(c): d for c, d in zip("₀₁₂₃₄₅₆₇₈₉", "0123
 _GAP = r"(?:\\[,;:! ]|~|\{,\}|\\text\{ \})"
 _GROUPED = re.compile(rf"(?<![\d.,])(\d{{1,3}}(?:(?:{_GAP}| )\d{{3}})+)(?![\d])")
 _COMMAS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!,?\d)")
+_MIXED = re.compile(r"(?<![\d.,/])(\d{1,40}) +(\d{1,40})/(\d{1,40})(?![\d.])")  # 1 1/2
 _ESCAPED_TWICE = re.compile(r"\\\\([A-Za-z]+)?")
 _PIECE = re.compile(
     r"(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,4}(?![\d.]))?)"
     r"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<space>\s+)|(?P<other>.)",
     re.DOTALL,
 )
-_PLAIN_WORDS = _listed(
-    "or and yes no true false none if not mod odd even inf nan "
-)
-)
+_PLAIN_WORDS = _listed("or and yes no true false none if not mod odd even inf nan")
 
 
 def tokenize(answer: str) -> list[str] | None:
@@ -114,6 +95,7 @@ def _one_writing(text: str) -> str:
         for c in text
     )
     text = _ESCAPED_TWICE.sub(lambda found: f"\\{found[1]}" if _is_command(found[1]) else found[0], text)
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     text = _GROUPED.sub(lambda found: re.sub(rf"{_GAP}| ", "", found[1]), text)
     if not re.match(r"[\s$]*(?:\\left)?\\?[(\[{]", text):  # in brackets a comma is one between entries: (1,234)
         text = _COMMAS.sub(lambda found: found[1].replace(",", ""), text)
@@ -126,10 +108,7 @@ def _is_command(name: str | None) -> bool:
     )
 
 
-_OTHERS = _listed(
-    "frac sqrt pi binom begin end infty pm mp cup cap in leq geq neq circ overline "
-)
-)
+_OTHERS = _listed("frac sqrt pi binom begin end infty pm mp cup cap in leq geq neq circ overline")
 
 
 def _tokens(text: str) -> list[str] | None:

@@ -1,10 +1,10 @@
 """Are two formulas the same function? One key for each; equal keys are equality, so it is an equivalence.
 
 A number that is rational by exact arithmetic is its own key. Any other number is its first PLACES decimals, computed
-with DIGITS digits; what is then within 1e-48 of a fraction with a denominator up to a million is that fraction. A formula
-with variables is its values at three points that follow from the variables' names: all positive, all negative, complex.
-Two functions that agree at all three to 50 places are held equal; those that agree on a part of the numbers only, such as
-x and |x|, are not.
+with DIGITS digits; what is then within 1e-98 of a fraction with a denominator up to a million is that fraction. A
+formula with variables is its values at three points that follow from the variables' names: all positive, all negative,
+complex. Two functions that agree at all three to 40 digits and more are held equal; those that agree on a part of the
+numbers only, such as x and |x|, are not.
 
 Work is bounded: a tree has at most as many nodes as an answer has characters, every number lies between 1e-60 and 1e60,
 and what does not raises Unreadable. Nothing depends on time or on the machine: mpmath computes in whole numbers.
@@ -22,7 +22,7 @@ import mpmath
 
 from megatron_powerflow.data.expressions import Tree, Unreadable, symbols_of
 
-DIGITS, PLACES = 200, 50
+DIGITS, PLACES = 200, 100
 LARGEST = 60  # powers of ten that any part of a formula may reach, up or down
 MAX_BITS = 8000  # of an exact fraction's numerator and denominator
 MAX_FACTORIAL = 300
@@ -58,7 +58,7 @@ def direction(tree: Tree, *, signed: bool) -> Hashable:
         if not _is_zero(_CONTEXT.im(scale)):
             raise Unreadable
         scale = abs(scale)
-    return ("up to a factor", *(_key_of(value / scale, recognize=False) for value in values))
+    return ("up to a factor", *(_key_of(_checked(value / scale), recognize=False) for value in values))
 
 
 def exactly(tree: Tree) -> Fraction | None:
@@ -164,7 +164,7 @@ def _is_zero(value) -> bool:
 
 
 def _key_of(value, *, recognize: bool) -> Hashable:
-    """50 decimals of both parts; recognize: a Fraction where the number is rational."""
+    """The decimals of both parts; recognize: a Fraction where the number is rational."""
     decimals = [_decimals(part) for part in (_CONTEXT.re(value), _CONTEXT.im(value))]
     if not recognize:
         return tuple(decimals)
@@ -173,8 +173,6 @@ def _key_of(value, *, recognize: bool) -> Hashable:
 
 
 def _decimals(part) -> int:
-    if not _is_zero(part) and abs(part) < _CONTEXT.mpf(10) ** -15:
-        raise Unreadable  # 50 places would tell too little apart
     return int(_CONTEXT.nint(part * 10**PLACES))
 
 

@@ -29,6 +29,14 @@ class Annotated:
     annotations: tuple[float, ...] = (math.nan,) * len(ANNOTATION_COLUMNS)
 
     @property
+    def slot(self) -> int:
+        return self.rollout.slot
+
+    @property
+    def response_index(self) -> int:
+        return self.rollout.response_index
+
+    @property
     def num_tokens(self) -> int:
         return len(self.rollout.prompt.token_ids) + len(self.rollout.response_token_ids)
 

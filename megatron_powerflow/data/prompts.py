@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Prompt
@@ -205,12 +206,7 @@ def _messages(row: dict[str, Any]) -> Sequence[dict[str, str]]:
 
 def text_field(row: dict[str, Any], name: str) -> str | None:
     """An optional text or number of a row, as text. Raises UserError without the line number."""
-    value = row.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{name} must be a text or a number, got {value!r:.60}")
-    return str(value)
+    return text_of(row.get(name), name)
 
 
 class PromptStream:

@@ -42,11 +42,11 @@ _SPELLINGS = {
 UNIT_OF = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 _LETTERS = {"m": "meter", "g": "gram", "s": "second", "h": "hour", "L": "liter", "l": "liter"}
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_NO_UNIT = (
+_NO_UNIT_WORDS = (
     "or and not is are if mod modulo base when where otherwise only except but times plus minus over of than less "
-    "more half third quarter about approximately with either neither no none undefined to from any all "
-).split()
+    "more half third quarter about approximately with either neither no none undefined to from any all"
 )
+_NO_UNIT = frozenset(_NO_UNIT_WORDS.split())
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 MAX_WORDS = 4
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_powerflow.data.response_format import last_boxed
+from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.rows import Row
 
@@ -136,17 +137,16 @@ def _asks(columns: set[str]) -> bool:
 def _text(row: Row, name: str) -> str:
     """A text or number that is there and not empty, as text."""
     value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{name} must be a text or a number, got {value!r:.60}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, got {value}")
-    if not str(value).strip():
-        raise UserError(f"{name} is empty")
-    return str(value).strip()
+    text = text_of(value, name)
+    if text is None:
+        raise UserError(
+            f"{name} is empty" if isinstance(value, str) else f"{name} must be a text or a number, got {value}"
+        )
+    return text
 
 
 def _identity(row: Row, name: str) -> str | None:
-    return _text(row, name) if name in row else None
+    return text_of(row.get(name), name)
 
 
 def _aime_answer(row: Row) -> str:

@@ -107,19 +107,9 @@ def broadcast_object(value, groups: Groups):
     return box[0]
 
 
-def object_from_last_stage(value, groups: Groups):
-    """The value of this replica's last stage, first tp and cp rank, on all ranks of the replica.
-
-    For what must be one thing though its computation may end differently (a parser with a time limit). Host memory.
-    """
-    says = groups.speaks_for_replica
-    everything = [None] * groups.world_size
-    dist.all_gather_object(everything, (groups.dp_rank, value) if says else None, group=groups.control)
-    return next(item[1] for item in everything if item is not None and item[0] == groups.dp_rank)
-
-
 def every_rollout(rollouts: list, groups: Groups, *, shared_over_cp: bool) -> list:
-    """All rollouts of the step on every rank, by slot, then response. Host memory; collective over the run.
+    """All rollouts (or annotated ones) of the step on every rank, by slot, then response. Host memory; collective over
+    the run.
 
     rollouts: those of this replica, alike on each of its ranks (with shared_over_cp: of this sampler, alike over tp and
     pp). One rank of each speaks for all, so that the ranks of a replica cannot come to differ.

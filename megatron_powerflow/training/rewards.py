@@ -20,21 +20,13 @@ from megatron_powerflow.data.response_format import format_penalty
 from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
 from megatron_powerflow.objective.policy_gradient import group_advantage
-from megatron_powerflow.parallel.collectives import object_from_last_stage
-from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import Rollout
 
 
-def annotate(
-    rollouts: Sequence[Rollout], objective: ObjectiveSection, tokenizer: Tokenizer, groups: Groups
-) -> list[Annotated]:
-    """Collective over the ranks of the run; every rank of a replica holds the same rollouts, sorted by slot."""
+def annotate(rollouts: Sequence[Rollout], objective: ObjectiveSection, tokenizer: Tokenizer) -> list[Annotated]:
+    """rollouts: of whole groups, sorted by slot. A function of them alone, so equal on every rank that holds them."""
     answers = [extract_answer(tokenizer.decode(rollout.response_token_ids)) for rollout in rollouts]
-    # equality of answers has a time limit, so one rank per replica decides
-    decides = groups.speaks_for_replica
-    correct, rewards = object_from_last_stage(
-        grade_rollouts(rollouts, answers, objective.text_reward) if decides else None, groups
-    )
+    correct, rewards = grade_rollouts(rollouts, answers, objective.text_reward)
     if objective.task_reward not in (None, "none"):
         rewards = _energy_rewards(rewards, rollouts, objective)
     distinct = {slot: (distinct_n(group, 2), distinct_n(group, 3)) for slot, group in _token_groups(rollouts)}

@@ -21,7 +21,7 @@ from megatron_powerflow.config import Config, ModelSection, PrecisionSection
 from megatron_powerflow.conversion.hf_config import Family
 from megatron_powerflow.conversion.shards import load_from_hf, open_checked
 from megatron_powerflow.data.bins import BinRule, flop_count, groups_fit, plan_update
-from megatron_powerflow.data.packing import pack, pack_streams
+from megatron_powerflow.data.packing import Annotated, pack, pack_streams
 from megatron_powerflow.model.build import build_chunks, transformer_config
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
@@ -134,7 +134,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
     }
     if config.parallel.max_tokens_per_micro_batch is not None:
         return _pack_streams(rollouts, plan, groups, arguments)
-    annotated = annotate(rollouts, config.objective, plan.tokenizer, groups)
+    annotated = annotate(rollouts, config.objective, plan.tokenizer)
     size = len(annotated) // config.optimizer.updates_per_rollout
     return [
         pack(
@@ -153,8 +153,12 @@ def _pack_streams(
     """Every rank sees the lengths of all rollouts, makes the plan of all ranks, and takes its own part."""
     config = plan.config
     rule, flops = bin_rule(plan.layout, config), flop_count(plan.architecture)
-    everyone = every_rollout(list(rollouts), groups, shared_over_cp=False) if groups.dp_size > 1 else list(rollouts)
-    by_group = [list(members) for _, members in groupby(everyone, key=lambda rollout: rollout.slot)]
+    # annotated where they were sampled, in whole groups: a rank's own part may hold a piece of a group only
+    everyone = annotate(rollouts, config.objective, plan.tokenizer)
+    if groups.dp_size > 1:
+        everyone = every_rollout(everyone, groups, shared_over_cp=False)
+    annotated = {_name(item): item for item in everyone}
+    by_group = [[item.rollout for item in members] for _, members in groupby(everyone, key=lambda item: item.slot)]
     per_update = len(by_group) // config.optimizer.updates_per_rollout
     estimates = isinstance(config.objective.form, Balance) and not config.objective.learns_log_z
     planned = []  # of each update: this rank's micro-batches of rollouts, and whether groups are whole in them
@@ -164,9 +168,6 @@ def _pack_streams(
         together = estimates and groups_fit(lengths, rule)
         bins = plan_update(lengths, groups.dp_size, rule, flops, together=together)[groups.dp_rank]
         planned.append(([[members[q][i] for q, i in bin] for bin in bins], together))
-    mine = {_name(rollout) for bins, _ in planned for bin in bins for rollout in bin}
-    own = [rollout for rollout in everyone if _name(rollout) in mine]
-    annotated = {_name(item.rollout): item for item in annotate(own, config.objective, plan.tokenizer, groups)}
     return [
         pack_streams(
             [[annotated[_name(rollout)] for rollout in bin] for bin in bins], rule, whole_groups=together, **arguments
@@ -175,5 +176,5 @@ def _pack_streams(
     ]
 
 
-def _name(rollout: Rollout) -> tuple[int, int]:
+def _name(rollout: Rollout | Annotated) -> tuple[int, int]:
     return rollout.slot, rollout.response_index

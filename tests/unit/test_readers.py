@@ -281,7 +281,7 @@ def test_a_csv_row_is_named_by_the_first_of_its_lines(tmp_path):
         ("digits.jsonl", '{"question": "q", "answer": ' + "9" * 5000 + "}", "not a line of JSON"),
         ("aime25.jsonl", '{"question": "q", "answer": "6 * 7 = 42"}', "whole number from 0 to 999"),
         ("long.jsonl", '{"question": "q", "answer": "First,\\nthen 42."}', "answer must be short"),
-        ("nan.jsonl", '{"question": "q", "answer": NaN, "url": "u"}', "answer must be a finite number"),
+        ("nan.jsonl", '{"question": "q", "answer": NaN, "url": "u"}', "answer must be a text or a number, got nan"),
         ("half.jsonl", '{"question": "\\ud800", "answer": 1}', "half of a surrogate pair"),
         ("half.json", '[{"question": "\\ud800", "answer": 1}]', "half of a surrogate pair"),
         ("bool.jsonl", '{"question": "q", "answer": true, "url": "u"}', "must be a text or a number, got True"),
