@@ -24,6 +24,7 @@ extras["dev"] = [
     "hypothesis>=6.100",
     "ruff>=0.9",
     "pyarrow>=15",
+    "math-verify>=0.8",  # what equality of answers is compared with
     *extras["plot"],
     *extras["example"],
     *extras["eval"],
@@ -46,7 +47,7 @@ setup(
         "transformers>=4.55",
         "huggingface_hub>=0.30",
         "safetensors>=0.4.5",
-        "math-verify>=0.8",
+        "mpmath>=1.3",
         "sentencepiece>=0.2",
         "jinja2>=3.1",
         "omegaconf>=2.3",

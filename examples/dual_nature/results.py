@@ -37,7 +37,7 @@ EXAMINED = {
     "distinct of 64": ("distinct", 2),
 }
 # counted by the study and by `powerflow evaluate`: name there, and how far they may be apart. Of gibberish they read
-# different things: to math-verify \\boxed{ +5 } is 5, and a <pad> that was sampled leaves nothing in a text.
+# different things: to the product \\boxed{ +5 } is 5, and a <pad> that was sampled leaves nothing in a text.
 TWICE = {
     "accuracy": ("avg", 0.005),
     "truncated": ("truncated_fraction", 1e-9),

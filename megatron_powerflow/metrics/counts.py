@@ -82,7 +82,7 @@ def majority_correctness(clusters: Sequence[int | None], correct: Sequence[bool]
     """Expected correctness of the most common answer among the first k responses (None: among all).
 
     Responses without an answer do not vote. Tied clusters are chosen from uniformly, and so is a member of the
-    chosen cluster: equality of answers is not quite transitive, so members may differ. 0 when nobody votes.
+    chosen cluster: of 5 and 5 inches only the first is right where 5 cm is the gold answer. 0 when nobody votes.
     """
     members: dict[int, list[bool]] = {}
     for cluster, is_correct in list(zip(clusters, correct, strict=True))[:k]:

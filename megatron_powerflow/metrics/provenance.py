@@ -15,7 +15,7 @@ from typing import Any
 import megatron_powerflow
 
 LAUNCHES_NAME = "launches.jsonl"
-PACKAGES = ("torch", "megatron-core", "transformers", "math-verify")
+PACKAGES = ("torch", "megatron-core", "transformers", "mpmath")
 
 
 def provenance(command: str) -> dict[str, Any]:
