@@ -37,7 +37,7 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megatron_powerflow", "megatron_powerflow.*"]),
-    package_data={"megatron_powerflow.report": ["*.jinja"]},
+    package_data={"megatron_powerflow.report": ["*.jinja"], "megatron_powerflow.data": ["*.md"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

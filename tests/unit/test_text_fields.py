@@ -11,7 +11,6 @@ from megatron_powerflow.data.prompts import load_prompts
 from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import load_questions
-from tests.unit.test_prompts import tokenizer  # noqa: F401  a fixture
 
 
 @pytest.mark.parametrize(
@@ -55,30 +54,29 @@ def test_what_is_no_answer_is_refused(value, message):
         text_of(value, "answer")
 
 
-def test_missing_answers_of_pandas_are_missing_and_infinity_is_refused_by_line(tmp_path, tokenizer):  # noqa: F811
+def test_missing_answers_of_pandas_are_missing_and_infinity_is_refused_by_line(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(
         "".join(f'{{"prompt_token_ids": [5], "answer": {a}}}\n' for a in ("NaN", '""', "null", "5.0", "1e-05"))
     )
     options = {"vocab_size": 301, "max_prompt_tokens": 9, "too_long": "drop"}
-    prompts = load_prompts(path, tokenizer, **options).prompts
+    prompts = load_prompts(path, None, **options).prompts
     assert [prompt.answer for prompt in prompts] == [None, None, None, "5", "0.00001"]
-    path.write_text(
-        '{"prompt_token_ids": [5]}\n{"prompt_token_ids": [5], "answer": Infinity}\n{"prompt_token_ids": [5], "answer": "nan"}\n'
-    )
+    rest = ("", ', "answer": Infinity', ', "answer": "nan"')
+    path.write_text("".join(f'{{"prompt_token_ids": [5]{answer}}}\n' for answer in rest))
     with pytest.raises(UserError) as refusal:
-        load_prompts(path, tokenizer, **options)
+        load_prompts(path, None, **options)
     assert [message.split(": ")[0].rpartition(":")[2] for message in refusal.value.violations] == ["2", "3"]
 
 
-def test_parquet_columns_of_floats_give_whole_numbers_and_missing_answers(tmp_path, tokenizer):  # noqa: F811
+def test_parquet_columns_of_floats_give_whole_numbers_and_missing_answers(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     path = tmp_path / "p.parquet"
     answers = pyarrow.array([5.0, float("nan"), None, 0.5], pyarrow.float64())
     parquet.write_table(pyarrow.table({"prompt_token_ids": [[5]] * 4, "answer": answers}), path)
-    prompts = load_prompts(path, tokenizer, vocab_size=301, max_prompt_tokens=9, too_long="drop").prompts
+    prompts = load_prompts(path, None, vocab_size=301, max_prompt_tokens=9, too_long="drop").prompts
     assert [prompt.answer for prompt in prompts] == ["5", None, None, "0.5"]
 
 
