@@ -18,6 +18,7 @@ from megatron_powerflow.data.answer_tokens import FUNCTIONS, SYMBOLS
 MAX_DEPTH = 24
 MAX_DIGITS = 400
 MAX_STEPS = 400  # of the parser: sums, products and powers are trees as deep as they are long
+GAMMA_STEPS = 60  # what a factorial or binomial of variables costs beside a sum
 
 Tree = Fraction | str | tuple
 
@@ -86,8 +87,8 @@ class _Parser:
         if self.take(wanted) is None:
             raise Unreadable
 
-    def count(self) -> None:
-        self.operations += 1
+    def count(self, steps: int = 1) -> None:
+        self.operations += steps
         if self.operations > MAX_STEPS:
             raise Unreadable
 
@@ -137,6 +138,7 @@ class _Parser:
         while True:
             self.count()
             if self.take("!"):
+                self.count(GAMMA_STEPS)
                 tree = ("!", tree)
             elif self.take("%"):
                 raise Unreadable  # 50% of something: a percentage is a unit at the end, or nothing
@@ -194,6 +196,7 @@ class _Parser:
             self.bars = bars
             return (_OPERATION[token], tree) if token in _OPERATION else tree
         if token in ("\\frac", "\\binom"):
+            self.count(GAMMA_STEPS if token == "\\binom" else 1)
             return ("/" if token == "\\frac" else "binom", self.argument(), self.argument())
         if token == "\\sqrt":
             return self.root()
