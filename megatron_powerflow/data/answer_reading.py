@@ -87,7 +87,7 @@ def _without_ends(tokens: list[str]) -> list[str]:
     first, last = 0, len(tokens)
     while first < last and tokens[first] in ("=", "\\approx", ":", "\\therefore", "\\Rightarrow", "\\to"):
         first += 1
-    while first < last and tokens[last - 1] in (".", ",", ";", ":"):
+    while first < last and tokens[last - 1] in (".", ",", ";", ":", "\\\\"):
         last -= 1
     tokens = tokens[first:last]
     while len(tokens) > 2 and tokens[0] == "{" and _end_of_group(tokens, 0) == len(tokens) - 1:

@@ -65,7 +65,7 @@ _UNICODE = {
 _SUPERSCRIPTS = {ord(c): d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n", strict=True)}
 _SUBSCRIPTS = {ord(c): d for c, d in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)}
 
-_GAP = r"(?:\\[,;:! ]|~|\{,\}|\\text\{ \})"
+_GAP = r"(?:,\\!|\\[,;:! ]|~|\{,\}|\\text\{ \})"
 _GROUPED = re.compile(rf"(?<![\d.,])(\d{{1,3}}(?:(?:{_GAP}| )\d{{3}})+)(?![\d])")
 _COMMAS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!,?\d)")
 _MIXED = re.compile(r"(?<![\d.,/])(\d{1,40}) +(\d{1,40})/(\d{1,40})(?![\d.])")  # 1 1/2
