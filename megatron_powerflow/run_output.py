@@ -92,6 +92,7 @@ class RunOutput:
             alpha=alpha,
             tilt_cap=config.objective.tilt_cap,
             has_tilt=config.objective.form.tilts,
+            energy_per_token=config.objective.form.per_length,
         )
         values = reduce_rollouts(updated.rows.numpy(), target)
         finite = [stepped.grad_norm for stepped in updated.steps if stepped.applied]
