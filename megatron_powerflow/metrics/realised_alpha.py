@@ -24,10 +24,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-MIN_SPREAD = 0.01  # nats, of S_ref beside length in a prompt: below is rounding of sums over a response
+MIN_SPREAD = 1e-3  # nats, of S_ref beside length in a prompt: below is rounding of sums over a response
 MAX_CONDITION = 1e4  # of (S_ref, x) scaled to 1: beyond it nobody can tell the two apart
 CONFIDENCE = 0.95
 WINDOW_STEPS = 10
+MIN_R2 = 0.5  # a policy of which less than half is explained has not come to any power
 
 
 def realised_alpha(
@@ -73,17 +74,17 @@ def realised_alpha(
 def alpha_reached(lines: Sequence[Mapping[str, float]], stop_at: float) -> str | None:
     """What has been reached, in words; None before. lines: of metrics.jsonl, every step so far, oldest first.
 
-    Reached: the median of alpha_realised over the last 10 steps is at stop_at or beyond, seen from 1. A step without an
-    estimate counts as 1. A median, because one step's estimate may be far off.
+    Reached: the median of alpha_realised over the last 10 steps is at stop_at or beyond, seen from 1. A step counts as
+    1 where it has no estimate or alpha_realised_r2 is below 0.5. A median, because one step's estimate may be far off.
     """
     if len(lines) < WINDOW_STEPS:
         return None
-    median = float(np.median([line.get("alpha_realised", 1.0) for line in lines[-WINDOW_STEPS:]]))
+    shown = [line for line in lines[-WINDOW_STEPS:] if line.get("alpha_realised_r2", 0.0) >= MIN_R2]
+    missing = WINDOW_STEPS - len(shown)
+    median = float(np.median([line["alpha_realised"] for line in shown] + [1.0] * missing))
     if median < stop_at if stop_at > 1 else median > stop_at:
         return None
-    return (
-        f"the realised alpha, {median:.3g} (median of {WINDOW_STEPS} steps), has reached run.stop_at_alpha={stop_at:g}"
-    )
+    return f"realised alpha {median:.3g}, the median of {WINDOW_STEPS} steps, has reached run.stop_at_alpha={stop_at:g}"
 
 
 def _informative(policy, reference, counted_tokens, prompts, added_energy) -> np.ndarray:
