@@ -15,7 +15,7 @@ PANELS = {
     "loss": ("loss",),
     "residual": ("residual_p05", "residual_p25", "residual_p50", "residual_p75", "residual_p95"),
     "log Z' (per token)": ("log_z_mean", "group_log_z_mean"),
-    "alpha, asked and realised": ("alpha", "alpha_realised", "alpha_realised_low", "alpha_realised_high"),
+    "alpha, asked and realised": ("alpha_realised", "alpha", "alpha_realised_low", "alpha_realised_high"),
     "response length (tokens)": ("response_length_mean", "response_length_p95"),
     "policy entropy (nats per token)": ("policy_entropy",),
     "gradient norm": ("grad_norm",),

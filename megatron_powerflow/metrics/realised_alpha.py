@@ -68,7 +68,7 @@ def realised_alpha(
     if left.var() > 0:
         values["alpha_realised_r2"] = 1.0 - np.square(left - given @ coefficients).sum() / np.square(left).sum()
     slope = beside.slope(policy - np.stack(energies, axis=1) @ coefficients)
-    return values if slope is None else values | {"lambda_realised": -slope}
+    return values if slope is None else values | {"lambda_realised": 0.0 - slope}
 
 
 def alpha_reached(lines: Sequence[Mapping[str, float]], stop_at: float) -> str | None:

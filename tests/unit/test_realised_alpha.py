@@ -47,6 +47,9 @@ def test_a_tilted_power_gives_its_own_numbers(alpha):
     assert found["lambda_realised"] == pytest.approx(-0.3, abs=1e-9)
     assert found["alpha_realised_r2"] == pytest.approx(1.0, abs=1e-9)
     assert found["alpha_realised_high"] - found["alpha_realised_low"] == pytest.approx(0.0, abs=1e-9)
+    halves = given | {"prompts": 2 * given["prompts"] + np.arange(64) % 2}  # each group cut in two
+    found = fit(alpha * given["reference"] + 0.3 * given["lengths"] + constant, halves)
+    assert (found["alpha_realised"], found["lambda_realised"]) == pytest.approx((alpha, -0.3), abs=1e-9)
 
 
 def test_each_prompt_may_have_its_own_lambda():
