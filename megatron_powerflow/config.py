@@ -203,6 +203,9 @@ class RunSection(Section):
     num_steps: PositiveInt = 500
     seed: NonNegativeInt = 0
     export: bool = Field(True, description="write the policy as a Hugging Face folder at the end")
+    stop_at_alpha: PositiveFloat | None = Field(
+        None, description="end the run when the policy is this power of the base model: see alpha_realised"
+    )
     stop_on_alarm: bool = Field(False, description="end the run when responses lengthen out of hand: see trap_*")
 
 

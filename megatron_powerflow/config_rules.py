@@ -20,6 +20,11 @@ def _has_alpha(c: Config) -> bool:
     return isinstance(form, Balance) or (isinstance(form, PolicyGradient) and form.powers)
 
 
+def _powers(c: Config) -> bool:
+    """The target is p_base^alpha, tilted or not; a policy can be asked how far it has come."""
+    return _has_alpha(c) and c.objective.preset != "tb_token_target"
+
+
 def _balances(c: Config) -> bool:
     return isinstance(c.objective.form, Balance)
 
@@ -70,6 +75,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("evaluation.samples", 3, _has_engine, "rollout.replay trains without an engine"),
     ("evaluation.prompts", None, _has_engine, "rollout.replay trains without an engine"),
     ("evaluation.num_responses", 4, lambda c: c.evaluation.prompts is not None, "evaluation.prompts is not given"),
+    ("run.stop_at_alpha", None, _powers, "the target of this objective.preset is no power of the base model"),
     ("metrics.wandb_project", "megatron_powerflow", lambda c: c.metrics.wandb != "off", "metrics.wandb=off"),
 )
 
@@ -101,8 +107,28 @@ def contradictions(config: Config) -> list[str]:
             f"optimizer.updates_per_rollout={optimizer.updates_per_rollout} does not divide "
             f"rollout.prompts_per_step={rollout.prompts_per_step}: each update takes whole groups"
         )
+    found += _alpha_out_of_reach(config)
     if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
         found.append(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
     if any(not 0 <= beta < 1 for beta in optimizer.betas):
         found.append(f"optimizer.betas={optimizer.betas}: each must be in [0, 1)")
+    return found
+
+
+def _alpha_out_of_reach(config: Config) -> list[str]:
+    """Why run.stop_at_alpha would never end the run."""
+    stop_at, alpha, found = config.run.stop_at_alpha, config.objective.alpha, []
+    if stop_at is None or alpha is None:
+        return found
+    if not (1 < stop_at <= alpha or alpha <= stop_at < 1):
+        between = f"above 1, up to {alpha:g}" if alpha > 1 else f"from {alpha:g}, below 1"
+        found.append(
+            f"run.stop_at_alpha={stop_at:g} with objective.alpha={alpha:g}: training goes from 1 to objective.alpha; "
+            + ("there is nothing to reach; remove it" if alpha == 1 else f"choose a value {between}")
+        )
+    if config.rollout.responses_per_prompt < 3:
+        found.append(
+            f"run.stop_at_alpha={stop_at:g} with rollout.responses_per_prompt={config.rollout.responses_per_prompt}: "
+            "the power that a prompt's responses show takes at least 3 of them; raise it"
+        )
     return found

@@ -28,7 +28,7 @@ class Balance:
 
     @property
     def per_length(self) -> bool:
-        """log Z' is a number per token."""
+        """log Z', psi and the task's reward are numbers per token."""
         return self.policy_norm == "length" or self.per_token
 
     @property
@@ -55,16 +55,21 @@ class PolicyGradient:
         return self.reward in ("power", "power_per_token")
 
     @property
+    def per_length(self) -> bool:
+        """psi is a number per token."""
+        return self.reward == "power_per_token"
+
+    @property
     def tilts(self) -> bool:
         """The fixed point is p_base^alpha exp(-lambda n)."""
-        return self.reward == "power_per_token"
+        return self.per_length
 
 
 @dataclass(frozen=True, slots=True)
 class EntropyMinimum:
     """No reward and no target: the gradient of the entropy itself."""
 
-    tilts = False
+    per_length = tilts = False
 
 
 Form = Balance | PolicyGradient | EntropyMinimum

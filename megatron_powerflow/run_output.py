@@ -19,6 +19,7 @@ from megatron_powerflow.checkpoint.folder import STOP_NAME
 from megatron_powerflow.checkpoint.state import Progress
 from megatron_powerflow.metrics.alarm import length_alarm
 from megatron_powerflow.metrics.curves import draw_curves
+from megatron_powerflow.metrics.realised_alpha import alpha_reached
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, write_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
@@ -44,6 +45,7 @@ class RunOutput:
         self._clock = PhaseClock()
         self._lines: list[dict[str, float]] = []  # of metrics.jsonl; what the alarm listens to
         self._alarm: str | None = None
+        self._reached: str | None = None  # why run.stop_at_alpha ends the run
 
     def __enter__(self) -> RunOutput:
         plan, first_step = self._plan, self._session.progress.step
@@ -54,6 +56,7 @@ class RunOutput:
             self._writers = [JsonlWriter(plan.run_folder, first_step=first_step), self._line]
             self._lines = read_metrics(plan.run_folder)
             self._alarm = length_alarm(self._lines)
+            self._note_reached()
             if plan.config.metrics.wandb != "off":
                 config = plan.config.model_dump(exclude_none=True)
                 run_id = self._session.progress.wandb_run_id
@@ -92,6 +95,7 @@ class RunOutput:
             alpha=alpha,
             tilt_cap=config.objective.tilt_cap,
             has_tilt=config.objective.form.tilts,
+            energy_per_token=config.objective.form.per_length,
         )
         values = reduce_rollouts(updated.rows.numpy(), target)
         finite = [stepped.grad_norm for stepped in updated.steps if stepped.applied]
@@ -111,6 +115,7 @@ class RunOutput:
         """Note the alarm in the metrics; say so when it begins."""
         self._lines.append(values)
         rings = length_alarm(self._lines)
+        self._note_reached()
         values["alarm"] = float(rings is not None)
         if rings and not self._alarm:
             margin = f", trap_margin {values['trap_margin']:.1f} nats" if "trap_margin" in values else ""
@@ -125,10 +130,22 @@ class RunOutput:
         """The alarm rings and the run is to end when it does. Collective; the same answer everywhere."""
         return self._plan.config.run.stop_on_alarm and any_rank(self._alarm is not None, self._session.groups)
 
+    def _note_reached(self) -> None:
+        """Whether the lines of metrics say that run.stop_at_alpha is reached; said when it begins."""
+        before, stop_at = self._reached, self._plan.config.run.stop_at_alpha
+        self._reached = None if stop_at is None else alpha_reached(self._lines, stop_at)
+        if self._reached and not before:
+            self._console.print(f"{self._reached}: the run ends after step {len(self._lines)}", highlight=False)
+
+    def reached(self) -> bool:
+        """The policy has come as far as run.stop_at_alpha asks. Collective; the same answer everywhere."""
+        asked = self._plan.config.run.stop_at_alpha is not None
+        return asked and any_rank(self._reached is not None, self._session.groups)
+
     def look(self, step: int) -> None:
         """Where it is due before `step`: samples, and answers to the held-out prompts. Collective."""
         interval = self._plan.config.evaluation.interval
-        ended = step == self._plan.config.run.num_steps or self.alarmed()
+        ended = step == self._plan.config.run.num_steps or self.alarmed() or self.reached()
         if step == 0 or ended or (interval and step % interval == 0):
             self._sample(step)
             self._evaluate(step)

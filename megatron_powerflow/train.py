@@ -70,7 +70,7 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
         plan.prompts, seed=config.run.seed, shuffle=config.prompts.shuffle, position=progress.position
     )
     for step in range(progress.step, config.run.num_steps):
-        if output.alarmed():
+        if output.alarmed() or output.reached():
             break
         output.look(step)
         with output.phase("rollout"):
@@ -89,7 +89,8 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
         progress = after(progress, stream, skipped=not all(stepped.applied for stepped in updated.steps))
         output.write(step, updated, lr, alpha, progress)
         refuse_endless_skipping(progress, config.optimizer.max_skipped_steps)
-        last, stopping = step + 1 == config.run.num_steps or output.alarmed(), stop.requested()
+        last = step + 1 == config.run.num_steps or output.alarmed() or output.reached()
+        stopping = stop.requested()
         if last or stopping or (config.checkpoint.interval and (step + 1) % config.checkpoint.interval == 0):
             with output.phase("checkpoint"):
                 storage.save(

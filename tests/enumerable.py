@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_powerflow.metrics.realised_alpha import realised_alpha
 from tests.tiny_models import make_tiny_model
 
 VOCAB, EOS, MAX_TOKENS = 6, 2, 4
@@ -41,6 +42,14 @@ def log_probs_of(folder: Path, temperature: float = 1.0) -> np.ndarray:
             scores = (network(tokens).logits[:, len(PROMPT) - 1 : -1] / temperature).log_softmax(-1)
         answers[rows] = scores.gather(2, tokens[:, len(PROMPT) :, None]).squeeze(2).sum(1).numpy()
     return answers
+
+
+def realised_alpha_of(log_probs: np.ndarray, base_log_probs: np.ndarray) -> dict[str, float]:
+    """What 131,072 responses of a policy, [781] log-probs each, say of its alpha."""
+    share = np.exp(log_probs)
+    drawn = np.random.default_rng(0).choice(len(share), size=2**17, p=share / share.sum())
+    nothing = np.zeros(len(drawn))
+    return realised_alpha(log_probs[drawn], base_log_probs[drawn], LENGTHS[drawn], nothing, nothing)
 
 
 def make_enumerable(folder: Path, *, scale: float, seed: int) -> tuple[Path, Path]:

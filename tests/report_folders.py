@@ -67,7 +67,7 @@ def make_run(
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     steps = [step for step in EVALUATION_STEPS if step <= last]
     _write_lines(
-        folder / "metrics.jsonl", [_metrics(step, accuracy, length, log_z, trap, noise) for step in range(last)]
+        folder / "metrics.jsonl", [_metrics(step, accuracy, length, log_z, trap, alpha, noise) for step in range(last)]
     )
     if evaluated:
         lines = [_evaluation(step, accuracy[place], length[place], noise) for place, step in enumerate(steps)]
@@ -129,7 +129,7 @@ def make_evaluation(
     return folder
 
 
-def _metrics(step: int, accuracy, length, log_z: str, trap: bool, noise: np.random.Generator) -> dict:
+def _metrics(step: int, accuracy, length, log_z: str, trap: bool, alpha: float, noise: np.random.Generator) -> dict:
     tokens = float(np.interp(step, EVALUATION_STEPS, length)) * (1 + 0.03 * noise.standard_normal())
     settled = float(np.exp(-step / 40))
     spread = 0.12 + 0.9 * settled
@@ -146,6 +146,7 @@ def _metrics(step: int, accuracy, length, log_z: str, trap: bool, noise: np.rand
         "weighted_residual_mean": head - group + middle,
         "log_z_mean": head,
         "group_log_z_mean": group,
+        **_power(alpha, settled, noise),
         "response_length_mean": tokens,
         "response_length_p95": min(40.0, 1.5 * tokens),
         "truncated_fraction": max(0.0, (tokens - 15) / 26),
@@ -159,6 +160,19 @@ def _metrics(step: int, accuracy, length, log_z: str, trap: bool, noise: np.rand
         line |= {"trap_margin": margin, "trap_lambda": group, "trap_loop_nats": 0.11, "trap_entry_nats": 5.3 - settled}
         line["alarm"] = float(margin > 4)
     return line
+
+
+def _power(alpha: float, settled: float, noise: np.random.Generator) -> dict:
+    """On the way from 1 to alpha, which it does not quite reach."""
+    realised = 1 + 0.7 * (alpha - 1) * (1 - settled) + 0.05 * noise.standard_normal()
+    return {
+        "alpha": alpha,
+        "alpha_realised": realised,
+        "alpha_realised_low": realised - 0.1,
+        "alpha_realised_high": realised + 0.12,
+        "alpha_realised_r2": 1 - 0.1 * (1 - settled),
+        "lambda_realised": -1.5 * (1 - settled),
+    }
 
 
 def _evaluation(step: int, accuracy: float, length: float, noise: np.random.Generator) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 
 from megatron_powerflow.errors import UserError
@@ -14,6 +15,7 @@ PANELS = {
     "loss": ("loss",),
     "residual": ("residual_p05", "residual_p25", "residual_p50", "residual_p75", "residual_p95"),
     "log Z' (per token)": ("log_z_mean", "group_log_z_mean"),
+    "alpha, asked and realised": ("alpha_realised", "alpha", "alpha_realised_low", "alpha_realised_high"),
     "response length (tokens)": ("response_length_mean", "response_length_p95"),
     "policy entropy (nats per token)": ("policy_entropy",),
     "gradient norm": ("grad_norm",),
@@ -21,6 +23,7 @@ PANELS = {
     "tokens per second": ("tokens_per_second", "rollout_tokens_per_second"),
     "sampler against scorer (nats per token)": ("sampler_gap_mean", "sampler_gap_max"),
 }
+COLUMNS = 3
 
 
 def draw_curves(runs: Sequence[Path], out: Path) -> Path:
@@ -41,9 +44,13 @@ def draw_curves(runs: Sequence[Path], out: Path) -> Path:
         raise UserError(empty)
     out.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(17, 12), layout="constrained")
+        rows = ceil(len(PANELS) / COLUMNS)
+        figure = Figure(figsize=(17, 4 * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        for axis, (title, names) in zip(figure.subplots(3, 3).flat, PANELS.items(), strict=True):
+        axes = figure.subplots(rows, COLUMNS).flat
+        for axis in axes[len(PANELS) :]:
+            axis.remove()
+        for axis, (title, names) in zip(axes[: len(PANELS)], PANELS.items(), strict=True):
             styles = iter(line_styles(len(runs) * len(names)))
             for run in runs:
                 for name in names:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_powerflow.metrics.realised_alpha import realised_alpha
 from megatron_powerflow.metrics.repetition import estimate_tilt, trap_margin
 from megatron_powerflow.records import ROLLOUT_COLUMNS
 
@@ -29,6 +30,7 @@ class Target:
     alpha: float | None = None
     tilt_cap: int | None = None
     has_tilt: bool = False  # the fixed point is p_base^alpha exp(-lambda |y|)
+    energy_per_token: bool = False  # psi and the task's reward count once a token, not once a response
 
 
 def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
@@ -46,6 +48,7 @@ def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
     if len(kept["kept"]):
         kept["prompt"] = kept["rollout_index"] // target.responses_per_prompt
         values |= _objective_metrics(kept)
+        values |= _realised_metrics(kept, target)
         values |= _power_metrics(kept, target) if target.alpha is not None else {}
         values |= _trap_metrics(kept, target) if target.has_tilt else {}
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
@@ -123,6 +126,17 @@ def _power_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, flo
     if judged.any():
         values["self_reward_covariance"] = np.cov(self_reward[judged], kept["correct"][judged], bias=True)[0, 1]
     return values
+
+
+def _realised_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:
+    """Which power of the base model the responses show: see `realised_alpha.py`."""
+    lengths, added = kept["num_response_tokens"], np.zeros(len(kept["kept"]))
+    counted = lengths if target.tilt_cap is None else np.minimum(lengths, target.tilt_cap)
+    if target.alpha is not None:
+        # where there is no residual the reward is the policy's own log-ratio to the target, no energy
+        added = target.alpha * kept["psi"] + np.where(np.isfinite(kept["residual"]), kept["reward"], 0.0)
+        added = added * counted if target.energy_per_token else added
+    return realised_alpha(kept["sequence_log_prob"], kept["ref_sequence_log_prob"], counted, kept["prompt"], added)
 
 
 def _trap_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:

@@ -94,7 +94,7 @@ def _wandb_mode(section: MetricsSection) -> str | None:
 
 
 class ConsoleWriter:
-    """A live line on a terminal, one plain line a step elsewhere: step, loss, log Z', length, tokens/s, time left."""
+    """A live line on a terminal, one plain line a step elsewhere: step, loss, log Z', realised alpha, length, ..."""
 
     def __init__(self, console: Console, *, first_step: int, num_steps: int) -> None:
         self._console, self._num_steps, self._first_step = console, num_steps, first_step
@@ -124,6 +124,7 @@ class ConsoleWriter:
             f"step {metrics.step + 1}/{self._num_steps}",
             f"loss {value['loss']:.4g}" if "loss" in value else "loss -",
             f"log Z' {value['log_z_mean']:+.3f}" if "log_z_mean" in value else "log Z' -",
+            *([f"alpha {value['alpha_realised']:.2f}"] if "alpha_realised" in value else []),
             f"length {value['response_length_mean']:.1f}",
             f"grad {value['grad_norm']:.3g}" if "grad_norm" in value else "grad -",
             f"{value['tokens_per_second']:.0f} tok/s",

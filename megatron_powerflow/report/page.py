@@ -24,6 +24,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.report.answers import answers_of
 from megatron_powerflow.report.arms import group_runs
 from megatron_powerflow.report.reading import visible
+from megatron_powerflow.report.realised_alpha import alpha_table
 from megatron_powerflow.report.runs import Origin, read_runs
 from megatron_powerflow.report.tables import arms_table, differences_table, evaluations_table, start_sentence
 
@@ -64,6 +65,7 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
         arms_table=arms_table(arms),
         start=start_sentence(arms),
         differences=differences_table(arms),
+        alphas=alpha_table(arms),
         evaluations=evaluations_table(arms),
         answers=[answers_of(arm) for arm in arms],
         versions=[*_versions(training, "start of a run"), *_versions(evaluating, "evaluation")],

@@ -21,6 +21,8 @@ PANELS = (
     Panel("Residual, mean", "residual_mean", around_0=True),
     Panel("Residual, standard deviation", "residual_std"),
     Panel("log Z′; thin: the group's estimate", "log_z_mean", "group_log_z_mean", around_0=True),
+    Panel("Realised alpha; thin: asked", "alpha_realised", "alpha"),
+    Panel("R² of the realised alpha", "alpha_realised_r2"),
     Panel("Policy entropy (nats per token)", "policy_entropy"),
     Panel("Response length (tokens); thin: 95 %", "response_length_mean", "response_length_p95"),
     Panel("Responses cut at the limit (share)", "truncated_fraction"),

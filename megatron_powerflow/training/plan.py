@@ -26,6 +26,7 @@ from megatron_powerflow.rollout.saved import Wanted, find_rollouts, replay_viola
 CHANGEABLE = frozenset(
     {"run.name", "run.num_steps", "run.export", "model.reference", "model.recompute", "optimizer.distributed"}
     | {"optimizer.max_skipped_steps", "rollout.max_concurrent_rows", "rollout.save", "run.stop_on_alarm"}
+    | {"run.stop_at_alpha"}
 )
 CHANGEABLE_SECTIONS = frozenset({"parallel", "checkpoint", "evaluation", "metrics"})
 

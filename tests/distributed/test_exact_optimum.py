@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.megatron_sessions import run_training
-from tests.enumerable import LENGTHS, MAX_TOKENS, RESPONSES, log_probs_of, make_enumerable
+from tests.enumerable import LENGTHS, MAX_TOKENS, RESPONSES, log_probs_of, make_enumerable, realised_alpha_of
 from tests.gloo_workers import GlooWorkers
 
 
@@ -67,6 +67,8 @@ CASES = {
     **{f"rl_traj-{alpha}": (alpha, "rl_traj", ()) for alpha in (0.5, 2, 4)},
     "rl_token-2": (2, "rl_token", ()),
 }
+# those whose policy must show the alpha that it was trained towards
+REALISED = ("la_tb-group-4", "tb_traj-4", "rl_token-2")
 
 
 def target_of(name: str, base: np.ndarray) -> tuple[np.ndarray, float]:
@@ -137,6 +139,10 @@ def test_training_reaches_the_exact_optimum(enumerable, trained, record_property
     record_property("total_variation_of_base", base_distance)
     assert base_distance > 0.1  # there was something to learn
     assert distance <= 0.02
+    if name in REALISED:
+        found = realised_alpha_of(log_probs_of(folder / "hf_export"), base)
+        record_property("alpha_realised", found["alpha_realised"])
+        assert found["alpha_realised"] == pytest.approx(CASES[name][0], abs=0.02)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     if "log_z_mean" in last:
         record_property("log_z_minus_lambda", last["log_z_mean"] - lagrange)

@@ -46,6 +46,7 @@ FREE_OF_TORCH = (
     "conversion.shapes",
     "metrics.step_log",
     "metrics.alarm",
+    "metrics.realised_alpha",
     "presets",
     "training.plan",
     "metrics.counts",

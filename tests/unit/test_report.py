@@ -89,6 +89,27 @@ def test_the_table_says_what_the_files_say(arm, which, folders, page):
     assert cells["evaluation"].endswith(f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}–{steps[-1]}")
 
 
+def test_alpha_asked_and_realised(folders, page):
+    """Over the last ten steps: seeds with their standard error, one with its interval."""
+    table = next(table for table in Tables(page).tables if "asked" in table[0])
+    assert table[0][1:] == ["asked", "realised", "R²", "λ realised", "over"]
+    rows = {
+        next(arm for arm in ("la_tb", "tb_traj", "rl_token") if row[0].startswith(arm)): row[1:] for row in table[1:]
+    }
+    last = {}
+    for folder in folders:
+        if (folder / "metrics.jsonl").is_file():
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-10:]
+            names = ("alpha_realised", "alpha_realised_low", "alpha_realised_high")
+            last[folder.name] = [statistics.fmean(line[name] for line in lines) for name in names]
+    for arm in ("la_tb", "tb_traj"):
+        assert rows[arm][0] == "4"
+        assert rows[arm][1] == shown([last[f"{arm}_{seed}"][0] for seed in range(3)], 2)
+    middle, low, high = last["rl_token"]
+    assert rows["rl_token"][1] == f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    assert rows["rl_token"][4] == "steps 265–274"
+
+
 def test_one_seed_has_the_standard_error_of_its_questions(folders, page):
     rows = Tables(page).tables[0]
     cold = next(row for row in rows if row[0].startswith("toy-base T=0.25"))

@@ -1,0 +1,180 @@
+"""How far has the policy come? The power of the base model that its own responses show, and how surely.
+
+At the target, within one prompt q,
+
+    S = alpha S_ref - lambda_q m + kappa x + constant_q
+
+m: response tokens, or min(n, M) under a tilt cap; x: what psi and the task's reward add to the energy. A least-squares
+fit of this to a step's rollouts gives alpha, and what it explains. Constant and lambda are each prompt's own, as log Z'
+is; alpha and kappa are common. kappa is fitted, not taken for 1: a policy under way has its share of the reward too.
+
+Laws, each tested by name:
+- S = S_ref, the untrained policy, gives alpha 1, lambda 0, R^2 1. A policy of the form gives its own numbers exactly.
+- No constant, no lambda and no order of prompts changes alpha; a prompt without spread adds nothing.
+
+S and S_ref are sums of log-probs at rollout.temperature, so alpha is the power of the base model at that temperature.
+Both are exact up to rounding: there is no error in the variables to correct for.
+
+Left out: whether the policy has this form at all. alpha is the best power, alpha_realised_r2 says how good the best is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+MIN_SPREAD = 1e-3  # nats, of S_ref beside length in a prompt: below is rounding of sums over a response
+MAX_CONDITION = 1e4  # of (S_ref, x) scaled to 1: beyond it nobody can tell the two apart
+CONFIDENCE = 0.95
+WINDOW_STEPS = 10
+MIN_R2 = 0.5  # a policy of which less than half is explained has not come to any power
+
+
+def realised_alpha(
+    sequence_log_prob: np.ndarray,
+    ref_sequence_log_prob: np.ndarray,
+    counted_tokens: np.ndarray,
+    prompts: np.ndarray,
+    added_energy: np.ndarray,
+) -> dict[str, float]:
+    """All [B]: S under the policy that sampled; S_ref; m; which prompt, any numbers; x, zeros where there is none.
+
+    alpha_realised            dimensionless; absent where nothing is to be learnt of it
+    alpha_realised_low, high  95 % confidence interval, clustered by prompt; absent with one prompt
+    alpha_realised_r2         share of the variance of S, within prompts and beside length, that the fit explains
+    lambda_realised           nats per token; mean over prompts, weighted by the variance of m in each
+
+    A prompt takes part with at least 3 responses (2 of one length) whose S_ref differ by more than length does.
+    """
+    rows = _informative(sequence_log_prob, ref_sequence_log_prob, counted_tokens, prompts, added_energy)
+    if not rows.any():
+        return {}
+    beside = _Beside(counted_tokens[rows], prompts[rows])
+    policy, energies = sequence_log_prob[rows], [ref_sequence_log_prob[rows]]
+    if (beside.spread(beside.length(added_energy[rows])) >= MIN_SPREAD).any():
+        energies.append(added_energy[rows])
+    left, given = beside.length(policy), np.stack([beside.length(energy) for energy in energies], axis=1)
+    fit = _least_squares(left, given, beside.place)
+    if fit is None:
+        return {}
+    coefficients, half_width = fit
+    values = {"alpha_realised": coefficients[0]}
+    if half_width is not None:
+        values |= {
+            "alpha_realised_low": coefficients[0] - half_width,
+            "alpha_realised_high": coefficients[0] + half_width,
+        }
+    if left.var() > 0:
+        values["alpha_realised_r2"] = 1.0 - np.square(left - given @ coefficients).sum() / np.square(left).sum()
+    slope = beside.slope(policy - np.stack(energies, axis=1) @ coefficients)
+    return values if slope is None else values | {"lambda_realised": 0.0 - slope}
+
+
+def alpha_reached(lines: Sequence[Mapping[str, float]], stop_at: float) -> str | None:
+    """What has been reached, in words; None before. lines: of metrics.jsonl, every step so far, oldest first.
+
+    Reached: the median of alpha_realised over the last 10 steps is at stop_at or beyond, seen from 1. A step counts as
+    1 where it has no estimate or alpha_realised_r2 is below 0.5. A median, because one step's estimate may be far off.
+    """
+    if len(lines) < WINDOW_STEPS:
+        return None
+    shown = [line for line in lines[-WINDOW_STEPS:] if line.get("alpha_realised_r2", 0.0) >= MIN_R2]
+    missing = WINDOW_STEPS - len(shown)
+    median = float(np.median([line["alpha_realised"] for line in shown] + [1.0] * missing))
+    if median < stop_at if stop_at > 1 else median > stop_at:
+        return None
+    return f"realised alpha {median:.3g}, the median of {WINDOW_STEPS} steps, has reached run.stop_at_alpha={stop_at:g}"
+
+
+def _informative(policy, reference, counted_tokens, prompts, added_energy) -> np.ndarray:
+    """[B] True on the finite rollouts of prompts where S_ref varies beside length."""
+    finite = np.isfinite(policy + reference + added_energy)
+    rows = np.zeros(len(policy), dtype=bool)
+    if finite.any():
+        beside = _Beside(counted_tokens[finite], prompts[finite])
+        rows[finite] = (beside.spread(beside.length(reference[finite])) >= MIN_SPREAD)[beside.place]
+    return rows
+
+
+class _Beside:
+    """What is left of a quantile [B] within prompts once constant and length are taken out of each prompt by itself.
+
+    place: [B] the prompt of each rollout as a number from 0 to Q - 1.
+    """
+
+    def __init__(self, counted_tokens: np.ndarray, prompts: np.ndarray) -> None:
+        self.place = np.unique(prompts, return_inverse=True)[1]
+        self._count = np.bincount(self.place)
+        self._length = self._centred(counted_tokens)
+        self._square = np.bincount(self.place, self._length**2)
+
+    def length(self, values: np.ndarray) -> np.ndarray:
+        centred = self._centred(values)
+        along = np.bincount(self.place, self._length * centred)
+        slopes = np.divide(along, self._square, out=np.zeros_like(along), where=self._square > 0)
+        return centred - slopes[self.place] * self._length
+
+    def spread(self, left: np.ndarray) -> np.ndarray:
+        """[Q] root mean square, per degree of freedom, of what `length` left; 0 where none is left over."""
+        freedom = self._count - 1 - (self._square > 0)
+        squares = np.bincount(self.place, left**2)
+        return np.sqrt(np.divide(squares, freedom, out=np.zeros_like(squares), where=freedom > 0))
+
+    def slope(self, values: np.ndarray) -> float | None:
+        """On length, within prompts, one for all; None where no lengths differ."""
+        total = self._square.sum()
+        return (self._length * self._centred(values)).sum() / total if total > 0 else None
+
+    def _centred(self, values: np.ndarray) -> np.ndarray:
+        return values - (np.bincount(self.place, values) / self._count)[self.place]
+
+
+def _least_squares(left: np.ndarray, given: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, float | None] | None:
+    """([K] coefficients of left [B] on given [B, K], half width of the first one's interval, None with one prompt).
+    None where the columns cannot be told apart.
+
+    The interval is Student's over the delete-one-prompt jackknife, the cluster-robust sandwich called CV3: MacKinnon,
+    Nielsen, Webb, "Cluster-robust inference" (J. Econometrics 2023). Its degrees of freedom are one less than the
+    prompts there effectively are, 1 / sum w^2 with w a prompt's share of the spread of S_ref: Q where all weigh the
+    same. With Q itself, intervals of unequal prompts hold the truth in 88 % of simulations in place of 95.
+    """
+    scale = np.sqrt(np.square(given).sum(axis=0))
+    given = given / scale
+    num_prompts, num_given = place.max() + 1, given.shape[1]
+    squares, products = np.zeros((num_prompts, num_given, num_given)), np.zeros((num_prompts, num_given))
+    np.add.at(squares, place, given[:, :, None] * given[:, None, :])
+    np.add.at(products, place, given * left[:, None])
+    total, product = squares.sum(axis=0), products.sum(axis=0)
+    if np.linalg.cond(total) > MAX_CONDITION:
+        return None
+    coefficients = np.linalg.solve(total, product)
+    if num_prompts == 1:
+        return coefficients / scale, None
+    without = np.linalg.pinv(total - squares, rcond=1e-10, hermitian=True) @ (product - products)[:, :, None]
+    variance = (num_prompts - 1) / num_prompts * np.square(without[:, 0, 0] - coefficients[0]).sum()
+    effective = 1.0 / np.square(squares[:, 0, 0]).sum()
+    half_width = student_quantile(max(1, round(effective) - 1)) * np.sqrt(variance)
+    return coefficients / scale, half_width / scale[0]
+
+
+def student_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """t with P(|T| <= t) = confidence, by bisection of the finite series for whole degrees of freedom
+    (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
+    return high
+
+
+def _within(t: float, freedom: int) -> float:
+    """P(|T| <= t)."""
+    angle = np.arctan(t / np.sqrt(freedom))
+    if freedom == 1:
+        return 2 / np.pi * angle
+    odd = freedom % 2
+    steps = np.arange(2 + odd, freedom - 1 + odd, 2)[: (freedom - 2 - odd) // 2]
+    factors = np.concatenate(([1.0], (steps - 1) / steps * np.cos(angle) ** 2)).cumprod()
+    series = np.sin(angle) * factors.sum()
+    return 2 / np.pi * (angle + np.cos(angle) * series) if odd else series
