@@ -112,9 +112,9 @@ def contradictions(config: Config) -> list[str]:
         found.append(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
     if optimizer.log_z_lr is not None and 0 < optimizer.log_z_lr < SLOWEST_LOG_Z_LR:
         found.append(
-            f"optimizer.log_z_lr={optimizer.log_z_lr}: the share of the mean residual that an update takes out of log Z' "
-            f"(in earlier versions Adam's rate, 1e-3); below {SLOWEST_LOG_Z_LR} log Z' is a hundred updates behind the "
-            "policy; 0.5 is the default, 0 keeps the start value"
+            f"optimizer.log_z_lr={optimizer.log_z_lr}: it is the share of the mean residual that an update takes out "
+            f"of log Z' (in earlier versions Adam's rate, 1e-3); below {SLOWEST_LOG_Z_LR} log Z' is a hundred updates "
+            "behind the policy; 0.5 is the default, 0 keeps the start value"
         )
     if any(not 0 <= beta < 1 for beta in optimizer.betas):
         found.append(f"optimizer.betas={optimizer.betas}: each must be in [0, 1)")

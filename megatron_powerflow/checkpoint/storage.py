@@ -259,8 +259,8 @@ def _load_head(path: Path, trainable: Trainable) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if any(name.startswith("adam.") for name in tensors):
             raise UserError(
-                f"{path}: holds a log Z' head of an earlier version, which Adam moved; this version moves it otherwise. "
-                "Continue the run with the version that wrote it, or start anew from its export"
+                f"{path}: holds a log Z' head of an earlier version, which Adam moved; this version moves it "
+                "otherwise. Continue the run with the version that wrote it, or start anew from its export"
             )
         own = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
         trainable.head.load_state_dict(own, strict=True)

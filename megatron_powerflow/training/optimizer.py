@@ -1,4 +1,4 @@
-"""Who moves the weights? Megatron's DDP and optimizer for the policy; the log Z' head moves itself (`LogZHead.step`)."""
+"""Who moves the weights? Megatron's DDP and optimizer for the policy; the log Z' head takes steps of its own."""
 
 from __future__ import annotations
 
