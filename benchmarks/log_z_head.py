@@ -10,9 +10,9 @@ residuals of each, with noise of .4. Every head starts at the calibrated value o
     ours    `LogZHead` at its default rate
     group   no head: minus the mean of the prompt's 16 partial residuals; its error is .4 / sqrt(16) whatever happens
 
-and three kinds of wanted value: `smooth` (along the eight main directions of the states), `any` (drawn for each prompt),
-`drift` (smooth, and all sink by .006 a step, as in training). Printed: RMS error over all prompts after the first step,
-the worst of all steps, the mean of the last ten.
+and three kinds of wanted value: `smooth` (along the eight main directions of the states), `any` (drawn for each
+prompt), `drift` (smooth, and all sink by .006 a step, as in training). Printed: RMS error over all prompts after the
+first step, the worst of all steps, the mean of the last ten.
 
 Left out: a policy that moves; the product's own runs at these widths (README.md beside this file has them).
 """

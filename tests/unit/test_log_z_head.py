@@ -1,5 +1,5 @@
-"""The log Z' head: starts at the calibrated constant, reads the prompt alone, never reaches the policy unasked, and takes
-the share of the residuals that it is told, at any width."""
+"""The log Z' head: starts at the calibrated constant, reads the prompt alone, never reaches the policy unasked, and
+takes the share of the residuals that it is told, at any width."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_one_prompt_alone_is_stable_and_rounding_no_feature():
     for _ in range(5):
         update(head, pool * (1 + 1e-7), torch.ones(8))
     assert head(pool).tolist() == pytest.approx([1.0] * 8, abs=1e-4)
-    assert head.features(pool * (1 + 1e-6)).abs().max() < 1e-3
+    assert head.features(pool * (1 + 1e-6)).abs().max() < 1e-2  # of a share of 1
 
 
 def test_the_hidden_layers_stay_as_drawn():
