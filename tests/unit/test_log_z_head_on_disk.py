@@ -44,7 +44,7 @@ def test_a_head_that_adam_moved_is_refused_with_what_to_do(tmp_path):
     _save_head(tmp_path / HEAD_FILE, moved())
     tensors = load_file(tmp_path / HEAD_FILE)
     save_file(tensors | {"adam.exp_avg.last.bias": torch.zeros(1)}, tmp_path / HEAD_FILE)
-    with pytest.raises(UserError, match="earlier version.*start anew from its export"):
+    with pytest.raises(UserError, match=r"earlier version.*start anew from its export"):
         _load_head(tmp_path / HEAD_FILE, trainable())
 
 
