@@ -12,7 +12,7 @@ features h(q) of mean square <= 1 and K(q, q') = 1 + h(q) . h(q') / NUM_FEATURES
 which knows no width, unit or length, whatever the normalisation of the objective. A batch whose residuals cancel moves
 nothing, and what noise moves is a share of its own standard error. Adam, which FlowRL's head has, makes full steps of
 noise however small: lr * sum|h| ~ 0.8 H lr for the last layer, 1.2 nats at H = 1536. Its rates divided by the width
-are as accurate after 200 steps but ask for a step in nats, which depends on the objective (`benchmarks/log_z_head.py`).
+are as accurate after 200 steps but ask for a step in nats, which depends on the objective (`benchmarks/README.md`).
 
 The hidden layers stay as they were drawn. Prompt states of one model are nearly parallel (cosine .97), so what tells
 prompts apart would be learned slowly; it is made visible by taking away the mean of the first batch.
