@@ -171,7 +171,7 @@ precision: {{dtype: fp32}}
 prompts: {{path: {folder / "prompts.jsonl"}}}
 rollout: {{prompts_per_step: 4, responses_per_prompt: 4, max_prompt_tokens: 8, max_response_tokens: 40}}
 parallel: {{micro_batch_size: 2}}
-objective: {{alpha: 2, log_z_detach: false, ratio: seq_mean}}
+objective: {{alpha: 2, log_z: mlp, log_z_detach: false, ratio: seq_mean}}
 optimizer: {{lr: 1e-4, updates_per_rollout: 2}}
 checkpoint: {{interval: 0}}
 metrics: {{wandb: "off", curves: false}}

@@ -73,6 +73,7 @@ def config_of(way: str, model: Path, folder: Path, number: int, budget: int):
                 "max_response_tokens": LONGEST,
             },
             "parallel": parallel,
+            "objective": {"log_z": "mlp"},
             "optimizer": {"lr": 0.0, "log_z_lr": 0.0},
             "run": {"output_dir": str(folder / way.replace(" ", "_"))},
         }

@@ -151,7 +151,9 @@ class ObjectiveSection(Section):
 
 class OptimizerSection(Section):
     lr: NonNegativeFloat = 1e-6
-    log_z_lr: NonNegativeFloat | None = Field(None, description="of the log Z' head; default 1e-3")
+    log_z_lr: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="share of the mean residual that an update takes out of a learned log Z'; default 0.5"
+    )
     min_lr: NonNegativeFloat | None = Field(None, description="what lr decays to; default 0")
     lr_decay: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from megatron_powerflow.config import Config
 
 
+SLOWEST_LOG_Z_LR = 0.01
+
+
 def _has_alpha(c: Config) -> bool:
     form = c.objective.form
     return isinstance(form, Balance) or (isinstance(form, PolicyGradient) and form.powers)
@@ -45,6 +48,10 @@ def _pads(c: Config) -> bool:
     return c.parallel.max_tokens_per_micro_batch is None
 
 
+def _estimate(c: Config) -> str:
+    return "mlp" if c.rollout.responses_per_prompt == 1 else "group"
+
+
 def _for_flow_rl(value: Any, otherwise: Any) -> Callable[[Config], Any]:
     return lambda c: value if c.objective.preset == "flow_rl" else otherwise
 
@@ -57,7 +64,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("objective.alpha_warmup_steps", 0, _has_alpha, "this objective.preset knows no alpha"),
     ("objective.psi", 0.0, _has_alpha, "this objective.preset knows no energy"),
     ("objective.psi_exempt_tasks", ["creative"], lambda c: bool(c.objective.psi), "objective.psi=0"),
-    ("objective.log_z", "mlp", _balances, "this objective.preset has no log Z'"),
+    ("objective.log_z", _estimate, _balances, "this objective.preset has no log Z'"),
     ("objective.log_z_detach", True, lambda c: c.objective.log_z == "mlp", "objective.log_z is not mlp"),
     ("objective.tilt_cap", None, _tilts, "this objective.preset has no tilt on length that could be capped"),
     ("objective.task_reward", _for_flow_rl("gold", "none"), _balances, "this objective.preset has no energy to add to"),
@@ -66,7 +73,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("objective.kl_coefficient", 0.0, lambda c: not _has_alpha(c), "this objective.preset has p_base in its target"),
     ("objective.clip", "two_sided", lambda c: c.objective.ratio != "none", "objective.ratio=none"),
     ("objective.clip_epsilon", 0.2, lambda c: c.objective.ratio != "none", "objective.ratio=none"),
-    ("optimizer.log_z_lr", 1e-3, lambda c: c.objective.learns_log_z, "objective.log_z is not learned"),
+    ("optimizer.log_z_lr", 0.5, lambda c: c.objective.learns_log_z, "objective.log_z is not learned"),
     ("optimizer.min_lr", 0.0, lambda c: c.optimizer.lr_decay != "constant", "optimizer.lr_decay=constant"),
     ("precision.fp8_recipe", "tensorwise", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
     ("precision.fp8_format", "hybrid", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
@@ -110,6 +117,12 @@ def contradictions(config: Config) -> list[str]:
     found += _alpha_out_of_reach(config)
     if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
         found.append(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
+    if optimizer.log_z_lr is not None and 0 < optimizer.log_z_lr < SLOWEST_LOG_Z_LR:
+        found.append(
+            f"optimizer.log_z_lr={optimizer.log_z_lr}: it is the share of the mean residual that an update takes out "
+            f"of log Z' (in earlier versions Adam's rate, 1e-3); below {SLOWEST_LOG_Z_LR} log Z' is a hundred updates "
+            "behind the policy; 0.5 is the default, 0 keeps the start value"
+        )
     if any(not 0 <= beta < 1 for beta in optimizer.betas):
         found.append(f"optimizer.betas={optimizer.betas}: each must be in [0, 1)")
     return found

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from megatron_powerflow.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from megatron.core.optimizer import MegatronOptimizer
     from torch import nn
 
@@ -29,22 +28,21 @@ FORMAT = 1
 class Trainable:
     """What an update moves on this rank.
 
-    ddp_chunks wrap `chunks` and accumulate their gradients in fp32. head and head_optimizer exist on the last stage
-    of a run that learns log Z'; elsewhere they are None.
+    ddp_chunks wrap `chunks` and accumulate their gradients in fp32. head exists on the last stage of a run that learns
+    log Z', and is None elsewhere; what it learns is all of its state.
     """
 
     chunks: list[PolicyModel]
     ddp_chunks: list[nn.Module]
     optimizer: MegatronOptimizer
     head: LogZHead | None
-    head_optimizer: torch.optim.AdamW | None
 
     def zero_grad(self) -> None:
         for chunk in self.ddp_chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        if self.head_optimizer is not None:
-            self.head_optimizer.zero_grad()
+        if self.head is not None:
+            self.head.zero_grad()
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,26 +248,24 @@ def _load_optimizer(trainable: Trainable, state: dict) -> None:
 
 def _save_head(path: Path, trainable: Trainable) -> None:
     tensors = {f"head.{name}": value.contiguous() for name, value in trainable.head.state_dict().items()}
-    for name, parameter in trainable.head.named_parameters():
-        for key, value in trainable.head_optimizer.state[parameter].items():
-            tensors[f"adam.{key}.{name}"] = value.detach().clone()
     save_file(tensors, path)
 
 
 def _load_head(path: Path, trainable: Trainable) -> None:
-    """Weights and moments of the log Z' head. Raises UserError when the file does not fit the head of this run."""
+    """The log Z' head. Raises UserError when the file does not fit the head of this run, or was written when the head
+    was moved by Adam: its hidden layers are trained there, and its rate meant something else."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if any(name.startswith("adam.") for name in tensors):
+            raise UserError(
+                f"{path}: holds a log Z' head of an earlier version, which Adam moved; this version moves it "
+                "otherwise. Continue the run with the version that wrote it, or start anew from its export"
+            )
         own = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
         trainable.head.load_state_dict(own, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: does not hold the log Z' head of this run: {error}") from None
-    for name, parameter in trainable.head.named_parameters():
-        moments = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        if moments["step"] is not None:
-            on_device = {key: value.to(parameter.device) for key, value in moments.items() if key != "step"}
-            trainable.head_optimizer.state[parameter] = {"step": moments["step"], **on_device}
 
 
 def _save_small_files(run: Path, partial: Path, progress: Progress, companions: Path) -> None:

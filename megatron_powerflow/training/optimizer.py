@@ -1,4 +1,4 @@
-"""Who moves the weights? Megatron's DDP and optimizer for the policy, a plain AdamW for the log Z' head."""
+"""Who moves the weights? Megatron's DDP and optimizer for the policy; the log Z' head takes steps of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from torch import nn
 
 from megatron_powerflow.checkpoint.state import Trainable
 from megatron_powerflow.config import Config, OptimizerSection
@@ -52,22 +51,16 @@ def build_trainable(chunks: Sequence[PolicyModel], head: LogZHead | None, config
         ddp_chunks,
         use_gloo_process_groups=False,
     )
-    head_optimizer = None
-    if head is not None:
-        head_optimizer = torch.optim.AdamW(
-            head.parameters(), lr=section.log_z_lr, betas=tuple(section.betas), eps=section.eps, weight_decay=0.0
-        )
-    return Trainable(list(chunks), ddp_chunks, optimizer, head, head_optimizer)
+    return Trainable(list(chunks), ddp_chunks, optimizer, head)
 
 
 def set_learning_rates(trainable: Trainable, section: OptimizerSection, step: int, num_steps: int) -> float:
-    """Give both optimizers their rate for this step; returns the policy's."""
+    """Give the policy's optimizer and the head their rate for this step; returns the policy's."""
     lr, log_z_lr = learning_rates(section, step, num_steps)
     for group in trainable.optimizer.param_groups:
         group["lr"] = lr
-    if trainable.head_optimizer is not None:
-        for group in trainable.head_optimizer.param_groups:
-            group["lr"] = log_z_lr
+    if trainable.head is not None:
+        trainable.head.rate = log_z_lr
     return lr
 
 
@@ -79,8 +72,14 @@ class Stepped:
     applied: bool
 
 
-def step_optimizers(trainable: Trainable, *, clip_grad: float, loss_is_finite: bool, groups: Groups) -> Stepped:
-    """Clip and apply the gradients, unless the loss or a gradient is not finite: then nothing moves, on any rank."""
+def step_optimizers(
+    trainable: Trainable, *, clip_grad: float, mean_weight: float, loss_is_finite: bool, groups: Groups
+) -> Stepped:
+    """Apply the gradients, unless the loss or a gradient is not finite: then nothing moves, on any rank.
+
+    clip_grad bounds the policy's gradient. The head's is not clipped: its norm grows with the width, and its step is a
+    share of the residuals already. mean_weight: of the loss's w m over the update's kept rollouts, global.
+    """
     optimizer = trainable.optimizer
     overflow = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
@@ -92,9 +91,8 @@ def step_optimizers(trainable: Trainable, *, clip_grad: float, loss_is_finite: b
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
         optimizer.step_with_ready_grads()
-        if trainable.head_optimizer is not None:
-            nn.utils.clip_grad_norm_(trainable.head.parameters(), clip_grad)
-            trainable.head_optimizer.step()
+        if trainable.head is not None:
+            trainable.head.step(mean_weight)
     return Stepped(grad_norm, applied)
 
 
@@ -103,7 +101,7 @@ def _reduce_head_gradients(trainable: Trainable, groups: Groups) -> float:
     every rank, 0 without a head, so that all ranks judge alike."""
     square = torch.zeros(1, dtype=torch.float64)
     if trainable.head is not None:
-        for parameter in trainable.head.parameters():
+        for parameter in trainable.head.learned():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad, group=groups.tp_dp)

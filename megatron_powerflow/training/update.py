@@ -21,7 +21,7 @@ from megatron_powerflow.objective.trajectory_balance import initial_log_z
 from megatron_powerflow.parallel.collectives import last_stage_rows
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import ROLLOUT_COLUMNS, MicroBatch
-from megatron_powerflow.training.forward_step import Scorer, run_forward_backward
+from megatron_powerflow.training.forward_step import Scorer, run_forward, run_forward_backward
 from megatron_powerflow.training.group_values import partial_of, residual_weight, with_group_values
 from megatron_powerflow.training.loss import micro_batch_loss
 from megatron_powerflow.training.optimizer import Stepped, step_optimizers
@@ -65,18 +65,29 @@ def update(
         num_rollouts = sum(batch.tokens.shape[0] for batch in batches)
         table = last_stage_rows(torch.cat(found).cpu() if found else None, num_rollouts, len(ROLLOUT_COLUMNS), groups)
         finite = bool(table[:, ROLLOUT_COLUMNS.index("loss_term")].isfinite().all()) and num_kept > 0
-        steps.append(step_optimizers(trainable, clip_grad=section.clip_grad, loss_is_finite=finite, groups=groups))
+        mean_weight = _mean_weight(table)
+        steps.append(
+            step_optimizers(
+                trainable,
+                clip_grad=section.clip_grad,
+                mean_weight=mean_weight,
+                loss_is_finite=finite,
+                groups=groups,
+            )
+        )
         rows.append(table)
     everything = torch.cat(rows)
     return Updated(everything[everything[:, 0].argsort()], tuple(steps))
 
 
 def calibrate_head(
-    trainable: Trainable, batches: Sequence[MicroBatch], objective: ObjectiveSection, alpha: float, groups: Groups
+    trainable: Trainable, batches: Sequence[MicroBatch], objective: ObjectiveSection, alpha: float, scorer: Scorer
 ) -> float:
     """Give the head its start value: minus the mean residual of the first batch without it, over all ranks, S = S_ref.
-    Returns it. Collective."""
-    local, form = None, objective.form
+    Returns it. A head that reads prompts also learns what all of them share. Collective."""
+    local, form, groups = None, objective.form, scorer.groups
+    if objective.log_z == "mlp":
+        _centre_head(trainable, batches, scorer)
     if groups.is_last_stage:
         local = torch.cat(
             [
@@ -98,6 +109,25 @@ def calibrate_head(
     if trainable.head is not None:
         trainable.head.calibrate(log_z)
     return log_z
+
+
+def _centre_head(trainable: Trainable, batches: Sequence[MicroBatch], scorer: Scorer) -> None:
+    """`LogZHead.centre` by the prompts of all ranks: one forward pass."""
+
+    def mean(values: Tensor) -> Tensor:
+        sums = torch.cat([values.double().sum(dim=0), values.new_tensor([len(values)], dtype=torch.float64)])
+        dist.all_reduce(sums, group=scorer.groups.dp)
+        return sums[:-1] / sums[-1]
+
+    pools = run_forward(trainable.chunks, batches, scorer, lambda hidden, _, batch: scorer.prompt_pool(hidden, batch))
+    if trainable.head is not None:
+        trainable.head.centre(torch.cat(pools), mean)
+
+
+def _mean_weight(table: Tensor) -> float:
+    """Of the loss's weight w m over the kept rollouts of the update, all ranks'; 0 when none was kept."""
+    weight, kept = (table[:, ROLLOUT_COLUMNS.index(name)] for name in ("weight", "kept"))
+    return float(weight[kept > 0].sum() / (kept > 0).sum().clamp(min=1))
 
 
 def _num_kept(batches: Sequence[MicroBatch], groups: Groups) -> int:

@@ -33,6 +33,7 @@ precision: {{dtype: fp32}}
 prompts: {{path: {tmp_path / "prompts.jsonl"}}}
 rollout: {{prompts_per_step: 2, responses_per_prompt: 2, max_prompt_tokens: 8, max_response_tokens: 6}}
 parallel: {{micro_batch_size: 2}}
+objective: {{log_z: mlp}}
 optimizer: {{lr: 1e-3}}
 checkpoint: {{interval: 1}}
 metrics: {{wandb: "off", curves: false}}

@@ -107,8 +107,6 @@ def trained(request, enumerable, tmp_path_factory) -> dict[str, Future]:
             "metrics.curves=false",
             "evaluation.samples=0",
         ]
-        if "objective.log_z=mlp" in settings or "objective.log_z=scalar" in settings:
-            command.append("optimizer.log_z_lr=1e-2")
         worker = idle.get()
         try:
             worker.run(1, run_training, config, *command)

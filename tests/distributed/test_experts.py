@@ -267,7 +267,6 @@ def unbroken(gloo, tiny_model, tmp_path_factory):
     return path, comparable(folder / "run")
 
 
-# without a head: the first gradient of its calibrated bias is rounding, of which Adam makes a step of lr either way
 DISTRIBUTED = ("precision.dtype=fp32", "optimizer.distributed=true", "objective.log_z=group")
 
 

@@ -103,11 +103,12 @@ def test_an_export_holds_no_head_and_loads_in_transformers(gloo, config, tiny_mo
     """Law 20. bf16 training exports bf16, and config.json says so."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gloo.run(2, run_training, config, "parallel.pp=2", "precision.dtype=bf16")
+    gloo.run(2, run_training, config, "parallel.pp=2", "precision.dtype=bf16", "objective.log_z=mlp")
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*/log_z_head.safetensors"))
     export = tmp_path / "run" / "hf_export"
     names = tensors_of(export).keys()
     assert names == tensors_of(tiny_model("llama")).keys()
-    assert not [name for name in names if "log_z" in name or "head.last" in name]
+    assert not [name for name in names if "log_z" in name or "centre" in name]
     model = AutoModelForCausalLM.from_pretrained(export)
     assert model.dtype == torch.bfloat16
     answer = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)

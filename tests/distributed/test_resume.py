@@ -32,7 +32,7 @@ precision: {{dtype: fp32}}
 prompts: {{path: {prompts}}}
 rollout: {{prompts_per_step: 4, responses_per_prompt: 2, max_prompt_tokens: 8, max_response_tokens: 6}}
 parallel: {{micro_batch_size: 2}}
-objective: {{alpha: 2}}
+objective: {{alpha: 2, log_z: mlp}}
 optimizer: {{lr: 1e-3, lr_decay: cosine, warmup_steps: 2}}
 checkpoint: {{interval: 2}}
 metrics: {{wandb: "off", curves: false}}
@@ -157,13 +157,10 @@ def assert_same_run(left: Path, right: Path) -> None:
     ],
 )
 def test_a_run_continues_under_another_layout(gloo, config, tmp_path, before, after):
-    """The state is the same; sums are ordered differently, so the next lines agree to rounding.
-
-    Without a head: the first gradient of its calibrated bias is rounding, of which Adam makes a step of lr either way,
-    and two steps later a token may be another one.
-    """
+    """The state is the same; sums are ordered differently, so the next lines agree to rounding. With a head: the first
+    gradient of its calibrated bias is rounding, and so is the step that it makes of it."""
     moved, reference = tmp_path / "moved", tmp_path / "reference"
-    common = ("optimizer.lr_decay=constant", "objective.log_z=group")
+    common = ("optimizer.lr_decay=constant",)
     for (num_processes, settings), steps in ((before, 2), (after, 4)):
         overrides = (f"run.output_dir={moved}", f"run.num_steps={steps}", *common, *settings)
         gloo.run(num_processes, run_training, config, *overrides)
@@ -172,6 +169,9 @@ def test_a_run_continues_under_another_layout(gloo, config, tmp_path, before, af
     assert ours["response_length_mean"] == theirs["response_length_mean"]
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert ours["log_z_mean"] == pytest.approx(theirs["log_z_mean"], rel=1e-5)
+    assert ours["log_z_std"] == pytest.approx(theirs["log_z_std"], rel=1e-3)
+    assert theirs["log_z_std"] > 1e-3  # it tells prompts apart
 
 
 def test_a_stop_signal_saves_and_asks_to_be_started_again(gloo, config, tmp_path):

@@ -41,7 +41,7 @@ def one_step(config, step: int = 0):
         alpha, log_z = alpha_of_step(config.objective, step), None
         if config.objective.learns_log_z:
             first = [b for batches in updates for b in batches]
-            log_z = calibrate_head(session.trainable, first, config.objective, alpha, session.groups)
+            log_z = calibrate_head(session.trainable, first, config.objective, alpha, session.scorer)
         set_learning_rates(session.trainable, config.optimizer, step, config.run.num_steps)
         updated = update(session.trainable, updates, session.scorer, config.objective, config.optimizer, alpha)
         return updated.rows.numpy(), [stepped.grad_norm for stepped in updated.steps], log_z
@@ -180,7 +180,7 @@ def test_other_objectives_pack_and_split_as_well(gloo, tiny_model, prompts, tmp_
 
 def test_at_alpha_1_every_residual_is_log_z_exactly(gloo, tiny_model, prompts, tmp_path):
     """Law 4: policy and reference are one model through one scorer, so S - S_ref is 0 to the last bit."""
-    config = config_for(tiny_model("llama"), prompts, tmp_path / "run", "objective.alpha=1")
+    config = config_for(tiny_model("llama"), prompts, tmp_path / "run", "objective.alpha=1", "objective.log_z=mlp")
     ((rows, _, log_z),) = gloo.run(1, one_step, config)
     assert (column(rows, "residual") == column(rows, "log_z")).all()
     assert log_z == 0.0
@@ -188,7 +188,7 @@ def test_at_alpha_1_every_residual_is_log_z_exactly(gloo, tiny_model, prompts, t
 
 def test_at_step_0_the_mean_residual_is_0(gloo, tiny_model, prompts, tmp_path):
     """Law 3: log Z' starts at (alpha - 1) * mean token log-prob + alpha * mean psi."""
-    overrides = ["objective.alpha=4", "objective.psi=-0.5"]
+    overrides = ["objective.alpha=4", "objective.psi=-0.5", "objective.log_z=mlp"]
     config = config_for(tiny_model("llama"), prompts, tmp_path / "run", *overrides)
     ((rows, _, log_z),) = gloo.run(1, one_step, config)
     assert column(rows, "residual").mean() == pytest.approx(0.0, abs=1e-5)
@@ -202,7 +202,7 @@ def test_sampler_and_scorer_agree_on_every_token(gloo, smollm2, tmp_path, record
     path = tmp_path / "prompts.jsonl"
     texts = ["The capital of France is", "Once upon a time", "def add(a, b):", "Two plus two is"]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    config = config_for(smollm2, path, tmp_path / "run", "objective.alpha=1")
+    config = config_for(smollm2, path, tmp_path / "run", "objective.alpha=1", "objective.log_z=mlp")
     ((rows, _, _),) = gloo.run(1, one_step, config)
     record_property("sampler_gap_max", column(rows, "sampler_gap_max").max())
     assert column(rows, "sampler_gap_max").max() < 1e-3

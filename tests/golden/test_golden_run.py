@@ -17,9 +17,14 @@ from tests.distributed.megatron_sessions import run_training
 RECORD = Path(__file__).with_name("golden_run.json")
 NAMES = ("loss", "grad_norm", "residual_mean", "residual_std", "log_z_mean", "response_length_mean", "policy_entropy")
 ARMS = {
-    "mlp": ("objective.alpha=2",),
+    "mlp": ("objective.alpha=2", "objective.log_z=mlp"),
     "group": ("objective.alpha=0.5", "objective.log_z=group"),
-    "stale": ("objective.alpha=4", "objective.ratio=seq_mean", "optimizer.updates_per_rollout=2"),
+    "stale": (
+        "objective.alpha=4",
+        "objective.log_z=mlp",
+        "objective.ratio=seq_mean",
+        "optimizer.updates_per_rollout=2",
+    ),
 }
 
 

@@ -37,7 +37,7 @@ model: {{hf_path: {tiny_model("llama", rope=None, **SIZES)}}}
 prompts: {{path: {tmp_path / "prompts.jsonl"}}}
 rollout: {{prompts_per_step: 2, responses_per_prompt: 8, max_prompt_tokens: 8, max_response_tokens: 24}}
 parallel: {{micro_batch_size: 8}}
-objective: {{alpha: 2}}
+objective: {{alpha: 2, log_z: mlp}}
 optimizer: {{lr: 1e-4}}
 metrics: {{wandb: "off", curves: false}}
 evaluation: {{samples: 0}}

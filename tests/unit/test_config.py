@@ -88,7 +88,7 @@ def test_wrong_values_say_what_was_got_and_what_holds(override, words):
     ("overrides", "reason"),
     [
         (["objective.clip_epsilon=0.1"], "objective.ratio=none"),
-        (["optimizer.log_z_lr=0.1", "objective.log_z=group"], "objective.log_z is not learned"),
+        (["optimizer.log_z_lr=0.1"], "objective.log_z is not learned"),
         (["objective.log_z_detach=false", "objective.log_z=scalar"], "objective.log_z is not mlp"),
         (["precision.fp8_recipe=blockwise"], "precision.dtype is not fp8"),
         (["parallel.vpp=2"], "parallel.pp=1"),
@@ -107,14 +107,29 @@ def test_one_response_per_prompt_is_refused_for_group_estimates():
     for log_z in ("group", "loo", "contrastive"):
         (line,) = violations("rollout.responses_per_prompt=1", f"objective.log_z={log_z}")
         assert "at least 2" in line
-    parse_config(MINIMAL, ["rollout.responses_per_prompt=1"])  # the learned head needs no group
+
+
+def test_the_default_log_z_is_the_groups_where_there_is_a_group():
+    assert parse_config(MINIMAL).objective.log_z == "group"
+    assert parse_config(MINIMAL).optimizer.log_z_lr is None
+    alone = parse_config(MINIMAL, ["rollout.responses_per_prompt=1"])
+    assert (alone.objective.log_z, alone.optimizer.log_z_lr) == ("mlp", 0.5)
+
+
+def test_the_rate_that_an_earlier_version_had_is_refused():
+    (line,) = violations("objective.log_z=mlp", "optimizer.log_z_lr=1e-3")
+    assert "share of the mean residual" in line
+    assert "0.5 is the default" in line
+    for value in (0, 0.01, 0.99):
+        parse_config(MINIMAL, ["objective.log_z=mlp", f"optimizer.log_z_lr={value}"])
+    assert "less than 1" in violations("objective.log_z=mlp", "optimizer.log_z_lr=1")[0]
 
 
 def test_conditional_defaults_appear_where_they_act():
-    config = parse_config(MINIMAL, ["objective.ratio=seq", "objective.psi=-0.5"])
+    config = parse_config(MINIMAL, ["objective.ratio=seq", "objective.psi=-0.5", "objective.log_z=scalar"])
     assert config.objective.clip_epsilon == 0.2
     assert config.objective.psi_exempt_tasks == ["creative"]
-    assert config.optimizer.log_z_lr == 1e-3
+    assert config.optimizer.log_z_lr == 0.5
     assert parse_config(MINIMAL).objective.clip_epsilon is None
 
 
