@@ -265,7 +265,7 @@ ROLLOUT_COLUMNS = (
     "sampler_gap_max",
     "token_ratio_sum",  # exp(scorer - sampler) over the tokens
     "max_log_prob",
-    "loop_tokens",  # of the longest loop; NaN without one
+    "loop_tokens",  # of the longest repetition, a loop where it is long enough (metrics/loops.py); NaN without one
     "loop_nats",  # a token, once in it
     "entry_nats",  # of going into it
     *ANNOTATION_COLUMNS,

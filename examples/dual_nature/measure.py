@@ -171,23 +171,6 @@ def stray_mass(model: LlamaForCausalLM, groups: Sequence[Sequence[Sample]]) -> d
     return {"stray_mean": float(everything.mean()), "stray_max": float(everything.max())}
 
 
-def estimate_tilt(groups: Sequence[Sequence[Sample]], alpha: float) -> tuple[float, float]:
-    """(lambda, effective sample share): root of mean exp((alpha - 1) log p - lambda n) = 1 over samples of p itself.
-
-    The weights' spread decides what this is worth: an effective share of 1/1000 of the samples is not a measurement.
-    """
-    samples = [sample for group in groups for sample in group]
-    logs = torch.tensor([(alpha - 1) * sample.log_prob for sample in samples], dtype=torch.float64)
-    lengths = torch.tensor([len(sample.tokens) for sample in samples], dtype=torch.float64)
-    low, high = -20.0, 20.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        above = torch.logsumexp(logs - middle * lengths, dim=0) > math.log(len(samples))
-        low, high = (middle, high) if above else (low, middle)
-    weights = (logs - low * lengths).softmax(dim=0)
-    return low, float(1 / weights.square().sum() / len(samples))
-
-
 def _mean(values) -> float:
     values = [float(value) for value in values]
     return sum(values) / len(values) if values else math.nan
@@ -199,7 +182,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200, help="held-out questions, at most 1000")
     parser.add_argument("--responses", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--alpha", type=float, default=None, help="also estimate lambda at this alpha")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=None)
@@ -215,8 +197,6 @@ def main() -> None:
         seed=arguments.seed,
     )
     figures = describe(groups) | stray_mass(model, groups[:20])
-    if arguments.alpha is not None:
-        figures["lambda"], figures["lambda_effective_share"] = estimate_tilt(groups, arguments.alpha)
     text = json.dumps({name: round(value, 5) for name, value in figures.items()}, indent=1)
     if arguments.out is not None:
         arguments.out.write_text(text + "\n", encoding="utf-8")

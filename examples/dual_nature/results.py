@@ -19,6 +19,7 @@ from examples.dual_nature.arms import Arm, Measured, Plan
 from examples.dual_nature.corpus import MAX_RESPONSE_TOKENS, SETTINGS, Question
 from examples.dual_nature.measure import Sample, describe
 from examples.dual_nature.target import MARKED, PLAIN, Target, solve_power, solve_target, trap_margin
+from megatron_powerflow.metrics.trap import trap_margin as loop_margin
 
 # of `measure.describe`: column -> (name, decimals)
 EXAMINED = {
@@ -55,7 +56,7 @@ def write_results(out: Path, group: str, plan: Plan) -> str:
         arm.name: [_examined(out / f"{arm.name}_s{seed}" / "evaluation") for seed in range(arm.num_seeds)]
         for arm in arms
     }
-    courses = {arm.name: [_course(out / f"{arm.name}_s{seed}") for seed in range(arm.num_seeds)] for arm in arms}
+    courses = {arm.name: [_course(out / f"{arm.name}_s{seed}", arm) for seed in range(arm.num_seeds)] for arm in arms}
     (out / f"results_{group}.json").write_text(json.dumps({"examined": examined, "course": courses}, indent=1) + "\n")
     text = "\n".join([f"## {group}", "", *_examined_table(measured, arms, examined), "", *_course_table(arms, courses)])
     (out / f"results_{group}.md").write_text(text + "\n", encoding="utf-8")
@@ -89,12 +90,11 @@ def _examined(folder: Path) -> dict[str, float]:
     return figures
 
 
-def _course(folder: Path) -> dict[str, float | None]:
+def _course(folder: Path, arm: Arm) -> dict[str, float | None]:
     """Steps are counted from 1, as in what training prints; None: never."""
     metrics = _lines(folder / "metrics.jsonl")
     evaluations = _lines(folder / "evaluations.jsonl")
     best = max(evaluations, key=lambda line: line["accuracy"])
-    margins = [line["trap_margin"] for line in metrics[slice(*SETTLING)] if "trap_margin" in line]
     return {
         "best": best["accuracy"],
         "best_step": best["step"],
@@ -102,8 +102,32 @@ def _course(folder: Path) -> dict[str, float | None]:
         "steps": len(metrics),
         "alarm": _first(metrics, lambda line: line["alarm"] > 0),
         "collapse": _first(metrics, lambda line: line["truncated_fraction"] > COLLAPSED),
-        "margin": statistics.median(margins) if margins else None,
+        "margin": settled_margin(metrics, arm),
     }
+
+
+def settled_margin(metrics: Sequence[dict], arm: Arm) -> float | None:
+    """The median over the settling steps of the margin at each step's alpha and lambda; None without a loop.
+
+    A sharpened policy's responses hardly loop, and what a loop costs the base model does not change: its nats are
+    medians over all steps up to then.
+    """
+    loops = [line for line in metrics[: SETTLING[1]] if "trap_loop_nats" in line]
+    tilts = [line for line in metrics[slice(*SETTLING)] if "trap_lambda" in line]
+    if not loops or not tilts:
+        return None
+    nats, entry = (statistics.median(line[name] for line in loops) for name in ("trap_loop_nats", "trap_entry_nats"))
+    return statistics.median(
+        loop_margin(
+            nats,
+            entry,
+            alpha=line["alpha"],
+            tilt=-line["trap_lambda"],
+            max_response_tokens=arm.limit,
+            tilt_cap=arm.tilt_cap,
+        )
+        for line in tilts
+    )
 
 
 def _first(lines: Sequence[dict], holds: Callable[[dict], bool]) -> int | None:

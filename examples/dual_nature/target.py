@@ -96,23 +96,28 @@ def length_tilt(by_length: np.ndarray) -> float:
     return (low + high) / 2
 
 
+def loop_free_lambda(question: Question, setting: Setting, alpha: float, *, tilt_cap: int | None = None) -> float:
+    """lambda at which the responses without a loop sum to 1. `Target.lam`, of the fixed point, counts the loops too:
+    where they have most of the mass it is the price at which they break even, and says nothing of the trap."""
+    sums = power_sums(question, replace(setting, filler=0.0), alpha).sum(axis=(0, 2))
+    return length_tilt(np.bincount(_counted(tilt_cap), sums))
+
+
 def trap_margin(
     setting: Setting, alpha: float, *, limit: int = MAX_RESPONSE_TOKENS, tilt_cap: int | None = None
 ) -> float:
-    """N (|lambda| - alpha r) - alpha c in nats: a loop that fills all N tokens against working it out; N is `limit`.
+    """N (-lambda - alpha r) - alpha c in nats: a loop that fills all N tokens against working it out; N is `limit`.
 
-    lambda: of the corpus without its loop (for a tilt cap M it is counted on M tokens); r: nats of one more `hmm`; c:
-    of the way in. Above 0 the sharpened policy ends in the loop. One way in and one length are counted, and responses
-    that a lower limit cuts are not; `solve_target` counts them all.
+    lambda: `loop_free_lambda` (for a tilt cap M it is counted on M tokens); r: nats of one more `hmm`; c: of the way
+    in. Above 0 the sharpened policy ends in the loop. One way in and one length are counted, and responses that a
+    lower limit cuts are not; `solve_target` counts them all.
     """
     if setting.filler == 0:
         return -math.inf
-    without = replace(setting, filler=0.0)
-    sums = power_sums(PLAIN, without, alpha).sum(axis=(0, 2))
-    lam = length_tilt(np.bincount(_counted(tilt_cap), sums))
+    lam = loop_free_lambda(PLAIN, setting, alpha, tilt_cap=tilt_cap)
     entry, again = -math.log((1 - setting.direct) * setting.filler), -math.log(setting.filler_again)
     counted = limit if tilt_cap is None else min(limit, tilt_cap)
-    return counted * abs(lam) - alpha * (limit * again + entry)
+    return counted * -lam - alpha * (limit * again + entry)
 
 
 def _described(

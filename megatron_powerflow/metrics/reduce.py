@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_powerflow.metrics.realised_alpha import realised_alpha
-from megatron_powerflow.metrics.repetition import estimate_tilt, trap_margin
+from megatron_powerflow.metrics.trap import has_loop, trap_metrics
 from megatron_powerflow.records import ROLLOUT_COLUMNS
 
 RESIDUAL_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -43,18 +43,18 @@ def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
     highest = every["max_log_prob"].max(initial=-np.inf)
     if highest > MAX_LOG_PROB:
         raise FloatingPointError(f"a token has log-prob {highest:.4g}; probabilities end at 1, the scorer is broken")
-    values = _rollout_metrics(every)
+    values = _rollout_metrics(every, target)
     kept = {name: column[every["kept"] > 0] for name, column in every.items()}
     if len(kept["kept"]):
         kept["prompt"] = kept["rollout_index"] // target.responses_per_prompt
         values |= _objective_metrics(kept)
         values |= _realised_metrics(kept, target)
         values |= _power_metrics(kept, target) if target.alpha is not None else {}
-        values |= _trap_metrics(kept, target) if target.has_tilt else {}
+        values |= _trap_metrics(every, target) if target.has_tilt else {}
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
 
 
-def _rollout_metrics(every: dict[str, np.ndarray]) -> dict[str, float]:
+def _rollout_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, float]:
     """What the sampled responses are like, dropped ones included."""
     lengths, num_tokens = every["num_response_tokens"], every["num_response_tokens"].sum()
     drift = every["sequence_log_prob"] - every["rollout_sequence_log_prob"]
@@ -72,7 +72,7 @@ def _rollout_metrics(every: dict[str, np.ndarray]) -> dict[str, float]:
         "eos_fraction": 1.0 - every["truncated"].mean(),
         "boxed_rate": every["boxed"].mean(),
         "repeated_share": every["repeated_share"].mean(),  # of a response's 4-grams, those it has had before
-        "loop_fraction": np.isfinite(every["loop_tokens"]).mean(),
+        "loop_fraction": has_loop(every["loop_tokens"], target.max_response_tokens).mean(),
         "distinct_2": every["distinct_2"].mean(),
         "distinct_3": every["distinct_3"].mean(),
         # over the rollouts whose prompt has an answer
@@ -139,27 +139,16 @@ def _realised_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, 
     return realised_alpha(kept["sequence_log_prob"], kept["ref_sequence_log_prob"], counted, kept["prompt"], added)
 
 
-def _trap_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:
-    """Whether the target rewards the cheapest loop among the rollouts: see `repetition.py`."""
-    lengths = kept["num_response_tokens"]
-    counted = lengths if target.tilt_cap is None else np.minimum(lengths, target.tilt_cap)
-    energy = kept["sequence_log_prob"], kept["ref_sequence_log_prob"], counted
-    tilt = estimate_tilt(*energy, target.alpha)
-    values = {"trap_lambda": -tilt}
-    looping = np.isfinite(kept["loop_nats"])
-    if looping.any():
-        nats, entry = kept["loop_nats"][looping], kept["entry_nats"][looping]
-        margins = trap_margin(
-            nats,
-            entry,
-            alpha=target.alpha,
-            tilt=tilt,
-            max_response_tokens=target.max_response_tokens,
-            tilt_cap=target.tilt_cap,
-        )
-        worst = margins.argmax()
-        values |= {"trap_margin": margins[worst], "trap_loop_nats": nats[worst], "trap_entry_nats": entry[worst]}
-    return values
+def _trap_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, float]:
+    """Whether the target rewards the loops among the rollouts: see `trap.py`."""
+    return trap_metrics(
+        every,
+        every["sequence_log_prob"],
+        responses_per_prompt=target.responses_per_prompt,
+        max_response_tokens=target.max_response_tokens,
+        alpha=target.alpha,
+        tilt_cap=target.tilt_cap,
+    )
 
 
 def _by_length(residual: np.ndarray, lengths: np.ndarray) -> dict[str, float]:

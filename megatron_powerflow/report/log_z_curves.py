@@ -1,7 +1,8 @@
 """Is log Z' where it should be, and is a repetition trap near? Two pictures, from metrics.jsonl.
 
 log Z' calibrated: it meets the group's estimate, E[w residual] stays at 0, and the residual's quantiles close in on 0.
-The trap (where a run measures it): above a margin of 0 a loop has more mass than the reasoning it replaces.
+The trap (where a run measures it, and its estimate is worth something: `metrics/trap.py`): above a margin of 0 a loop
+has more mass than the reasoning it replaces.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PANELS = (
     Panel("log Z′; thin: the group's estimate", "log_z_mean", "group_log_z_mean"),
     Panel("E[w · residual]; 0: log Z′ is stationary", "weighted_residual_mean", around_0=True),
     Panel("Trap margin (nats); a loop pays above 0", "trap_margin", around_0=True),
-    Panel("Trap: λ per token", "trap_lambda"),
+    Panel("Trap: λ per token, loops left out", "trap_lambda"),
     Panel("Trap: cost of the loop (nats per token)", "trap_loop_nats"),
     Panel("Trap: cost of entering it (nats)", "trap_entry_nats"),
 )
@@ -75,7 +76,8 @@ def draw_log_z(cast: Cast) -> Picture | None:
         caption=(
             "Line: mean over seeds; band: from the lowest to the highest seed. Where log Z′ is the group's estimate "
             "the two lines are one. The dark level line is 0; the shaded side of the trap margin is where a "
-            "repetition loop outweighs the reasoning in the target itself, so that more training makes it worse."
+            "repetition loop outweighs the reasoning in the target itself, so that more training makes it worse. No "
+            "margin: no loop among the rollouts, or too few effective samples for λ."
         ),
         png=png,
         notes=(f"no run measures {', '.join(absent)}",) if absent else (),

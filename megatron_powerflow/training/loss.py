@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_powerflow.config import ObjectiveSection
-from megatron_powerflow.metrics.repetition import find_loop
+from megatron_powerflow.metrics.loops import MIN_TURNS, find_loop
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.objective.policy_gradient import kl_terms, surrogate_terms
@@ -141,12 +141,13 @@ def common_columns(log_probs: Tensor, batch: MicroBatch) -> Columns:
 
 
 def _loops(batch: MicroBatch) -> Tensor:
-    """[b, 3] tokens, nats a token and entry nats of each response's longest loop; NaN without one."""
+    """[b, 3] tokens, nats a token and entry nats of each response's longest repetition; NaN without one. How long it
+    must be to count as a loop depends on the run's limit, and is for the metrics to say."""
     found = np.full((len(batch.psi), 3), np.nan, dtype=np.float32)
     masks, targets, ref_log_probs = (
         tensor.cpu().numpy() for tensor in (batch.loss_mask, batch.targets, batch.ref_log_probs)
     )
     for row, mask in enumerate(masks):
-        if loop := find_loop(targets[row][mask], ref_log_probs[row][mask]):
+        if loop := find_loop(targets[row][mask], ref_log_probs[row][mask], min_tokens=MIN_TURNS):
             found[row] = loop.num_tokens, loop.nats, loop.entry_nats
     return torch.from_numpy(found).to(batch.psi.device)

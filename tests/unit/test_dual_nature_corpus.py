@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from examples.dual_nature import corpus, reading, target, vocabulary
+from examples.dual_nature.arms import ARMS
 from examples.dual_nature.corpus import G1, G2, G3, SETTINGS, Question
 from examples.dual_nature.measure import boxed_answer, majority, pass_at
+from examples.dual_nature.results import settled_margin
 from examples.dual_nature.target import MARKED, PLAIN
 from megatron_powerflow.data.answers import extract_answer
 from megatron_powerflow.data.prompts import load_prompts
@@ -166,6 +168,31 @@ def test_the_margin_orders_the_settings_as_the_exact_optimum_does():
     margin = {name: target.trap_margin(SETTINGS[name], 4.0) for name in filler}
     assert filler["g3"] < 0.01 < filler["g1"] < 0.9 < filler["g2"] < filler["g0"]
     assert margin["g3"] < -10 < margin["g1"] < 5 < margin["g2"] < margin["g0"]
+
+
+@pytest.mark.parametrize("name", ["g0", "g1", "g2", "g3"])
+def test_the_margin_is_at_the_lambda_without_the_loop_and_never_positive_at_that_of_the_optimum(name):
+    """The loop that fills the limit is one response of p*: at p*'s own lambda its log-mass is a log-probability."""
+    setting = SETTINGS[name]
+    without = target.loop_free_lambda(PLAIN, setting, 4.0)
+    assert without == pytest.approx(-1.450, abs=0.001)  # whatever the loop is
+    again, entry = -math.log(setting.filler_again), -math.log((1 - setting.direct) * setting.filler)
+    assert target.trap_margin(setting, 4.0) == pytest.approx(40 * (-without - 4 * again) - 4 * entry)
+    own = target.solve_target(PLAIN, setting, 4.0).lam
+    assert own > without - 0.01  # without its loop, the corpus has the mass of its loop elsewhere: up to 5e-3
+    assert 40 * (-own - 4 * again) - 4 * entry < 0
+
+
+def test_the_settled_margin_takes_lambda_from_the_settling_steps_and_the_loop_from_all_before():
+    """A loop at step 3 alone: .1 nats a token, 5 to enter. lambda -1.5 at steps 20 to 59, unknown at one of them."""
+    arm = next(arm for arm in ARMS if arm.name == "nothing_g2")
+    lines = [{"step": step, "alpha": 4.0, "trap_lambda": -1.5 if step >= 20 else -9.0} for step in range(150)]
+    del lines[30]["trap_lambda"]
+    assert settled_margin(lines, arm) is None
+    lines[3] |= {"trap_loop_nats": 0.1, "trap_entry_nats": 5.0}
+    lines[70] |= {"trap_loop_nats": 9.0, "trap_entry_nats": 9.0}
+    assert settled_margin(lines, arm) == pytest.approx(40 * (1.5 - 0.4) - 20)
+    assert settled_margin(lines[:20], arm) is None
 
 
 def test_the_package_reads_the_prompts_file(tmp_path, tokenizer):

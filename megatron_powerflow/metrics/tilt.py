@@ -1,0 +1,71 @@
+"""How much does the target pay for a token? The lambda of each prompt, over its rollouts without loops.
+
+The target of a length-normalised objective is exp(energy - lambda m), with m = min(n, tilt cap) and
+
+    energy = alpha S_ref + (alpha psi + reward) m            (what `objective/trajectory_balance.py` balances S against)
+
+lambda is what makes the ordinary responses, those without a loop, sum to 1. It is the number that tells whether a loop
+outweighs them (`trap.py`), and not the lambda of the fixed point, which pays for the loops' share too. A prompt's own
+is the root of
+
+    (1 / G) sum over its ordinary rollouts of exp(energy - S - lambda m) = 1        importance sampling from the policy
+
+with G all rollouts of the prompt, since S is a log-prob among all responses. On rollouts of the target itself every
+term is 1 and the root is exact; far from it one or two terms are the whole sum, which the effective sample size tells:
+(sum w)^2 / sum w^2. Prompts are not pooled, as the smallest |lambda| among them would rule the sum.
+
+Left out: the margin, and what to report where the estimate is worth nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+BISECTIONS = 60
+
+
+class PromptTilts(NamedTuple):
+    """Of each prompt that has an ordinary rollout, ascending. prompt: its number; lam: lambda, nats a token;
+    effective: samples that the root rests on, from 1 to the number of its ordinary rollouts."""
+
+    prompt: np.ndarray
+    lam: np.ndarray
+    effective: np.ndarray
+
+
+def prompt_tilts(
+    energy: np.ndarray, sequence_log_prob: np.ndarray, counted: np.ndarray, prompt: np.ndarray, ordinary: np.ndarray
+) -> PromptTilts:
+    """All [B] over all rollouts of a step. energy: see above; sequence_log_prob: S of the policy that sampled;
+    counted: m >= 1; prompt: whose rollout it is; ordinary: bool, kept and without a loop."""
+    names, place = np.unique(prompt, return_inverse=True)
+    group_size = np.bincount(place)
+    there = np.unique(place[ordinary])
+    place = np.searchsorted(there, place[ordinary])
+    names, log_size = names[there], np.log(group_size[there])
+    excess, counted = (energy - sequence_log_prob)[ordinary], counted[ordinary]
+
+    def largest(values: np.ndarray) -> np.ndarray:
+        out = np.full(len(there), -np.inf)
+        np.maximum.at(out, place, values)
+        return out
+
+    def weights(lam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """exp(exponent - the prompt's largest), and that largest."""
+        exponent = excess - lam[place] * counted
+        top = largest(exponent)
+        return np.exp(exponent - top[place]), top
+
+    # at `high` no term is above 1; at `low` one of them alone is G
+    low, high = largest((excess - log_size[place]) / counted), largest(excess / counted)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        weight, top = weights(middle)
+        above = top + np.log(np.bincount(place, weight, len(there))) > log_size
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    lam = (low + high) / 2
+    weight, _ = weights(lam)
+    effective = np.bincount(place, weight, len(there)) ** 2 / np.bincount(place, weight**2, len(there))
+    return PromptTilts(names, lam, effective)
