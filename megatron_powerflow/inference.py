@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_powerflow.checkpoint import storage
-from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, find_checkpoint, is_converted
+from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, Keeps, find_checkpoint, is_converted, keeps_of
 from megatron_powerflow.config import Config, load_config, parse_config
 from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_json, read_stop_token_ids
@@ -35,6 +35,7 @@ from megatron_powerflow.parallel.layout import Layout, inference_layout
 from megatron_powerflow.records import Architecture, Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.in_step import largest
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
+from megatron_powerflow.targets import export_target, require
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.score import score
 from megatron_powerflow.training.setup import alignment
@@ -70,6 +71,7 @@ class Opened:
     tokenizer: Tokenizer
     hf_folder: Path  # config and tokenizer; the weights too, unless there is a checkpoint
     checkpoint: Path | None
+    keeps: Keeps  # what a command that reads this model may not replace
 
 
 def open_model(
@@ -90,6 +92,7 @@ def open_model(
     if reference and (checkpoint is None or is_converted(checkpoint)):
         raise UserError(f"{folder}: --reference asks for the base model of a run, and this is no run's folder")
     of_a_run = checkpoint is not None and not is_converted(checkpoint)
+    keeps = keeps_of(folder)
     run = load_config(checkpoint / CONFIG_NAME) if of_a_run else None
     if reference:
         folder = Path(run.model.hf_path)
@@ -113,7 +116,7 @@ def open_model(
     config = parse_config(values, overrides)
     require_fp8_support(config.precision, architecture, config.parallel.cp)
     layout = inference_layout(config.parallel, architecture, world_size)
-    return Opened(config, layout, architecture, family, load_tokenizer(hf_folder), hf_folder, checkpoint)
+    return Opened(config, layout, architecture, family, load_tokenizer(hf_folder), hf_folder, checkpoint, keeps)
 
 
 def score_file(opened: Opened, data: Path, out: Path, launch: Launch, console: Console) -> None:
@@ -255,9 +258,18 @@ def export_file(opened: Opened, out: Path, launch: Launch, console: Console) -> 
     """A checkpoint's policy as an HF folder. Raises UserError for a folder that is no checkpoint."""
     if opened.checkpoint is None:
         raise UserError(f"{opened.hf_folder}: no checkpoint of a run; it is a Hugging Face folder already")
+    require(export_target(out).refusals(apart_from=opened.keeps.apart_from, not_over=opened.keeps.not_over))
     with initialized(opened.layout, launch, seed=0) as groups:
         chunks = load_chunks(opened, groups)
-        export_to_hf(chunks, opened.architecture, opened.family, groups, companions=opened.hf_folder, out=out)
+        export_to_hf(
+            chunks,
+            opened.architecture,
+            opened.family,
+            groups,
+            companions=opened.hf_folder,
+            out=out,
+            source=opened.checkpoint,
+        )
     if launch.is_main:
         console.print(f"wrote {out}", highlight=False)
 

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.targets import write_file
 
 RESPONSES_NAME = "responses.jsonl"
 SETTINGS_NAME = "settings.json"
+EVALUATION_NAME = "evaluation.json"
+JUDGEMENTS_NAME = "judgements.jsonl"
+LOCK_NAME = "evaluation.lock"  # whose the folder is at the moment
+WRITTEN = (RESPONSES_NAME, EVALUATION_NAME, JUDGEMENTS_NAME)
 Line = dict[str, Any]
 Key = tuple[str, str]  # task, id
 
@@ -37,7 +42,7 @@ def check_settings(out: Path, settings: Line) -> None:
                 [f"{out}: {name} was {before.get(name)!r} there and is {settings.get(name)!r} now" for name in changed]
                 + [f"{out}: holds another evaluation; choose another --out, or remove the folder"]
             )
-    elif out.exists() and (not out.is_dir() or (out / RESPONSES_NAME).exists()):
+    elif out.exists() and (not out.is_dir() or any((out / name).exists() for name in WRITTEN)):
         raise UserError(f"{out}: is there and no evaluation of ours; choose another --out")
 
 
@@ -48,7 +53,7 @@ def open_responses(out: Path, settings: Line, keys: Sequence[Key], num_responses
     questions, are cut off. Raises UserError for lines that this evaluation did not write.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _write_atomically(out / SETTINGS_NAME, settings)
+    write_file(out / SETTINGS_NAME, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
     path = out / RESPONSES_NAME
     path.touch()
     ends, position = [0], 0
@@ -98,9 +103,3 @@ def _is_line_of(raw: bytes, question: int, response: int, keys: Sequence[Key]) -
     if not isinstance(line, dict):
         return False
     return (line.get("task"), line.get("id"), line.get("response_index")) == (*keys[question], response)
-
-
-def _write_atomically(path: Path, values: Line) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -18,11 +18,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megatron_powerflow.evaluation.responses import Line, by_question
+from megatron_powerflow.evaluation.responses import EVALUATION_NAME, Line, by_question
 from megatron_powerflow.metrics.counts import QuestionCounts, summarize_tasks
 from megatron_powerflow.metrics.provenance import provenance
-
-EVALUATION_NAME = "evaluation.json"
 
 
 def count_questions(lines: Sequence[Line]) -> list[QuestionCounts]:
