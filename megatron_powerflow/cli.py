@@ -243,9 +243,9 @@ def curves(
 
     Example: powerflow curves runs/local
     """
-    from megatron_powerflow.metrics.curves import draw_curves
+    from megatron_powerflow.metrics.curves import CURVES_NAME, draw_curves
 
-    print(draw_curves(runs, out or runs[0] / "curves.png"))
+    print(draw_curves(runs, out or runs[0] / CURVES_NAME))
 
 
 @app.command()

@@ -35,7 +35,7 @@ from megatron_powerflow.parallel.layout import Layout, inference_layout
 from megatron_powerflow.records import Architecture, Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.in_step import largest
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
-from megatron_powerflow.targets import export_target, require
+from megatron_powerflow.targets import export_target, file_refusals, require, starts_with_line_of
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.score import score
 from megatron_powerflow.training.setup import alignment
@@ -57,6 +57,9 @@ GENERATE_KEYS = (
 )
 OF_THE_RUN = ("temperature", "max_prompt_tokens", "max_response_tokens")  # of `rollout`; what a run's folder stands for
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away
+# The keys of the lines of each output file: what tells it from a file of somebody else's.
+SCORED = ("id", "log_probs", "sequence_log_prob")
+GENERATED = ("id", "response_index", "text", "response_token_ids", "log_probs", "finish_reason")
 ROUND_ROWS = 64  # rows to score, or responses to draw, per data-parallel rank between two writes
 
 
@@ -121,6 +124,7 @@ def open_model(
 
 def score_file(opened: Opened, data: Path, out: Path, launch: Launch, console: Console) -> None:
     """One line per row of `data`: id, log_probs (one per response token, natural logarithm), sequence_log_prob."""
+    require(output_refusals(out, SCORED))
     rows = read_scored_rows(data, opened)
     with initialized(opened.layout, launch, seed=0) as groups:
         chunks = load_chunks(opened, groups)
@@ -179,6 +183,7 @@ def generate_file(
     opened: Opened, prompts_path: Path, out: Path, num_responses: int, greedy: bool, launch: Launch, console: Console
 ) -> None:
     """One line per response: id, response_index, text, response_token_ids, log_probs, finish_reason."""
+    require(output_refusals(out, GENERATED))
     prompts = load_generation_prompts(opened, prompts_path, launch, console)
     temperature = 0.0 if greedy else opened.config.rollout.temperature
     sampling = sampling_params(opened, responses_per_prompt=num_responses, temperature=temperature)
@@ -349,8 +354,8 @@ def write_rounds(
     items: Sequence, one_round: Callable, per_rank: int, out: Path, groups: Groups, console: Console, title: str
 ) -> None:
     """Deal items to the data-parallel ranks round by round, gather the lines, write them in order; `out` appears
-    when all is done."""
-    partial = out.with_name(out.name + ".partial")
+    when all is done. `output_refusals` has judged it before."""
+    partial = _partial_of(out)
     file = partial.open("w", encoding="utf-8") if groups.is_main else None
     with progress_bar(console, groups.is_main) as bar:
         task = bar.add_task(title, total=len(items))
@@ -364,6 +369,17 @@ def write_rounds(
         file.close()
         partial.replace(out)
         console.print(f"wrote {out}", highlight=False)
+
+
+def output_refusals(out: Path, keys: Sequence[str]) -> list[str]:
+    """Why `out` may not be written: it, or what it is called until it is whole, is no file of lines with these keys."""
+    is_ours = starts_with_line_of(keys)
+    found = file_refusals(out, is_ours)
+    return found or file_refusals(_partial_of(out), is_ours)
+
+
+def _partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 def blocks(items: Sequence, size: int) -> Iterator[Sequence]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from megatron_powerflow.checkpoint.folder import STOP_NAME
 from megatron_powerflow.checkpoint.state import Progress
 from megatron_powerflow.metrics.alarm import length_alarm
-from megatron_powerflow.metrics.curves import draw_curves
+from megatron_powerflow.metrics.curves import CURVES_NAME, draw_curves
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, write_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
@@ -31,8 +31,6 @@ from megatron_powerflow.training.held_out import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.setup import Session
 from megatron_powerflow.training.update import Updated
-
-CURVES_NAME = "curves.png"
 
 
 class RunOutput:

@@ -28,7 +28,6 @@ from megatron_powerflow.evaluation.responses import (
     LOCK_NAME,
     Line,
     by_question,
-    check_folder,
     check_settings,
     read_responses,
 )
@@ -58,7 +57,6 @@ def evaluate(
     """Leave responses.jsonl and evaluation.json in `out`. Collective over all ranks; the main one writes and prints."""
     say = console.print if launch.is_main else lambda *_, **__: None
     _check(opened, request)
-    check_folder(out, opened.keeps)
     loaded = load_questions(request.data, format=request.format, suffix=request.suffix, prompt_as=request.prompt_as)
     if loaded.num_left_out:
         say(f"{loaded.num_left_out} rows left out: proofs, pictures, solutions without a box", highlight=False)
