@@ -221,6 +221,8 @@ def export(
 ) -> None:
     """Write a training checkpoint as a plain Hugging Face folder, through the loaded model, spread over any layout.
 
+    Replaces an older export, and nothing else.
+
     tools/convert_megatron_to_hf.py writes the same tensors without building the model: in little memory, without GPUs,
     from any step, with a proof (--verify).
 

@@ -29,6 +29,7 @@ from typing import Any
 from megatron_powerflow.errors import UserError
 
 MARK_NAME = "conversion.json"
+NEW_MARK_NAME = MARK_NAME + ".partial"
 SHOWN_FILES = 3
 START_BYTES = 2**20  # of a file, read to see who wrote it
 
@@ -157,7 +158,7 @@ class Target:
         if not folder.exists():
             return None
         names = _names(folder)
-        if not names:
+        if not names or (unfinished and names == [NEW_MARK_NAME]):  # killed before it was marked
             return None
         mark = _read_object(folder / MARK_NAME)
         if mark is None or mark.get("made_by") != self.made_by:
@@ -172,7 +173,7 @@ class Target:
 
     def _write_mark(self, *, files: list[str] | None, **about: Any) -> None:
         values = {"made_by": self.made_by, **about, "files": files}
-        partial = self.partial / (MARK_NAME + ".partial")
+        partial = self.partial / NEW_MARK_NAME
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         partial.replace(self.partial / MARK_NAME)
 

@@ -145,7 +145,7 @@ def test_a_start_that_was_killed_before_its_first_step_gives_way_to_other_settin
 
     run = tmp_path / "run"
     gloo.run(1, run_training, config, "run.export=false")
-    with pytest.raises(RankFailed, match="the folder of another run: its optimizer.lr"):
+    with pytest.raises(RankFailed, match=r"another run: its optimizer\.lr"):
         gloo.run(1, run_training, config, "optimizer.lr=1e-4")
     shutil.rmtree(run / "checkpoints")
     (run / "metrics.jsonl").write_text("")
@@ -262,6 +262,63 @@ def test_a_run_that_could_not_export_at_its_end_is_refused_at_its_start(config, 
         assert "run.export=true:" in done.stderr
         assert "no powerflow export wrote it (it holds notes.txt)" in done.stderr
     assert listing(run) == before
+
+
+def evaluate_refused(model: str, data: str, out: str) -> str:
+    import io
+
+    from rich.console import Console
+
+    from megatron_powerflow.errors import UserError
+    from megatron_powerflow.evaluation.evaluate import Request, evaluate
+    from megatron_powerflow.inference import GENERATE_KEYS, open_model
+    from megatron_powerflow.parallel.initialize import read_launch
+
+    settings = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6")
+    opened = open_model(Path(model), settings, GENERATE_KEYS, 1)
+    try:
+        evaluate(opened, Request((data,)), Path(out), read_launch(), Console(file=io.StringIO()))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_one_evaluation_at_a_time_fills_a_folder(gloo, config, tiny_model, tmp_path):
+    out, model, data = tmp_path / "evaluation", str(tiny_model("llama")), str(tmp_path / "prompts.jsonl")
+    out.mkdir()
+    (out / "evaluation.lock").write_text("{}")
+    (said,) = gloo.run(1, evaluate_refused, model, data, str(out))
+    assert f"{out}: is held by a process" in said
+    assert [path.name for path in out.iterdir()] == ["evaluation.lock"]
+    (out / "evaluation.lock").unlink()
+    assert gloo.run(1, evaluate_refused, model, data, str(out)) == [""]
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["evaluation.json", "responses.jsonl", "settings.json"]
+
+
+def test_one_export_at_a_time_writes_a_folder_and_readers_need_no_lock(gloo, config, tmp_path):
+    """A run that is held is read all the same: exported elsewhere, and scored."""
+    from tests.distributed.test_export import score_to
+
+    run = tmp_path / "run"
+    gloo.run(1, run_training, config)
+    (run / "run.lock").write_text("{}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt_token_ids": [5, 6], "response_token_ids": [7, 8, 2]}\n')
+    gloo.run(1, score_to, str(run), str(rows), str(tmp_path / "scored.jsonl"), ())
+    (tmp_path / "out.lock").write_text("{}")
+    refused = run_cli("export", run, "--out", tmp_path / "out")
+    assert refused.returncode == 2
+    assert f"{tmp_path / 'out'}: is held by a process" in refused.stderr
+    assert not [*tmp_path.glob("out.partial")]
+    (tmp_path / "out.lock").unlink()
+    done = run_cli("export", run, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+    before = rows.read_text()
+    done = run_cli("score", "--model", run, "--data", rows, "--out", rows)
+    assert (done.returncode, rows.read_text()) == (2, before)
+    assert "this command did not write it" in done.stderr
 
 
 def test_going_back_to_an_earlier_checkpoint_loses_neither_it_nor_the_newest(gloo, config, tmp_path):

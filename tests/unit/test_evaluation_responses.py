@@ -88,3 +88,8 @@ def test_folders_that_are_something_else_are_refused(tmp_path):
         with pytest.raises(UserError, match="no evaluation of ours"):
             check_settings(out, SETTINGS)
     assert (tmp_path / "responses.jsonl").read_text() == "mine\n"
+    for name in ("evaluation.json", "judgements.jsonl"):
+        (tmp_path / name[:4]).mkdir()
+        (tmp_path / name[:4] / name).write_text("mine")
+        with pytest.raises(UserError, match="no evaluation of ours"):
+            check_settings(tmp_path / name[:4], SETTINGS)
