@@ -30,6 +30,7 @@ from megatron_powerflow.evaluation.responses import (
     by_question,
     check_settings,
     read_responses,
+    remove_unanswered,
 )
 from megatron_powerflow.evaluation.results import describe_results, results_table, write_results
 from megatron_powerflow.inference import Opened, check_room, progress_bar
@@ -69,7 +70,12 @@ def evaluate(
     settings = describe_settings(opened, request, [question for _, question, _ in asked])
     check_settings(out, settings)
     with Owner(out, out / LOCK_NAME, "powerflow evaluate") as owner:
-        answer_questions(opened, asked, settings, out, owner, launch, console)
+        try:
+            answer_questions(opened, asked, settings, out, owner, launch, console)
+        except UserError:
+            if owner.holds():
+                remove_unanswered(out)
+            raise
         if launch.is_main:
             report(request, [question for _, question, _ in asked], settings, out, console, command)
 

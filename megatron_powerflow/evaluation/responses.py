@@ -26,7 +26,7 @@ Key = tuple[str, str]  # task, id
 
 
 def check_settings(out: Path, settings: Line) -> None:
-    """Raises UserError where OUT holds an evaluation with other settings, or something else. Reads only."""
+    """Raises UserError where OUT holds answers under other settings, or something else. Reads only."""
     path = out / SETTINGS_NAME
     if path.is_file():
         try:
@@ -37,13 +37,27 @@ def check_settings(out: Path, settings: Line) -> None:
             raise UserError(f"{path}: cannot be read; choose another --out, or remove the folder")
         names = [*settings, *(name for name in before if name not in settings)]
         changed = [name for name in names if before.get(name) != settings.get(name)]
-        if changed:
+        if changed and not nothing_answered(out):
             raise UserError(
                 [f"{out}: {name} was {before.get(name)!r} there and is {settings.get(name)!r} now" for name in changed]
                 + [f"{out}: holds another evaluation; choose another --out, or remove the folder"]
             )
     elif out.exists() and (not out.is_dir() or any((out / name).exists() for name in WRITTEN)):
         raise UserError(f"{out}: is there and no evaluation of ours; choose another --out")
+
+
+def nothing_answered(out: Path) -> bool:
+    """Whether no round of an evaluation came to its end here."""
+    responses = out / RESPONSES_NAME
+    begun = responses.is_file() and responses.stat().st_size > 0
+    return not (begun or (out / EVALUATION_NAME).exists() or (out / JUDGEMENTS_NAME).exists())
+
+
+def remove_unanswered(out: Path) -> None:
+    """Away with what an evaluation that was refused before its first answer wrote. The owner's of the folder."""
+    if nothing_answered(out):
+        for name in (RESPONSES_NAME, SETTINGS_NAME):
+            (out / name).unlink(missing_ok=True)
 
 
 def open_responses(out: Path, settings: Line, keys: Sequence[Key], num_responses: int, per_round: int) -> int:

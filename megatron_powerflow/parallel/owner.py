@@ -196,8 +196,8 @@ def _refusal(guarded: Path, place: Path, holder: Holder) -> str:
 def _take(guarded: Path, lock: Path, mine: Holder) -> None:
     """Make `mine` the holder of `lock`. Raises UserError where another one is and lives."""
     new = lock.with_name(f"{lock.name}.new-{mine.token}")
-    new.write_text(json.dumps(asdict(mine)), encoding="utf-8")
     try:
+        new.write_text(json.dumps(asdict(mine)), encoding="utf-8")
         for _ in range(ATTEMPTS):
             os.utime(new)
             now = new.stat().st_mtime  # by the clock of the file server, as the time of the lock is

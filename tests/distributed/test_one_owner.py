@@ -59,8 +59,7 @@ def num_steps(run: Path) -> int:
 
 
 def test_two_starts_in_one_folder(config, tmp_path):
-    """The second is refused and says whose it is; the first goes on, can be asked to stop, and the same command then
-    continues. After a SIGKILL its own host sees at once that it is gone; another waits until the lock is old."""
+    """The second is refused and says whose it is; the first goes on, and can be asked to stop."""
     run = tmp_path / "run"
     first = started(config, run)
     try:
@@ -84,6 +83,10 @@ def test_two_starts_in_one_folder(config, tmp_path):
         first.kill()
         first.wait()
 
+
+def test_after_a_kill_the_same_command_continues_on_its_own_host(config, tmp_path):
+    """There it is seen at once that the owner is gone; another host waits until the lock is old."""
+    run = tmp_path / "run"
     killed = started(config, run)
     os.killpg(killed.pid, 9)
     killed.wait()
@@ -291,6 +294,11 @@ def test_one_evaluation_at_a_time_fills_a_folder(gloo, config, tiny_model, tmp_p
     assert f"{out}: is held by a process" in said
     assert [path.name for path in out.iterdir()] == ["evaluation.lock"]
     (out / "evaluation.lock").unlink()
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    (damaged / "model.safetensors").unlink()
+    (said,) = gloo.run(1, evaluate_refused, str(damaged), data, str(out))
+    assert "model.safetensors" in said
+    assert not [*out.iterdir()]  # the mended command, with other settings too, is no other evaluation
     assert gloo.run(1, evaluate_refused, model, data, str(out)) == [""]
     names = sorted(path.name for path in out.iterdir())
     assert names == ["evaluation.json", "responses.jsonl", "settings.json"]

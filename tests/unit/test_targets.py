@@ -226,3 +226,30 @@ def test_a_file_is_written_whole_beside_what_has_its_names(tmp_path):
         "a.json.partial": b"precious",
     }
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~os.umask(os.umask(0o22))
+
+
+def test_reports_curves_and_proofs_replace_only_their_like(tmp_path):
+    """Each is told by what it writes into itself; a picture or page of the user's that has the name stays."""
+    from megatron_powerflow.checkpoint.compare import card_refusals
+    from megatron_powerflow.metrics.curves import draw_curves
+    from megatron_powerflow.report.page import build_report
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 0.5}\n')
+    (run / "config.yaml").write_text("")
+    mine = {"index.html": "<p>mine</p>", "mine.png": "mine", "card.json": '{"name": "visiting card"}', "notes.txt": "x"}
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="this command did not write it"):
+        build_report([run], tmp_path, "powerflow report")
+    with pytest.raises(UserError, match="this command did not write it"):
+        draw_curves([run], tmp_path / "mine.png")
+    with pytest.raises(UserError, match=r"ends in \.png"):
+        draw_curves([run], tmp_path / "notes.txt")
+    assert "this command did not write it" in card_refusals(tmp_path / "card.json")[0]
+    assert mine == {name: (tmp_path / name).read_text() for name in mine}
+    for _ in range(2):
+        draw_curves([run], tmp_path / "new" / "curves.png")
+    (tmp_path / "card.json").write_text(json.dumps(dict.fromkeys(("a", "b", "equal", "sha256", "differences"))))
+    assert not card_refusals(tmp_path / "card.json")
