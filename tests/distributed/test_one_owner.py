@@ -220,7 +220,7 @@ def test_an_export_onto_anything_but_an_export_is_refused_before_any_work(gloo, 
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "thesis.tex").write_text("precious")
     outs = {
-        "the run's own folder": (run, "is or holds"),
+        "the run's own folder": (run, "lies in the other"),
         "its parent": (run.parent, "lies in the other"),
         "its checkpoints": (run / "checkpoints", "lies in the other"),
         "its checkpoint": (run / "checkpoints" / "step_000001", "lies in the other"),
@@ -280,7 +280,7 @@ def evaluate_refused(model: str, data: str, out: str) -> str:
     settings = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6")
     opened = open_model(Path(model), settings, GENERATE_KEYS, 1)
     try:
-        evaluate(opened, Request((data,)), Path(out), read_launch(), Console(file=io.StringIO()))
+        evaluate(opened, Request((data,), num_responses=1), Path(out), read_launch(), Console(file=io.StringIO()))
     except UserError as error:
         return str(error)
     return ""
