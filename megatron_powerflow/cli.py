@@ -82,6 +82,10 @@ def check(
 
     parallel = settings.parallel
     plan = make_plan(settings, world_size or parallel.tp * parallel.cp * parallel.pp)
+    from megatron_powerflow.run_folder import holder_of
+
+    if held := holder_of(plan.run_folder):
+        raise UserError(held)
     Console().print(describe(plan), highlight=False, soft_wrap=True)
 
 
@@ -217,6 +221,8 @@ def export(
 ) -> None:
     """Write a training checkpoint as a plain Hugging Face folder, through the loaded model, spread over any layout.
 
+    Replaces an older export, and nothing else.
+
     tools/convert_megatron_to_hf.py writes the same tensors without building the model: in little memory, without GPUs,
     from any step, with a proof (--verify).
 
@@ -239,9 +245,9 @@ def curves(
 
     Example: powerflow curves runs/local
     """
-    from megatron_powerflow.metrics.curves import draw_curves
+    from megatron_powerflow.metrics.curves import CURVES_NAME, draw_curves
 
-    print(draw_curves(runs, out or runs[0] / "curves.png"))
+    print(draw_curves(runs, out or runs[0] / CURVES_NAME))
 
 
 @app.command()
@@ -265,10 +271,10 @@ def stop(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: O
 
     Example: powerflow stop examples/configs/local.yaml run.output_dir=runs/local
     """
-    from megatron_powerflow.checkpoint.folder import CONFIG_NAME, STOP_NAME
+    from megatron_powerflow.checkpoint.folder import CONFIG_NAME, LOCK_NAME, STOP_NAME
 
     folder = Path(load_config(config, overrides or ()).run.output_dir)
-    if not (folder / CONFIG_NAME).is_file():
+    if not (folder / CONFIG_NAME).is_file() and not (folder / LOCK_NAME).is_file():
         raise UserError(f"{folder}: no run has started there")
     (folder / STOP_NAME).touch()
     print(f"{folder} will stop at the end of its step")

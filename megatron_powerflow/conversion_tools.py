@@ -15,12 +15,13 @@ from time import perf_counter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_powerflow.checkpoint.compare import CARD_NAME, Comparison, compare, write_card
+from megatron_powerflow.checkpoint.compare import CARD_NAME, Comparison, card_refusals, compare, write_card
 from megatron_powerflow.checkpoint.convert import Request, hf_to_megatron, megatron_to_hf
 from megatron_powerflow.checkpoint.model_folders import open_model_folder, total_bytes
 from megatron_powerflow.checkpoint.ranks import Ranks
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.initialize import Launch, cpu_group, prepare_imports
+from megatron_powerflow.targets import require
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog, and the dog, being lazy, lets it.",
@@ -56,6 +57,8 @@ def verify(
 ) -> Comparison:
     """Compare two folders, write the card, raise UserError where they differ. texts: None leaves log-probs out."""
     _quiet()
+    path = card or Path(CARD_NAME)
+    require(card_refusals(path))
     with cpu_group(launch):
         ranks = Ranks(launch.rank, launch.world_size)
         first = ranks.together(lambda: open_model_folder(a, ranks))
@@ -70,7 +73,6 @@ def verify(
 
         gap, what = max_log_prob_difference(a, b, texts, launch)
     if launch.is_main:
-        path = card or Path(CARD_NAME)
         write_card(path, found, a=a, b=b, command=command, max_log_prob_difference=gap)
         console.print(describe(found), highlight=False, soft_wrap=True)
         text = what if gap is None else f"log-probs differ by at most {gap:.3g} nats ({what})"

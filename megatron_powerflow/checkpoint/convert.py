@@ -8,18 +8,15 @@ Both directions play the family's one list of operations (`conversion/ops.py`), 
     OUT/conversion.json                     where it came from
 
 or a plain HF folder with a conversion.json in it. Everything happens in OUT.partial, which gets its name when it is
-whole and on the disk: a conversion that was killed leaves no folder that looks finished, and starts again.
+whole and on the disk (`targets.py`): a conversion that was killed leaves no folder that looks finished.
 
 Left out: going on with a conversion that was killed.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from megatron_powerflow.checkpoint.compare import CARD_NAME, Comparison, compare, write_card
-from megatron_powerflow.checkpoint.folder import CONVERSION_NAME, HF_NAME, RELEASE_NAME, TRACKER_NAME
+from megatron_powerflow.checkpoint.folder import HF_NAME, RELEASE_NAME, TRACKER_NAME, keeps_of
 from megatron_powerflow.checkpoint.model_folders import HfModel, MegatronModel, Model, open_model_folder
 from megatron_powerflow.checkpoint.ranks import Ranks
 from megatron_powerflow.checkpoint.torch_dist import Chunk, write_frame, write_tensors
@@ -45,7 +42,10 @@ from megatron_powerflow.conversion.stored import Place, Stored, extra_states, pa
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.provenance import provenance
 from megatron_powerflow.parallel.layout import padded_vocab_size
+from megatron_powerflow.parallel.owner import Owner
+from megatron_powerflow.targets import Target, require
 
+MADE_BY = "conversion"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what the command lines call them -> safetensors' names
 
 Told = Callable[[int], object]  # told numbers of bytes
@@ -110,7 +110,7 @@ def hf_to_megatron(
         finally:
             ahead.close()
 
-    with _published(request, model, ranks) as partial:
+    with _published(request, model, ranks, sum(chunk.num_bytes for chunk in chunks)) as partial:
         if ranks.is_main:
             (partial / RELEASE_NAME).mkdir()
         ranks.gather(None)
@@ -123,7 +123,7 @@ def hf_to_megatron(
                 {_dtype_name(chunk.dtype) for chunk in chunks if not of_place[chunk.place].fp32},
             )
             (partial / TRACKER_NAME).write_text("release", encoding="utf-8")
-        return _finish(request, model, partial, ranks, sum(chunk.num_bytes for chunk in chunks))
+        return _verify(request, model, partial, ranks)
 
 
 def megatron_to_hf(
@@ -162,7 +162,7 @@ def megatron_to_hf(
             ahead.close()
             shard.abandon()
 
-    with _published(request, model, ranks) as partial:
+    with _published(request, model, ranks, sum(file.num_bytes for file in files)) as partial:
         mine = ranks.share(files, lambda file: file.num_bytes)
         announce(sum(file.num_bytes for file in mine))
         _writing(ranks, request.out, lambda: [write_file(file, partial) for file in mine])
@@ -170,7 +170,7 @@ def megatron_to_hf(
             usual = [group for stored, group in zip(parameters, groups, strict=True) if not stored.fp32]
             _copy_companions(model, partial, {info.dtype for group in usual for info in group.values()})
             write_planned_index(partial, files)
-        return _finish(request, model, partial, ranks, sum(file.num_bytes for file in files))
+        return _verify(request, model, partial, ranks)
 
 
 def _open_source(request: Request, ranks: Ranks, kind: type) -> Model:
@@ -185,14 +185,9 @@ def _open_source(request: Request, ranks: Ranks, kind: type) -> Model:
 
 
 def _check_out(request: Request) -> None:
-    source, out = request.source.resolve(), request.out.resolve()
-    if out.is_relative_to(source) or source.is_relative_to(out):
-        raise UserError(f"--out {request.out}: one of it and {request.source} lies in the other; write elsewhere")
-    if not request.out.exists() and not request.out.is_symlink():
-        return
-    if not (request.out / CONVERSION_NAME).is_file():
-        raise UserError(f"--out {request.out}: exists and no conversion wrote it; give a folder that is not there")
-    if not request.overwrite:
+    target, keeps = Target(request.out, MADE_BY), keeps_of(request.source, request.step)
+    require(target.refusals(apart_from=(request.source, *keeps.apart_from), not_over=keeps.not_over))
+    if target.is_there() and not request.overwrite:
         raise UserError(f"--out {request.out}: exists; give another folder, or --overwrite to replace it when done")
 
 
@@ -217,30 +212,35 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def _published(request: Request, model: Model, ranks: Ranks) -> Iterator[Path]:
-    """OUT.partial, made anew; renamed to OUT behind the block, or gone when anything was raised in it. Collective."""
-    partial = request.out.with_name(request.out.name + ".partial")
+def _published(request: Request, model: Model, ranks: Ranks, num_bytes: int) -> Iterator[Path]:
+    """OUT.partial, made anew; renamed to OUT behind the block, or gone when anything was raised in it. Collective.
 
-    def start() -> None:
-        if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+    num_bytes: of the tensors, for the mark.
+    """
+    target = Target(request.out, MADE_BY)
+    with ExitStack() as stack:
+        owner = stack.enter_context(Owner(target.out, target.lock, MADE_BY))
 
-    ranks.together(start)
-    try:
-        yield partial
-    except BaseException:
-        if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if ranks.is_main:
-        old = request.out.with_name(request.out.name + ".old")
-        if request.out.exists():
-            request.out.rename(old)
-        partial.rename(request.out)
-        _sync(request.out.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    ranks.gather(None)
+        def start() -> None:
+            if ranks.is_main:
+                owner.take()
+                target.begin()
+                stack.callback(target.abandon)  # nothing is left of it behind `publish`
+
+        ranks.together(start)
+        yield target.partial
+
+        def finish() -> None:
+            if ranks.is_main:
+                target.publish(
+                    source=str(request.source.resolve()),
+                    family=model.family.model_type,
+                    dtype=request.dtype or "as in the source",
+                    num_bytes=num_bytes,
+                    **provenance(request.command),
+                )
+
+        ranks.together(finish)
 
 
 def _writing(ranks: Ranks, out: Path, function: Callable[[], object]) -> None:
@@ -263,35 +263,14 @@ def _copy_companions(model: Model, target: Path, dtypes: set[str]) -> None:
     copy_companions(model.hf_folder, target, dtype=None if stated in now or len(now) > 1 else now.pop())
 
 
-def _finish(request: Request, model: Model, partial: Path, ranks: Ranks, num_bytes: int) -> Comparison | None:
-    """Say where it came from, compare when asked, have it all on the disk. Collective."""
-    if ranks.is_main:
-        values = {
-            "source": str(request.source.resolve()),
-            "family": model.family.model_type,
-            "dtype": request.dtype or "as in the source",
-            "num_bytes": num_bytes,
-            **provenance(request.command),
-        }
-        (partial / CONVERSION_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _verify(request: Request, model: Model, partial: Path, ranks: Ranks) -> Comparison | None:
+    """Compare, when asked, and leave the proof beside what was written. Collective."""
     ranks.gather(None)
-    found = None
-    if request.verify:
-        found = compare(model, ranks.together(lambda: open_model_folder(partial, ranks)), ranks)
-        if found.differences:
-            raise UserError([f"{request.out}: {difference}; nothing was kept" for difference in found.differences])
-        if ranks.is_main:
-            write_card(partial / CARD_NAME, found, a=model.path, b=request.out, command=request.command)
+    if not request.verify:
+        return None
+    found = compare(model, ranks.together(lambda: open_model_folder(partial, ranks)), ranks)
+    if found.differences:
+        raise UserError([f"{request.out}: {difference}; nothing was kept" for difference in found.differences])
     if ranks.is_main:
-        for path in partial.rglob("*"):
-            _sync(path)
-        _sync(partial)
+        write_card(partial / CARD_NAME, found, a=model.path, b=request.out, command=request.command)
     return found
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

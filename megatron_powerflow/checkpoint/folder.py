@@ -6,19 +6,22 @@ Left out: reading and writing the checkpoints themselves (`storage.py`).
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_powerflow.config import load_config
 from megatron_powerflow.errors import UserError
 
+CHECKPOINTS_NAME = "checkpoints"
 LATEST_NAME = "latest"
 POLICY_NAME = "policy"
 # A converted checkpoint is laid out as Megatron-LM lays out a release, with `hf/` beside it.
 RELEASE_NAME = "release"
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
-CONVERSION_NAME = "conversion.json"  # what a conversion says of itself, in the folder it wrote
 HF_NAME = "hf"
 CONFIG_NAME = "config.yaml"
 EXPORT_NAME = "hf_export"
+LOCK_NAME = "run.lock"  # whose the folder is at the moment
 STOP_NAME = "stop"  # touch RUN/stop: the run saves at the end of its step and exits with 75
 
 
@@ -28,13 +31,13 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
+    found = [path for path in (run / CHECKPOINTS_NAME).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def latest_checkpoint(run: Path) -> Path | None:
     """What `checkpoints/latest` names; None in a run without a checkpoint. Raises UserError when it names nothing."""
-    pointer = run / "checkpoints" / LATEST_NAME
+    pointer = run / CHECKPOINTS_NAME / LATEST_NAME
     if not pointer.is_file():
         return None
     name = pointer.read_text(encoding="utf-8").strip()
@@ -64,6 +67,27 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
 def is_converted(folder: Path) -> bool:
     """Whether tools/convert_hf_to_megatron.py wrote it, to the end."""
     return (folder / TRACKER_NAME).is_file() and (folder / RELEASE_NAME).is_dir() and (folder / HF_NAME).is_dir()
+
+
+@dataclass(frozen=True, slots=True)
+class Keeps:
+    """What a command that reads a model must leave alone, as `Target.refusals` takes it."""
+
+    apart_from: tuple[Path, ...]
+    not_over: tuple[Path, ...]
+
+
+def keeps_of(model: Path, step: int | None = None) -> Keeps:
+    """The model's own folder or its run's checkpoints; the run's folder; the model that the run started from."""
+    checkpoint = find_checkpoint(model, step) if model.is_dir() else None
+    if checkpoint is None or is_converted(checkpoint):
+        return Keeps((model,), ())
+    of_a_run = checkpoint.parent.name == CHECKPOINTS_NAME
+    config = checkpoint / CONFIG_NAME
+    start = (Path(load_config(config).model.hf_path),) if config.is_file() else ()
+    if not of_a_run:  # a checkpoint that was taken elsewhere
+        return Keeps((checkpoint, *start), ())
+    return Keeps((checkpoint.parent, *start), (checkpoint.parent.parent,))
 
 
 def tensors_folder(checkpoint: Path) -> Path:

@@ -279,15 +279,22 @@ def _finish(run: Path, partial: Path, final: Path, shares: Sequence[dict[str, st
     """The digests, then the name, then `latest`, then the old ones away."""
     write_sums(partial, {name: digest for share in shares for name, digest in share.items()})
     _sync_files(partial)
-    if final.exists():
-        shutil.rmtree(final)
+    old = final.with_name(final.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if final.exists():  # of a run that went on from an earlier checkpoint than its last
+        final.rename(old)
     partial.rename(final)
     pointer = final.with_name(LATEST_NAME + ".partial")
     pointer.write_text(final.name + "\n", encoding="utf-8")
     os.replace(pointer, final.with_name(LATEST_NAME))
+    if old.exists():
+        shutil.rmtree(old)
     if keep is not None:
-        for old in checkpoints_of(run)[:-keep]:
-            shutil.rmtree(old)
+        # those of later steps, from which the run went back, are not for this run to count or remove
+        known = checkpoints_of(run)
+        for earlier in known[: known.index(final) + 1][:-keep]:
+            shutil.rmtree(earlier)
 
 
 def _sync_files(folder: Path) -> None:

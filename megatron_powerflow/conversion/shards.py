@@ -10,8 +10,8 @@ Left out: the operations themselves (`ops.py`), the files (`hf_files.py`).
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,9 +33,11 @@ from megatron_powerflow.conversion.ops import Op, ShardShape
 from megatron_powerflow.conversion.shapes import expected_tensors, impossible_sizes, is_embedding, is_output
 from megatron_powerflow.conversion.stored import FUSED_NORMS
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.collectives import first_failure, gather_to_main
+from megatron_powerflow.parallel.collectives import first_failure, gather_to_main, on_main
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.owner import Owner
 from megatron_powerflow.records import Architecture
+from megatron_powerflow.targets import export_target
 
 # Transformer Engine fuses a norm with the linear layer behind it and names the weight after the latter.
 FUSED_NORM_NAMES = {fused: own for own, (fused, _) in FUSED_NORMS.items()}
@@ -139,47 +141,48 @@ def export_to_hf(
     *,
     companions: Path,
     out: Path,
+    source: Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `out`, a plain HF folder, in the dtype of the parameters. Collective over all ranks.
 
-    companions: folder whose config, tokenizer, generation config and chat template go along.
-    The folder appears under its name only when it is complete; an older export there is replaced.
-    Raises UserError when the disk fills up; nothing of `out` is lost then.
+    companions: folder whose config, tokenizer, generation config and chat template go along. source: what the mark says
+    that it is an export of. The folder appears under its name only when it is complete; an older export there is
+    replaced. Raises UserError when something else is there, another process writes it or the disk fills up; nothing of
+    `out` is lost then.
     """
-    partial = out.with_name(out.name + ".partial")
+    target = export_target(out)
     dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
-    failure: Exception | None = None
-    if groups.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        failure = _attempt(lambda: copy_companions(companions, partial, dtype=dtype))
-    _raise_together(failure, out, partial, groups)
+    with ExitStack() as stack:
+        owner = stack.enter_context(Owner(target.out, target.lock, target.made_by))
+        on_main(owner.take, groups)
+        on_main(target.begin, groups)
+        if groups.is_main:
+            stack.callback(target.abandon)  # nothing is left of it behind `publish`
+        failure = _attempt(lambda: copy_companions(companions, target.partial, dtype=dtype)) if groups.is_main else None
+        _raise_together(failure, out, groups)
 
-    file_of: dict[str, str] = {}
-    total_bytes = 0
-    if groups.edp_rank == 0:
-        prefix = f"stage-{groups.pp_rank:05d}-{groups.ep_rank:05d}"
-        writer = SafetensorsWriter(partial, prefix=prefix, max_shard_bytes=max_shard_bytes)
-        for name, tensor in hf_tensors(chunks, architecture, family, groups):
-            if failure is None:  # after a failure only the gathers go on, for the ranks that wait in them
-                failure = _attempt(writer.add, name, tensor)
-        failure = failure or _attempt(writer.flush)
-        file_of, total_bytes = writer.file_of, writer.total_bytes
-    _raise_together(failure, out, partial, groups)
+        file_of: dict[str, str] = {}
+        total_bytes = 0
+        if groups.edp_rank == 0:
+            prefix = f"stage-{groups.pp_rank:05d}-{groups.ep_rank:05d}"
+            writer = SafetensorsWriter(target.partial, prefix=prefix, max_shard_bytes=max_shard_bytes)
+            for name, tensor in hf_tensors(chunks, architecture, family, groups):
+                if failure is None:  # after a failure only the gathers go on, for the ranks that wait in them
+                    failure = _attempt(writer.add, name, tensor)
+            failure = failure or _attempt(writer.flush)
+            file_of, total_bytes = writer.file_of, writer.total_bytes
+        _raise_together(failure, out, groups)
 
-    gathered = gather_to_main((file_of, total_bytes), groups)
-    if groups.is_main:
-        everything = {name: file for files, _ in gathered for name, file in files.items()}
-        expected = expected_tensors(architecture, family)
-        assert set(everything) == set(expected), f"export differs: {sorted(set(everything) ^ set(expected))[:5]}"
-        failure = _attempt(_publish, partial, out, everything, sum(size for _, size in gathered))
-    _raise_together(failure, out, partial, groups)
-
-
-def _publish(partial: Path, out: Path, file_of: dict[str, str], total_bytes: int) -> None:
-    write_index(partial, file_of, total_bytes)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+        gathered = gather_to_main((file_of, total_bytes), groups)
+        if groups.is_main:
+            everything = {name: file for files, _ in gathered for name, file in files.items()}
+            expected = expected_tensors(architecture, family)
+            assert set(everything) == set(expected), f"export differs: {sorted(set(everything) ^ set(expected))[:5]}"
+            total_bytes = sum(size for _, size in gathered)
+            failure = _attempt(write_index, target.partial, everything, total_bytes)
+        _raise_together(failure, out, groups)
+        on_main(lambda: target.publish(source=str(source.resolve()), dtype=dtype, num_bytes=total_bytes), groups)
 
 
 def _attempt(function, *arguments) -> Exception | None:
@@ -191,13 +194,10 @@ def _attempt(function, *arguments) -> Exception | None:
     return None
 
 
-def _raise_together(failure: Exception | None, out: Path, partial: Path, groups: Groups) -> None:
+def _raise_together(failure: Exception | None, out: Path, groups: Groups) -> None:
     text = first_failure(failure, groups)
-    if text is None:
-        return
-    if groups.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-    raise UserError(f"{out}: the export could not be written ({text}); free space on that disk and export again")
+    if text is not None:
+        raise UserError(f"{out}: the export could not be written ({text}); free space on that disk and export again")
 
 
 def _shard_shape(chunks: Sequence[nn.Module], architecture: Architecture, groups: Groups) -> ShardShape:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_powerflow.data.conversation import conversation_violation
 from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.errors import UserError
@@ -201,6 +202,8 @@ def _messages(row: dict[str, Any]) -> Sequence[dict[str, str]]:
     )
     if not fine:
         raise UserError(f'messages must be a list of {{"role": ..., "content": ...}}, got {value!r:.80}')
+    if wrong := conversation_violation(value):
+        raise UserError(wrong)
     return value
 
 

@@ -17,7 +17,7 @@ from megatron_powerflow.data.grading import grade
 from megatron_powerflow.data.prompts import first_violations, prompt_token_ids, readable
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import Question
-from megatron_powerflow.evaluation.responses import Key, Line, append_responses, open_responses
+from megatron_powerflow.evaluation.responses import Key, Line, append_responses, check_settings, open_responses
 from megatron_powerflow.inference import (
     Opened,
     blocks,
@@ -27,9 +27,10 @@ from megatron_powerflow.inference import (
     prompts_per_round,
     sampling_params,
 )
-from megatron_powerflow.parallel.collectives import broadcast_object, gather_to_main
+from megatron_powerflow.parallel.collectives import broadcast_object, gather_to_main, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.owner import Owner
 from megatron_powerflow.records import Prompt, Rollout
 
 # (slot, question, prompt): the slot is the question's place among all, and names its uniforms
@@ -63,13 +64,14 @@ def tokenize(questions: Sequence[Question], opened: Opened) -> list[Asked]:
 
 
 def answer_questions(
-    opened: Opened, asked: Sequence[Asked], settings: Line, out: Path, launch: Launch, console: Console
+    opened: Opened, asked: Sequence[Asked], settings: Line, out: Path, owner: Owner, launch: Launch, console: Console
 ) -> None:
-    """Append to responses.jsonl what is not in it yet. Collective over all ranks."""
+    """Append to responses.jsonl what is not in it yet. Collective over all ranks. owner: of `out`, taken here."""
     num_responses = settings["num_responses"]
     sampling = sampling_params(opened, responses_per_prompt=num_responses, temperature=settings["temperature"])
     with initialized(opened.layout, launch, seed=settings["seed"]) as groups:
         per_round = prompts_per_round(opened, num_responses) * groups.dp_size
+        on_main(owner.take, groups)
         num_done = _resume(out, settings, [(question.task, question.id) for _, question, _ in asked], per_round, groups)
         if num_done == len(asked):
             return
@@ -88,6 +90,7 @@ def answer_questions(
                 rollouts = engine.generate(prompts, sampling, progress)
                 reports = groups.pp_rank == 0 and groups.tp_rank == 0
                 gathered = gather_to_main(_lines(rollouts, mine, opened) if reports else [], groups)
+                on_main(owner.confirm, groups)
                 if gathered is not None:
                     lines = sorted((item for part in gathered for item in part), key=lambda item: item[0])
                     append_responses(out, [line for _, line in lines])
@@ -99,6 +102,7 @@ def _resume(out: Path, settings: Line, keys: Sequence[Key], per_round: int, grou
     found: tuple[int, tuple[str, ...]] = (0, ())
     if groups.is_main:
         try:
+            check_settings(out, settings)  # again, now that nobody else can begin another one there
             found = open_responses(out, settings, keys, settings["num_responses"], per_round), ()
         except UserError as error:
             found = 0, error.violations

@@ -24,10 +24,18 @@ from megatron_powerflow.evaluation.diversity import check_packages, load_encoder
 from megatron_powerflow.evaluation.judge import Judge
 from megatron_powerflow.evaluation.judgements import check_judgeable, judge_responses
 from megatron_powerflow.evaluation.questions import PromptAs, Question, load_questions
-from megatron_powerflow.evaluation.responses import Line, by_question, check_settings, read_responses
+from megatron_powerflow.evaluation.responses import (
+    LOCK_NAME,
+    Line,
+    by_question,
+    check_settings,
+    read_responses,
+    remove_unanswered,
+)
 from megatron_powerflow.evaluation.results import describe_results, results_table, write_results
 from megatron_powerflow.inference import Opened, check_room, progress_bar
 from megatron_powerflow.parallel.initialize import Launch
+from megatron_powerflow.parallel.owner import Owner
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,15 @@ def evaluate(
         say(f"{dropped} questions over rollout.max_prompt_tokens dropped", highlight=False)
     settings = describe_settings(opened, request, [question for _, question, _ in asked])
     check_settings(out, settings)
-    answer_questions(opened, asked, settings, out, launch, console)
-    if launch.is_main:
-        report(request, [question for _, question, _ in asked], settings, out, console, command)
+    with Owner(out, out / LOCK_NAME, "powerflow evaluate") as owner:
+        try:
+            answer_questions(opened, asked, settings, out, owner, launch, console)
+        except UserError:
+            if owner.holds():
+                remove_unanswered(out)
+            raise
+        if launch.is_main:
+            report(request, [question for _, question, _ in asked], settings, out, console, command)
 
 
 def _check(opened: Opened, request: Request) -> None:

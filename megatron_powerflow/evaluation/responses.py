@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.targets import write_file
 
 RESPONSES_NAME = "responses.jsonl"
 SETTINGS_NAME = "settings.json"
+EVALUATION_NAME = "evaluation.json"
+JUDGEMENTS_NAME = "judgements.jsonl"
+LOCK_NAME = "evaluation.lock"  # whose the folder is at the moment
+WRITTEN = (RESPONSES_NAME, EVALUATION_NAME, JUDGEMENTS_NAME)
 Line = dict[str, Any]
 Key = tuple[str, str]  # task, id
 
 
 def check_settings(out: Path, settings: Line) -> None:
-    """Raises UserError where OUT holds an evaluation with other settings, or something else. Reads only."""
+    """Raises UserError where OUT holds answers under other settings, or something else. Reads only."""
     path = out / SETTINGS_NAME
     if path.is_file():
         try:
@@ -32,13 +37,27 @@ def check_settings(out: Path, settings: Line) -> None:
             raise UserError(f"{path}: cannot be read; choose another --out, or remove the folder")
         names = [*settings, *(name for name in before if name not in settings)]
         changed = [name for name in names if before.get(name) != settings.get(name)]
-        if changed:
+        if changed and not nothing_answered(out):
             raise UserError(
                 [f"{out}: {name} was {before.get(name)!r} there and is {settings.get(name)!r} now" for name in changed]
                 + [f"{out}: holds another evaluation; choose another --out, or remove the folder"]
             )
-    elif out.exists() and (not out.is_dir() or (out / RESPONSES_NAME).exists()):
+    elif out.exists() and (not out.is_dir() or any((out / name).exists() for name in WRITTEN)):
         raise UserError(f"{out}: is there and no evaluation of ours; choose another --out")
+
+
+def nothing_answered(out: Path) -> bool:
+    """Whether no round of an evaluation came to its end here."""
+    responses = out / RESPONSES_NAME
+    begun = responses.is_file() and responses.stat().st_size > 0
+    return not (begun or (out / EVALUATION_NAME).exists() or (out / JUDGEMENTS_NAME).exists())
+
+
+def remove_unanswered(out: Path) -> None:
+    """Away with what an evaluation that was refused before its first answer wrote. The owner's of the folder."""
+    if nothing_answered(out):
+        for name in (RESPONSES_NAME, SETTINGS_NAME):
+            (out / name).unlink(missing_ok=True)
 
 
 def open_responses(out: Path, settings: Line, keys: Sequence[Key], num_responses: int, per_round: int) -> int:
@@ -48,7 +67,7 @@ def open_responses(out: Path, settings: Line, keys: Sequence[Key], num_responses
     questions, are cut off. Raises UserError for lines that this evaluation did not write.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _write_atomically(out / SETTINGS_NAME, settings)
+    write_file(out / SETTINGS_NAME, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
     path = out / RESPONSES_NAME
     path.touch()
     ends, position = [0], 0
@@ -98,9 +117,3 @@ def _is_line_of(raw: bytes, question: int, response: int, keys: Sequence[Key]) -
     if not isinstance(line, dict):
         return False
     return (line.get("task"), line.get("id"), line.get("response_index")) == (*keys[question], response)
-
-
-def _write_atomically(path: Path, values: Line) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -18,11 +18,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megatron_powerflow.evaluation.responses import Line, by_question
+from megatron_powerflow.evaluation.responses import EVALUATION_NAME, Line, by_question
 from megatron_powerflow.metrics.counts import QuestionCounts, summarize_tasks
 from megatron_powerflow.metrics.provenance import provenance
-
-EVALUATION_NAME = "evaluation.json"
+from megatron_powerflow.targets import write_file
 
 
 def count_questions(lines: Sequence[Line]) -> list[QuestionCounts]:
@@ -55,9 +54,7 @@ def describe_results(settings: Line, lines: Sequence[Line], diversity: dict, com
 
 def write_results(out: Path, results: dict) -> Path:
     path = out / EVALUATION_NAME
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_file(path, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.plot_style import STYLE, line_styles
 from megatron_powerflow.metrics.writers import read_metrics
+from megatron_powerflow.targets import file_refusals, require, write_file
 
+CURVES_NAME = "curves.png"  # in a run's folder
+TITLE = "powerflow curves"  # in the picture, so that it is known again
 # panel title -> the metrics it shows
 PANELS = {
     "loss": ("loss",),
@@ -26,6 +30,14 @@ PANELS = {
 COLUMNS = 3
 
 
+def _refusals(out: Path) -> list[str]:
+    if out.suffix != ".png":
+        return [f"--out {out}: curves are drawn as PNG; name a file that ends in .png"]
+    if not out.parent.exists():
+        return []
+    return file_refusals(out, lambda start: start.startswith(b"\x89PNG") and f"Title\0{TITLE}".encode() in start)
+
+
 def draw_curves(runs: Sequence[Path], out: Path) -> Path:
     """Draw the curves of one or more run folders over each other into `out` (PNG). Returns `out`.
 
@@ -38,11 +50,12 @@ def draw_curves(runs: Sequence[Path], out: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if out != runs[0] / CURVES_NAME:
+        require(_refusals(out))
     lines = {run: read_metrics(run) for run in runs}
     empty = [f"{run}: no metrics.jsonl with a step in it; is this a run's folder?" for run in runs if not lines[run]]
     if empty:
         raise UserError(empty)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         rows = ceil(len(PANELS) / COLUMNS)
         figure = Figure(figsize=(17, 4 * rows), layout="constrained")
@@ -63,5 +76,11 @@ def draw_curves(runs: Sequence[Path], out: Path) -> Path:
             axis.set_xlabel("step")
             if axis.lines:
                 axis.legend(fontsize=9, frameon=True, framealpha=0.8, edgecolor="none")
-        figure.savefig(out, dpi=110)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=110, metadata={"Title": TITLE})
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, picture.getvalue())
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error}); write elsewhere") from None
     return out

@@ -5,10 +5,13 @@ Left out: everything Megatron-Core does itself (gradients, activations between s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.groups import Groups
 
 
@@ -98,6 +101,23 @@ def first_failure(failure: Exception | None, groups: Groups) -> str | None:
     texts: list[str | None] = [None] * groups.world_size
     dist.all_gather_object(texts, failure and f"{type(failure).__name__}: {failure}", group=groups.control)
     return next((text for text in texts if text), None)
+
+
+def on_main(function: Callable[[], object], groups: Groups) -> None:
+    """The function on the main rank; what it finds wrong, or the disk refuses, is a UserError everywhere. Collective.
+
+    For what is decided in one place, such as who owns a folder.
+    """
+    violations: tuple[str, ...] = ()
+    if groups.is_main:
+        try:
+            function()
+        except UserError as error:
+            violations = error.violations
+        except OSError as error:
+            violations = (f"could not be read or written: {error}; free space or mend its permissions",)
+    if violations := broadcast_object(violations, groups):
+        raise UserError(violations)
 
 
 def broadcast_object(value, groups: Groups):

@@ -58,6 +58,20 @@ def read_launch() -> Launch:
     return Launch("alone", 0, 1, 0, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The SLURM job that this process belongs to. restarts: how often it was put back into the queue and begun anew."""
+
+    id: str
+    restarts: int
+
+
+def read_job() -> Job | None:
+    """None outside SLURM."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return Job(job, int(restarts) if restarts.isdecimal() else 0) if job else None
+
+
 def prepare_imports() -> None:
     """Call before anything imports megatron.core: installs the CPU layer where there is no CUDA, and keeps
     Megatron's notices about packages a CPU run does without ("Apex is not installed", per module) off the screen."""

@@ -27,8 +27,10 @@ from megatron_powerflow.report.reading import visible
 from megatron_powerflow.report.realised_alpha import alpha_table
 from megatron_powerflow.report.runs import Origin, read_runs
 from megatron_powerflow.report.tables import arms_table, differences_table, evaluations_table, start_sentence
+from megatron_powerflow.targets import file_refusals, require, write_file
 
 PAGE_NAME = "index.html"
+GENERATOR = b'<meta name="generator" content="powerflow report">'  # as the template writes it
 TEMPLATE = "page.html.jinja"
 MAX_NOTES = 40
 OWN_PACKAGES = ("matplotlib", "numpy", "jinja2")
@@ -41,6 +43,7 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("a report needs matplotlib; pip install megatron_powerflow[plot]")
+    require(_refusals(out))
     from megatron_powerflow.report.drawing import draw_all, swatch
 
     notes: list[str] = []
@@ -79,6 +82,13 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
     return out / PAGE_NAME
 
 
+def _refusals(out: Path) -> list[str]:
+    """Why a report may not be put there: the page in it is another's."""
+    if out.exists() and not out.is_dir():
+        return [f"--out {out}: a file; name a folder"]
+    return file_refusals(out / PAGE_NAME, lambda start: GENERATOR in start) if out.is_dir() else []
+
+
 def _versions(origins: Sequence[Origin], what: str) -> list[tuple[str, str]]:
     """(how many of them state the same, the versions they state)."""
     counts = Counter(", ".join(f"{k} {v}" for k, v in sorted(origin.versions.items())) for origin in origins)
@@ -96,13 +106,13 @@ def _own_versions() -> str:
 
 
 def _write(out: Path, page: str, pictures: dict[str, bytes]) -> None:
-    """Pictures first, then the page, whole or not at all."""
+    """The page, whole or not at all, then its pictures: they are known as ours by it."""
+    if not (out / PAGE_NAME).is_file() and (there := [name for name in pictures if (out / f"{name}.png").exists()]):
+        raise UserError(f"--out {out}: holds {there[0]}.png, which no report wrote; choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        write_file(out / PAGE_NAME, page.encode())
         for name, png in pictures.items():
-            (out / f"{name}.png").write_bytes(png)
-        partial = out / (PAGE_NAME + ".partial")
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out / PAGE_NAME)
+            write_file(out / f"{name}.png", png)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give --out a folder that can") from None

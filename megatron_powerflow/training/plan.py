@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_powerflow.checkpoint.folder import CONFIG_NAME, hf_folder_of, is_converted, latest_checkpoint
+from megatron_powerflow.checkpoint.first_files import CONFIG_MARK, holds_a_run, holds_a_step, not_ours
+from megatron_powerflow.checkpoint.folder import (
+    CHECKPOINTS_NAME,
+    CONFIG_NAME,
+    EXPORT_NAME,
+    hf_folder_of,
+    is_converted,
+    latest_checkpoint,
+)
 from megatron_powerflow.config import Config, dump_config, load_config
 from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_stop_token_ids
@@ -21,6 +29,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Architecture, Prompt
 from megatron_powerflow.rollout.saved import Wanted, find_rollouts, replay_violations
+from megatron_powerflow.targets import export_target
 
 # A run's folder belongs to the run that has these; anything else may change when a run is continued.
 CHANGEABLE = frozenset(
@@ -71,7 +80,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
     hf_folder = hf_folder_of(start)
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
     tokenizer = _collect(violations, lambda: load_tokenizer(hf_folder))
-    resume_from = _collect(violations, lambda: _check_run_folder(config))
+    resume_from = _collect(violations, lambda: find_resume(config))
+    violations += _export_violations(config, start)
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
         architecture, _ = model
@@ -201,15 +211,20 @@ def _check_replay(config: Config, architecture: Architecture, resume_from: Path 
     return folder
 
 
-def _check_run_folder(config: Config) -> Path | None:
-    """The checkpoint to continue from. Raises UserError when the folder is another run's."""
+def find_resume(config: Config) -> Path | None:
+    """The checkpoint to continue from. Raises UserError when the folder is another run's, or no run's.
+
+    A folder in which a start was killed before its first step is no run's yet, whatever its settings were.
+    """
     folder = Path(config.run.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.output_dir={str(folder)!r} is a file; name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not ((held := not_ours(folder)) or holds_a_step(folder)):
         return None
-    if not (folder / CONFIG_NAME).is_file():
-        raise UserError(f"run.output_dir={str(folder)!r} holds other files and no run; name a new folder")
+    if not holds_a_run(folder):
+        raise UserError(
+            f"run.output_dir={str(folder)!r} holds other files and no run ({', '.join(held[:3])}); name a new folder"
+        )
     differences = _differences(load_config(folder / CONFIG_NAME), config)
     if differences:
         raise UserError(
@@ -223,6 +238,16 @@ def _check_run_folder(config: Config) -> Path | None:
             "name a new folder, or continue with checkpoint.resume=auto"
         )
     return checkpoint
+
+
+def _export_violations(config: Config, start: Path) -> list[str]:
+    """Why RUN/hf_export may not be written when the run ends."""
+    run = Path(config.run.output_dir)
+    if not config.run.export or (run.exists() and not run.is_dir()):
+        return []
+    return export_target(run / EXPORT_NAME, label="run.export=true:").refusals(
+        apart_from=(start, run / CHECKPOINTS_NAME), not_over=(run,)
+    )
 
 
 def _differences(theirs: Config, ours: Config) -> list[str]:
@@ -239,8 +264,7 @@ def _differences(theirs: Config, ours: Config) -> list[str]:
 
 
 def write_config(plan: Plan) -> None:
-    """The resolved config into the run's folder, which is made here."""
-    plan.run_folder.mkdir(parents=True, exist_ok=True)
+    """The resolved config into the run's folder, which is there and held."""
     partial = plan.run_folder / (CONFIG_NAME + ".partial")
-    partial.write_text(dump_config(plan.config), encoding="utf-8")
+    partial.write_text(CONFIG_MARK + dump_config(plan.config), encoding="utf-8")
     partial.replace(plan.run_folder / CONFIG_NAME)

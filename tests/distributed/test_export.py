@@ -34,6 +34,7 @@ def export_untrained(model: str, out: str, max_shard_bytes: int = 10**9, **paral
             groups,
             companions=Path(model),
             out=Path(out),
+            source=Path(model),
             max_shard_bytes=max_shard_bytes,
         )
 

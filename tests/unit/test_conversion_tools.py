@@ -248,6 +248,7 @@ def test_out_must_be_a_new_place(tiny_model, converted, tmp_path):
     with pytest.raises(UserError, match="lies in the other"):
         to_megatron(model, model / "out")
     (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="no conversion wrote it"):
             to_megatron(model, tmp_path / "full", overwrite=overwrite)

@@ -68,6 +68,8 @@ def test_other_settings_are_refused_one_by_one(tmp_path):
     check_settings(out, SETTINGS)  # nothing there
     open_responses(out, SETTINGS, KEYS, 2, per_round=1)
     check_settings(out, SETTINGS)
+    check_settings(out, {**SETTINGS, "num_responses": 4})  # nothing is answered yet
+    (out / "responses.jsonl").write_text("a line\n")
     with pytest.raises(UserError) as caught:
         check_settings(out, {**SETTINGS, "num_responses": 4, "new": 1})
     assert caught.value.violations == (
@@ -88,3 +90,8 @@ def test_folders_that_are_something_else_are_refused(tmp_path):
         with pytest.raises(UserError, match="no evaluation of ours"):
             check_settings(out, SETTINGS)
     assert (tmp_path / "responses.jsonl").read_text() == "mine\n"
+    for name in ("evaluation.json", "judgements.jsonl"):
+        (tmp_path / name[:4]).mkdir()
+        (tmp_path / name[:4] / name).write_text("mine")
+        with pytest.raises(UserError, match="no evaluation of ours"):
+            check_settings(tmp_path / name[:4], SETTINGS)

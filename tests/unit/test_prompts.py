@@ -95,6 +95,53 @@ def test_a_bad_line_is_named_by_its_number(tokenizer, tmp_path, row, words):
     assert words in violation
 
 
+USER, ANSWER, SYSTEM = (
+    {"role": "user", "content": "w5"},
+    {"role": "assistant", "content": "w6"},
+    {"role": "system", "content": "w7"},
+)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (
+            [USER, ANSWER],
+            "the last of messages is the assistant's: the prompt would hold its answer. Drop that message",
+        ),
+        ([SYSTEM, USER, ANSWER, USER, ANSWER], "set `answer` to the final answer"),
+        ([ANSWER], "no turn of the user"),
+        ([SYSTEM], "no turn of the user"),
+        ([SYSTEM, ANSWER], "no turn of the user"),
+        ([USER, SYSTEM], "message 2 of messages is the system's; there may be one, and it comes first"),
+        ([SYSTEM, SYSTEM, USER], "message 2 of messages is the system's"),
+        ([{"role": "user", "content": ""}], "message 1 of messages, the user's, is empty"),
+        ([{"role": "system", "content": " \n"}, USER], "message 1 of messages, the system's, is empty"),
+        ([USER, {"role": "assistant", "content": ""}], "the assistant's, is empty"),
+        ([{"role": "human", "content": "w5"}], "role 'human'; known are system, user, assistant; call it user"),
+        ([{"role": "gpt", "content": "w5"}], "call it assistant"),
+        ([{"role": "", "content": "w5"}], "has role ''"),
+        ([{"role": "tool", "content": "w5"}, USER], "message 1 of messages has role 'tool'"),
+        ([USER, ANSWER | {"tool_calls": [{"x": 1}]}, USER], "calls tools"),
+    ],
+)
+def test_a_conversation_that_does_not_wait_for_an_answer_is_refused(tokenizer, tmp_path, messages, words):
+    """Its template would write it all the same: a prompt that holds its own answer, or that asks nothing."""
+    path = write(tmp_path, {"prompt": "w5"}, {"messages": messages})
+    with pytest.raises(UserError) as caught:
+        load(path, tokenizer)
+    (violation,) = caught.value.violations
+    assert violation.startswith(f"{path}:2: ")
+    assert words in violation
+
+
+@pytest.mark.parametrize("messages", [[USER], [SYSTEM, USER], [USER, ANSWER, USER], [ANSWER, USER], [USER, USER]])
+def test_a_conversation_that_ends_with_the_user_is_a_prompt(tokenizer, tmp_path, messages):
+    expected = [token for m in messages for token in (1, int(m["content"].removeprefix("w")))]
+    (prompt,) = load(write(tmp_path, {"messages": messages}), tokenizer, max_prompt_tokens=20).prompts
+    assert prompt.token_ids == (*expected, 9)
+
+
 def test_deeply_nested_and_undecodable_lines_do_no_harm(tokenizer, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'{"prompt": "w5"}\n' + b"[" * 100_000 + b"\n" + b'\xff\xfe"\n')

@@ -1,0 +1,52 @@
+"""Whose is a run's folder while a run goes on, and what is left of a start that is refused? Nothing.
+
+Left out: the lock itself (`parallel/owner.py`), which files are the first (`checkpoint/first_files.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_powerflow.checkpoint.first_files import remove_first_files
+from megatron_powerflow.checkpoint.folder import LOCK_NAME, STOP_NAME
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.owner import Owner, held_by_another
+from megatron_powerflow.training.plan import Plan, find_resume
+
+
+@contextmanager
+def run_folder(plan: Plan) -> Iterator[Owner]:
+    """The owner of the run's folder, still to be taken. Given free at the end, however that comes; a start that ends
+    with a UserError before its first step takes away what it wrote."""
+    folder = plan.run_folder
+    with Owner(folder, folder / LOCK_NAME, "powerflow train") as owner:
+        try:
+            yield owner
+        except UserError:
+            if owner.holds():
+                remove_first_files(folder)
+            raise
+
+
+def take_run_folder(plan: Plan, owner: Owner) -> None:
+    """Become the folder's owner, before anything is written in it. The main rank's.
+
+    Raises UserError where another process holds it, or held it since the plan was made and went on with the run.
+    """
+    owner.take()
+    found = find_resume(plan.config)
+    if found != plan.resume_from:
+        raise UserError(
+            f"{plan.run_folder}: another process went on with this run, to {found.name if found else 'nothing'}, while "
+            "this one started; start again"
+        )
+    if found is None:
+        remove_first_files(plan.run_folder)  # of a start that was killed, perhaps with other settings
+    (plan.run_folder / STOP_NAME).unlink(missing_ok=True)  # of a try before this one
+
+
+def holder_of(folder: Path) -> str | None:
+    """What `powerflow train` would say of a folder that another process holds; None where it is free."""
+    return held_by_another(folder, folder / LOCK_NAME)

@@ -1,0 +1,299 @@
+"""May a path that a user named be written, and how does a new folder take the place of an older one without loss?
+
+A folder is written whole under OUT.partial and gets its name at the end. What stands under one of these names is
+replaced only where its mark says that the same kind of command wrote it, and it holds nothing else:
+
+    OUT/conversion.json    {"made_by": ..., "files": [...], ...}; transformers and vLLM pass over it
+
+What the disk holds after a kill, and what the next try does with it:
+
+    while writing                         OUT is the older one; OUT.partial, marked unfinished, is removed
+    between the two renames               OUT.old is the older one and gets its name back; OUT.partial is removed
+    when OUT.partial has become OUT       OUT is the new one; OUT.old is removed
+
+Left out: who may write at the same time (`parallel/owner.py`); what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_powerflow.errors import UserError
+
+MARK_NAME = "conversion.json"
+NEW_MARK_NAME = MARK_NAME + ".partial"
+SHOWN_FILES = 3
+START_BYTES = 2**20  # of a file, read to see who wrote it
+
+
+@dataclass(frozen=True)
+class Target:
+    """A folder that a command writes whole. made_by: the kind of command; only its own work may be replaced.
+
+    label: what the path is called in messages.
+    """
+
+    out: Path
+    made_by: str
+    label: str = "--out"
+
+    @property
+    def real(self) -> Path:
+        return self.out.resolve()
+
+    @property
+    def partial(self) -> Path:
+        return self.real.with_name(self.real.name + ".partial")
+
+    @property
+    def old(self) -> Path:
+        return self.real.with_name(self.real.name + ".old")
+
+    @property
+    def lock(self) -> Path:
+        return self.real.with_name(self.real.name + ".lock")
+
+    def refusals(self, *, apart_from: Sequence[Path] = (), not_over: Sequence[Path] = ()) -> list[str]:
+        """Why this folder may not be written, a sentence each; empty when it may. Reads only.
+
+        apart_from: neither may lie in the other (the source model, a checkpoint). not_over: the target may lie in them,
+        and may not be or hold them (a run's folder); the current folder and the home always count among these.
+        """
+        try:
+            return self._refusals(apart_from, not_over)
+        except (OSError, RuntimeError) as error:  # no permission, a name that is too long, links in a circle
+            return [f"{self.label} {self.out}: cannot be looked at ({error}); name another folder"]
+
+    def _refusals(self, apart_from: Sequence[Path], not_over: Sequence[Path]) -> list[str]:
+        name = f"{self.label} {self.out}"
+        if self.out.is_symlink():
+            return [f"{name}: a link to {os.readlink(self.out)}; name the folder itself, or one that is not there"]
+        real = self.real
+        for path in apart_from:
+            other = path.resolve()
+            if real.is_relative_to(other) or other.is_relative_to(real):
+                return [f"{name}: one of it and {path} lies in the other; write elsewhere"]
+        for path in (*not_over, *_places_of_the_user()):
+            if path.resolve().is_relative_to(real):
+                return [f"{name}: is or holds {path}, which is not to be replaced; name a new folder"]
+        if real.parent == real or os.path.ismount(real):
+            return [f"{name}: the top of a file system, which cannot be replaced; name a folder in it"]
+        above = next(folder for folder in real.parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            return [f"{name}: {above} is {'no folder' if not above.is_dir() else 'not writable'}; write elsewhere"]
+        found = []
+        if reason := self._not_ours(real):
+            found.append(f"{name}: {reason}; name a folder that is not there")
+        for beside in (self.partial, self.old):
+            if reason := self._not_ours(beside, unfinished=beside == self.partial):
+                found.append(f"{name}: {beside} is in the way: {reason}; move it away or name another folder")
+        return found
+
+    def is_there(self) -> bool:
+        """Whether an older one would be replaced."""
+        return self.real.is_dir() and any(self.real.iterdir())
+
+    def begin(self) -> Path:
+        """OUT.partial, new and marked unfinished, after what a killed try left is put in order.
+
+        Raises UserError where something came in the way since it was judged, OSError where the disk refuses.
+        """
+        self._judge_again()
+        if self.old.is_dir():
+            if self.is_there():
+                _remove(self.old)
+            else:
+                if self.real.is_dir():
+                    self.real.rmdir()
+                self.old.rename(self.real)
+        if self.partial.is_dir():
+            _remove(self.partial)
+        self.partial.mkdir(parents=True)
+        self._write_mark(files=None)
+        return self.partial
+
+    def publish(self, **about: Any) -> None:
+        """Mark OUT.partial as whole, have it on the disk and give it its name. about: what the mark says beside.
+
+        Raises UserError where OUT came to hold other files meanwhile, OSError where the disk refuses.
+        """
+        self._judge_again()
+        self._write_mark(files=[MARK_NAME, *(name for name in _names(self.partial) if name != MARK_NAME)], **about)
+        for path in (*self.partial.rglob("*"), self.partial):
+            sync(path)
+        if self.is_there():
+            self.real.rename(self.old)
+        try:
+            self.partial.rename(self.real)  # also onto an empty folder
+        except OSError:
+            if self.old.is_dir():
+                self.old.rename(self.real)
+            raise
+        sync(self.real.parent)
+        if self.old.is_dir():
+            _remove(self.old)
+
+    def abandon(self) -> None:
+        """Remove OUT.partial, if it is ours."""
+        with contextlib.suppress(OSError):
+            if self.partial.is_dir() and not self._not_ours(self.partial, unfinished=True):
+                _remove(self.partial)
+
+    def _judge_again(self) -> None:
+        if found := self.refusals():
+            raise UserError(found)
+
+    def _not_ours(self, folder: Path, *, unfinished: bool = False) -> str | None:
+        """Why `folder` may not be removed; None: it may, is empty or is not there."""
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            return "it is no folder"
+        if not folder.exists():
+            return None
+        names = _names(folder)
+        if not names or (unfinished and names == [NEW_MARK_NAME]):  # killed before it was marked
+            return None
+        mark = _read_object(folder / MARK_NAME)
+        if mark is None or mark.get("made_by") != self.made_by:
+            return f"it exists and no {self.made_by} wrote it (it holds {_some(names)})"
+        files = mark.get("files")
+        if files is None and unfinished:
+            return None
+        if not isinstance(files, list):
+            return f"it exists and is no finished work of {self.made_by} (it holds {_some(names)})"
+        foreign = [name for name in names if name not in files]
+        return f"it holds what no {self.made_by} wrote ({_some(foreign)}); move that away first" if foreign else None
+
+    def _write_mark(self, *, files: list[str] | None, **about: Any) -> None:
+        values = {"made_by": self.made_by, **about, "files": files}
+        partial = self.partial / NEW_MARK_NAME
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.partial / MARK_NAME)
+
+
+def export_target(out: Path, *, label: str = "--out") -> Target:
+    """Of `powerflow export`, and of the export at the end of a run."""
+    return Target(out, "powerflow export", label)
+
+
+def require(refusals: Sequence[str]) -> None:
+    """Raises UserError with what is wrong, if anything is."""
+    if refusals:
+        raise UserError(refusals)
+
+
+def file_refusals(path: Path, is_ours: Callable[[bytes], bool], *, label: str = "--out") -> list[str]:
+    """Why a file may not be written: it is there and not of the kind that the command writes, or is no file at all.
+
+    is_ours: told the first MiB of a file that is there. An empty file may be replaced.
+    """
+    try:
+        name = f"{label} {path}"
+        if path.is_symlink():
+            return [f"{name}: a link to {os.readlink(path)}; name the file itself, or one that is not there"]
+        if path.is_dir():
+            return [f"{name}: a folder; name a file"]
+        if not path.parent.is_dir():
+            return [f"{name}: {path.parent} is no folder; make it first, or write elsewhere"]
+        if not path.exists():
+            return []
+        if not path.is_file():
+            return [f"{name}: no ordinary file; name another one"]
+        with path.open("rb") as file:
+            start = file.read(START_BYTES)
+    except OSError as error:
+        return [f"{label} {path}: cannot be looked at ({error}); name another file"]
+    if start and not is_ours(start):
+        return [f"{name}: exists and this command did not write it; name a file that is not there"]
+    return []
+
+
+def starts_with_line_of(keys: Sequence[str]) -> Callable[[bytes], bool]:
+    """For `file_refusals`: JSON lines, the first of which has exactly these keys, or is cut and begins like one."""
+
+    def is_ours(start: bytes) -> bool:
+        line, end, _ = start.partition(b"\n")
+        if not end:
+            return line.startswith(f'{{"{keys[0]}": '.encode()) or f'{{"{keys[0]}": '.encode().startswith(line)
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(values, dict) and values.keys() == set(keys)
+
+    return is_ours
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """The whole file or none of it, by way of a new file beside it. Raises OSError."""
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(partial, 0o666 & ~mask)  # mkstemp's own is for secrets
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Have the kernel write a file or folder out."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _places_of_the_user() -> Iterator[Path]:
+    for place in (Path.cwd, Path.home):
+        with contextlib.suppress(OSError, RuntimeError):
+            yield place()
+
+
+def _names(folder: Path) -> list[str]:
+    """Everything that is no folder, and every empty folder, relative to `folder`."""
+    found = []
+    for where, folders, files in os.walk(folder):
+        here = Path(where)
+        links = [name for name in folders if (here / name).is_symlink()]
+        found += [here / name for name in (*files, *links)]
+        if not folders and not files and here != folder:
+            found.append(here)
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_bytes()) if path.is_file() and not path.is_symlink() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN_FILES
+    return ", ".join(names[:SHOWN_FILES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _remove(folder: Path) -> None:
+    """The mark goes last: a removal that was killed leaves a folder that is still known as ours."""
+    for path in folder.iterdir():
+        if path.name == MARK_NAME:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (folder / MARK_NAME).unlink(missing_ok=True)
+    folder.rmdir()
