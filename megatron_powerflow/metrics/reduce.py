@@ -54,8 +54,10 @@ def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
 def _rollout_metrics(every: dict[str, np.ndarray]) -> dict[str, float]:
     """What the sampled responses are like, dropped ones included."""
     lengths, num_tokens = every["num_response_tokens"], every["num_response_tokens"].sum()
-    drift = every["sequence_log_prob"] - every["rollout_sequence_log_prob"]
-    sequence_ratio = np.exp(np.clip(drift, -50.0, 50.0))
+    old, ref = every["old_sequence_log_prob"], every["ref_sequence_log_prob"]
+    gap = np.where(np.isnan(every["sampler_gap_sum"]), np.nan, old - every["rollout_sequence_log_prob"])
+    against_sampler = every["sequence_log_prob"] - every["rollout_sequence_log_prob"]
+    sequence_ratio = np.exp(np.clip(against_sampler, -50.0, 50.0))
     return {
         "num_rollouts": float(len(lengths)),
         "num_rollouts_kept": every["kept"].sum(),
@@ -74,16 +76,18 @@ def _rollout_metrics(every: dict[str, np.ndarray]) -> dict[str, float]:
         "distinct_3": every["distinct_3"].mean(),
         # over the rollouts whose prompt has an answer
         "accuracy": _mean(every["correct"]),
-        # over response tokens of all rollouts
-        "policy_entropy": -every["sequence_log_prob"].sum() / num_tokens,  # sampled estimate, nats per token
-        "ref_log_prob_mean": every["ref_sequence_log_prob"].sum() / num_tokens,
-        "kl_per_token": (every["sequence_log_prob"] - every["ref_sequence_log_prob"]).sum() / num_tokens,
+        # over response tokens of all rollouts; entropy and KL are of the policy that sampled: its samples estimate them
+        "policy_entropy": -old.sum() / num_tokens,  # nats per token
+        "ref_log_prob_mean": ref.sum() / num_tokens,
+        "kl_per_token": (old - ref).sum() / num_tokens,
         "sampler_gap_mean": every["sampler_gap_sum"].sum() / num_tokens,  # |scorer - sampler| per token
         "sampler_gap_max": every["sampler_gap_max"].max(),
         "token_ratio_mean": every["token_ratio_sum"].sum() / num_tokens,  # scorer / sampler; 1 when they agree
         # over all rollouts
-        "kl_per_response": (every["sequence_log_prob"] - every["ref_sequence_log_prob"]).mean(),  # KL(policy || base)
-        "sampler_gap_sequence_mean": np.abs(drift).mean(),  # |S - S_sampler|, what a sequence weight would feel
+        "kl_per_response": (old - ref).mean(),  # KL(policy || base)
+        "sampler_gap_sequence_mean": np.abs(gap).mean(),  # |S_old - S_sampler|, what a sequence weight would feel
+        "stale_nats_mean": np.abs(every["sequence_log_prob"] - old).mean(),  # |S - S_old|: how far training has moved
+        # exp(S - S_sampler): sampler gap and staleness together
         "sequence_ratio_mean": sequence_ratio.mean(),
         "effective_sample_share": sequence_ratio.sum() ** 2 / (len(lengths) * (sequence_ratio**2).sum()),
     }
@@ -162,7 +166,8 @@ def _explained_variance(estimate: np.ndarray, head: np.ndarray) -> float:
 
 
 def _inversion_rate(kept: dict[str, np.ndarray], alpha: float) -> float:
-    """Share of pairs of one prompt's responses that the policy ranks against p_base^alpha; ties are no pair.
+    """Share of pairs of one prompt's responses that the policy that sampled ranks against p_base^alpha; ties are no
+    pair.
 
     The pair (i, j) is inverted when S_i - S_j and alpha (S_ref,i - S_ref,j) have opposite signs; at the tilted optimum
     this is sign(alpha d log p_base) != sign(alpha d log p_base - lambda d|y|).
@@ -170,7 +175,7 @@ def _inversion_rate(kept: dict[str, np.ndarray], alpha: float) -> float:
     inverted = pairs = 0
     for prompt in np.unique(kept["prompt"]):
         own = kept["prompt"] == prompt
-        policy, power = kept["sequence_log_prob"][own], alpha * kept["ref_sequence_log_prob"][own]
+        policy, power = kept["old_sequence_log_prob"][own], alpha * kept["ref_sequence_log_prob"][own]
         product = np.sign(policy[:, None] - policy) * np.sign(power[:, None] - power)
         inverted += (product < 0).sum() / 2
         pairs += (product != 0).sum() / 2

@@ -42,6 +42,7 @@ def table(**columns) -> np.ndarray:
         "num_prompt_tokens": np.full(4, 3.0),
         "num_response_tokens": np.array([2.0, 4, 6, 8]),
         "sequence_log_prob": np.array([-2.0, -2, -6, -10]),
+        "old_sequence_log_prob": np.array([-2.0, -2, -6, -10]),
         "weight": np.ones(4),
         "ratio": np.ones(4),
         "kept": np.ones(4),
