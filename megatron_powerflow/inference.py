@@ -32,7 +32,7 @@ from megatron_powerflow.parallel.collectives import gather_to_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.parallel.layout import Layout, inference_layout
-from megatron_powerflow.records import Architecture, Prompt, Rollout, SamplingParams
+from megatron_powerflow.records import Architecture, Prompt, Purpose, Rollout, SamplingParams
 from megatron_powerflow.rollout.in_step import largest
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 from megatron_powerflow.training.forward_step import Scorer
@@ -232,6 +232,7 @@ def sampling_params(opened: Opened, *, responses_per_prompt: int, temperature: f
         stop_token_ids=read_stop_token_ids(opened.hf_folder, opened.tokenizer.eos_token_id),
         seed=opened.config.run.seed,
         step=0,
+        purpose=Purpose.ANSWERS,
     )
 
 

@@ -8,6 +8,7 @@ Left out: anything that computes. Tensors appear in annotations only, so importi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -145,6 +146,16 @@ class Prompt:
     text: str = ""  # what a person reads: the prompt, or the last message; empty for token ids
 
 
+class Purpose(IntEnum):
+    """What random numbers are drawn for. Their values are part of what a seed means: never reuse one."""
+
+    ROLLOUTS = 0  # of training steps
+    PROMPT_ORDER = 1
+    HELD_OUT = 2  # the same at each evaluation of a run
+    SAMPLES = 3  # of samples.jsonl
+    ANSWERS = 4  # of `powerflow generate` and `evaluate`
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How responses are drawn. Untruncated by construction: no top_p, no top_k (their log-probs would lie)."""
@@ -155,9 +166,10 @@ class SamplingParams:
     temperature: float
     # any of these ends a response and counts as its last token
     stop_token_ids: frozenset[int]
-    # uniforms are a function of (seed, step, slot of the prompt in the step, response): see rollout/sampling.py
+    # uniforms are a function of (purpose, seed, step, slot of the prompt in the step, response): rollout/sampling.py
     seed: int
     step: int
+    purpose: Purpose = Purpose.ROLLOUTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class Target:
     alpha: float | None = None
     tilt_cap: int | None = None
     has_tilt: bool = False  # the fixed point is p_base^alpha exp(-lambda |y|)
+    learns_log_z: bool = True  # log Z' is a head's; False: an estimate of the group itself, or there is none
 
 
 def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
@@ -45,7 +46,7 @@ def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
     kept = {name: column[every["kept"] > 0] for name, column in every.items()}
     if len(kept["kept"]):
         kept["prompt"] = kept["rollout_index"] // target.responses_per_prompt
-        values |= _objective_metrics(kept)
+        values |= _objective_metrics(kept, target)
         values |= _power_metrics(kept, target) if target.alpha is not None else {}
         values |= _trap_metrics(kept, target) if target.has_tilt else {}
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
@@ -93,7 +94,7 @@ def _rollout_metrics(every: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def _objective_metrics(kept: dict[str, np.ndarray]) -> dict[str, float]:
+def _objective_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:
     """Means over kept rollouts; `prompt` in a name: over prompts."""
     residual, weight, prompts = kept["residual"], kept["weight"], kept["prompt"]
     head = _per_prompt(kept["log_z"], prompts)
@@ -109,7 +110,8 @@ def _objective_metrics(kept: dict[str, np.ndarray]) -> dict[str, float]:
         "log_z_std": head.std(),
         "group_log_z_mean": estimate.mean(),
         "group_log_z_std": estimate.std(),
-        "log_z_explained_variance": _explained_variance(estimate, head),
+        # of a head: the group's own estimate explains itself
+        "log_z_explained_variance": _explained_variance(estimate, head) if target.learns_log_z else np.nan,
         "weight_mean": weight.mean(),
         "ratio_mean": kept["ratio"].mean(),
         "clip_fraction": kept["clipped"].mean(),
@@ -125,7 +127,9 @@ def _power_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, flo
     judged = np.isfinite(kept["correct"])
     values = {"alpha": target.alpha, "inversion_rate": _inversion_rate(kept, target.alpha)}
     if judged.any():
-        values["self_reward_covariance"] = np.cov(self_reward[judged], kept["correct"][judged], bias=True)[0, 1]
+        values["self_reward_covariance"] = _covariance_within(
+            self_reward[judged], kept["correct"][judged], kept["prompt"][judged]
+        )
     return values
 
 
@@ -180,6 +184,18 @@ def _inversion_rate(kept: dict[str, np.ndarray], alpha: float) -> float:
         inverted += (product < 0).sum() / 2
         pairs += (product != 0).sum() / 2
     return inverted / pairs if pairs else np.nan
+
+
+def _covariance_within(one: np.ndarray, other: np.ndarray, prompts: np.ndarray) -> float:
+    """Unbiased covariance among a prompt's responses, averaged over prompts; NaN without a prompt of two.
+
+    A prompt weighs n - 1, so this is the sum of centred products over the sum of n - 1. Differences between prompts,
+    where easy ones are both likely and right, say nothing of what sharpening does and are left out.
+    """
+    _, place, counts = np.unique(prompts, return_inverse=True, return_counts=True)
+    centred = [values - (np.bincount(place, values) / counts)[place] for values in (one, other)]
+    freedom = (counts - 1).sum()
+    return (centred[0] * centred[1]).sum() / freedom if freedom else np.nan
 
 
 def _mean(values: np.ndarray) -> float:
