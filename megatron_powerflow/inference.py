@@ -260,7 +260,14 @@ def export_file(opened: Opened, out: Path, launch: Launch, console: Console) -> 
         chunks = load_chunks(opened, groups)
         export_to_hf(chunks, opened.architecture, opened.family, groups, companions=opened.hf_folder, out=out)
     if launch.is_main:
-        console.print(f"wrote {out}", highlight=False)
+        console.print(f"wrote {out}{served_at(opened.config.rollout.temperature)}", highlight=False)
+
+
+def served_at(temperature: float) -> str:
+    """What an export of a run at a temperature other than 1 needs said: no file of it does. "" at 1."""
+    if temperature == 1.0:
+        return ""
+    return f"; it was trained at rollout.temperature={temperature:g} and must be served at that temperature"
 
 
 def read_scored_rows(path: Path, opened: Opened) -> list[Rollout]:

@@ -140,20 +140,22 @@ def excess(work: list[float]) -> float:
 LONG_FLOPS = FlopCount(linear=2.7e8, quadratic=3.5e5)
 
 
-def test_work_is_even_over_ranks():
-    """With this set: dealt by count or in turns .73, not the largest first .49, without the quadratic term .13."""
-    groups = long_tailed(1)
+def test_work_is_even_over_ranks_and_micro_batches():
+    """Ranks with this set: .019. Dealt by count .55, in turns .55, in any order .86, without the quadratic term .17.
+    Micro-batches: .08. By count .96, in any order .41, without the quadratic term .35."""
+    groups = long_tailed(6)
     plan = plan_update(groups, 8, BinRule(8192, 1, 1, 1), LONG_FLOPS, together=False)
-    work = [sum(LONG_FLOPS(groups[q][i]) for bin in rank for q, i in bin) for rank in plan]
-    assert excess(work) < 0.02
+    micro_batches = [[sum(LONG_FLOPS(groups[q][i]) for q, i in bin) for bin in rank] for rank in plan]
+    assert excess([sum(work) for work in micro_batches]) < 0.05
+    assert max(map(excess, micro_batches)) < 0.15
 
 
-def test_work_is_even_over_micro_batches():
-    """Room for twice the tokens there are, so that evenness alone decides."""
-    lengths = [length for group in long_tailed(2, num_groups=16) for length in group]
+def test_micro_batches_are_even_where_there_is_room():
+    """Twice as much as there are tokens, so that evenness alone decides. By tokens .16, by count .37, in any order .34."""
+    lengths = [length for group in long_tailed(1, num_groups=16) for length in group]
     costs = [LONG_FLOPS(length) for length in lengths]
     bins = fill_evenly(lengths, costs, 2 * sum(lengths) // 8, 8)
-    assert excess([sum(costs[place] for place in bin) for bin in bins]) < 0.01
+    assert excess([sum(costs[place] for place in bin) for bin in bins]) < 0.02
 
 
 def test_the_heaviest_micro_batch_is_first():
