@@ -151,7 +151,7 @@ def test_work_is_even_over_ranks_and_micro_batches():
 
 
 def test_micro_batches_are_even_where_there_is_room():
-    """Twice as much as there are tokens, so that evenness alone decides. By tokens .16, by count .37, in any order .34."""
+    """With this set .001, evenness alone deciding. By tokens .16, by count .37, in any order .34."""
     lengths = [length for group in long_tailed(1, num_groups=16) for length in group]
     costs = [LONG_FLOPS(length) for length in lengths]
     bins = fill_evenly(lengths, costs, 2 * sum(lengths) // 8, 8)
