@@ -127,7 +127,11 @@ class ObjectiveSection(Section):
     reward_scale: NonNegativeFloat | None = Field(None, description="beta, of task_reward; default 1")
     reward_advantage: bool | None = Field(None, description="task_reward centred and scaled in its group; default no")
     kl_coefficient: NonNegativeFloat | None = Field(None, description="of KL(policy || base) in rivals; default 0")
-    ratio: Ratio = Field("none", description="importance weight: none, of the sequence, of its token mean, per token")
+    ratio: Ratio | None = Field(
+        None,
+        description="importance weight w: none, of the sequence, of its token mean, per token; default none where the "
+        "policy itself sampled, seq (rivals: token) with several updates or replayed rollouts",
+    )
     clip: Literal["two_sided", "upper"] | None = Field(None, description="sides on which it is clipped; default both")
     clip_epsilon: PositiveFloat | None = Field(None, description="w is clipped to 1 +- this; default 0.2")
     truncated: Literal["keep", "drop"] = Field("keep", description="responses cut at the length limit")

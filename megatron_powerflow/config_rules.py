@@ -44,6 +44,18 @@ def _has_engine(c: Config) -> bool:
     return c.rollout.replay is None
 
 
+def _ratio(c: Config) -> str:
+    """w of Eq. 10 is 1 where the policy that trains has sampled, and is not left out where another one has.
+
+    A balance takes the whole sequence's ratio, which is Eq. 10's: over long responses it stands at a side of the clip,
+    which still says the direction, where the mean over tokens would be 1 in all but name. A surrogate has no gradient
+    outside of its clip and takes each token's (GRPO, arXiv 2402.03300). one_shot_em has nothing to weigh.
+    """
+    if isinstance(c.objective.form, EntropyMinimum) or (c.optimizer.updates_per_rollout == 1 and _has_engine(c)):
+        return "none"
+    return "seq" if _balances(c) else "token"
+
+
 def _pads(c: Config) -> bool:
     return c.parallel.max_tokens_per_micro_batch is None
 
@@ -71,6 +83,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("objective.reward_scale", _for_flow_rl(15.0, 1.0), _rewarded, "objective.task_reward=none"),
     ("objective.reward_advantage", _for_flow_rl(True, False), _rewarded, "objective.task_reward=none"),
     ("objective.kl_coefficient", 0.0, lambda c: not _has_alpha(c), "this objective.preset has p_base in its target"),
+    ("objective.ratio", _ratio, lambda c: True, ""),
     ("objective.clip", "two_sided", lambda c: c.objective.ratio != "none", "objective.ratio=none"),
     ("objective.clip_epsilon", 0.2, lambda c: c.objective.ratio != "none", "objective.ratio=none"),
     ("optimizer.log_z_lr", 0.5, lambda c: c.objective.learns_log_z, "objective.log_z is not learned"),

@@ -32,7 +32,7 @@ from megatron_powerflow.parallel.collectives import gather_to_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.parallel.layout import Layout, inference_layout
-from megatron_powerflow.records import Architecture, Prompt, Rollout, SamplingParams
+from megatron_powerflow.records import Architecture, Prompt, Purpose, Rollout, SamplingParams
 from megatron_powerflow.rollout.in_step import largest
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 from megatron_powerflow.targets import export_target, file_refusals, require, starts_with_line_of
@@ -240,6 +240,7 @@ def sampling_params(opened: Opened, *, responses_per_prompt: int, temperature: f
         stop_token_ids=read_stop_token_ids(opened.hf_folder, opened.tokenizer.eos_token_id),
         seed=opened.config.run.seed,
         step=0,
+        purpose=Purpose.ANSWERS,
     )
 
 
@@ -276,7 +277,14 @@ def export_file(opened: Opened, out: Path, launch: Launch, console: Console) -> 
             source=opened.checkpoint,
         )
     if launch.is_main:
-        console.print(f"wrote {out}", highlight=False)
+        console.print(f"wrote {out}{served_at(opened.config.rollout.temperature)}", highlight=False)
+
+
+def served_at(temperature: float) -> str:
+    """What an export of a run at a temperature other than 1 needs said: no file of it does. "" at 1."""
+    if temperature == 1.0:
+        return ""
+    return f"; it was trained at rollout.temperature={temperature:g} and must be served at that temperature"
 
 
 def read_scored_rows(path: Path, opened: Opened) -> list[Rollout]:

@@ -8,6 +8,7 @@ Left out: anything that computes. Tensors appear in annotations only, so importi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -145,6 +146,16 @@ class Prompt:
     text: str = ""  # what a person reads: the prompt, or the last message; empty for token ids
 
 
+class Purpose(IntEnum):
+    """What random numbers are drawn for. Their values are part of what a seed means: never reuse one."""
+
+    ROLLOUTS = 0  # of training steps
+    PROMPT_ORDER = 1
+    HELD_OUT = 2  # the same at each evaluation of a run
+    SAMPLES = 3  # of samples.jsonl
+    ANSWERS = 4  # of `powerflow generate` and `evaluate`
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How responses are drawn. Untruncated by construction: no top_p, no top_k (their log-probs would lie)."""
@@ -155,9 +166,10 @@ class SamplingParams:
     temperature: float
     # any of these ends a response and counts as its last token
     stop_token_ids: frozenset[int]
-    # uniforms are a function of (seed, step, slot of the prompt in the step, response): see rollout/sampling.py
+    # uniforms are a function of (purpose, seed, step, slot of the prompt in the step, response): rollout/sampling.py
     seed: int
     step: int
+    purpose: Purpose = Purpose.ROLLOUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +242,9 @@ class MicroBatch:
     whole_groups: bool = False  # no group goes on in another micro-batch: its log Z' needs no forward pass of its own
     # what scoring adds; None before
     ref_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the frozen reference
-    old_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the policy that sampled
+    # [b, s] fp32, 0 where masked, by the policy that sampled; None: that is the policy as it is
+    old_log_probs: Tensor | None = None
+    old_from_sampler: bool = False  # old_log_probs are the saved sampler's: another policy's, which none can score here
     # what needs the whole group, detached: log Z' of the partition-free estimators and a factor on the weight, or a
     # rival's advantage
     log_z: Tensor | None = None  # [b] fp32
@@ -247,7 +261,8 @@ ROLLOUT_COLUMNS = (
     "rollout_index",
     "num_prompt_tokens",
     "num_response_tokens",
-    "sequence_log_prob",
+    "sequence_log_prob",  # by the policy as this update finds it
+    "old_sequence_log_prob",  # by the policy that sampled: the trainer's scorer; of replayed rollouts the saved ones
     "ref_sequence_log_prob",
     "rollout_sequence_log_prob",
     "loss_term",  # what the loss is the mean of
@@ -261,6 +276,7 @@ ROLLOUT_COLUMNS = (
     "clipped",  # 0 or 1, or the share of clipped tokens
     "kept",
     "truncated",
+    # of one policy, so staleness apart; NaN where the policy that sampled is not here to be scored
     "sampler_gap_sum",  # |scorer - sampler| over the tokens
     "sampler_gap_max",
     "token_ratio_sum",  # exp(scorer - sampler) over the tokens

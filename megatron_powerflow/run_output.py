@@ -9,6 +9,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, Wandb
 from megatron_powerflow.parallel.collectives import any_rank, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner
-from megatron_powerflow.records import SamplingParams, StepMetrics
+from megatron_powerflow.records import Purpose, SamplingParams, StepMetrics
 from megatron_powerflow.training.held_out import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.setup import Session
@@ -95,6 +96,7 @@ class RunOutput:
             tilt_cap=config.objective.tilt_cap,
             has_tilt=config.objective.form.tilts,
             energy_per_token=config.objective.form.per_length,
+            learns_log_z=config.objective.learns_log_z,
         )
         values = reduce_rollouts(updated.rows.numpy(), target)
         finite = [stepped.grad_norm for stepped in updated.steps if stepped.applied]
@@ -179,7 +181,7 @@ class RunOutput:
             return
         prompts = list(enumerate(plan.prompts[: section.samples]))
         with self.phase("samples"):
-            rollouts = self._session.engine.generate(prompts, self._sampling(1))
+            rollouts = self._session.engine.generate(prompts, replace(self._sampling(1), purpose=Purpose.SAMPLES))
         if not groups.is_main:
             return
         decode = plan.tokenizer.decode

@@ -88,7 +88,15 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
             calibrate_head(session.trainable, first, config.objective, alpha, session.scorer)
         with output.phase("update"):
             lr = set_learning_rates(session.trainable, config.optimizer, step, config.run.num_steps)
-            updated = update(session.trainable, updates, session.scorer, config.objective, config.optimizer, alpha)
+            updated = update(
+                session.trainable,
+                updates,
+                session.scorer,
+                plan.objective,
+                config.optimizer,
+                alpha,
+                on_policy=plan.on_policy,
+            )
         progress = after(progress, stream, skipped=not all(stepped.applied for stepped in updated.steps))
         output.write(step, updated, lr, alpha, progress)
         refuse_endless_skipping(progress, config.optimizer.max_skipped_steps)

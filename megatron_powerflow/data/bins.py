@@ -51,11 +51,38 @@ class FlopCount:
 
 
 def flop_count(architecture: Architecture) -> FlopCount:
-    """Matrix products, 2 FLOPs per weight and token; causal attention, half of 4 * heads * head_dim * t^2 a layer."""
+    """Matrix products, 2 FLOPs per weight that a token meets (`active_weights`); causal attention, half of
+    2 t^2 * heads * (width of keys + width of values) a layer, whatever its window."""
     a = architecture
-    attention = a.hidden_size * a.head_dim * 2 * (a.num_attention_heads + a.num_query_groups)
-    weights = a.num_layers * (attention + 3 * a.hidden_size * a.ffn_hidden_size) + a.hidden_size * a.vocab_size
-    return FlopCount(2.0 * weights, 2.0 * a.num_layers * a.num_attention_heads * a.head_dim)
+    value_head_dim = a.mla.v_head_dim if a.mla else a.head_dim
+    quadratic = a.num_layers * a.num_attention_heads * (a.head_dim + value_head_dim)
+    return FlopCount(2.0 * active_weights(a), float(quadratic))
+
+
+def active_weights(architecture: Architecture) -> int:
+    """Weights that one token is multiplied with: attention, MLP or its chosen and shared experts and their router, and
+    the head, tied or not. Looking up an embedding multiplies nothing; norms and biases are left out."""
+    a = architecture
+    mlp = 3 * a.hidden_size * a.ffn_hidden_size
+    mlps = a.num_layers * mlp
+    if x := a.experts:
+        a_layer = x.per_token * mlp + 3 * a.hidden_size * (x.shared_ffn_hidden_size or 0) + a.hidden_size * x.num
+        mlps = (a.num_layers - x.first_layer) * a_layer
+        mlps += x.first_layer * 3 * a.hidden_size * (x.dense_ffn_hidden_size or 0)
+    return a.num_layers * _attention_weights(a) + mlps + a.hidden_size * a.vocab_size
+
+
+def _attention_weights(a: Architecture) -> int:
+    """Of one layer."""
+    if a.mla is None:
+        return 2 * a.hidden_size * (a.query_width + a.key_width)
+    m = a.mla
+    queries = a.hidden_size * a.query_width
+    if m.q_lora_rank is not None:
+        queries = m.q_lora_rank * (a.hidden_size + a.query_width)
+    latent = a.hidden_size * (m.kv_lora_rank + m.rope_head_dim)
+    keys_and_values = m.kv_lora_rank * a.num_attention_heads * (m.nope_head_dim + m.v_head_dim)
+    return queries + latent + keys_and_values + a.num_attention_heads * m.v_head_dim * a.hidden_size
 
 
 def groups_fit(groups: Sequence[Sequence[int]], rule: BinRule) -> bool:

@@ -21,7 +21,8 @@ from megatron_powerflow.data.conversation import conversation_violation
 from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.records import Prompt
+from megatron_powerflow.random_streams import generator
+from megatron_powerflow.records import Prompt, Purpose
 
 MAX_REPORTED = 20
 KINDS = ("prompt", "messages", "prompt_token_ids")
@@ -237,6 +238,6 @@ class PromptStream:
         if not self._shuffle:
             return np.arange(len(self._prompts))
         if getattr(self, "_cached_epoch", None) != epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
-            self._cached_epoch, self._cached_order = epoch, generator.permutation(len(self._prompts))
+            numbers = generator(Purpose.PROMPT_ORDER, seed=self._seed, index=epoch)
+            self._cached_epoch, self._cached_order = epoch, numbers.permutation(len(self._prompts))
         return self._cached_order

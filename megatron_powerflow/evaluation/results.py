@@ -1,11 +1,12 @@
 """What did an evaluation find? OUT/evaluation.json, and a table for people.
 
-    {"model", "data", "num_responses", "temperature", "seed", "tasks": {task: row}, "all": row, "diversity": {...},
-     "command", "versions", "git_commit"}
+    {"model", "data", "num_responses", "temperature", "seed", "tasks": {task: row}, "all": row,
+     "mean_over_tasks": {...}, "diversity": {...}, "command", "versions", "git_commit"}
 
 A row is what `summarize` of metrics/counts.py returns: its num_responses counts all responses of the task, the one
-beside `model` those of a question. `diversity` is empty where it was not asked for; `judge`, by kind of judgement, is
-there where a judge was asked.
+beside `model` those of a question. `all` weighs questions alike, so that a large benchmark rules; `mean_over_tasks`
+(num_tasks, avg, avg_se) weighs benchmarks alike, as the paper's Avg does. `diversity` is empty where it was not asked
+for; `judge`, by kind of judgement, is there where a judge was asked.
 
 Left out: plots and comparisons of several evaluations.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from rich.table import Table
 
 from megatron_powerflow.evaluation.responses import EVALUATION_NAME, Line, by_question
-from megatron_powerflow.metrics.counts import QuestionCounts, summarize_tasks
+from megatron_powerflow.metrics.counts import QuestionCounts, mean_over_tasks, summarize_tasks
 from megatron_powerflow.metrics.provenance import provenance
 from megatron_powerflow.targets import write_file
 
@@ -47,6 +48,7 @@ def describe_results(settings: Line, lines: Sequence[Line], diversity: dict, com
         **named,
         "tasks": tasks,
         "all": everything,
+        "mean_over_tasks": mean_over_tasks(tasks),
         "diversity": diversity,
         **provenance(command),
     }
@@ -68,7 +70,7 @@ def results_table(results: dict) -> Table:
     for name in ("questions", f"avg@{k}", *passes, *([f"maj@{k}"] if k > 1 else []), "tokens", "cut", "boxed"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = list(results["tasks"].items())
-    for name, row in [*rows, ("all", results["all"])] if len(rows) > 1 else rows:
+    for name, row in [*rows, ("all questions", results["all"])] if len(rows) > 1 else rows:
         cells = [name, str(row["num_questions"]), _percent(row["avg"], row["avg_se"])]
         if passes:
             cells.append(_percent(row["pass_at"].get(str(last)), row["pass_at_se"].get(str(last))))
@@ -76,6 +78,9 @@ def results_table(results: dict) -> Table:
             cells.append(_percent(row["maj"]))
         cells += [f"{row['response_length_mean']:.0f}", *map(_percent, (row["truncated_fraction"], row["boxed_rate"]))]
         table.add_row(*cells)
+    plain = results.get("mean_over_tasks", {"num_tasks": 0})
+    if plain["num_tasks"] > 1:
+        table.add_row("mean over tasks", f"{plain['num_tasks']} tasks", _percent(plain["avg"], plain["avg_se"]))
     return table
 
 

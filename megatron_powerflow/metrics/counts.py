@@ -8,7 +8,7 @@ Left out: who is right (`data/answers.py`), how different the texts are (`divers
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -35,6 +35,22 @@ def summarize_tasks(questions: Sequence[QuestionCounts]) -> tuple[dict[str, dict
     """(`summarize` by task, in order of appearance; `summarize` of all questions together)."""
     tasks = dict.fromkeys(question.task for question in questions)
     return {task: summarize([q for q in questions if q.task == task]) for task in tasks}, summarize(questions)
+
+
+def mean_over_tasks(tasks: Mapping[str, Mapping]) -> dict:
+    """Plain mean of the tasks' accuracies, each counting once however many questions it has: the paper's Avg.
+
+    tasks: rows of `summarize`. num_tasks, of those with gold answers; avg; avg_se = sqrt(sum se^2) / num_tasks, the
+    tasks' questions being drawn apart from each other. None where there is none, avg_se also where a task has none.
+    """
+    graded = [row for row in tasks.values() if row["avg"] is not None]
+    errors = [row["avg_se"] for row in graded]
+    known = bool(errors) and None not in errors
+    return {
+        "num_tasks": len(graded),
+        "avg": mean([row["avg"] for row in graded]),
+        "avg_se": math.hypot(*errors) / len(errors) if known else None,
+    }
 
 
 def summarize(questions: Sequence[QuestionCounts]) -> dict:

@@ -31,6 +31,7 @@ class Target:
     tilt_cap: int | None = None
     has_tilt: bool = False  # the fixed point is p_base^alpha exp(-lambda |y|)
     energy_per_token: bool = False  # psi and the task's reward count once a token, not once a response
+    learns_log_z: bool = True  # log Z' is a head's; False: an estimate of the group itself, or there is none
 
 
 def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
@@ -47,7 +48,7 @@ def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
     kept = {name: column[every["kept"] > 0] for name, column in every.items()}
     if len(kept["kept"]):
         kept["prompt"] = kept["rollout_index"] // target.responses_per_prompt
-        values |= _objective_metrics(kept)
+        values |= _objective_metrics(kept, target)
         values |= _realised_metrics(kept, target)
         values |= _power_metrics(kept, target) if target.alpha is not None else {}
         values |= _trap_metrics(every, target) if target.has_tilt else {}
@@ -57,8 +58,10 @@ def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
 def _rollout_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, float]:
     """What the sampled responses are like, dropped ones included."""
     lengths, num_tokens = every["num_response_tokens"], every["num_response_tokens"].sum()
-    drift = every["sequence_log_prob"] - every["rollout_sequence_log_prob"]
-    sequence_ratio = np.exp(np.clip(drift, -50.0, 50.0))
+    old, ref = every["old_sequence_log_prob"], every["ref_sequence_log_prob"]
+    gap = np.where(np.isnan(every["sampler_gap_sum"]), np.nan, old - every["rollout_sequence_log_prob"])
+    against_sampler = every["sequence_log_prob"] - every["rollout_sequence_log_prob"]
+    sequence_ratio = np.exp(np.clip(against_sampler, -50.0, 50.0))
     return {
         "num_rollouts": float(len(lengths)),
         "num_rollouts_kept": every["kept"].sum(),
@@ -77,22 +80,24 @@ def _rollout_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, 
         "distinct_3": every["distinct_3"].mean(),
         # over the rollouts whose prompt has an answer
         "accuracy": _mean(every["correct"]),
-        # over response tokens of all rollouts
-        "policy_entropy": -every["sequence_log_prob"].sum() / num_tokens,  # sampled estimate, nats per token
-        "ref_log_prob_mean": every["ref_sequence_log_prob"].sum() / num_tokens,
-        "kl_per_token": (every["sequence_log_prob"] - every["ref_sequence_log_prob"]).sum() / num_tokens,
+        # over response tokens of all rollouts; entropy and KL are of the policy that sampled: its samples estimate them
+        "policy_entropy": -old.sum() / num_tokens,  # nats per token
+        "ref_log_prob_mean": ref.sum() / num_tokens,
+        "kl_per_token": (old - ref).sum() / num_tokens,
         "sampler_gap_mean": every["sampler_gap_sum"].sum() / num_tokens,  # |scorer - sampler| per token
         "sampler_gap_max": every["sampler_gap_max"].max(),
         "token_ratio_mean": every["token_ratio_sum"].sum() / num_tokens,  # scorer / sampler; 1 when they agree
         # over all rollouts
-        "kl_per_response": (every["sequence_log_prob"] - every["ref_sequence_log_prob"]).mean(),  # KL(policy || base)
-        "sampler_gap_sequence_mean": np.abs(drift).mean(),  # |S - S_sampler|, what a sequence weight would feel
+        "kl_per_response": (old - ref).mean(),  # KL(policy || base)
+        "sampler_gap_sequence_mean": np.abs(gap).mean(),  # |S_old - S_sampler|, what a sequence weight would feel
+        "stale_nats_mean": np.abs(every["sequence_log_prob"] - old).mean(),  # |S - S_old|: how far training has moved
+        # exp(S - S_sampler): sampler gap and staleness together
         "sequence_ratio_mean": sequence_ratio.mean(),
         "effective_sample_share": sequence_ratio.sum() ** 2 / (len(lengths) * (sequence_ratio**2).sum()),
     }
 
 
-def _objective_metrics(kept: dict[str, np.ndarray]) -> dict[str, float]:
+def _objective_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:
     """Means over kept rollouts; `prompt` in a name: over prompts."""
     residual, weight, prompts = kept["residual"], kept["weight"], kept["prompt"]
     head = _per_prompt(kept["log_z"], prompts)
@@ -108,7 +113,8 @@ def _objective_metrics(kept: dict[str, np.ndarray]) -> dict[str, float]:
         "log_z_std": head.std(),
         "group_log_z_mean": estimate.mean(),
         "group_log_z_std": estimate.std(),
-        "log_z_explained_variance": _explained_variance(estimate, head),
+        # of a head: the group's own estimate explains itself
+        "log_z_explained_variance": _explained_variance(estimate, head) if target.learns_log_z else np.nan,
         "weight_mean": weight.mean(),
         "ratio_mean": kept["ratio"].mean(),
         "clip_fraction": kept["clipped"].mean(),
@@ -124,7 +130,9 @@ def _power_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, flo
     judged = np.isfinite(kept["correct"])
     values = {"alpha": target.alpha, "inversion_rate": _inversion_rate(kept, target.alpha)}
     if judged.any():
-        values["self_reward_covariance"] = np.cov(self_reward[judged], kept["correct"][judged], bias=True)[0, 1]
+        values["self_reward_covariance"] = _covariance_within(
+            self_reward[judged], kept["correct"][judged], kept["prompt"][judged]
+        )
     return values
 
 
@@ -136,14 +144,14 @@ def _realised_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, 
         # where there is no residual the reward is the policy's own log-ratio to the target, no energy
         added = target.alpha * kept["psi"] + np.where(np.isfinite(kept["residual"]), kept["reward"], 0.0)
         added = added * counted if target.energy_per_token else added
-    return realised_alpha(kept["sequence_log_prob"], kept["ref_sequence_log_prob"], counted, kept["prompt"], added)
+    return realised_alpha(kept["old_sequence_log_prob"], kept["ref_sequence_log_prob"], counted, kept["prompt"], added)
 
 
 def _trap_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, float]:
     """Whether the target rewards the loops among the rollouts: see `trap.py`."""
     return trap_metrics(
         every,
-        every["sequence_log_prob"],
+        every["old_sequence_log_prob"],
         responses_per_prompt=target.responses_per_prompt,
         max_response_tokens=target.max_response_tokens,
         alpha=target.alpha,
@@ -165,7 +173,8 @@ def _explained_variance(estimate: np.ndarray, head: np.ndarray) -> float:
 
 
 def _inversion_rate(kept: dict[str, np.ndarray], alpha: float) -> float:
-    """Share of pairs of one prompt's responses that the policy ranks against p_base^alpha; ties are no pair.
+    """Share of pairs of one prompt's responses that the policy that sampled ranks against p_base^alpha; ties are no
+    pair.
 
     The pair (i, j) is inverted when S_i - S_j and alpha (S_ref,i - S_ref,j) have opposite signs; at the tilted optimum
     this is sign(alpha d log p_base) != sign(alpha d log p_base - lambda d|y|).
@@ -173,11 +182,23 @@ def _inversion_rate(kept: dict[str, np.ndarray], alpha: float) -> float:
     inverted = pairs = 0
     for prompt in np.unique(kept["prompt"]):
         own = kept["prompt"] == prompt
-        policy, power = kept["sequence_log_prob"][own], alpha * kept["ref_sequence_log_prob"][own]
+        policy, power = kept["old_sequence_log_prob"][own], alpha * kept["ref_sequence_log_prob"][own]
         product = np.sign(policy[:, None] - policy) * np.sign(power[:, None] - power)
         inverted += (product < 0).sum() / 2
         pairs += (product != 0).sum() / 2
     return inverted / pairs if pairs else np.nan
+
+
+def _covariance_within(one: np.ndarray, other: np.ndarray, prompts: np.ndarray) -> float:
+    """Unbiased covariance among a prompt's responses, averaged over prompts; NaN without a prompt of two.
+
+    A prompt weighs n - 1, so this is the sum of centred products over the sum of n - 1. Differences between prompts,
+    where easy ones are both likely and right, say nothing of what sharpening does and are left out.
+    """
+    _, place, counts = np.unique(prompts, return_inverse=True, return_counts=True)
+    centred = [values - (np.bincount(place, values) / counts)[place] for values in (one, other)]
+    freedom = (counts - 1).sum()
+    return (centred[0] * centred[1]).sum() / freedom if freedom else np.nan
 
 
 def _mean(values: np.ndarray) -> float:

@@ -54,7 +54,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationFile:
-    """One evaluation.json. where: its folder, as shown."""
+    """One evaluation.json. where: its folder, as shown; over_tasks: the plain mean of the tasks' accuracies."""
 
     where: str
     model: str
@@ -64,6 +64,7 @@ class EvaluationFile:
     seed: str
     overall: Evaluation
     tasks: Mapping[str, Evaluation]
+    over_tasks: Evaluation | None
     origin: Origin
 
 
@@ -227,8 +228,15 @@ def _read_file(path: Path, notes: list[str]) -> EvaluationFile | None:
         seed=visible(fields.get("seed", "?"), 20),
         overall=overall,
         tasks=tasks,
+        over_tasks=_plain_mean(fields),
         origin=_origin(fields),
     )
+
+
+def _plain_mean(fields: Mapping[str, Any]) -> Evaluation | None:
+    """`mean_over_tasks` of evaluation.json; None where a version before it wrote the file, or nothing is graded."""
+    found = _evaluation(_mapping(fields.get("mean_over_tasks")))
+    return found if "accuracy" in found.values else None
 
 
 def _origin(fields: Mapping[str, Any]) -> Origin:

@@ -182,9 +182,10 @@ def _decimal(value: float, decimals: int) -> str:
 
 
 def _tasks(file: EvaluationFile) -> list[tuple[str, Evaluation]]:
-    """All questions, and each task where there are several."""
+    """All questions, the plain mean over tasks, and each task where there are several."""
     several = list(file.tasks.items()) if len(file.tasks) > 1 else []
-    return [("all" if several else next(iter(file.tasks), "all"), file.overall), *several]
+    plain = [("mean over tasks", file.over_tasks)] if several and file.over_tasks else []
+    return [("all questions" if several else next(iter(file.tasks), "all"), file.overall), *plain, *several]
 
 
 def _protocol(file: EvaluationFile) -> tuple[str, ...]:

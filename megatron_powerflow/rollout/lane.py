@@ -175,6 +175,7 @@ class Lane:
                     slot=slot,
                     response=response,
                     count=self._uniforms.shape[1],
+                    purpose=self._sampling.purpose,
                 )
         self._alive[self._admitted], self._lengths[self._admitted] = True, 0
 

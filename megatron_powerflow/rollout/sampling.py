@@ -15,15 +15,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_powerflow.random_streams import generator
+from megatron_powerflow.records import Purpose
+
 # The running sum over the vocabulary is fp64 from block to block: in fp32, 150,000 probabilities would misplace its
 # tail. The exponentials are fp32, as the logits are, and so is a block's sum: off by 1e-7 of the block's own mass.
 BLOCK = 128
 
 
-def uniforms(*, seed: int, step: int, slot: int, response: int, count: int) -> np.ndarray:
+def uniforms(
+    *, seed: int, step: int, slot: int, response: int, count: int, purpose: Purpose = Purpose.ROLLOUTS
+) -> np.ndarray:
     """[count] fp64 in [0, 1): the numbers that sample one response, by counter-based Philox."""
-    generator = np.random.Philox(counter=[0, 0, slot, response], key=[seed, step])
-    return np.random.Generator(generator).random(count)
+    return generator(purpose, seed=seed, index=step, slot=slot, response=response).random(count)
 
 
 def sample_tokens(

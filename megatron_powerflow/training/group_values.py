@@ -29,25 +29,20 @@ def with_group_values(
     scorer: Scorer,
     objective: ObjectiveSection,
     alpha: float,
-    *,
-    old_is_current: bool,
 ) -> list[MicroBatch]:
-    """The micro-batches with what their form needs, on the last stage; as they were where it needs nothing.
-
-    old_is_current: old_log_probs, where there are any, are those of the policy as it is (a step's first update).
-    """
+    """The micro-batches with what their form needs, on the last stage; as they were where it needs nothing."""
     form = objective.form
     if isinstance(form, Balance) and not objective.learns_log_z:
         if all(batch.whole_groups for batch in batches):
             return list(batches)
-        return with_log_z(batches, _current(chunks, batches, scorer, old_is_current), objective, form, alpha)
+        return with_log_z(batches, score(chunks, batches, scorer), objective, form, alpha)
     if isinstance(form, PolicyGradient):
         if form.reward == "certainty":
             means = score_certainty(chunks, batches, scorer)
             return _with_advantage(batches, means, form) if scorer.groups.is_last_stage else list(batches)
         if not form.powers:
             return _with_advantage(batches, [batch.reward for batch in batches], form)
-        current = _current(chunks, batches, scorer, old_is_current)
+        current = score(chunks, batches, scorer)
         norm: Norm = "length" if form.reward == "power_per_token" else "none"
         if not scorer.groups.is_last_stage:
             return list(batches)
@@ -98,14 +93,6 @@ def weight_of(sequence_log_prob: Tensor, batch: MicroBatch, objective: Objective
         clip_epsilon=objective.clip_epsilon or 0.0,
         upper_only=objective.clip == "upper",
     )
-
-
-def _current(
-    chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer, old_is_current: bool
-) -> list[Tensor | None]:
-    if old_is_current and batches[0].old_log_probs is not None:
-        return [batch.old_log_probs for batch in batches]
-    return score(chunks, batches, scorer)
 
 
 def with_log_z(

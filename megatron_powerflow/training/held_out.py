@@ -17,12 +17,10 @@ from megatron_powerflow.data.grading import grade
 from megatron_powerflow.metrics.counts import QuestionCounts, summarize
 from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
 from megatron_powerflow.parallel.collectives import gather_to_main
-from megatron_powerflow.records import Rollout, SamplingParams
+from megatron_powerflow.records import Purpose, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import Progress
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.setup import Session
-
-STREAM = 2**32 - 1  # the `step` of the sampler's uniforms: those of no training step, and the same at each evaluation
 
 
 def evaluate_held_out(
@@ -32,7 +30,7 @@ def evaluate_held_out(
     truncated_fraction, boxed_rate, distinct_2, distinct_3, repeated_share, policy_entropy (nats a token);
     None elsewhere. Collective."""
     groups, section = session.groups, plan.config.evaluation
-    sampling = replace(sampling, step=STREAM)
+    sampling = replace(sampling, purpose=Purpose.HELD_OUT)
     mine = list(enumerate(plan.evaluation_prompts))[groups.sampler_rank :: groups.num_samplers]
     rollouts = session.engine.generate(mine, sampling, progress)
     reports = groups.is_first_stage and groups.tp_rank == 0

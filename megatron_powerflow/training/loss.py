@@ -118,13 +118,17 @@ def _kept_with_kl(terms: Tensor, log_probs: Tensor, batch: MicroBatch, objective
 
 def common_columns(log_probs: Tensor, batch: MicroBatch) -> Columns:
     """What is known of a rollout whatever the form. log_probs: [b, s] detached."""
-    difference = torch.where(batch.loss_mask, log_probs - batch.rollout_log_probs, 0.0)
+    old = log_probs if batch.old_log_probs is None else batch.old_log_probs
+    difference = torch.where(batch.loss_mask, old - batch.rollout_log_probs, 0.0)
+    if batch.old_from_sampler:
+        difference = torch.full_like(difference, torch.nan)
     loops = _loops(batch)
     return {
         "rollout_index": batch.rollout_index,
         "num_prompt_tokens": batch.prompt_mask.sum(dim=1),
         "num_response_tokens": batch.num_response_tokens,
         "sequence_log_prob": log_probs.sum(dim=1),
+        "old_sequence_log_prob": old.sum(dim=1),
         "ref_sequence_log_prob": batch.ref_log_probs.sum(dim=1),
         "rollout_sequence_log_prob": batch.rollout_log_probs.sum(dim=1),
         "psi": batch.psi,
@@ -133,7 +137,7 @@ def common_columns(log_probs: Tensor, batch: MicroBatch) -> Columns:
         "truncated": batch.truncated,
         "sampler_gap_sum": difference.abs().sum(dim=1),
         "sampler_gap_max": difference.abs().amax(dim=1),
-        "token_ratio_sum": torch.where(batch.loss_mask, difference.exp(), 0.0).sum(dim=1),
+        "token_ratio_sum": torch.where(batch.loss_mask, difference.exp(), torch.zeros_like(difference)).sum(dim=1),
         "max_log_prob": torch.where(batch.loss_mask, log_probs, -torch.inf).amax(dim=1),
         **dict(zip(("loop_tokens", "loop_nats", "entry_nats"), loops.unbind(dim=1), strict=True)),
         **dict(zip(ANNOTATION_COLUMNS, batch.annotations.unbind(dim=1), strict=True)),

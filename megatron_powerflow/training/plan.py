@@ -19,7 +19,7 @@ from megatron_powerflow.checkpoint.folder import (
     is_converted,
     latest_checkpoint,
 )
-from megatron_powerflow.config import Config, dump_config, load_config
+from megatron_powerflow.config import Config, ObjectiveSection, dump_config, load_config
 from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_stop_token_ids
 from megatron_powerflow.conversion.hf_files import SafetensorsFolder
@@ -30,6 +30,7 @@ from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Architecture, Prompt
 from megatron_powerflow.rollout.saved import Wanted, find_rollouts, replay_violations
 from megatron_powerflow.targets import export_target
+from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
 
 # A run's folder belongs to the run that has these; anything else may change when a run is continued.
 CHANGEABLE = frozenset(
@@ -43,7 +44,8 @@ CHANGEABLE_SECTIONS = frozenset({"parallel", "checkpoint", "evaluation", "metric
 @dataclass(frozen=True)
 class Plan:
     """A run that has been found possible. resume_from: the checkpoint it continues, or None; replay_from: the folder of
-    step files it trains on instead of sampling, or None."""
+    step files it trains on instead of sampling, or None; on_policy: a step's rollouts are by the policy that it trains,
+    sampled, or replayed from a run of this very config."""
 
     config: Config
     layout: Layout
@@ -56,6 +58,12 @@ class Plan:
     evaluation_prompts: tuple[Prompt, ...]
     resume_from: Path | None
     replay_from: Path | None
+    on_policy: bool = True
+
+    @property
+    def objective(self) -> ObjectiveSection:
+        """As it is trained: see `staleness.objective_of`."""
+        return objective_of(self.config, self.on_policy)
 
     @property
     def run_folder(self) -> Path:
@@ -114,6 +122,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         evaluation_prompts=evaluation_file.prompts if evaluation_file else (),
         resume_from=resume_from,
         replay_from=replay_from,
+        on_policy=replay_from is None or is_own_run(config, replay_from),
     )
 
 
@@ -134,6 +143,8 @@ def describe(plan: Plan) -> str:
             f"{rollouts} rollouts, {config.optimizer.updates_per_rollout} update(s)",
             f"objective {config.objective.preset}, alpha {config.objective.alpha}, log Z' {config.objective.log_z}",
             *([f"replays   {plan.replay_from}, no engine"] if plan.replay_from else []),
+            weight_line(config, plan.on_policy),
+            *temperature_lines(config),
             f"run       {config.run.num_steps} steps into {config.run.output_dir} ({resumes})",
             f"layout    {plan.layout.describe()}",
             plan.layout.picture(),

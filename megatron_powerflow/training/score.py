@@ -45,3 +45,8 @@ def score_old(chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scor
     """The micro-batches with `old_log_probs`: the policy that sampled, scored before its first update."""
     scored = score(chunks, batches, scorer)
     return [replace(batch, old_log_probs=values) for batch, values in zip(batches, scored, strict=True)]
+
+
+def with_saved_old(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """The micro-batches of replayed rollouts: the policy that sampled is gone, its sampler's log-probs are there."""
+    return [replace(batch, old_log_probs=batch.rollout_log_probs, old_from_sampler=True) for batch in batches]

@@ -25,7 +25,7 @@ from megatron_powerflow.training.forward_step import Scorer, run_forward, run_fo
 from megatron_powerflow.training.group_values import partial_of, residual_weight, with_group_values
 from megatron_powerflow.training.loss import micro_batch_loss
 from megatron_powerflow.training.optimizer import Stepped, step_optimizers
-from megatron_powerflow.training.score import score_old
+from megatron_powerflow.training.score import score_old, with_saved_old
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,24 @@ def update(
     objective: ObjectiveSection,
     section: OptimizerSection,
     alpha: float | None,
+    *,
+    on_policy: bool = True,
 ) -> Updated:
     """One optimizer update per element of `updates`: micro-batches of whole groups, reference scored.
 
-    alpha: the power of this step; None for an objective that knows none.
+    alpha: the power of this step; None for an objective that knows none. on_policy: the policy as it is now sampled the
+    rollouts; False: another one did, of which the saved log-probs are left.
     """
     groups = scorer.groups
     sampled_by = [list(batches) for batches in updates]
-    if objective.ratio != "none" and len(updates) > 1:
-        sampled_by = [score_old(trainable.chunks, batches, scorer) for batches in sampled_by]
+    if on_policy:  # the first update's forward pass is of the policy that sampled; the later ones find it changed
+        sampled_by[1:] = [score_old(trainable.chunks, batches, scorer) for batches in sampled_by[1:]]
+    else:
+        sampled_by = [with_saved_old(batches) for batches in sampled_by]
     rows, steps = [], []
-    for number, batches in enumerate(sampled_by):
+    for batches in sampled_by:
         num_kept = _num_kept(batches, groups)
-        batches = with_group_values(trainable.chunks, batches, scorer, objective, alpha, old_is_current=number == 0)
+        batches = with_group_values(trainable.chunks, batches, scorer, objective, alpha)
         trainable.zero_grad()
 
         def loss_and_rows(hidden: Tensor, chunk: PolicyModel, batch: MicroBatch, num_kept=num_kept):

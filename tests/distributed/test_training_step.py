@@ -234,7 +234,9 @@ def test_a_stale_update_has_weights_within_the_clip(gloo, tiny_model, prompts, t
 
 def test_a_wrong_estimator_of_old_would_show(gloo, tiny_model, prompts, tmp_path):
     """With ratio=none the same two updates have weight 1: the option above really acts."""
-    config = config_for(tiny_model("llama"), prompts, tmp_path / "run", "optimizer.updates_per_rollout=2")
+    config = config_for(
+        tiny_model("llama"), prompts, tmp_path / "run", "optimizer.updates_per_rollout=2", "objective.ratio=none"
+    )
     ((rows, grad_norms, _),) = gloo.run(1, one_step, config)
     assert (column(rows, "weight") == 1.0).all()
     assert len(grad_norms) == 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_powerflow.data.bins import (
     BinRule,
     FlopCount,
+    active_weights,
     deal,
     fill_evenly,
     first_fit,
@@ -118,6 +122,114 @@ def test_evenness_gives_way_to_the_budget():
 def test_too_few_rollouts_leave_dummies():
     plan = plan_update([[5], [60]], 1, rule_of(count=4), FLOPS, together=False)
     assert [len(bin) for bin in plan[0]] == [1, 1, 0, 0]
+
+
+def long_tailed(seed: int, num_groups: int = 64, size: int = 8) -> list[list[int]]:
+    """Lengths as reasoning has them: log-normal within a prompt, and prompts differ."""
+    draw = random.Random(seed)
+    centers = [draw.gauss(6, 0.6) for _ in range(num_groups)]
+    return [[min(4096, max(8, int(draw.lognormvariate(center, 0.6)))) for _ in range(size)] for center in centers]
+
+
+def excess(work: list[float]) -> float:
+    """How much more than the mean the busiest has: what everybody waits for."""
+    return max(work) / (sum(work) / len(work)) - 1
+
+
+# a 1.5-billion-parameter model's proportions: the quadratic term is a third of the work at 400 tokens
+LONG_FLOPS = FlopCount(linear=2.7e8, quadratic=3.5e5)
+
+
+def test_work_is_even_over_ranks_and_micro_batches():
+    """Ranks with this set: .019. Dealt by count .55, in turns .55, in any order .86, without the quadratic term .17.
+    Micro-batches: .08. By count .96, in any order .41, without the quadratic term .35."""
+    groups = long_tailed(6)
+    plan = plan_update(groups, 8, BinRule(8192, 1, 1, 1), LONG_FLOPS, together=False)
+    micro_batches = [[sum(LONG_FLOPS(groups[q][i]) for q, i in bin) for bin in rank] for rank in plan]
+    assert excess([sum(work) for work in micro_batches]) < 0.05
+    assert max(map(excess, micro_batches)) < 0.15
+
+
+def test_micro_batches_are_even_where_there_is_room():
+    """With this set .001, evenness alone deciding. By tokens .16, by count .37, in any order .34."""
+    lengths = [length for group in long_tailed(1, num_groups=16) for length in group]
+    costs = [LONG_FLOPS(length) for length in lengths]
+    bins = fill_evenly(lengths, costs, 2 * sum(lengths) // 8, 8)
+    assert excess([sum(costs[place] for place in bin) for bin in bins]) < 0.02
+
+
+def test_the_heaviest_micro_batch_is_first():
+    groups = long_tailed(3, num_groups=8)
+    for rank in plan_update(groups, 2, BinRule(8192, 1, 1, 1), LONG_FLOPS, together=False):
+        work = [sum(LONG_FLOPS(groups[q][i]) for q, i in bin) for bin in rank]
+        assert work == sorted(work, reverse=True)
+
+
+# config.json of the released models, as far as it decides the count
+MIXTRAL_8X7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+DEEPSEEK_V3 = {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 3,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "published", "width"),
+    [("mixtral", MIXTRAL_8X7B, 12.9e9, 32 * 32 * 256), ("deepseek_v3", DEEPSEEK_V3, 37e9, 61 * 128 * (192 + 128))],
+)
+def test_active_weights_are_those_published(tmp_path, family, values, published, width):
+    """Published figures have the embedding in or not; it is 1 to 2.5 % of them, and a look-up costs no product."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from megatron_powerflow.conversion.families import FAMILIES
+    from megatron_powerflow.conversion.hf_config import read_architecture
+
+    CONFIG_MAPPING[family](architectures=[ARCHITECTURE_NAMES[family]], **values).save_pretrained(tmp_path)
+    architecture, _ = read_architecture(tmp_path, FAMILIES)
+    assert active_weights(architecture) == pytest.approx(published, rel=0.02)
+    assert flop_count(architecture).linear == 2 * active_weights(architecture)
+    assert flop_count(architecture).quadratic == width
+
+
+ARCHITECTURE_NAMES = {"mixtral": "MixtralForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+
+
+def test_active_weights_are_all_of_a_small_mixture_where_every_expert_is_chosen():
+    """Counted from the tensors themselves: without embedding, norms and biases."""
+    from tests.unit.test_layout import MIXTURE
+
+    every = replace(MIXTURE, experts=replace(MIXTURE.experts, per_token=MIXTURE.experts.num))
+    one = active_weights(replace(every, experts=replace(every.experts, per_token=1)))
+    per_expert = 3 * every.hidden_size * every.ffn_hidden_size * every.num_layers
+    assert active_weights(every) - one == (every.experts.num - 1) * per_expert
 
 
 def test_flops_of_the_real_model_are_two_per_weight_and_token():

@@ -133,6 +133,24 @@ def test_conditional_defaults_appear_where_they_act():
     assert parse_config(MINIMAL).objective.clip_epsilon is None
 
 
+@pytest.mark.parametrize(
+    ("overrides", "ratio"),
+    [
+        ([], "none"),
+        (["optimizer.updates_per_rollout=2"], "seq"),
+        (["rollout.replay=x"], "seq"),
+        (["rollout.replay=x", "objective.preset=grpo"], "token"),
+        (["optimizer.updates_per_rollout=2", "objective.preset=rl_token"], "token"),
+        (["optimizer.updates_per_rollout=2", "objective.preset=one_shot_em"], "none"),
+        (["optimizer.updates_per_rollout=2", "objective.ratio=none"], "none"),
+    ],
+)
+def test_the_importance_weight_is_not_left_out_unless_asked_for(overrides, ratio):
+    objective = parse_config(MINIMAL, overrides).objective
+    assert objective.ratio == ratio
+    assert (objective.clip_epsilon is None) == (ratio == "none")
+
+
 @given(
     st.fixed_dictionaries(
         {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron_powerflow.metrics.counts import (
     QuestionCounts,
     majority_correctness,
+    mean_over_tasks,
     pass_at_k,
     standard_error,
     summarize,
@@ -126,3 +127,16 @@ def test_tasks_keep_their_order_and_questions_without_gold_are_counted_but_not_g
     assert list(tasks["b"]["pass_at"]) == ["1"]  # one question has a single response
     assert everything["num_questions"] == 3
     assert everything["num_responses"] == 7
+
+
+def test_the_mean_over_tasks_weighs_benchmarks_and_not_questions():
+    """500 questions at .8 and 30 at .1: .45, where all questions together say .76."""
+    rows = {
+        "math": {"avg": 0.8, "avg_se": 0.03},
+        "aime": {"avg": 0.1, "avg_se": 0.04},
+        "poem": {"avg": None, "avg_se": None},
+    }
+    found = mean_over_tasks(rows)
+    assert found == {"num_tasks": 2, "avg": pytest.approx(0.45), "avg_se": pytest.approx(0.05 / 2)}
+    assert mean_over_tasks({"one": {"avg": 0.5, "avg_se": None}})["avg_se"] is None
+    assert mean_over_tasks({"poem": rows["poem"]}) == {"num_tasks": 0, "avg": None, "avg_se": None}

@@ -114,7 +114,7 @@ def test_evaluation_json_has_the_promised_names():
     results = describe_results(settings, graded_lines(), {"distinct_1": 0.5}, "powerflow evaluate")
     assert list(results) == [
         *("model", "data", "num_responses", "temperature", "seed", "tasks", "all"),
-        *("diversity", "command", "versions", "git_commit"),
+        *("mean_over_tasks", "diversity", "command", "versions", "git_commit"),
     ]
     assert all(row.keys() == NAMES for row in (*results["tasks"].values(), results["all"]))
     assert json.loads(json.dumps(results)) == results
@@ -130,11 +130,12 @@ def test_the_table_shows_every_task_and_survives_tasks_without_gold():
     console = Console(file=io.StringIO(), width=150)
     console.print(results_table(results))
     shown = console.file.getvalue()
-    assert [name for name in ("algebra", "choices", "poem", "all") if name in shown] == [
+    assert [name for name in ("algebra", "choices", "poem", "all questions", "mean over tasks") if name in shown] == [
         "algebra",
         "choices",
         "poem",
-        "all",
+        "all questions",
+        "mean over tasks",
     ]
     assert f"{100 * results['tasks']['algebra']['avg']:.1f} ± " in shown
     assert results["tasks"]["poem"]["avg"] is None

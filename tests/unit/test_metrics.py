@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ def table(**columns) -> np.ndarray:
         "num_prompt_tokens": np.full(4, 3.0),
         "num_response_tokens": np.array([2.0, 4, 6, 8]),
         "sequence_log_prob": np.array([-2.0, -2, -6, -10]),
+        "old_sequence_log_prob": np.array([-2.0, -2, -6, -10]),
         "weight": np.ones(4),
         "ratio": np.ones(4),
         "kept": np.ones(4),
@@ -97,6 +99,51 @@ def test_a_step_without_kept_rollouts_has_no_loss_and_no_nan():
     values = reduced(kept=[0, 0, 0, 0])
     assert "loss" not in values
     assert all(np.isfinite(list(values.values())))
+
+
+def test_entropy_and_divergence_are_of_the_policy_that_sampled():
+    """An update later the policy has moved: sequence_log_prob with it, its samples' log-probs not."""
+    values = reduced(
+        sequence_log_prob=[-1, -1, -3, -5],
+        ref_sequence_log_prob=[-3, -3, -7, -11],
+        rollout_sequence_log_prob=[-2, -2, -6, -9],
+        sampler_gap_sum=[0, 0, 0, 1],
+    )
+    assert values["policy_entropy"] == pytest.approx(20 / 20)
+    assert values["kl_per_token"] == pytest.approx(4 / 20)
+    assert values["kl_per_response"] == pytest.approx(1.0)
+    assert values["sampler_gap_sequence_mean"] == pytest.approx(1 / 4)  # staleness is not in it
+    assert values["stale_nats_mean"] == pytest.approx((1 + 1 + 3 + 5) / 4)
+
+
+def test_what_another_policy_sampled_has_no_sampler_gap():
+    nothing = [np.nan] * 4
+    values = reduced(sampler_gap_sum=nothing, sampler_gap_max=nothing, token_ratio_sum=nothing)
+    assert not {"sampler_gap_mean", "sampler_gap_max", "sampler_gap_sequence_mean", "token_ratio_mean"} & set(values)
+    assert "policy_entropy" in values
+
+
+def test_self_reward_is_compared_within_prompts():
+    """Within both prompts the less likely response is right; the prompts' own difference says the contrary."""
+    target = replace(TARGET, alpha=4.0)
+    values = reduced(
+        target,
+        num_response_tokens=[1, 1, 1, 1],
+        ref_sequence_log_prob=[-1, -3, -1.5, -2.5],
+        correct=[0, 1, 0, 1],
+    )
+    assert values["self_reward_covariance"] == pytest.approx((-2 * 1 / 2 - 1 * 1 / 2) / 2)
+    pooled = reduced(target, num_response_tokens=[1] * 4, ref_sequence_log_prob=[-1, -1, -9, -9], correct=[1, 1, 0, 0])
+    assert pooled["self_reward_covariance"] == 0.0  # easy prompts are likely and right: no covariance of responses
+    alone = Target(responses_per_prompt=1, max_response_tokens=8, alpha=4.0)
+    assert "self_reward_covariance" not in reduced(alone, ref_sequence_log_prob=[-1, -2, -3, -4], correct=[1, 0, 1, 0])
+
+
+def test_the_groups_own_estimate_explains_nothing():
+    """A group's log Z' minus its mean residual, 0, is itself."""
+    columns = {"residual": [1, -1, 2, -2], "log_z": [-1, -1, 3, 3]}
+    assert reduced(**columns)["log_z_explained_variance"] == 1.0
+    assert "log_z_explained_variance" not in reduced(replace(TARGET, learns_log_z=False), **columns)
 
 
 def test_a_log_prob_above_0_is_a_broken_scorer():

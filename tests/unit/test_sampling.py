@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_powerflow.data.prompts import PromptStream
+from megatron_powerflow.random_streams import generator
+from megatron_powerflow.records import Prompt, Purpose
 from megatron_powerflow.rollout.sampling import sample_tokens, uniforms
 
 
@@ -31,6 +34,23 @@ def test_neighbouring_streams_do_not_overlap():
     """Philox counts in the low words; slot and response are in the high ones."""
     streams = [uniforms(seed=0, step=0, slot=slot, response=r, count=4096) for slot in range(4) for r in range(4)]
     assert len(np.unique(np.stack(streams))) == 16 * 4096
+
+
+def test_no_two_purposes_share_a_number():
+    """Epoch e's order and step e's first response had the same key and counter."""
+    streams = [
+        generator(purpose, seed=seed, index=index).random(512)
+        for purpose in Purpose
+        for seed in (0, 1)
+        for index in (0, 1)
+    ]
+    assert len(np.unique(np.concatenate(streams))) == len(Purpose) * 4 * 512
+    prompts = [Prompt(id=str(i), index=i, token_ids=(3,)) for i in range(50)]
+    order = [prompt.index for prompt in PromptStream(prompts, seed=3, shuffle=True).take(50)]
+    first_response = np.random.Generator(np.random.Philox(counter=[0, 0, 0, 0], key=[3, 0]))
+    assert (uniforms(seed=3, step=0, slot=0, response=0, count=4) == first_response.random(4)).all()
+    tied = np.random.Generator(np.random.Philox(counter=[0, 0, 0, 0], key=[3, 0])).permutation(50)
+    assert order != tied.tolist()
 
 
 def test_tokens_invert_the_cumulative_distribution(alone):
