@@ -27,7 +27,7 @@ CHANGEABLE = frozenset(
     {"run.name", "run.num_steps", "run.export", "model.reference", "model.recompute", "optimizer.distributed"}
     | {"optimizer.max_skipped_steps", "rollout.max_concurrent_rows", "rollout.save", "run.stop_on_alarm"}
 )
-CHANGEABLE_SECTIONS = frozenset({"parallel", "checkpoint", "evaluation", "metrics"})
+CHANGEABLE_SECTIONS = frozenset({"alarm", "parallel", "checkpoint", "evaluation", "metrics"})
 
 
 @dataclass(frozen=True)
