@@ -203,6 +203,22 @@ class MetricsSection(Section):
         return ("auto" if value else "off") if isinstance(value, bool) else value  # YAML reads a bare `off` as false
 
 
+AlarmName = Literal["length", "short", "loss", "sampler_gap", "nothing_kept"]
+
+
+class AlarmSection(Section):
+    """When alarms ring. Those on lengths compare with the first steps and ask for 5 standard errors besides."""
+
+    truncated_rise: PositiveFloat = Field(0.03, description="length: rise of the truncated share")
+    length_rise: float = Field(1.3, gt=1.0, description="length: growth of the typical (geometric mean) length")
+    length_fall: float = Field(0.5, gt=0.0, lt=1.0, description="short: what is left of the typical length")
+    loss_growth: float = Field(10.0, gt=1.0, description="loss: against the first steps at the same alpha")
+    sampler_gap: PositiveFloat | None = Field(
+        None, description="sampler_gap_mean in nats per token; default by dtype: fp32 1e-3, bf16 .15, fp8 .3"
+    )
+    nothing_kept_steps: PositiveInt = Field(3, description="nothing_kept: steps in a row without a kept response")
+
+
 class RunSection(Section):
     output_dir: str = Field(description="everything the run writes; a run has a folder of its own")
     name: str | None = Field(None, description="what reports and wandb call it; default: what is special about it")
@@ -212,7 +228,9 @@ class RunSection(Section):
     stop_at_alpha: PositiveFloat | None = Field(
         None, description="end the run when the policy is this power of the base model: see alpha_realised"
     )
-    stop_on_alarm: bool = Field(False, description="end the run when responses lengthen out of hand: see trap_*")
+    stop_on_alarm: bool | list[AlarmName] = Field(
+        False, description="end the run when an alarm rings: true for any, or a list of their names"
+    )
 
 
 class Config(Section):
@@ -226,6 +244,7 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
     metrics: MetricsSection = MetricsSection()
+    alarm: AlarmSection = AlarmSection()
     run: RunSection
 
 

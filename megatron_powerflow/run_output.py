@@ -18,7 +18,8 @@ from rich.console import Console
 
 from megatron_powerflow.checkpoint.folder import STOP_NAME
 from megatron_powerflow.checkpoint.state import Progress
-from megatron_powerflow.metrics.alarm import length_alarm
+from megatron_powerflow.metrics.alarm import ALARMS, ringing
+from megatron_powerflow.metrics.alarm_words import ADVICE, ends_run, thresholds_of
 from megatron_powerflow.metrics.curves import CURVES_NAME, draw_curves
 from megatron_powerflow.metrics.realised_alpha import alpha_reached
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
@@ -44,7 +45,8 @@ class RunOutput:
         self._line: ConsoleWriter | None = None
         self._clock = PhaseClock()
         self._lines: list[dict[str, float]] = []  # of metrics.jsonl; what the alarm listens to
-        self._alarm: str | None = None
+        self._alarms: dict[str, str] = {}  # that ring after the last step, with what was seen
+        self._thresholds = thresholds_of(plan.config)
         self._reached: str | None = None  # why run.stop_at_alpha ends the run
 
     def __enter__(self) -> RunOutput:
@@ -55,7 +57,7 @@ class RunOutput:
             self._line = ConsoleWriter(self._console, first_step=first_step, num_steps=plan.config.run.num_steps)
             self._writers = [JsonlWriter(plan.run_folder, first_step=first_step), self._line]
             self._lines = read_metrics(plan.run_folder)
-            self._alarm = length_alarm(self._lines)
+            self._alarms = ringing(self._lines, self._thresholds)
             self._note_reached()
             if plan.config.metrics.wandb != "off":
                 config = plan.config.model_dump(exclude_none=True)
@@ -113,23 +115,36 @@ class RunOutput:
             writer.write(StepMetrics(step, values))
 
     def _listen(self, step: int, values: dict[str, float]) -> None:
-        """Note the alarm in the metrics; say so when it begins."""
+        """Note the alarms in the metrics; say so when one begins."""
         self._lines.append(values)
-        rings = length_alarm(self._lines)
+        rings = ringing(self._lines, self._thresholds)
         self._note_reached()
-        values["alarm"] = float(rings is not None)
-        if rings and not self._alarm:
+        values["alarm"] = float(bool(rings))
+        values |= {f"alarm_{name}": float(name in rings) for name in ALARMS}
+        for name in rings.keys() - self._alarms.keys():
             margin = f", trap_margin {values['trap_margin']:.1f} nats" if "trap_margin" in values else ""
             self._console.print(
-                f"[bold red]alarm[/] at step {step + 1}: {rings}{margin}. The target may reward repetition: see the "
-                "README on lower limits, objective.tilt_cap and objective.alpha_warmup_steps",
+                f"[bold red]alarm {name}[/] at step {step + 1}: {rings[name]}{margin if name == 'length' else ''}. "
+                f"{ADVICE[name]}",
                 highlight=False,
             )
-        self._alarm = rings
+        self._alarms = rings
 
     def alarmed(self) -> bool:
-        """The alarm rings and the run is to end when it does. Collective; the same answer everywhere."""
-        return self._plan.config.run.stop_on_alarm and any_rank(self._alarm is not None, self._session.groups)
+        """An alarm rings that is to end the run. Collective; the same answer everywhere."""
+        return any_rank(bool(self._alarms.keys() & ends_run(self._plan.config)), self._session.groups)
+
+    def may_export(self) -> bool:
+        """Not while the loss alarm rings: such a policy has diverged. Says so of every alarm. Collective."""
+        diverged = any_rank("loss" in self._alarms, self._session.groups)
+        if self._alarms:
+            what = "the policy has diverged and is not exported" if diverged else "the exported policy is that one"
+            self._console.print(
+                f"[bold red]alarm[/] {', '.join(self._alarms)} rings at the end of this run: {what}. Checkpoints are "
+                f"in {self._plan.run_folder}; `powerflow export` writes one that you choose",
+                highlight=False,
+            )
+        return not diverged
 
     def _note_reached(self) -> None:
         """Whether the lines of metrics say that run.stop_at_alpha is reached; said when it begins."""

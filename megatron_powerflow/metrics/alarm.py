@@ -1,35 +1,97 @@
-"""Are the responses lengthening out of hand? An alarm on what moves first: the truncated share and the long tail.
+"""Does something go wrong that a user should know of at once? The alarms, each a function of metrics.jsonl's lines.
 
-A repetition trap springs in a few dozen steps; accuracy falls with it, these two before it. A pure function of the
-lines of metrics.jsonl, so a resumed run raises the same alarm.
+A resumed run therefore raises the same alarms. The tests on lengths are in `length_shift.py`. Left out: what is done
+about an alarm (`run_output.py`).
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
+from megatron_powerflow.metrics.length_shift import LOG_LENGTH, TRUNCATED, shift
 
-BASELINE_STEPS = 10
-RECENT_STEPS = 5
-TRUNCATED_RISE = 0.03  # of the share, beyond its noise
-LONG_TAIL_RISE = 1.3  # factor on the 95th percentile of the lengths
+ALARMS = ("length", "short", "loss", "sampler_gap", "nothing_kept")
+LOSS_BASELINE_STEPS = 10
+LOSS_RECENT_STEPS = 5
+LOSS_FLOOR = 1e-3  # nats squared: ten times nearly nothing is nothing
+
+Lines = Sequence[Mapping[str, float]]
 
 
-def length_alarm(lines: Sequence[Mapping[str, float]]) -> str | None:
-    """What rings, in words; None while all is well. lines: of every step so far, oldest first."""
-    if len(lines) < BASELINE_STEPS + RECENT_STEPS:
-        return None
-    before, now = lines[:BASELINE_STEPS], lines[-RECENT_STEPS:]
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """The section `alarm` of the config, with its bound of the sampler gap chosen; None: no bound here."""
 
-    def mean(part: Sequence[Mapping[str, float]], name: str) -> float:
-        return float(np.mean([line[name] for line in part]))
+    truncated_rise: float
+    length_rise: float
+    length_fall: float
+    loss_growth: float
+    sampler_gap: float | None
+    nothing_kept_steps: int
 
-    was, is_now = mean(before, "truncated_fraction"), mean(now, "truncated_fraction")
-    noise = 3.0 * np.sqrt(was * (1.0 - was) / mean(now, "num_rollouts") / RECENT_STEPS)
-    if is_now > was + TRUNCATED_RISE + noise:
-        return f"truncated_fraction rose from {was:.3f} to {is_now:.3f}"
-    was, is_now = mean(before, "response_length_p95"), mean(now, "response_length_p95")
-    if is_now > LONG_TAIL_RISE * was:
-        return f"response_length_p95 rose from {was:.0f} to {is_now:.0f} tokens"
+
+def ringing(lines: Lines, thresholds: Thresholds) -> dict[str, str]:
+    """What rings after the last of `lines` (every step so far, oldest first), by name: in words what was seen."""
+    found = {
+        "length": _length(lines, thresholds),
+        "short": _short(lines, thresholds),
+        "loss": _loss(lines, thresholds),
+        "sampler_gap": _sampler_gap(lines, thresholds),
+        "nothing_kept": _nothing_kept(lines, thresholds),
+    }
+    return {name: words for name, words in found.items() if words is not None}
+
+
+def _length(lines: Lines, thresholds: Thresholds) -> str | None:
+    cut = shift(lines, TRUNCATED)
+    if cut and cut.significant and cut.change > thresholds.truncated_rise:
+        return f"truncated_fraction rose from {cut.before:.3f} to {cut.now:.3f}"
+    longer = shift(lines, LOG_LENGTH)
+    if longer and longer.significant and longer.change > math.log(thresholds.length_rise):
+        return _lengths("rose", longer.before, longer.now)
     return None
+
+
+def _short(lines: Lines, thresholds: Thresholds) -> str | None:
+    shorter = shift(lines, LOG_LENGTH)
+    if shorter and shorter.significant and shorter.change < math.log(thresholds.length_fall):
+        return _lengths("fell", shorter.before, shorter.now)
+    return None
+
+
+def _lengths(verb: str, before: float, now: float) -> str:
+    return f"the typical (geometric mean) length {verb} from {math.exp(before):.1f} to {math.exp(now):.1f} tokens"
+
+
+def _loss(lines: Lines, thresholds: Thresholds) -> str | None:
+    """The median of the last steps against the least of the first ones at the same alpha.
+
+    The least, because a learning rate that is far too large spoils every step but the first. Only the squared residual
+    has a scale: a rival's surrogate loss crosses 0, and no alarm of it exists.
+    """
+    if not lines or "residual_std" not in lines[-1]:
+        return None
+    alpha = lines[-1].get("alpha")
+    own = [line["loss"] for line in lines if "residual_std" in line and line.get("alpha") == alpha and "loss" in line]
+    first, recent = own[:-LOSS_RECENT_STEPS][:LOSS_BASELINE_STEPS], own[-LOSS_RECENT_STEPS:]
+    if not first:
+        return None
+    was, now = max(min(first), LOSS_FLOOR), statistics.median(recent)
+    return f"loss rose from {was:.3g} to {now:.3g}" if now > thresholds.loss_growth * was else None
+
+
+def _sampler_gap(lines: Lines, thresholds: Thresholds) -> str | None:
+    bound, gap = thresholds.sampler_gap, lines[-1].get("sampler_gap_mean") if lines else None
+    if bound is None or gap is None or gap <= bound:
+        return None
+    return f"sampler_gap_mean is {gap:.3g} nats per token, above {bound:.3g}"
+
+
+def _nothing_kept(lines: Lines, thresholds: Thresholds) -> str | None:
+    last = lines[-thresholds.nothing_kept_steps :]
+    if len(last) < thresholds.nothing_kept_steps or any(line["num_rollouts_kept"] > 0 for line in last):
+        return None
+    return f"no response was kept in {len(last)} steps in a row"

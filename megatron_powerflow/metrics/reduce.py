@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_powerflow.metrics.prompt_statistics import length_statistics
 from megatron_powerflow.metrics.realised_alpha import realised_alpha
 from megatron_powerflow.metrics.trap import has_loop, trap_metrics
 from megatron_powerflow.records import ROLLOUT_COLUMNS
@@ -44,7 +45,7 @@ def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
     highest = every["max_log_prob"].max(initial=-np.inf)
     if highest > MAX_LOG_PROB:
         raise FloatingPointError(f"a token has log-prob {highest:.4g}; probabilities end at 1, the scorer is broken")
-    values = _rollout_metrics(every, target)
+    values = _rollout_metrics(every, target) | length_statistics(every, target.responses_per_prompt)
     kept = {name: column[every["kept"] > 0] for name, column in every.items()}
     if len(kept["kept"]):
         kept["prompt"] = kept["rollout_index"] // target.responses_per_prompt

@@ -38,7 +38,7 @@ CHANGEABLE = frozenset(
     | {"optimizer.max_skipped_steps", "rollout.max_concurrent_rows", "rollout.save", "run.stop_on_alarm"}
     | {"run.stop_at_alpha"}
 )
-CHANGEABLE_SECTIONS = frozenset({"parallel", "checkpoint", "evaluation", "metrics"})
+CHANGEABLE_SECTIONS = frozenset({"alarm", "parallel", "checkpoint", "evaluation", "metrics"})
 
 
 @dataclass(frozen=True)

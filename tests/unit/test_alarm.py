@@ -1,43 +1,46 @@
-"""The alarm rings when responses lengthen out of hand, and not for noise or for the lengthening of the first steps."""
+"""The alarms ring when something happens, and not for noise or for the lengthening of the first steps."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from megatron_powerflow.metrics.alarm import length_alarm
+from megatron_powerflow.metrics.alarm import Thresholds, ringing
+
+DEFAULTS = Thresholds(0.03, 1.3, 0.5, 10.0, 1e-3, 3)
 
 
-def lines(truncated, p95, num_rollouts=256):
-    return [
-        {"truncated_fraction": t, "response_length_p95": p, "num_rollouts": num_rollouts}
-        for t, p in zip(truncated, p95, strict=True)
-    ]
+def line(truncated=0.01, log_length=5.0, **other):
+    return {
+        "num_prompts": 16.0,
+        "num_rollouts_kept": 64.0,
+        "truncated_fraction": truncated,
+        "truncated_fraction_error": 0.005,
+        "response_log_length_mean": log_length,
+        "response_log_length_error": 0.1,
+    } | other
 
 
-def first_ring(history) -> int | None:
-    return next((n for n in range(len(history) + 1) if length_alarm(history[:n])), None)
+@pytest.mark.parametrize(
+    ("before", "after", "names"),
+    [
+        (line(), line(), set()),
+        (line(), line(truncated=0.1), {"length"}),
+        (line(), line(log_length=5.0 + np.log(1.15)), set()),
+        (line(), line(log_length=5.0 + np.log(1.5)), {"length"}),
+        (line(), line(log_length=4.0), {"short"}),
+        (line(loss=1.5, residual_std=1.0), line(loss=100.0, residual_std=9.0), {"loss"}),
+        (line(loss=1.5), line(loss=100.0), set()),
+        (line(), line(sampler_gap_mean=0.01), {"sampler_gap"}),
+        (line(), line(num_rollouts_kept=0.0), {"nothing_kept"}),
+    ],
+)
+def test_each_alarm_rings_for_its_own_reason(before, after, names):
+    assert ringing([before] * 20, DEFAULTS) == {}
+    assert ringing([before] * 20 + [after] * 5, DEFAULTS).keys() == names
 
 
-def test_a_collapse_rings_before_a_tenth_is_cut():
-    """A share that doubles each 5 steps from 1 %, as a loop takes over."""
-    share = [0.01] * 60 + [min(1.0, 0.01 * 2 ** (i / 5)) for i in range(1, 60)]
-    ring = first_ring(lines(share, [24] * 119))
-    assert ring > 60
-    assert share[ring - 1] < 0.1
-
-
-def test_a_long_tail_rings_too():
-    assert first_ring(lines([0.0] * 100, [24] * 50 + [36] * 50)) in range(51, 56)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9])
-def test_noise_does_not_ring(share):
-    generator = np.random.default_rng(0)
-    truncated = generator.binomial(256, share, size=500) / 256
-    assert first_ring(lines(truncated, generator.normal(24, 1, size=500))) is None
-
-
-def test_too_few_steps_say_nothing():
-    assert length_alarm([]) is None
-    assert length_alarm(lines([0] * 10 + [1] * 4, [10] * 10 + [40] * 4)) is None
+def test_lines_of_older_runs_ring_no_alarm_on_lengths():
+    old = {"num_rollouts_kept": 4.0, "truncated_fraction": 0.0}
+    assert ringing([old] * 30 + [old | {"truncated_fraction": 1.0}] * 30, DEFAULTS) == {}
+    assert ringing([], DEFAULTS) == {}

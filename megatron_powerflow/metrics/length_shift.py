@@ -1,0 +1,61 @@
+"""Have the lengths moved since the first steps by more than their noise? A test looked at after every step.
+
+The unit is the prompt: rollouts of one prompt are alike, prompts differ. Each line holds the mean over a step's prompts
+and its standard error; the mean of the recent steps is compared with that of the first ones, and both have noise. The
+noise of a step's mean is the larger of its standard error and its spread over the first steps (policies wander, too).
+NUM_ERRORS standard errors: by the union bound over 500 looks and three tests, a stationary run rings with probability
+1500 x 2.9e-7 under a normal law; the rest of the 1 % is for tails and for noise that is itself estimated.
+
+Lines without these numbers (a run of an older version, steps of one prompt) are left out: the first steps are then the
+first that have them, and a run of one prompt a step has no such test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+BASELINE_STEPS = 10
+RECENT_STEPS = 5
+MIN_DEGREES = 40  # of freedom, prompts less one a step, in the recent steps; twice that in the first ones
+NUM_ERRORS = 5.0
+
+TRUNCATED = ("truncated_fraction", "truncated_fraction_error")
+LOG_LENGTH = ("response_log_length_mean", "response_log_length_error")
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Means over the first and the recent steps, and the standard error of their difference."""
+
+    before: float
+    now: float
+    error: float
+
+    @property
+    def change(self) -> float:
+        return self.now - self.before
+
+    @property
+    def significant(self) -> bool:
+        return abs(self.change) > NUM_ERRORS * self.error
+
+
+def shift(lines: Sequence[Mapping[str, float]], names: tuple[str, str]) -> Shift | None:
+    """names: of the mean over prompts and of its standard error. None: too few steps, or no such numbers."""
+    mean, error = names
+    told = [line for line in lines if error in line]
+    if not told:
+        return None
+    longer = math.ceil(MIN_DEGREES / (told[0]["num_prompts"] - 1))
+    num_first, num_recent = max(BASELINE_STEPS, 2 * longer), max(RECENT_STEPS, longer)
+    if len(told) < num_first + num_recent:
+        return None
+    first, recent = told[:num_first], told[-num_recent:]
+    before, now = np.array([line[mean] for line in first]), np.array([line[mean] for line in recent])
+    spread = before.var(ddof=1)
+    noise = sum(max(spread, np.mean([line[error] ** 2 for line in part])) / len(part) for part in (first, recent))
+    return Shift(float(before.mean()), float(now.mean()), float(np.sqrt(noise)))
