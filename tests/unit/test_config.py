@@ -38,6 +38,7 @@ def test_the_names_that_users_rely_on_exist():
         "checkpoint": ["interval", "resume"],
         "evaluation": [],
         "metrics": [],
+        "alarm": [],
         "run": ["num_steps", "seed", "output_dir"],
     }
     assert list(Config.model_fields) == list(promised)

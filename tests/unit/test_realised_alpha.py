@@ -162,7 +162,7 @@ def rows(policy, reference, lengths, **columns) -> np.ndarray:
         "max_log_prob": np.zeros(len(policy)),
     }
     values |= {
-        "sequence_log_prob": policy,
+        "old_sequence_log_prob": policy,
         "ref_sequence_log_prob": reference,
         "num_response_tokens": lengths,
     } | columns

@@ -202,7 +202,7 @@ def test_one_seed_given_twice_is_not_two_seeds(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path, folders):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="a file; name a folder"):
         build_report(folders[-1:], tmp_path / "file", "")
 
 

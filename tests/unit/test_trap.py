@@ -33,7 +33,7 @@ def root(log_terms: np.ndarray, lengths: np.ndarray) -> float:
 
 def table(**columns) -> np.ndarray:
     """Rows of rollouts of groups of 16 that are as given, kept and without a loop where nothing else is said."""
-    num = len(columns["sequence_log_prob"])
+    num = len(columns["old_sequence_log_prob"])
     everything = dict.fromkeys(ROLLOUT_COLUMNS, np.zeros(num)) | {"rollout_index": np.arange(num), "kept": np.ones(num)}
     everything |= {name: np.full(num, np.nan) for name in ("loop_tokens", "loop_nats", "entry_nats", "log_z")}
     everything |= {"weight": np.ones(num)} | {name: np.broadcast_to(values, num) for name, values in columns.items()}
@@ -66,7 +66,7 @@ def test_law_on_samples_of_the_target_the_estimate_is_lambda(alpha, psi, reward,
     assert torch.allclose(partial, torch.full_like(partial, -lam))
     drawn = np.random.default_rng(0).choice(places, size=4 * GROUP, p=np.exp(log_target) / np.exp(log_target).sum())
     columns = {
-        "sequence_log_prob": log_target[drawn],
+        "old_sequence_log_prob": log_target[drawn],
         "ref_sequence_log_prob": ref[drawn],
         "num_response_tokens": lengths[drawn],
         "psi": psis[drawn],
@@ -105,7 +105,7 @@ def exact_samples(
     ref = (log_mass + (lam - ALPHA * psi) * lengths) / ALPHA
     rows = table(
         rollout_index=np.arange(num),
-        sequence_log_prob=log_mass,
+        old_sequence_log_prob=log_mass,
         ref_sequence_log_prob=ref,
         num_response_tokens=lengths,
         psi=psi,
@@ -199,7 +199,7 @@ def test_what_rests_on_one_rollout_of_a_prompt_is_not_said():
     """30 nats of noise in S: one term is the whole sum. Half of the prompts are enough, a third is not."""
     rows, lam = exact_samples(spread_lambdas(), loops=0.1)
     noise = 30.0 * np.random.default_rng(0).standard_normal(len(rows))
-    place = ROLLOUT_COLUMNS.index("sequence_log_prob")
+    place = ROLLOUT_COLUMNS.index("old_sequence_log_prob")
     for spoilt, silent in ((0, False), (16, False), (21, True), (32, True)):
         worse = rows.copy()
         worse[: spoilt * GROUP, place] += noise[: spoilt * GROUP]
