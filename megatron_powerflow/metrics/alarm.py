@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_powerflow.metrics.length_shift import LOG_LENGTH, TRUNCATED, shift
+from megatron_powerflow.metrics.length_shift import LOG_LENGTH, TRUNCATED, Shift, gross_shift, shift
 
 ALARMS = ("length", "short", "loss", "sampler_gap", "nothing_kept")
 LOSS_BASELINE_STEPS = 10
@@ -46,20 +46,25 @@ def ringing(lines: Lines, thresholds: Thresholds) -> dict[str, str]:
 
 
 def _length(lines: Lines, thresholds: Thresholds) -> str | None:
-    cut = shift(lines, TRUNCATED)
-    if cut and cut.significant and cut.change > thresholds.truncated_rise:
-        return f"truncated_fraction rose from {cut.before:.3f} to {cut.now:.3f}"
-    longer = shift(lines, LOG_LENGTH)
-    if longer and longer.significant and longer.change > math.log(thresholds.length_rise):
-        return _lengths("rose", longer.before, longer.now)
+    for cut in _shifts(lines, TRUNCATED):
+        if cut.change > thresholds.truncated_rise:
+            return f"truncated_fraction rose from {cut.before:.3f} to {cut.now:.3f}"
+    for longer in _shifts(lines, LOG_LENGTH):
+        if longer.change > math.log(thresholds.length_rise):
+            return _lengths("rose", longer.before, longer.now)
     return None
 
 
 def _short(lines: Lines, thresholds: Thresholds) -> str | None:
-    shorter = shift(lines, LOG_LENGTH)
-    if shorter and shorter.significant and shorter.change < math.log(thresholds.length_fall):
-        return _lengths("fell", shorter.before, shorter.now)
+    for shorter in _shifts(lines, LOG_LENGTH):
+        if shorter.change < math.log(thresholds.length_fall):
+            return _lengths("fell", shorter.before, shorter.now)
     return None
+
+
+def _shifts(lines: Lines, names: tuple[str, str]) -> list[Shift]:
+    """The significant ones: since the first steps, and since the first step of all."""
+    return [found for test in (shift, gross_shift) if (found := test(lines, names)) and found.significant]
 
 
 def _lengths(verb: str, before: float, now: float) -> str:
@@ -92,6 +97,6 @@ def _sampler_gap(lines: Lines, thresholds: Thresholds) -> str | None:
 
 def _nothing_kept(lines: Lines, thresholds: Thresholds) -> str | None:
     last = lines[-thresholds.nothing_kept_steps :]
-    if len(last) < thresholds.nothing_kept_steps or any(line["num_rollouts_kept"] > 0 for line in last):
+    if len(last) < thresholds.nothing_kept_steps or any(line.get("num_rollouts_kept") != 0 for line in last):
         return None
     return f"no response was kept in {len(last)} steps in a row"
