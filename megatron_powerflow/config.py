@@ -232,6 +232,15 @@ class RunSection(Section):
         False, description="end the run when an alarm rings: true for any, or a list of their names"
     )
 
+    @field_validator("stop_on_alarm", mode="before")
+    @classmethod
+    def names_alarms(cls, value: Any) -> Any:
+        """Here, because the union's own errors speak of both its members."""
+        known = get_args(AlarmName)
+        if isinstance(value, bool) or (isinstance(value, list) and all(name in known for name in value)):
+            return value
+        raise ValueError(f"must be true, false or a list of some of [{', '.join(known)}]")
+
 
 class Config(Section):
     model: ModelSection

@@ -128,6 +128,12 @@ def contradictions(config: Config) -> list[str]:
             f"rollout.prompts_per_step={rollout.prompts_per_step}: each update takes whole groups"
         )
     found += _alpha_out_of_reach(config)
+    asked, steps = config.run.stop_on_alarm, config.alarm.nothing_kept_steps
+    if isinstance(asked, list) and "nothing_kept" in asked and steps >= optimizer.max_skipped_steps:
+        found.append(
+            f"run.stop_on_alarm=[nothing_kept] with alarm.nothing_kept_steps={steps}: "
+            f"optimizer.max_skipped_steps={optimizer.max_skipped_steps} fails the run first; make it larger"
+        )
     if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
         found.append(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
     if optimizer.log_z_lr is not None and 0 < optimizer.log_z_lr < SLOWEST_LOG_Z_LR:

@@ -105,7 +105,7 @@ ARMS: tuple[Arm, ...] = (
             ("lower_limit", ("rollout.max_response_tokens=20",)),
             ("tilt_cap", ("objective.tilt_cap=20",)),
             ("alpha_schedule", ("objective.alpha_warmup_steps=75",)),
-            ("stop_on_alarm", ("run.stop_on_alarm=true",)),
+            ("stop_on_alarm", ("run.stop_on_alarm=[length]",)),
             ("alpha2", ("objective.alpha=2.0",)),
         )
     ),

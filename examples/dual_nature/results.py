@@ -1,7 +1,7 @@
 """What came out? Two tables per group, means over seeds with standard errors, beside the exact optima.
 
     examined: after the last step, 64 responses to each of 100 held-out questions, read by the grammar
-    course:   during training: best accuracy, first alarm, first collapse, the trap's margin as estimated and as it is
+    course:   during training: best accuracy, the first step at which `length` rings, first collapse, the trap's margin
 
 Left out: the pictures (`powerflow report`), what it means (README.md).
 """
@@ -100,7 +100,7 @@ def _course(folder: Path, arm: Arm) -> dict[str, float | None]:
         "best_step": best["step"],
         "last": evaluations[-1]["accuracy"],
         "steps": len(metrics),
-        "alarm": _first(metrics, lambda line: line["alarm"] > 0),
+        "alarm": _first(metrics, lambda line: line["alarm_length"] > 0),
         "collapse": _first(metrics, lambda line: line["truncated_fraction"] > COLLAPSED),
         "margin": settled_margin(metrics, arm),
     }

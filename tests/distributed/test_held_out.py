@@ -54,26 +54,26 @@ def test_evaluations_are_written_when_due_and_alike_under_every_layout(gloo, con
             assert ours["policy_entropy"] == pytest.approx(theirs["policy_entropy"], rel=1e-4)
 
 
-def test_an_alarm_ends_the_run_when_it_is_told_to(gloo, config, tmp_path):
-    """Nothing is trained (lr 0), and the log of the steps before tells of a collapse: the alarm is a function of it."""
-    common = ["optimizer.lr=0", "checkpoint.interval=1"]
-    gloo.run(1, run_training, config, "run.num_steps=20", *common)
-    metrics = tmp_path / "run" / "metrics.jsonl"
+def test_the_alarm_of_a_resumed_run_is_that_of_its_log(gloo, config, tmp_path):
+    """Nothing is trained (lr 0), and the log of the steps before tells of a collapse to cut responses."""
+    common = ["optimizer.lr=0", "checkpoint.interval=1", "rollout.prompts_per_step=6"]  # 16 + 8 steps for the test
+    gloo.run(1, run_training, config, "run.num_steps=24", *common)
     lines = read_metrics(tmp_path / "run")
-    assert [line["alarm"] for line in lines] == [0.0] * 20
-    for number, line in enumerate(lines):
-        line["truncated_fraction"] = 0.0 if number < 10 else 1.0
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    # what may change when a run goes on: the number of steps; so the option was there from the start in a second run
-    settings = [*common, "run.stop_on_alarm=true", f"run.output_dir={tmp_path / 'second'}"]
-    gloo.run(2, run_training, config, "run.num_steps=20", *settings)
-    (tmp_path / "second" / "metrics.jsonl").write_text(metrics.read_text())
-    (printed, _) = gloo.run(2, run_training, config, "run.num_steps=30", *settings)
-    assert len(read_metrics(tmp_path / "second")) == 20
-    assert (tmp_path / "second" / "checkpoints" / "latest").read_text().strip() == "step_000020"
-    gloo.run(1, run_training, config, "run.num_steps=22", *common)
-    assert [line["alarm"] for line in read_metrics(tmp_path / "run")[20:]] == [1.0, 1.0]
-    assert printed is not None
+    assert [line["alarm"] for line in lines] == [0.0] * 24
+    metrics = "".join(
+        json.dumps(line | {"truncated_fraction": float(number >= 16), "truncated_fraction_error": 0.01}) + "\n"
+        for number, line in enumerate(lines)
+    )
+    (tmp_path / "run" / "metrics.jsonl").write_text(metrics)
+    # on other ranks, and with the option given only now: it ends the run before its next step
+    settings = [*common, "run.num_steps=30", "run.stop_on_alarm=[length]"]
+    gloo.run(2, run_training, config, *settings)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_000024"
+    # an alarm that was not named ends nothing, and is told
+    gloo.run(1, run_training, config, *common, "run.num_steps=26", "run.stop_on_alarm=[short,loss]")
+    after = read_metrics(tmp_path / "run")[24:]
+    assert [(line["alarm"], line["alarm_length"], line["alarm_short"]) for line in after] == [(1.0, 1.0, 0.0)] * 2
 
 
 def test_a_gold_reward_needs_answers(tiny_model, tmp_path):

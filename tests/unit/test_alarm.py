@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
-from megatron_powerflow.metrics.alarm import Thresholds, ringing
+from megatron_powerflow.config import AlarmName
+from megatron_powerflow.metrics.alarm import ALARMS, Thresholds, ringing
+from megatron_powerflow.metrics.prompt_statistics import length_statistics
 
+SEEDS = range(3)
 DEFAULTS = Thresholds(0.03, 1.3, 0.5, 10.0, 1e-3, 3)
+
+
+def test_the_config_knows_every_alarm():
+    assert get_args(AlarmName) == ALARMS
 
 
 def line(truncated=0.01, log_length=5.0, **other):
@@ -44,3 +53,59 @@ def test_lines_of_older_runs_ring_no_alarm_on_lengths():
     old = {"num_rollouts_kept": 4.0, "truncated_fraction": 0.0}
     assert ringing([old] * 30 + [old | {"truncated_fraction": 1.0}] * 30, DEFAULTS) == {}
     assert ringing([], DEFAULTS) == {}
+
+
+def simulated(seed: int, steps: int, *, num_prompts=16, drift=0.0, begins=0) -> list[dict[str, float]]:
+    """Lines of a run whose prompts differ by .6 in log length, their 8 responses by .4; 3 % of all are cut.
+
+    drift: in log length a step, after the step `begins`.
+    """
+    generator = np.random.default_rng(seed)
+    lines = []
+    for step in range(steps):
+        logs = generator.normal(size=(num_prompts, 1)) * 0.6 + generator.normal(size=(num_prompts, 8)) * 0.4
+        logs = logs.ravel() + drift * max(0, step - begins)
+        every = {
+            "rollout_index": np.arange(logs.size),
+            "truncated": (logs > 1.36).astype(float),
+            "num_response_tokens": np.round(200 * np.exp(np.minimum(logs, 1.36))),
+        }
+        told = length_statistics(every, 8) | {"truncated_fraction": every["truncated"].mean()}
+        lines.append({name: value for name, value in told.items() if np.isfinite(value)} | {"num_rollouts_kept": 1.0})
+    return lines
+
+
+def ring_at(lines: list[dict[str, float]]) -> tuple[int, str] | None:
+    """The first step, counted from 0, and the name of the alarm."""
+    return next(((i, name) for i in range(len(lines)) for name in ringing(lines[: i + 1], DEFAULTS)), None)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_500_steps_of_noise_ring_nothing(seed):
+    assert ring_at(simulated(seed, 500)) is None
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("drift", "name"), [(0.05, "length"), (-0.05, "short")])
+def test_a_gradual_collapse_rings(seed, drift, name):
+    """.05 a step: half, or a fifth cut, after some 14 steps; the window's middle lies two behind."""
+    step, found = ring_at(simulated(seed, 100, drift=drift, begins=40))
+    assert found == name
+    assert 40 < step <= 70
+
+
+@pytest.mark.parametrize(("after", "name"), [(3.0, "short"), (7.0, "length")])
+def test_a_collapse_within_the_first_steps_rings(after, name):
+    """The first steps are spoilt, too: only the first one tells what the base model's lengths were."""
+    assert ring_at([line()] + [line(log_length=after)] * 20) == (5, name)
+    assert ring_at([line()] + [line(truncated=0.9)] * 20) == (5, "length")
+
+
+def test_lengths_may_settle_in_the_first_steps():
+    assert ring_at([line(truncated=0.05 + 0.02 * step, log_length=5 + step / 10) for step in range(8)] * 5) is None
+
+
+def test_one_prompt_a_step_has_no_test_on_lengths():
+    lines = simulated(0, 60, num_prompts=1, drift=0.1, begins=20)
+    assert ring_at(lines) is None
+    assert "truncated_fraction_error" not in lines[-1]
