@@ -6,10 +6,13 @@ Prompts differ (sd between) and so do a prompt's responses (sd within); the limi
 from __future__ import annotations
 
 import argparse
+import sys
+from functools import cache
 
 import numpy as np
 
 from megatron_powerflow.metrics.alarm import Thresholds, ringing
+from megatron_powerflow.metrics.length_shift import windows
 from megatron_powerflow.metrics.prompt_statistics import length_statistics
 
 DEFAULTS = Thresholds(0.03, 1.3, 0.5, 10.0, None, 3)
@@ -33,25 +36,47 @@ def rings(case: tuple, seed: int) -> bool:
     def draw(*shape: int) -> np.ndarray:
         return generator.standard_t(tails, shape) / np.sqrt(3) if tails else generator.normal(size=shape)
 
-    spread = np.hypot(between, within)
-    quantiles = np.random.default_rng(0)
-    pool = quantiles.standard_t(tails, (2, 10**5)) / np.sqrt(3) if tails else quantiles.normal(size=(2, 10**5))
-    limit = np.quantile(between * pool[0] + within * pool[1], 1 - cut) if spread else np.inf
-    index = np.arange(prompts * responses)
     logs = between * draw(steps, prompts, 1) + within * draw(steps, prompts, responses)
-    lines: list[dict[str, float]] = []
-    for step in logs.reshape(steps, -1):
-        truncated = (step > limit).astype(float)
-        every = {
-            "rollout_index": index,
-            "truncated": truncated,
-            "num_response_tokens": np.round(300 * np.exp(np.minimum(step, limit))),
-        }
-        told = length_statistics(every, responses)
-        lines.append(told | {"truncated_fraction": truncated.mean(), "num_rollouts_kept": 1.0})
-        if ringing(lines, DEFAULTS):
-            return True
-    return False
+    limit = limit_of(between, within, cut, tails)
+    truncated, tokens = (logs > limit).astype(float), np.round(300 * np.exp(np.minimum(logs, limit)))
+    # [steps, prompts]: what `length_statistics` makes of each step, for all at once
+    shares, log_lengths = truncated.mean(-1), np.log(np.maximum(tokens, 1.0)).mean(-1)
+    columns = {
+        "num_prompts": np.full(steps, float(prompts)),
+        "num_rollouts_kept": np.ones(steps),
+        "truncated_fraction": shares.mean(1),
+        "truncated_fraction_error": shares.std(1, ddof=1) / np.sqrt(prompts),
+        "response_log_length_mean": log_lengths.mean(1),
+        "response_log_length_error": log_lengths.std(1, ddof=1) / np.sqrt(prompts),
+    }
+    lines = [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
+    every = {"truncated": truncated[0].ravel(), "num_response_tokens": tokens[0].ravel()}
+    told = length_statistics(every | {"rollout_index": np.arange(prompts * responses)}, responses)
+    assert all(np.isclose(lines[0][name], value) for name, value in told.items())
+    return any(ringing(lines[: step + 1], DEFAULTS) for step in far_enough(columns))
+
+
+def far_enough(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """The steps whose recent means are as far away as an alarm asks for; only these can ring, if not all of them do."""
+    num_first, num_recent = windows(columns["num_prompts"][0])
+    found = np.zeros(len(columns["num_prompts"]), bool)
+    bounds = {
+        "truncated_fraction": (DEFAULTS.truncated_rise, np.inf),
+        "response_log_length_mean": (np.log(DEFAULTS.length_rise), -np.log(DEFAULTS.length_fall)),
+    }
+    for name, (rise, fall) in bounds.items():
+        recent = np.convolve(columns[name], np.ones(num_recent) / num_recent, "valid")
+        for before in (columns[name][:num_first].mean(), columns[name][0]):
+            found[num_recent - 1 :] |= (recent - before > rise) | (before - recent > fall)
+    return np.flatnonzero(found)
+
+
+@cache
+def limit_of(between: float, within: float, cut: float, tails: int) -> float:
+    """The log length above which the share `cut` of all responses lies."""
+    generator = np.random.default_rng(0)
+    pool = generator.standard_t(tails, (2, 10**6)) / np.sqrt(3) if tails else generator.normal(size=(2, 10**6))
+    return float(np.quantile(between * pool[0] + within * pool[1], 1 - cut))
 
 
 def main() -> None:
@@ -60,7 +85,11 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, action="append")
     asked = parser.parse_args()
     for name in asked.case or CASES:
-        count = sum(rings(CASES[name], seed) for seed in range(asked.runs))
+        count, end = 0, "\r" if sys.stderr.isatty() else "\n"
+        for seed in range(asked.runs):
+            count += rings(CASES[name], seed)
+            if not (seed + 1) % 100:
+                print(f"{name}: {seed + 1} of {asked.runs} runs, {count} rang", end=end, file=sys.stderr, flush=True)
         print(f"{name}: {count} of {asked.runs} stationary runs ring", flush=True)
 
 

@@ -57,13 +57,13 @@ def shift(lines: Sequence[Mapping[str, float]], names: tuple[str, str]) -> Shift
     None: too few steps, or no such numbers.
     """
     told = _told(lines, names)
-    num_first = max(BASELINE_STEPS, 2 * _enough_steps(told))
-    return _difference(told, names, num_first)
+    return _difference(told, names, windows(told[0]["num_prompts"])[0]) if told else None
 
 
 def gross_shift(lines: Sequence[Mapping[str, float]], names: tuple[str, str]) -> Shift | None:
     """From the first step, the base model's; None also where the change is not gross. names: as in `shift`."""
-    found = _difference(_told(lines, names), names, 1)
+    told = _told(lines, names)
+    found = _difference(told, names, 1) if told else None
     least = GROSS_RISE if names is TRUNCATED else np.log(GROSS_FACTOR)
     return found if found and found.significant and abs(found.change) > least else None
 
@@ -72,14 +72,15 @@ def _told(lines: Sequence[Mapping[str, float]], names: tuple[str, str]) -> list[
     return [line for line in lines if names[1] in line]
 
 
-def _enough_steps(told: Sequence[Mapping[str, float]]) -> int:
-    """Steps with MIN_DEGREES of freedom between them."""
-    return math.ceil(MIN_DEGREES / (told[0]["num_prompts"] - 1)) if told else 1
+def windows(num_prompts: float) -> tuple[int, int]:
+    """How many first and recent steps are compared, of runs of two or more prompts a step."""
+    enough = math.ceil(MIN_DEGREES / (num_prompts - 1))
+    return max(BASELINE_STEPS, 2 * enough), max(RECENT_STEPS, enough)
 
 
 def _difference(told: Sequence[Mapping[str, float]], names: tuple[str, str], num_first: int) -> Shift | None:
     mean, error = names
-    num_recent = max(RECENT_STEPS, _enough_steps(told))
+    num_recent = windows(told[0]["num_prompts"])[1]
     if len(told) < num_first + num_recent:
         return None
     first, recent = told[:num_first], told[-num_recent:]

@@ -7,9 +7,12 @@ has more mass than the reasoning it replaces.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from megatron_powerflow.metrics.alarm import ALARMS
 from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.arms import Arm
 from megatron_powerflow.report.pictures import (
@@ -24,6 +27,7 @@ from megatron_powerflow.report.pictures import (
     wrapped,
     zero_line,
 )
+from megatron_powerflow.report.runs import Run
 from megatron_powerflow.report.seeds import Band, band
 
 ALARM = {"marker": "X", "markersize": 13, "markerfacecolor": "white", "markeredgewidth": 1.8, "linestyle": "none"}
@@ -66,7 +70,7 @@ def draw_log_z(cast: Cast) -> Picture | None:
                 _shade_above_0(axis)
             axis.set_title(panel.title + scale)
             axis.set_xlabel("step")
-        extra = [Line2D([], [], **ALARM, color="black", label="first alarm of a seed")] if alarms else []
+        extra = [Line2D([], [], **ALARM, color="black", label="first alarm `length` of a seed")] if alarms else []
         png = finish(figure, shown, extra)
     absent = [name for name in TRAP if not any(arm.metric(name) for arm in cast.arms)]
     return Picture(
@@ -80,7 +84,7 @@ def draw_log_z(cast: Cast) -> Picture | None:
             "margin: no loop among the rollouts, or too few effective samples for λ."
         ),
         png=png,
-        notes=(f"no run measures {', '.join(absent)}",) if absent else (),
+        notes=((f"no run measures {', '.join(absent)}",) if absent else ()) + _alarm_notes(cast.arms),
     )
 
 
@@ -124,16 +128,35 @@ def _fan(arm: Arm) -> list[Band]:
 
 
 def _mark_alarms(axis: Axes, arm: Arm, style: LineStyle) -> int:
-    """The first step of each seed at which `alarm` is not 0."""
+    """The first step of each seed at which the alarm on growing lengths rings."""
     marked = 0
     for run in arm.members:
-        first = min((step for step, value in run.metrics.get("alarm", {}).items() if value), default=None)
+        first = _first_ring(run, "length")
         if first is not None:
             height = run.metrics.get("trap_margin", {}).get(first)
             if height is not None:
                 axis.plot(first, height, **ALARM, color=style.color, zorder=6)
                 marked += 1
     return marked
+
+
+def _alarm_notes(arms: Sequence[Arm]) -> tuple[str, ...]:
+    """Every alarm that rang, by name: those on the loss or on short responses have no mark in a panel."""
+    return tuple(
+        f"{arm.label}, seed {run.seed}: alarm {name}, first at step {first}"
+        for arm in arms
+        for run in arm.members
+        for name in ALARMS
+        if (first := _first_ring(run, name)) is not None
+    )
+
+
+def _first_ring(run: Run, name: str) -> int | None:
+    """As the axes count steps, from 0. Runs of older versions had one alarm, called `alarm`: that on lengths."""
+    own = run.metrics.get(f"alarm_{name}")
+    if own is None:
+        own = run.metrics.get("alarm", {}) if name == "length" else {}
+    return min((step for step, value in own.items() if value), default=None)
 
 
 def _shade_above_0(axis: Axes) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.alarm import ALARMS
 from megatron_powerflow.report.arms import group_runs
 from megatron_powerflow.report.page import build_report
 from megatron_powerflow.report.runs import natural, read_runs
@@ -216,6 +217,22 @@ def test_a_missing_metric_leaves_its_panel_out_and_is_named(tmp_path):
     assert "no run has grad_norm: its panel is left out" in page
     assert "no run has loss" not in page
     assert "No picture: no folder has evaluations.jsonl" in page
+
+
+def test_alarms_are_shown_by_their_names(tmp_path):
+    """A run of an older version has one alarm without a name: that on lengths."""
+    for name, alarms in (
+        ("new", {"alarm": 1.0, "alarm_length": 0.0, "alarm_loss": 1.0, "alarm_short": 1.0}),
+        ("old", {"alarm": 1.0}),
+    ):
+        run = make_run(tmp_path / name, seed=0, trap=True)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            line.update({key: value * (line["step"] >= 3) for key, value in alarms.items()})
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        page = page_of([run], tmp_path / f"report_{name}")
+        found = {alarm for alarm in ALARMS if f"alarm {alarm}, first at step 3" in page}
+        assert found == ({"loss", "short"} if name == "new" else {"length"})
 
 
 def test_the_reference_of_the_shaded_side_is_named(page, tmp_path):
