@@ -21,8 +21,8 @@ from rich.console import Console
 
 from megatron_powerflow.data.verbalized import parse_verbalized, verbalized_row
 from megatron_powerflow.inference import (
+    BY_GENERATE,
     GENERATE_KEYS,
-    GENERATED,
     Opened,
     build_engine,
     load_chunks,
@@ -46,8 +46,6 @@ from megatron_powerflow.training.forward_step import Scorer
 # The temperatures of power sampling are 1 and 1/alpha; it scores, so it takes a micro-batch size. Its chains end when
 # they end, so ranks that shared experts would wait for each other.
 _NOT_HERE = ("rollout.temperature", "parallel.ep")
-POWER_SAMPLED = (*GENERATED, "num_accepted", "num_moves")  # keys of its lines
-VERBALIZED = ("id", "response_index", "text", "probability")
 POWER_SAMPLING_KEYS = (*(key for key in GENERATE_KEYS if key not in _NOT_HERE), "parallel.micro_batch_size")
 
 
@@ -62,7 +60,7 @@ def power_sample_file(
 ) -> None:
     """One line per chain, num_responses chains a prompt: id, response_index, text, response_token_ids, log_probs (at
     temperature 1), finish_reason, num_accepted and num_moves."""
-    require(output_refusals(out, POWER_SAMPLED))
+    require(output_refusals(out, *BY_GENERATE))
     max_tokens = opened.config.rollout.max_response_tokens
     num_moves = len(block_limits(max_tokens, recipe.num_blocks)) * recipe.num_moves
     prompts = load_generation_prompts(opened, prompts_path, launch, console)
@@ -141,7 +139,7 @@ def verbalize_file(
 
     Responses that cannot be read have no line; they are counted, by reason, in what is printed.
     """
-    require(output_refusals(out, VERBALIZED))
+    require(output_refusals(out, *BY_GENERATE))
     rewrite = partial(verbalized_row, num_responses=recipe.num_responses, target_words=recipe.target_words)
     prompts = load_generation_prompts(opened, prompts_path, launch, console, rewrite)
     sampling = sampling_params(opened, responses_per_prompt=1, temperature=recipe.temperature)

@@ -60,6 +60,9 @@ FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and 
 # The keys of the lines of each output file: what tells it from a file of somebody else's.
 SCORED = ("id", "log_probs", "sequence_log_prob")
 GENERATED = ("id", "response_index", "text", "response_token_ids", "log_probs", "finish_reason")
+POWER_SAMPLED = (*GENERATED, "num_accepted", "num_moves")
+VERBALIZED = ("id", "response_index", "text", "probability")
+BY_GENERATE = (GENERATED, POWER_SAMPLED, VERBALIZED)  # keys of a line, by what `--decoding` says
 ROUND_ROWS = 64  # rows to score, or responses to draw, per data-parallel rank between two writes
 
 
@@ -183,7 +186,7 @@ def generate_file(
     opened: Opened, prompts_path: Path, out: Path, num_responses: int, greedy: bool, launch: Launch, console: Console
 ) -> None:
     """One line per response: id, response_index, text, response_token_ids, log_probs, finish_reason."""
-    require(output_refusals(out, GENERATED))
+    require(output_refusals(out, *BY_GENERATE))
     prompts = load_generation_prompts(opened, prompts_path, launch, console)
     temperature = 0.0 if greedy else opened.config.rollout.temperature
     sampling = sampling_params(opened, responses_per_prompt=num_responses, temperature=temperature)
@@ -379,9 +382,10 @@ def write_rounds(
         console.print(f"wrote {out}", highlight=False)
 
 
-def output_refusals(out: Path, keys: Sequence[str]) -> list[str]:
-    """Why `out` may not be written: it, or what it is called until it is whole, is no file of lines with these keys."""
-    is_ours = starts_with_line_of(keys)
+def output_refusals(out: Path, *kinds: Sequence[str]) -> list[str]:
+    """Why `out` may not be written: it, or what it is called until it is whole, is no file of lines with the keys of
+    one of these kinds."""
+    is_ours = starts_with_line_of(*kinds)
     found = file_refusals(out, is_ours)
     return found or file_refusals(_partial_of(out), is_ours)
 

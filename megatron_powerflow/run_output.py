@@ -18,7 +18,7 @@ from rich.console import Console
 
 from megatron_powerflow.checkpoint.folder import STOP_NAME
 from megatron_powerflow.checkpoint.state import Progress
-from megatron_powerflow.metrics.alarm import ALARMS, ringing
+from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, ringing
 from megatron_powerflow.metrics.alarm_words import ADVICE, ends_run, thresholds_of
 from megatron_powerflow.metrics.curves import CURVES_NAME, draw_curves
 from megatron_powerflow.metrics.realised_alpha import alpha_reached
@@ -46,6 +46,7 @@ class RunOutput:
         self._clock = PhaseClock()
         self._lines: list[dict[str, float]] = []  # of metrics.jsonl; what the alarm listens to
         self._alarms: dict[str, str] = {}  # that ring after the last step, with what was seen
+        self._diverged = False
         self._thresholds = thresholds_of(plan.config)
         self._reached: str | None = None  # why run.stop_at_alpha ends the run
 
@@ -58,6 +59,7 @@ class RunOutput:
             self._writers = [JsonlWriter(plan.run_folder, first_step=first_step), self._line]
             self._lines = read_metrics(plan.run_folder)
             self._alarms = ringing(self._lines, self._thresholds)
+            self._diverged = has_diverged(self._lines, self._thresholds)
             self._note_reached()
             if plan.config.metrics.wandb != "off":
                 config = plan.config.model_dump(exclude_none=True)
@@ -128,15 +130,15 @@ class RunOutput:
                 f"{ADVICE[name]}",
                 highlight=False,
             )
-        self._alarms = rings
+        self._alarms, self._diverged = rings, has_diverged(self._lines, self._thresholds)
 
     def alarmed(self) -> bool:
         """An alarm rings that is to end the run. Collective; the same answer everywhere."""
         return any_rank(bool(self._alarms.keys() & ends_run(self._plan.config)), self._session.groups)
 
     def may_export(self) -> bool:
-        """Not while the loss alarm rings: such a policy has diverged. Says so of every alarm. Collective."""
-        diverged = any_rank("loss" in self._alarms, self._session.groups)
+        """Not where the policy has diverged; says so of every alarm that rings. Collective."""
+        diverged = any_rank(self._diverged, self._session.groups)
         if self._alarms:
             what = "the policy has diverged and is not exported" if diverged else "the exported policy is that one"
             self._console.print(

@@ -215,18 +215,18 @@ def file_refusals(path: Path, is_ours: Callable[[bytes], bool], *, label: str = 
     return []
 
 
-def starts_with_line_of(keys: Sequence[str]) -> Callable[[bytes], bool]:
-    """For `file_refusals`: JSON lines, the first of which has exactly these keys, or is cut and begins like one."""
+def starts_with_line_of(*kinds: Sequence[str]) -> Callable[[bytes], bool]:
+    """For `file_refusals`: JSON lines, the first of which has exactly the keys of one of these kinds, or is cut in the
+    middle and begins like one."""
+    begins = [f'{{"{keys[0]}": '.encode() for keys in kinds]
 
     def is_ours(start: bytes) -> bool:
         line, end, _ = start.partition(b"\n")
-        if not end:
-            return line.startswith(f'{{"{keys[0]}": '.encode()) or f'{{"{keys[0]}": '.encode().startswith(line)
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
-            return False
-        return isinstance(values, dict) and values.keys() == set(keys)
+            return not end and any(line.startswith(begin) or begin.startswith(line) for begin in begins)
+        return isinstance(values, dict) and any(values.keys() == set(keys) for keys in kinds)
 
     return is_ours
 

@@ -65,19 +65,7 @@ def exactly(tree: Tree) -> Fraction | None:
     """The rational number that + - * / and whole powers make; None where the tree holds anything else."""
     if isinstance(tree, Fraction):
         return tree
-    if not isinstance(tree, tuple) or tree[0] not in (
-        "+",
-        "-",
-        "*",
-        "/",
-        "neg",
-        "^",
-        "!",
-        "abs",
-        "binom",
-        "floor",
-        "ceil",
-    ):
+    if not isinstance(tree, tuple) or tree[0] not in EXACT:
         return None
     parts = [exactly(part) for part in tree[1:]]
     if None in parts:

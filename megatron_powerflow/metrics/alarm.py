@@ -45,6 +45,14 @@ def ringing(lines: Lines, thresholds: Thresholds) -> dict[str, str]:
     return {name: words for name, words in found.items() if words is not None}
 
 
+def has_diverged(lines: Lines, thresholds: Thresholds) -> bool:
+    """Whether the policy is of no use to anybody: its loss has grown as the alarm says, or half of the responses and
+    more have come to be cut at the limit since the first step. (At a rate that is far too large the loss itself may end
+    at 0: one response, whatever the prompt.)"""
+    cut = gross_shift(lines, TRUNCATED)
+    return _loss(lines, thresholds) is not None or (cut is not None and cut.change > 0)
+
+
 def _length(lines: Lines, thresholds: Thresholds) -> str | None:
     for cut in _shifts(lines, TRUNCATED):
         if cut.change > thresholds.truncated_rise:

@@ -98,7 +98,7 @@ def _informative(policy, reference, counted_tokens, prompts, added_energy) -> np
 
 
 class _Beside:
-    """What is left of a quantile [B] within prompts once constant and length are taken out of each prompt by itself.
+    """What is left of a quantity [B] within prompts once constant and length are taken out of each prompt by itself.
 
     place: [B] the prompt of each rollout as a number from 0 to Q - 1.
     """

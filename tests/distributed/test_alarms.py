@@ -80,6 +80,8 @@ def test_a_policy_that_its_first_updates_make_endless_rings(gloo, config, tmp_pa
     """lr 10: from the second step on every response is one and the same, cut, and the loss is 0."""
     (printed,) = gloo.run(1, run_training, config, "optimizer.lr=10", "run.stop_on_alarm=[length]")
     assert "alarm length at step 7: truncated_fraction rose from" in printed
+    assert "the policy has diverged and is not exported" in printed
+    assert not (tmp_path / "run" / "hf_export").exists()
     assert len(read_metrics(tmp_path / "run")) == 7
     assert rung(tmp_path / "run") == {"length"}
 

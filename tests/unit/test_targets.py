@@ -194,10 +194,10 @@ def test_what_came_to_stand_there_meanwhile_stays(tmp_path):
 
 
 def test_a_file_is_replaced_only_by_its_like(tmp_path):
-    is_ours = starts_with_line_of(("id", "log_probs"))
+    is_ours = starts_with_line_of(("id", "log_probs"), ("id", "text"))
     path = tmp_path / "out.jsonl"
     assert not file_refusals(path, is_ours)
-    for fine in ("", '{"id": "a", "log_probs": []}\n{', '{"id": "a", "log_pr', '{"i'):
+    for fine in ("", '{"id": "a", "log_probs": []}\n{', '{"id": "a", "log_pr', '{"i', '{"id": 1, "text": "x"}'):
         path.write_text(fine)
         assert not file_refusals(path, is_ours), fine
     for other in (
@@ -207,6 +207,7 @@ def test_a_file_is_replaced_only_by_its_like(tmp_path):
         "[1]\n",
         "null\n",
         '{"id": 1, "log_probs": 2, "x": 3}\n',
+        '{"id": "a", "prompt": "one line without an end"}',
     ):
         path.write_text(other)
         assert "this command did not write it" in file_refusals(path, is_ours)[0], other
