@@ -3,6 +3,7 @@
 #
 #   bash tests/run.sh                    everything: about 32 minutes on 2 cores
 #   bash tests/run.sh -m "not slow"      what a change deserves before each commit: about 20 minutes
+#   bash tests/run.sh -m long            what CI leaves out: runs to the optimum, one after the other
 #   bash tests/run.sh tests/unit         half a minute
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -69,6 +69,15 @@ CASES = {
 }
 # those whose policy must show the alpha that it was trained towards
 REALISED = ("la_tb-group-4", "tb_traj-4", "rl_token-2")
+IN_CI = (
+    *REALISED,
+    "la_tb-mlp-2",
+    "la_tb-group-0.5",
+    "la_tb-loo-2",
+    "la_tb-tilt_cap-4",
+    "tb_token_score-2",
+    "rl_traj-0.5",
+)
 
 
 def target_of(name: str, base: np.ndarray) -> tuple[np.ndarray, float]:
@@ -125,7 +134,9 @@ def trained(request, enumerable, tmp_path_factory) -> dict[str, Future]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.long) for name in CASES]
+)
 def test_training_reaches_the_exact_optimum(enumerable, trained, record_property, name):
     model, _ = enumerable
     folder = trained[name].result()

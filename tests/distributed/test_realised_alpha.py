@@ -44,6 +44,7 @@ def enumerable(tmp_path_factory) -> tuple[Path, Path]:
     return model, folder / "config.yaml"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "settings", "num_steps"),
