@@ -54,7 +54,7 @@ class OurStep:
         updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
         clock.note("reference")
         if self.step == 0:
-            calibrate_head(session.trainable, updates[0], config.objective, ALPHA, session.scorer)
+            calibrate_head(session.trainable, updates[:1], config.objective, ALPHA, session.scorer)
         updated = update(session.trainable, updates, session.scorer, config.objective, config.optimizer, ALPHA)
         clock.note("update")
         self.step += 1

@@ -84,8 +84,7 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
             updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
         alpha = alpha_of_step(config.objective, step)
         if step == 0 and config.objective.learns_log_z:
-            first = [batch for batches in updates for batch in batches]
-            calibrate_head(session.trainable, first, config.objective, alpha, session.scorer)
+            calibrate_head(session.trainable, updates, config.objective, alpha, session.scorer)
         with output.phase("update"):
             lr = set_learning_rates(session.trainable, config.optimizer, step, config.run.num_steps)
             updated = update(

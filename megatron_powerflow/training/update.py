@@ -86,13 +86,18 @@ def update(
 
 
 def calibrate_head(
-    trainable: Trainable, batches: Sequence[MicroBatch], objective: ObjectiveSection, alpha: float, scorer: Scorer
+    trainable: Trainable,
+    updates: Sequence[Sequence[MicroBatch]],
+    objective: ObjectiveSection,
+    alpha: float,
+    scorer: Scorer,
 ) -> float:
-    """Give the head its start value: minus the mean residual of the first batch without it, over all ranks, S = S_ref.
-    Returns it. A head that reads prompts also learns what all of them share. Collective."""
+    """Give the head its start value: minus the mean residual of the first step's rollouts without it, over all ranks,
+    S = S_ref. Returns it. A head that reads prompts also learns what all of them share. Collective."""
     local, form, groups = None, objective.form, scorer.groups
+    batches = [batch for update in updates for batch in update]
     if objective.log_z == "mlp":
-        _centre_head(trainable, batches, scorer)
+        _centre_head(trainable, updates, scorer)
     if groups.is_last_stage:
         local = torch.cat(
             [
@@ -116,15 +121,22 @@ def calibrate_head(
     return log_z
 
 
-def _centre_head(trainable: Trainable, batches: Sequence[MicroBatch], scorer: Scorer) -> None:
-    """`LogZHead.centre` by the prompts of all ranks: one forward pass."""
+def _centre_head(trainable: Trainable, updates: Sequence[Sequence[MicroBatch]], scorer: Scorer) -> None:
+    """`LogZHead.centre` by the prompts of all ranks: one forward pass per update, since each is padded by itself and an
+    interleaved schedule takes micro-batches of one shape only."""
 
     def mean(values: Tensor) -> Tensor:
         sums = torch.cat([values.double().sum(dim=0), values.new_tensor([len(values)], dtype=torch.float64)])
         dist.all_reduce(sums, group=scorer.groups.dp)
         return sums[:-1] / sums[-1]
 
-    pools = run_forward(trainable.chunks, batches, scorer, lambda hidden, _, batch: scorer.prompt_pool(hidden, batch))
+    pools = [
+        pool
+        for batches in updates
+        for pool in run_forward(
+            trainable.chunks, batches, scorer, lambda hidden, _, batch: scorer.prompt_pool(hidden, batch)
+        )
+    ]
     if trainable.head is not None:
         trainable.head.centre(torch.cat(pools), mean)
 

@@ -40,8 +40,7 @@ def one_step(config, step: int = 0):
         updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
         alpha, log_z = alpha_of_step(config.objective, step), None
         if config.objective.learns_log_z:
-            first = [b for batches in updates for b in batches]
-            log_z = calibrate_head(session.trainable, first, config.objective, alpha, session.scorer)
+            log_z = calibrate_head(session.trainable, updates, config.objective, alpha, session.scorer)
         set_learning_rates(session.trainable, config.optimizer, step, config.run.num_steps)
         updated = update(session.trainable, updates, session.scorer, config.objective, config.optimizer, alpha)
         return updated.rows.numpy(), [stepped.grad_norm for stepped in updated.steps], log_z
