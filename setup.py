@@ -44,6 +44,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "psutil>=5.9",  # Megatron-Core writes no checkpoint without it, and does not ask for it
         "numpy>=1.26",
+        "scipy>=1.11",
         "transformers>=4.55",
         "huggingface_hub>=0.30",
         "safetensors>=0.4.5",

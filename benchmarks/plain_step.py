@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.rollout import hf_generate
 
+HEAD_LR = 1e-3  # Adam's, of a head that nobody scaled
 Row = tuple[Sequence[int], Sequence[int]]  # prompt, response
 
 
 class PlainStep:
     """Policy, frozen reference, learned log Z' head (its prompt pool detached) and their optimizers, in fp32."""
 
-    def __init__(self, model: Path, *, alpha: float, lr: float, log_z_lr: float, micro_batch_size: int) -> None:
+    def __init__(self, model: Path, *, alpha: float, lr: float, micro_batch_size: int) -> None:
         self.policy, self.reference = (
             AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval() for _ in range(2)
         )
@@ -37,7 +38,7 @@ class PlainStep:
         self.calibrated = False
         settings = {"betas": (0.9, 0.95), "weight_decay": 0.0}
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=lr, **settings)
-        self.head_optimizer = torch.optim.AdamW(self.head.parameters(), lr=log_z_lr, **settings)
+        self.head_optimizer = torch.optim.AdamW(self.head.parameters(), lr=HEAD_LR, **settings)
 
     def write(self, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int) -> list[Row]:
         """The responses of each prompt in turn, all of num_tokens tokens."""

@@ -136,7 +136,7 @@ def compare(
     from benchmarks.plain_step import PlainStep
 
     prompts = encode(model, texts)
-    plain = PlainStep(model, alpha=ALPHA, lr=LR, log_z_lr=LOG_Z_LR, micro_batch_size=micro_batch_size)
+    plain = PlainStep(model, alpha=ALPHA, lr=LR, micro_batch_size=micro_batch_size)
     seconds: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
     with our_step(model, prompts, num_responses, num_tokens, micro_batch_size) as ours:
         _, rollouts, *our_values = ours.run()

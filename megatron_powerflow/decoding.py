@@ -21,19 +21,17 @@ from rich.console import Console
 
 from megatron_powerflow.data.verbalized import parse_verbalized, verbalized_row
 from megatron_powerflow.inference import (
-    BY_GENERATE,
     GENERATE_KEYS,
     Opened,
     build_engine,
     load_chunks,
     load_generation_prompts,
     log_probs_by_slot,
-    output_refusals,
     prompts_per_round,
     sampling_params,
-    write_rounds,
 )
 from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.output_lines import BY_GENERATE, output_refusals, write_rounds
 from megatron_powerflow.parallel.collectives import from_last_stage, gather_to_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
@@ -86,7 +84,9 @@ def power_sample_file(
             return lines if reports else None
 
         per_round = prompts_per_round(opened, num_responses)
-        write_rounds(list(enumerate(prompts)), one_round, per_round, out, groups, console, "power sampling")
+        write_rounds(
+            list(enumerate(prompts)), one_round, per_round, out, groups, console, "powerflow generate --decoding power"
+        )
 
 
 def _propose(
@@ -162,7 +162,15 @@ def verbalize_file(
             return lines
 
         items = list(enumerate(prompts))
-        write_rounds(items, one_round, prompts_per_round(opened, 1), out, groups, console, "verbalizing")
+        write_rounds(
+            items,
+            one_round,
+            prompts_per_round(opened, 1),
+            out,
+            groups,
+            console,
+            "powerflow generate --decoding verbalized",
+        )
         _report_failures(failures, len(prompts) * recipe.num_responses, groups, console)
 
 

@@ -1,19 +1,18 @@
 """How are files scored and answered outside a run? `powerflow score` and `powerflow generate`.
 
-The same model code, scorer and engine as in training, under any layout, from an HF folder or a checkpoint. Work goes
-in rounds over the data-parallel ranks; the main rank writes each round's lines, in the order of the file.
+The same model code, scorer and engine as in training, under any layout, from an HF folder or a checkpoint.
+
+Left out: how the lines come into their file (`output_lines.py`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, Keeps, find_checkpoint, is_converted, keeps_of
@@ -28,14 +27,14 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.model.build import build_chunks, transformer_config
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import require_fp8_support
-from megatron_powerflow.parallel.collectives import gather_to_main
+from megatron_powerflow.output_lines import BY_GENERATE, SCORED, output_refusals, write_rounds
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.parallel.layout import Layout, inference_layout
 from megatron_powerflow.records import Architecture, Prompt, Purpose, Rollout, SamplingParams
 from megatron_powerflow.rollout.in_step import largest
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
-from megatron_powerflow.targets import export_target, file_refusals, require, starts_with_line_of
+from megatron_powerflow.targets import export_target, require
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.score import score
 from megatron_powerflow.training.setup import alignment
@@ -57,12 +56,6 @@ GENERATE_KEYS = (
 )
 OF_THE_RUN = ("temperature", "max_prompt_tokens", "max_response_tokens")  # of `rollout`; what a run's folder stands for
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away
-# The keys of the lines of each output file: what tells it from a file of somebody else's.
-SCORED = ("id", "log_probs", "sequence_log_prob")
-GENERATED = ("id", "response_index", "text", "response_token_ids", "log_probs", "finish_reason")
-POWER_SAMPLED = (*GENERATED, "num_accepted", "num_moves")
-VERBALIZED = ("id", "response_index", "text", "probability")
-BY_GENERATE = (GENERATED, POWER_SAMPLED, VERBALIZED)  # keys of a line, by what `--decoding` says
 ROUND_ROWS = 64  # rows to score, or responses to draw, per data-parallel rank between two writes
 
 
@@ -141,7 +134,7 @@ def score_file(opened: Opened, data: Path, out: Path, launch: Launch, console: C
             found = score_rollouts(rows, chunks, scorer, opened) if rows else []
             return [(slot, line) for slot, line in found if slot != FILLER.slot] if reports else None
 
-        write_rounds(rows, one_round, ROUND_ROWS, out, groups, console, "scoring")
+        write_rounds(rows, one_round, ROUND_ROWS, out, groups, console, "powerflow score")
 
 
 def _as_many_as_others(mine: Sequence[Rollout], groups: Groups) -> list[Rollout]:
@@ -201,7 +194,7 @@ def generate_file(
             )
 
         per_round = prompts_per_round(opened, num_responses)
-        write_rounds(list(enumerate(prompts)), one_round, per_round, out, groups, console, "generating")
+        write_rounds(list(enumerate(prompts)), one_round, per_round, out, groups, console, "powerflow generate")
 
 
 def load_generation_prompts(
@@ -359,48 +352,3 @@ def load_chunks(opened: Opened, groups: Groups) -> list[PolicyModel]:
     for chunk in chunks:
         chunk.eval().requires_grad_(False)
     return chunks
-
-
-def write_rounds(
-    items: Sequence, one_round: Callable, per_rank: int, out: Path, groups: Groups, console: Console, title: str
-) -> None:
-    """Deal items to the data-parallel ranks round by round, gather the lines, write them in order; `out` appears
-    when all is done. `output_refusals` has judged it before."""
-    partial = _partial_of(out)
-    file = partial.open("w", encoding="utf-8") if groups.is_main else None
-    with progress_bar(console, groups.is_main) as bar:
-        task = bar.add_task(title, total=len(items))
-        for block in blocks(items, per_rank * groups.dp_size):
-            gathered = gather_to_main(one_round(block[groups.dp_rank :: groups.dp_size]), groups)
-            if file is not None:
-                lines = sorted((item for part in gathered if part for item in part), key=lambda item: item[0])
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for _, line in lines)
-            bar.advance(task, len(block))
-    if file is not None:
-        file.close()
-        partial.replace(out)
-        console.print(f"wrote {out}", highlight=False)
-
-
-def output_refusals(out: Path, *kinds: Sequence[str]) -> list[str]:
-    """Why `out` may not be written: it, or what it is called until it is whole, is no file of lines with the keys of
-    one of these kinds."""
-    is_ours = starts_with_line_of(*kinds)
-    found = file_refusals(out, is_ours)
-    return found or file_refusals(_partial_of(out), is_ours)
-
-
-def _partial_of(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
-def blocks(items: Sequence, size: int) -> Iterator[Sequence]:
-    """Of `size` items each, the last one of what is left."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def progress_bar(console: Console, is_main: bool) -> Progress:
-    """Shown by the main rank only, and gone when it is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not is_main)

@@ -4,7 +4,8 @@
 
 What cannot be read is its own text without spaces, and equal to nothing but that. The rules, with examples: ANSWERS.md.
 
-Left out: when names and units agree (`answers.py`), formulas (`expressions.py`, `fingerprints.py`).
+Left out: when names and units agree (`answers.py`), choices (`answer_choices.py`), where a unit begins
+(`answer_units.py`), formulas (`expressions.py`, `fingerprints.py`).
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from megatron_powerflow.data.answer_choices import choice_of
 from megatron_powerflow.data.answer_tokens import tokenize
+from megatron_powerflow.data.answer_units import split_unit
 from megatron_powerflow.data.expressions import (
     Unreadable,
-    is_number,
     is_symbol,
     parse_expression,
     symbols_of,
     with_value,
 )
 from megatron_powerflow.data.fingerprints import direction, fingerprint
-from megatron_powerflow.data.units import SCALES, unit_of
 
 OPENS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 CLOSES = frozenset(OPENS.values())
@@ -52,7 +53,7 @@ def read_answer(text: str) -> Answer:
     tokens = tokenize(text)
     if not tokens:
         return Answer(_as_text(text))
-    if (letter := _choice(text)) is not None:
+    if (letter := choice_of(text)) is not None:
         return Answer(("choice", letter))
     try:
         return _Reader().answer(_without_ends(tokens))
@@ -62,24 +63,6 @@ def read_answer(text: str) -> Answer:
 
 def _as_text(text: str) -> Hashable:
     return ("text", "".join(text.split()))
-
-
-_SPACES = r"(?:\s|~|\\[,;:! ]|\\q?quad|[$])*"
-_IN_FONT = rf"\\(?:text|textbf|mathrm|mathbf|textrm)\{{{_SPACES}"
-_LETTER = rf"(?:{_IN_FONT}\(?([A-Z])\)?[.:]?{_SPACES}\}}|\(?([A-Z])\)?)"
-_WORD_BEFORE = rf"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer){_SPACES})?"
-_LONE = re.compile(rf"{_SPACES}{_WORD_BEFORE}\(?{_SPACES}{_LETTER}{_SPACES}\)?[.:]?{_SPACES}")
-_BEFORE_TEXT = re.compile(
-    rf"{_SPACES}(?:\\(?:text|textbf|mathrm|mathbf)\{{{_SPACES}(?:\(([A-J])\)|([A-J])[.):])(?:{_SPACES}\}}|(?=\s))"
-    r"|(?:\(([A-J])\)|([A-J])[.):])(?:\s|~|\\[,;:! ]|\\q?quad|(?=\\text)))"
-    rf"{_SPACES}(?!-\s|[-+*/^=<>|&_,;!]|\\(?:cup|cap|times|cdot|in|leq?|geq?|neq?|pm|text\{{{_SPACES}(?:or|and)\b)(?![a-z]))."
-)
-
-
-def _choice(text: str) -> str | None:
-    """The letter of a choice, alone or before its text: B, (B), \\text{B.}, (B) twelve, B. twelve."""
-    found = _LONE.fullmatch(text) or _BEFORE_TEXT.match(text)
-    return next((letter for letter in found.groups() if letter), None) if found else None
 
 
 def _without_ends(tokens: list[str]) -> list[str]:
@@ -284,7 +267,7 @@ class _Reader:
 
     def single(self, tokens: list[str]) -> Answer:
         """An answer without commas and relations: with a unit, or without."""
-        body, unit, scale = _split_unit(tokens) if tokens else ([], None, 1)
+        body, unit, scale = split_unit(tokens) if tokens else ([], None, 1)
         value = self.value(body)
         if scale != 1:
             if not isinstance(value, Fraction):
@@ -399,69 +382,6 @@ def name_of(tokens: Sequence[str]) -> str | None:
 def _is_letter(tokens: Sequence[str], name: str) -> bool:
     """A = B says that two things are equal, and answers nothing; f(x) = x does."""
     return len(name) <= 2 and len(tokens) == 1 and is_symbol(tokens[0]) and tokens[0] not in ("e", "i")
-
-
-def _split_unit(tokens: list[str]) -> tuple[list[str], str | None, int]:
-    """(the rest, the unit, what it multiplies by: 5 million people). Raises Unreadable for words that are no unit."""
-    if tokens[0] in ('"dollar"', '"euro"', '"pound"') and len(tokens) > 1:
-        body, unit, scale = _split_unit(tokens[1:])
-        return (body, tokens[0].strip('"'), scale) if unit is None else (tokens, None, 1)
-    if tokens[-1] in ("%", "\\%"):
-        return tokens[:-1], "percent", 1
-    for degree in (["^", "\\circ"], ["^", "{", "\\circ", "}"], ["\\circ"]):
-        for scale in ([], ["C"], ["F"]):
-            ending = [*degree, *scale]
-            if (
-                len(tokens) > len(ending)
-                and tokens[-len(ending) :] == ending
-                and _is_one_number(tokens[: -len(ending)])
-            ):
-                return tokens[: -len(ending)], f"degree {scale[0]}" if scale else "degree", 1
-    if len(tokens) > 2 and is_number(tokens[0]) and tokens[1] == "_":
-        base = "".join(tokens[2:]).strip('{}"')
-        if tokens[0].isdigit() and base.isdigit():
-            return tokens[:1], f"base {base}", 1
-    start = len(tokens)
-    while start and _belongs_to_unit(tokens, start - 1):
-        start -= 1
-    while start < len(tokens) and tokens[start][0] != '"':
-        start += 1
-    if start in (0, len(tokens)):
-        return tokens, None, 1
-    words = "".join(token.strip('"') if token[0] == '"' else token for token in tokens[start:] if token not in "{}")
-    scale, words = _split_scale(words)
-    unit = unit_of(words.replace("^", " ^ ")) if "^" not in words else _unit_with_power(words)
-    if (words and unit is None) or tokens[start - 1] in ("+", "-", "*", "/", "^", "_"):
-        raise Unreadable
-    return tokens[:start], unit, scale
-
-
-def _belongs_to_unit(tokens: Sequence[str], place: int) -> bool:
-    token = tokens[place]
-    if token[0] == '"':
-        return token not in ('"or"', '"and"')
-    per_letter = len(token) == 1 and token.isalpha() and place > 1 and tokens[place - 1] == "/"
-    if per_letter or token in ("^", "{", "}", "/", "2", "3"):
-        return any(other[0] == '"' for other in tokens[max(0, place - 4) : place])
-    return False
-
-
-def _split_scale(words: str) -> tuple[int, str]:
-    first, _, rest = words.partition(" ")
-    return (SCALES[first], rest) if first in SCALES else (1, words)
-
-
-def _unit_with_power(words: str) -> str | None:
-    found = re.fullmatch(r"([A-Za-z ]+(?:/[A-Za-z]+)?)\^(\d)(?:/([A-Za-z]+))?", words)
-    unit = unit_of(found[1]) if found else None
-    if unit is None:
-        return None
-    return f"{unit}^{found[2]}" + (f" per {unit_of(found[3])}" if found[3] else "")
-
-
-def _is_one_number(tokens: Sequence[str]) -> bool:
-    """No sum or product, of which a degree would belong to the last part only."""
-    return not {"+", "*"} & set(tokens) and not any(token[1:] in ("sin", "cos", "tan") for token in tokens)
 
 
 def _varies(value: Hashable) -> bool:

@@ -20,13 +20,12 @@ from megatron_powerflow.evaluation.questions import Question
 from megatron_powerflow.evaluation.responses import Key, Line, append_responses, check_settings, open_responses
 from megatron_powerflow.inference import (
     Opened,
-    blocks,
     build_engine,
     load_chunks,
-    progress_bar,
     prompts_per_round,
     sampling_params,
 )
+from megatron_powerflow.output_lines import blocks, progress_bar
 from megatron_powerflow.parallel.collectives import broadcast_object, gather_to_main, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized

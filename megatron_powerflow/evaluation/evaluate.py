@@ -33,7 +33,8 @@ from megatron_powerflow.evaluation.responses import (
     remove_unanswered,
 )
 from megatron_powerflow.evaluation.results import describe_results, results_table, write_results
-from megatron_powerflow.inference import Opened, check_room, progress_bar
+from megatron_powerflow.inference import Opened, check_room
+from megatron_powerflow.output_lines import progress_bar
 from megatron_powerflow.parallel.initialize import Launch
 from megatron_powerflow.parallel.owner import Owner
 

@@ -21,8 +21,8 @@ from megatron_powerflow.evaluation import rubrics
 from megatron_powerflow.evaluation.judge import Judge, ask_all
 from megatron_powerflow.evaluation.questions import Question
 from megatron_powerflow.evaluation.responses import JUDGEMENTS_NAME, Key, Line
-from megatron_powerflow.inference import progress_bar
 from megatron_powerflow.metrics.counts import mean, standard_error
+from megatron_powerflow.output_lines import progress_bar
 
 JOKES = ("joke", "jokes")
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.special import stdtrit  # quantiles of Student's t
 
 MIN_SPREAD = 1e-3  # nats, of S_ref beside length in a prompt: below is rounding of sums over a response
 MAX_CONDITION = 1e4  # of (S_ref, x) scaled to 1: beyond it nobody can tell the two apart
@@ -154,27 +155,5 @@ def _least_squares(left: np.ndarray, given: np.ndarray, place: np.ndarray) -> tu
     without = np.linalg.pinv(total - squares, rcond=1e-10, hermitian=True) @ (product - products)[:, :, None]
     variance = (num_prompts - 1) / num_prompts * np.square(without[:, 0, 0] - coefficients[0]).sum()
     effective = 1.0 / np.square(squares[:, 0, 0]).sum()
-    half_width = student_quantile(max(1, round(effective) - 1)) * np.sqrt(variance)
+    half_width = stdtrit(max(1, round(effective) - 1), (1 + CONFIDENCE) / 2) * np.sqrt(variance)
     return coefficients / scale, half_width / scale[0]
-
-
-def student_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """t with P(|T| <= t) = confidence, by bisection of the finite series for whole degrees of freedom
-    (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    low, high = 0.0, 1e4
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
-    return high
-
-
-def _within(t: float, freedom: int) -> float:
-    """P(|T| <= t)."""
-    angle = np.arctan(t / np.sqrt(freedom))
-    if freedom == 1:
-        return 2 / np.pi * angle
-    odd = freedom % 2
-    steps = np.arange(2 + odd, freedom - 1 + odd, 2)[: (freedom - 2 - odd) // 2]
-    factors = np.concatenate(([1.0], (steps - 1) / steps * np.cos(angle) ** 2)).cumprod()
-    series = np.sin(angle) * factors.sum()
-    return 2 / np.pi * (angle + np.cos(angle) * series) if odd else series

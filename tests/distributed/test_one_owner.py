@@ -304,6 +304,44 @@ def test_one_evaluation_at_a_time_fills_a_folder(gloo, config, tiny_model, tmp_p
     assert names == ["evaluation.json", "responses.jsonl", "settings.json"]
 
 
+def written_while_written(model: str, out: Path) -> list[str]:
+    """What a second command is told that would write the same file of lines, before and while the first one does."""
+    import io
+
+    from rich.console import Console
+
+    from megatron_powerflow.errors import UserError
+    from megatron_powerflow.inference import SCORE_KEYS, open_model
+    from megatron_powerflow.output_lines import SCORED, output_refusals, write_rounds
+    from megatron_powerflow.parallel.initialize import initialized, read_launch
+
+    opened, said = open_model(Path(model), (), SCORE_KEYS, 1), []
+    with initialized(opened.layout, read_launch(), seed=0) as groups:
+
+        def write(items, one_round):
+            write_rounds(items, one_round, 1, out, groups, Console(file=io.StringIO()), "powerflow score")
+
+        def one_round(items):
+            said.extend(output_refusals(out, SCORED))
+            try:
+                write([7], lambda others: [(0, {"id": 7})])
+            except UserError as error:
+                said.append(str(error))
+            return [(item, {"id": item}) for item in items]
+
+        write([0, 1], one_round)
+    return said
+
+
+def test_one_command_at_a_time_writes_a_file_of_lines(gloo, tiny_model, tmp_path):
+    out = tmp_path / "lines.jsonl"
+    (said,) = gloo.run(1, written_while_written, str(tiny_model("llama")), out)
+    assert len(said) == 4
+    assert all(f"{out}: is held by powerflow score (process " in text for text in said)
+    assert out.read_text() == '{"id": 0}\n{"id": 1}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["lines.jsonl"]
+
+
 def test_one_export_at_a_time_writes_a_folder_and_readers_need_no_lock(gloo, config, tmp_path):
     """A run that is held is read all the same: exported elsewhere, and scored."""
     from tests.distributed.test_export import score_to

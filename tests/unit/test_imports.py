@@ -32,6 +32,7 @@ LEVELS = {
     "run_folder": 5,
     "train": 5,
     "inference": 5,
+    "output_lines": 5,
     "report": 5,
     "decoding": 5,
     "conversion_tools": 5,

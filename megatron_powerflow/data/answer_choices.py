@@ -1,0 +1,25 @@
+"""Which choice of a multiple-choice question is an answer? B, (B), \\text{B.}, and the letter before its text.
+
+Left out: a lone letter among words, which the question alone could tell from a variable.
+"""
+
+from __future__ import annotations
+
+import re
+
+_SPACES = r"(?:\s|~|\\[,;:! ]|\\q?quad|[$])*"
+_IN_FONT = rf"\\(?:text|textbf|mathrm|mathbf|textrm)\{{{_SPACES}"
+_LETTER = rf"(?:{_IN_FONT}\(?([A-Z])\)?[.:]?{_SPACES}\}}|\(?([A-Z])\)?)"
+_WORD_BEFORE = rf"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer){_SPACES})?"
+_LONE = re.compile(rf"{_SPACES}{_WORD_BEFORE}\(?{_SPACES}{_LETTER}{_SPACES}\)?[.:]?{_SPACES}")
+_BEFORE_TEXT = re.compile(
+    rf"{_SPACES}(?:\\(?:text|textbf|mathrm|mathbf)\{{{_SPACES}(?:\(([A-J])\)|([A-J])[.):])(?:{_SPACES}\}}|(?=\s))"
+    r"|(?:\(([A-J])\)|([A-J])[.):])(?:\s|~|\\[,;:! ]|\\q?quad|(?=\\text)))"
+    rf"{_SPACES}(?!-\s|[-+*/^=<>|&_,;!]|\\(?:cup|cap|times|cdot|in|leq?|geq?|neq?|pm|text\{{{_SPACES}(?:or|and)\b)(?![a-z]))."
+)
+
+
+def choice_of(text: str) -> str | None:
+    """The letter of a choice, alone or before its text: B, (B), \\text{B.}, (B) twelve, B. twelve."""
+    found = _LONE.fullmatch(text) or _BEFORE_TEXT.match(text)
+    return next((letter for letter in found.groups() if letter), None) if found else None
