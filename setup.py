@@ -21,6 +21,7 @@ extras = {
 extras["dev"] = [
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.9",
     "pyarrow>=15",

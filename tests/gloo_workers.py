@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 MAX_RANKS = 4
 TIMEOUT_SECONDS = 600
+GRACE_SECONDS = 5  # after a rank has failed, for the others to do so
 
 
 def _serve(pipe) -> None:
@@ -57,11 +58,11 @@ class GlooWorkers:
 
     def __init__(self, max_ranks: int = MAX_RANKS) -> None:
         self._max_ranks = max_ranks
-        self._workers: list = []
+        self._workers: dict[int, tuple] = {}  # rank -> (process, our end of its pipe); started when first needed
 
     def run(self, num_ranks: int, function: Callable, *args, **kwargs) -> list:
         assert num_ranks <= self._max_ranks
-        self._start()
+        self._start(num_ranks)
         payload = pickle.dumps((function, args, kwargs))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -80,43 +81,53 @@ class GlooWorkers:
 
     def _collect(self, num_ranks: int) -> list:
         answers: dict[int, object] = {}
+        failure: RankFailed | None = None  # the first one
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        while len(answers) < num_ranks:
-            for rank in range(num_ranks):
+        missing = set(range(num_ranks))
+        while missing and time.monotonic() < deadline:
+            for rank in sorted(missing):
                 process, pipe = self._workers[rank]
-                if rank in answers or not pipe.poll(0.02):
+                if not pipe.poll(0.02):
                     continue
+                missing.discard(rank)
                 try:
                     fine, answer = pipe.recv()
                 except EOFError:
-                    self.stop()
-                    raise RankFailed(rank, "ProcessDied", (), f"exit code {process.exitcode}") from None
-                if not fine:
-                    self.stop()  # the other ranks may wait for this one for ever
-                    raise RankFailed(rank, *answer)
+                    self._stop(rank)
+                    fine, answer = False, ("ProcessDied", (), f"exit code {process.exitcode}")
                 answers[rank] = answer
-            if time.monotonic() > deadline:
-                missing = sorted(set(range(num_ranks)) - set(answers))
-                self.stop()
-                raise RankFailed(missing[0], "Timeout", (), f"ranks {missing} gave no answer in {TIMEOUT_SECONDS} s")
+                if not fine and failure is None:
+                    failure = RankFailed(rank, *answer)
+                    # the others fail with it, or wait for it for ever
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        for rank in missing:
+            self._stop(rank)
+        if failure is not None:
+            raise failure
+        if missing:
+            text = f"ranks {sorted(missing)} gave no answer in {TIMEOUT_SECONDS} s"
+            raise RankFailed(min(missing), "Timeout", (), text)
         return [answers[rank] for rank in range(num_ranks)]
 
-    def _start(self) -> None:
-        if self._workers:
-            return
+    def _start(self, num_ranks: int) -> None:
         context = multiprocessing.get_context("spawn")
-        for _ in range(self._max_ranks):
+        for rank in range(num_ranks):
+            if rank in self._workers:
+                continue
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
             process.start()
             theirs.close()
-            self._workers.append((process, ours))
+            self._workers[rank] = process, ours
+
+    def _stop(self, rank: int) -> None:
+        process, pipe = self._workers.pop(rank)
+        pipe.close()
+        process.join(timeout=0.5)
+        if process.is_alive():
+            process.kill()
+            process.join()
 
     def stop(self) -> None:
-        for process, pipe in self._workers:
-            pipe.close()
-            process.join(timeout=0.5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._workers = []
+        for rank in [*self._workers]:
+            self._stop(rank)
