@@ -81,7 +81,7 @@ def check(
     from megatron_powerflow.training.plan import describe, make_plan
 
     parallel = settings.parallel
-    plan = make_plan(settings, world_size or parallel.tp * parallel.cp * parallel.pp)
+    plan = make_plan(settings, world_size or parallel.tp * parallel.cp * parallel.pp, weights=False)
     from megatron_powerflow.run_folder import holder_of
 
     if held := holder_of(plan.run_folder):

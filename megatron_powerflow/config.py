@@ -88,6 +88,9 @@ class RolloutSection(Section):
     temperature: PositiveFloat = Field(1.0, description="of sampler and scorer alike")
     top_p: float = Field(1.0, description="only 1.0: truncated sampling does not train")
     top_k: int = Field(0, description="only 0: truncated sampling does not train")
+    stop_token_ids: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(
+        None, description="tokens that end a response; default: all that the model's folder names"
+    )
     max_concurrent_rows: PositiveInt = Field(256, description="responses decoded at a time on one rank")
     save: bool = Field(False, description="keep each step's rollouts in RUN/rollouts")
     replay: str | None = Field(None, description="train on the rollouts that another run saved; no engine")

@@ -17,9 +17,10 @@ from rich.console import Console
 from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, Keeps, find_checkpoint, is_converted, keeps_of
 from megatron_powerflow.config import Config, load_config, parse_config
+from megatron_powerflow.conversion.checked import open_checked
 from megatron_powerflow.conversion.families import FAMILIES
-from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_json, read_stop_token_ids
-from megatron_powerflow.conversion.shards import export_to_hf, load_from_hf, open_checked
+from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_json
+from megatron_powerflow.conversion.shards import export_to_hf, load_from_hf
 from megatron_powerflow.data.packing import Annotated, pack
 from megatron_powerflow.data.prompts import Rewrite, check_token_ids, load_prompts, prompt_token_ids, read_rows
 from megatron_powerflow.data.tokenizer import Tokenizer, load_tokenizer
@@ -36,6 +37,7 @@ from megatron_powerflow.rollout.in_step import largest
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 from megatron_powerflow.targets import export_target, require
 from megatron_powerflow.training.forward_step import Scorer
+from megatron_powerflow.training.plan import stop_token_ids_of
 from megatron_powerflow.training.score import score
 from megatron_powerflow.training.setup import alignment
 
@@ -51,10 +53,16 @@ GENERATE_KEYS = (
     "rollout.max_prompt_tokens",
     "rollout.max_response_tokens",
     "rollout.max_concurrent_rows",
+    "rollout.stop_token_ids",
     "prompts.too_long",
     "run.seed",
 )
-OF_THE_RUN = ("temperature", "max_prompt_tokens", "max_response_tokens")  # of `rollout`; what a run's folder stands for
+OF_THE_RUN = (
+    "temperature",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "stop_token_ids",
+)  # of `rollout`; what a run's folder stands for
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away
 ROUND_ROWS = 64  # rows to score, or responses to draw, per data-parallel rank between two writes
 
@@ -100,7 +108,7 @@ def open_model(
     architecture, family = read_architecture(hf_folder, FAMILIES)
     if run:
         precision = {"dtype": run.precision.dtype, "fp8_recipe": run.precision.fp8_recipe}
-        rollout = {name: getattr(run.rollout, name) for name in OF_THE_RUN}
+        rollout = {name: value for name in OF_THE_RUN if (value := getattr(run.rollout, name)) is not None}
     else:
         raw = read_json(hf_folder / "config.json", "the model's config.json")
         precision = {"dtype": "fp32" if raw.get("dtype", raw.get("torch_dtype")) in (None, "float32") else "bf16"}
@@ -233,7 +241,7 @@ def sampling_params(opened: Opened, *, responses_per_prompt: int, temperature: f
         responses_per_prompt=responses_per_prompt,
         max_response_tokens=opened.config.rollout.max_response_tokens,
         temperature=temperature,
-        stop_token_ids=read_stop_token_ids(opened.hf_folder, opened.tokenizer.eos_token_id),
+        stop_token_ids=stop_token_ids_of(opened.config, opened.hf_folder, opened.tokenizer, opened.architecture),
         seed=opened.config.run.seed,
         step=0,
         purpose=Purpose.ANSWERS,

@@ -44,6 +44,8 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
         with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
             session = build_session(plan, groups)
         if groups.is_main:
+            for notice in plan.notices:
+                console.print(f"notice: {notice}", highlight=False, markup=False)
             write_config(plan)
             note_launch(
                 plan.run_folder,

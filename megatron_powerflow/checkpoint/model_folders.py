@@ -18,12 +18,12 @@ from megatron_powerflow.checkpoint.digests import check_share
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, find_checkpoint, is_converted, tensors_folder
 from megatron_powerflow.checkpoint.ranks import Ranks
 from megatron_powerflow.checkpoint.torch_dist import TorchDistFolder
+from megatron_powerflow.conversion.checked import open_checked
 from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture
 from megatron_powerflow.conversion.hf_files import FLOATS, SafetensorsFolder, companion_files
 from megatron_powerflow.conversion.shapes import impossible_sizes
 from megatron_powerflow.conversion.shard_files import TensorInfo
-from megatron_powerflow.conversion.shards import open_checked
 from megatron_powerflow.conversion.stored import EMBEDDING, Place, Stored, parameter_shape, stored_parameters, whole
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Architecture

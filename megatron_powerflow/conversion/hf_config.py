@@ -58,10 +58,10 @@ class Family:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file, or a UserError that names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what} is needed") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {what} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: {what} must be a JSON object, got {type(value).__name__}")
@@ -98,6 +98,7 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
         violations.append(f"{folder / 'config.json'}: layer_types={fields['layer_types']!r} is not a list")
     missing = [key for key in (*_REQUIRED, *family.sizes) if type(fields.get(key)) is not int or fields[key] < 1]
     violations += [f"{folder / 'config.json'}: {key} is missing or not a whole number above 0" for key in missing]
+    violations += [f"{folder / 'config.json'}: {text}" for text in _rope_said_twice(raw)]
     rope = _read_rope(fields, family, folder / "config.json", violations)
     if "num_hidden_layers" not in missing and fields["num_hidden_layers"] > MOST_LAYERS:  # before lists are that long
         number = fields["num_hidden_layers"]
@@ -210,15 +211,38 @@ def windows_by_layer(window: int | None, layer_types: Any, default: Sequence[boo
     return {"sliding_window": window, "windowed_layers": None if all(layers) else layers}
 
 
+def _rope_said_twice(raw: Mapping[str, Any]) -> list[str]:
+    """What the file says of the rotation in two places, and differently."""
+    places = {name: raw[name] for name in ("rope_parameters", "rope_scaling") if isinstance(raw.get(name), dict)}
+    found = []
+    if len(places) == 2:
+        new, old = ({**place, "rope_type": _rope_type(place)} for place in places.values())
+        differ = [key for key in sorted(new.keys() & old.keys()) if new[key] != old[key]]
+        only = [key for key in sorted(old.keys() ^ new.keys()) if key not in ("type", "rope_theta")]
+        if differ or only:
+            found.append(f"rope_parameters and rope_scaling differ in {', '.join(differ + only)}")
+    for name, place in places.items():
+        if place.get("type", place.get("rope_type")) != place.get("rope_type", place.get("type")):
+            found.append(f"{name} has type={place['type']!r} and rope_type={place['rope_type']!r}")
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if None not in (raw.get(key), place.get(key)) and raw[key] != place[key]:
+                found.append(f"{key}={raw[key]!r} stands beside {name}.{key}={place[key]!r}")
+    return [f"{text}; take away what the model was not trained with" for text in found]
+
+
+def _rope_type(scaling: Mapping[str, Any]) -> str:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    return "longrope" if kind == "su" else kind  # its name in the first Phi-3
+
+
 def _read_rope(fields: Mapping[str, Any], family: Family, path: Path, violations: list[str]) -> Rope:
     """transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters; both are read."""
     scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 10000.0)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = _rope_type(scaling)
     fraction = float(fields.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0)
     if fraction != 1.0 and not family.partial_rotary:
         violations.append(f"{path}: partial_rotary_factor is not supported for {family.model_type}; only 1.0 is")
-    kind = "longrope" if kind == "su" else kind  # its name in the first Phi-3
     if kind not in family.rope_types:
         violations.append(
             f"{path}: rope scaling type {kind!r} is not supported for {family.model_type}; supported: "
@@ -300,18 +324,36 @@ def _longrope(scaling, fields, theta: float, fraction: float, path: Path, violat
     )
 
 
-def read_stop_token_ids(folder: str | Path, tokenizer_eos: int | None) -> frozenset[int]:
-    """Token ids that end a response: of generation_config.json, else config.json, else the tokenizer.
+def read_stop_token_ids(folder: str | Path, tokenizer_eos: int | None, vocab_size: int) -> frozenset[int]:
+    """Token ids that end a response: the union of what generation_config.json, config.json and the tokenizer name, as
+    instruct models spread theirs over all three. vLLM stops at the same ones, apart from config.json's, which it reads
+    where there is no generation_config.json.
 
-    Raises UserError when none is stated: a response could then never end.
+    Raises UserError when none is named, so that no response could ever end, or when one is not of the vocabulary.
     """
     folder = Path(folder)
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            value = read_json(folder / name, name).get("eos_token_id")
-            ids = value if isinstance(value, list) else [value]
-            if all(isinstance(item, int) for item in ids) and ids:
-                return frozenset(ids)
-    if tokenizer_eos is None:
-        raise UserError(f"{folder}: neither config.json, generation_config.json nor the tokenizer names an eos token")
-    return frozenset({tokenizer_eos})
+    named = {name: _eos_in(folder / name) for name in ("generation_config.json", "config.json")}
+    named["the tokenizer"] = [] if tokenizer_eos is None else [tokenizer_eos]
+    violations = [
+        f"{folder}: {name} says eos_token_id={token!r}, which is none of the model's {vocab_size} tokens; "
+        "mend it, or name the right ones in rollout.stop_token_ids"
+        for name, tokens in named.items()
+        for token in tokens
+        if type(token) is not int or not 0 <= token < vocab_size
+    ]
+    if violations:
+        raise UserError(violations)
+    found = frozenset(token for tokens in named.values() for token in tokens)
+    if not found:
+        raise UserError(
+            f"{folder}: neither config.json, generation_config.json nor the tokenizer names an eos token; name it in "
+            "rollout.stop_token_ids"
+        )
+    return found
+
+
+def _eos_in(path: Path) -> list[Any]:
+    if not path.is_file():
+        return []
+    value = read_json(path, path.name).get("eos_token_id")
+    return value if isinstance(value, list) else [] if value is None else [value]

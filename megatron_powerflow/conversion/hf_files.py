@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FLOATS = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
 # Pages of a mapped file count as this process's memory: a file is let go after so many bytes read of it.
 MAPPED_BYTES = 256 * 2**20
+MAX_REPORTED = 20
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Everything of a folder that is not weights and not code: copied unchanged into an export.
@@ -94,6 +95,11 @@ class SafetensorsFolder:
             files: dict[str, set[str] | None] = {}
             for tensor, file_name in weight_map.items():
                 files.setdefault(file_name, set()).add(tensor)
+            if (self.folder / SINGLE_NAME).is_file() and SINGLE_NAME not in files:
+                raise UserError(
+                    f"{self.folder}: holds two sets of weights, {SINGLE_NAME} and those of {INDEX_NAME} "
+                    f"({min(files)}, ...); transformers reads the first. Take away the one that is not the model"
+                )
             return files
         if (self.folder / SINGLE_NAME).is_file():
             return {SINGLE_NAME: None}
@@ -101,6 +107,11 @@ class SafetensorsFolder:
             f"{self.folder}: no {SINGLE_NAME} and no {INDEX_NAME}; only safetensors weights are read "
             "(.bin files would run code); save the model again with transformers"
         )
+
+    @staticmethod
+    def is_there(folder: Path) -> bool:
+        """Whether the folder has weights at all: one for a login node may hold config.json and tokenizer alone."""
+        return (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
 
     def names(self) -> set[str]:
         return set(self._file_of)
@@ -129,10 +140,44 @@ class SafetensorsFolder:
         return self._mapped[1]
 
 
+def tied_twice(folder: SafetensorsFolder, output: str, embedding: str) -> list[str]:
+    """Whether an output weight that should be the embedding's own stands beside it and differs: the refusal, if so.
+    Reads both, a slice at a time."""
+    if not {output, embedding} <= folder.names():
+        return []
+    if folder.shape(output) == folder.shape(embedding) and all(
+        folder.read(output, rows=rows).equal(folder.read(embedding, rows=rows))
+        for rows in _slices(folder.shape(output)[0])
+    ):
+        return []
+    return [
+        f"{folder.folder}: config.json says tie_word_embeddings=true, and {output} is not {embedding}; say false there "
+        f"if the model has an output weight of its own, or take {output} away"
+    ]
+
+
+def _slices(num_rows: int, rows_at_a_time: int = 4096) -> Iterator[tuple[int, int]]:
+    for start in range(0, num_rows, rows_at_a_time):
+        yield start, min(start + rows_at_a_time, num_rows)
+
+
+def _renamed(present: set[str], expected: set[str]) -> str | None:
+    """Whether every name is right but for what all of them begin with: wrappers of other trainers leave that behind."""
+    wrong, lacking = present - expected, expected - present
+    for one, other, what in ((wrong, lacking, "begin with"), (lacking, wrong, "lack")):
+        for name in sorted(other)[:1]:
+            for candidate in one:
+                prefix = candidate.removesuffix(name)
+                if candidate != prefix and {prefix + item for item in other} <= one:
+                    return f"{what} {prefix!r}"
+    return None
+
+
 def check_tensor_names(
     folder: SafetensorsFolder, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()
 ) -> None:
-    """Every expected tensor is there with its shape, and nothing else is. Raises UserError listing all.
+    """Every expected tensor is there with its shape, and nothing else is. Raises UserError with all that is wrong, as
+    many as a person reads.
 
     optional: names that may be there and are not read: a tied lm_head, the rotary buffers of old exports.
     """
@@ -144,6 +189,11 @@ def check_tensor_names(
         raise UserError(
             f"{folder.folder}: experts stand in one tensor, such as {fused[0]}: transformers 5 wrote it with "
             "save_original_format=False; load and save it there again, with True, its default"
+        )
+    if missing and extra and (how := _renamed(set(extra), set(missing))):
+        raise UserError(
+            f"{folder.folder}: the names of {len(missing)} tensors {how}, such as {extra[0]} for {missing[0]}; save "
+            "the model again without what wraps it"
         )
     violations = [f"{folder.folder}: tensor {name} is missing" for name in missing]
     violations += [f"{folder.folder}: tensor {name} is not part of this architecture" for name in extra]
@@ -158,7 +208,8 @@ def check_tensor_names(
                 "give the folder of the unquantized model"
             )
     if violations:
-        raise UserError(violations)
+        more = len(violations) - MAX_REPORTED
+        raise UserError(violations[:MAX_REPORTED] + ([f"... and {more} more like these"] if more > 0 else []))
 
 
 class SafetensorsWriter:

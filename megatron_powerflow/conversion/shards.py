@@ -25,12 +25,11 @@ from megatron_powerflow.conversion.hf_config import Family
 from megatron_powerflow.conversion.hf_files import (
     SafetensorsFolder,
     SafetensorsWriter,
-    check_tensor_names,
     copy_companions,
     write_index,
 )
 from megatron_powerflow.conversion.ops import Op, ShardShape
-from megatron_powerflow.conversion.shapes import expected_tensors, impossible_sizes, is_embedding, is_output
+from megatron_powerflow.conversion.shapes import expected_tensors, is_embedding, is_output
 from megatron_powerflow.conversion.stored import FUSED_NORMS
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.collectives import first_failure, gather_to_main, on_main
@@ -83,16 +82,6 @@ def placements(chunks: Sequence[nn.Module], family: Family, ep_rank: int) -> Ite
             assert suffix in layer_ops, f"no operation fills {name} in family {family.model_type}"
             # layer_number counts from 1 over the whole model
             yield Placement(parameter, layer_ops[suffix], layer.layer_number - 1, expert)
-
-
-def open_checked(folder: str | Path, architecture: Architecture, family: Family) -> SafetensorsFolder:
-    """Open an HF folder and hold it against the architecture: every tensor once, none missing, none extra."""
-    source = SafetensorsFolder(folder)
-    if found := impossible_sizes(architecture, len(source.names())):
-        raise UserError([f"{folder}: {violation}" for violation in found])
-    tied = [name for op in family.model_ops if is_output(op) for name in op.hf_names(None)]
-    check_tensor_names(source, expected_tensors(architecture, family), tied if architecture.tied_embeddings else ())
-    return source
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from megatron_powerflow.checkpoint.folder import (
     latest_checkpoint,
 )
 from megatron_powerflow.config import Config, ObjectiveSection, dump_config, load_config
+from megatron_powerflow.conversion.checked import open_checked
 from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_stop_token_ids
 from megatron_powerflow.conversion.hf_files import SafetensorsFolder
@@ -45,7 +46,7 @@ CHANGEABLE_SECTIONS = frozenset({"alarm", "parallel", "checkpoint", "evaluation"
 class Plan:
     """A run that has been found possible. resume_from: the checkpoint it continues, or None; replay_from: the folder of
     step files it trains on instead of sampling, or None; on_policy: a step's rollouts are by the policy that it trains,
-    sampled, or replayed from a run of this very config."""
+    sampled, or replayed from a run of this very config. notices: what a user should know before it starts."""
 
     config: Config
     layout: Layout
@@ -59,6 +60,7 @@ class Plan:
     resume_from: Path | None
     replay_from: Path | None
     on_policy: bool = True
+    notices: tuple[str, ...] = ()
 
     @property
     def objective(self) -> ObjectiveSection:
@@ -81,9 +83,14 @@ class Plan:
         return [(slot, prompt) for slot, prompt in enumerate(prompts) if slot % per_update // per_rank == dp_rank]
 
 
-def make_plan(config: Config, world_size: int) -> Plan:
-    """Raises UserError with every violation that can be found, not just the first."""
+def make_plan(config: Config, world_size: int, *, weights: bool = True) -> Plan:
+    """Raises UserError with every violation that can be found, not just the first.
+
+    weights: False where the model's folder may be one without weights, as on a login node: then a notice says what was
+    not looked at.
+    """
     violations: list[str] = []
+    notices: list[str] = []
     start = Path(config.model.hf_path)
     hf_folder = hf_folder_of(start)
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
@@ -92,16 +99,19 @@ def make_plan(config: Config, world_size: int) -> Plan:
     violations += _export_violations(config, start)
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
-        architecture, _ = model
+        architecture, family = model
         layout = _collect(violations, lambda: plan_layout(config, architecture, world_size))
-        if not is_converted(start):
-            _collect(violations, lambda: SafetensorsFolder(start))
+        if is_converted(start):
+            pass
+        elif weights or SafetensorsFolder.is_there(start):
+            _collect(violations, lambda: open_checked(start, architecture, family))
+        else:
+            notices.append(f"{start} holds no weights: that they fit config.json was not looked at")
         violations += _length_violations(config, architecture)
         if config.rollout.replay is not None:
             replay_from = _collect(violations, lambda: _check_replay(config, architecture, resume_from))
-    if tokenizer is not None:
-        stop_token_ids = _collect(violations, lambda: read_stop_token_ids(hf_folder, tokenizer.eos_token_id))
     if model is not None and tokenizer is not None:
+        stop_token_ids = _collect(violations, lambda: stop_token_ids_of(config, hf_folder, tokenizer, model[0]))
         prompt_file = _collect(violations, lambda: _read_prompts(config, config.prompts.path, tokenizer, model[0]))
         if prompt_file is not None:
             violations += _answer_violations(config, prompt_file)
@@ -123,6 +133,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         resume_from=resume_from,
         replay_from=replay_from,
         on_policy=replay_from is None or is_own_run(config, replay_from),
+        notices=(*notices, *tokenizer.notices),
     )
 
 
@@ -148,6 +159,7 @@ def describe(plan: Plan) -> str:
             f"run       {config.run.num_steps} steps into {config.run.output_dir} ({resumes})",
             f"layout    {plan.layout.describe()}",
             plan.layout.picture(),
+            *(f"notice    {notice}" for notice in plan.notices),
         ]
     )
 
@@ -172,6 +184,18 @@ def _collect(violations: list[str], function: Callable):
     except UserError as error:
         violations += error.violations
         return None
+
+
+def stop_token_ids_of(
+    config: Config, hf_folder: Path, tokenizer: Tokenizer, architecture: Architecture
+) -> frozenset[int]:
+    """rollout.stop_token_ids, or what the model's folder names. Raises UserError where one is not of the vocabulary."""
+    chosen, size = config.rollout.stop_token_ids, architecture.vocab_size
+    if chosen is None:
+        return read_stop_token_ids(hf_folder, tokenizer.eos_token_id, size)
+    if outside := [token for token in chosen if token >= size]:
+        raise UserError(f"rollout.stop_token_ids holds {outside[0]}, outside the model's vocabulary of {size}")
+    return frozenset(chosen)
 
 
 def _answer_violations(config: Config, prompt_file: PromptFile) -> list[str]:

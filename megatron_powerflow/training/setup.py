@@ -18,8 +18,9 @@ from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import is_converted
 from megatron_powerflow.checkpoint.state import Progress, Trainable
 from megatron_powerflow.config import Config, ModelSection, PrecisionSection
+from megatron_powerflow.conversion.checked import open_checked
 from megatron_powerflow.conversion.hf_config import Family
-from megatron_powerflow.conversion.shards import load_from_hf, open_checked
+from megatron_powerflow.conversion.shards import load_from_hf
 from megatron_powerflow.data.bins import BinRule, flop_count, groups_fit, plan_update
 from megatron_powerflow.data.packing import Annotated, pack, pack_streams
 from megatron_powerflow.model.build import build_chunks, transformer_config

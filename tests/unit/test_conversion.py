@@ -314,16 +314,23 @@ def test_a_folder_that_is_not_there(tmp_path):
         read_architecture(tmp_path, FAMILIES)
 
 
-def test_stop_tokens_come_from_the_generation_config_first(tmp_path):
+def test_a_response_stops_at_whatever_any_file_calls_its_end(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
-    assert read_stop_token_ids(tmp_path, 9) == {2}
+    assert read_stop_token_ids(tmp_path, 9, 10) == {2, 9}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
-    assert read_stop_token_ids(tmp_path, 9) == {5, 6}
+    assert read_stop_token_ids(tmp_path, 9, 10) == {2, 5, 6, 9}
     (tmp_path / "generation_config.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"eos_token_id": null}')
-    assert read_stop_token_ids(tmp_path, 9) == {9}
+    assert read_stop_token_ids(tmp_path, 9, 10) == {9}
     with pytest.raises(UserError, match="names an eos token"):
-        read_stop_token_ids(tmp_path, None)
+        read_stop_token_ids(tmp_path, None, 10)
+
+
+@pytest.mark.parametrize("eos", ["128009", "-1", "[128009, 128001]", "[2, 10]", '"</s>"', "[2, null]", "2.0", "true"])
+def test_an_end_that_the_vocabulary_does_not_have_is_refused(tmp_path, eos):
+    (tmp_path / "config.json").write_text(f'{{"eos_token_id": {eos}}}')
+    with pytest.raises(UserError, match=r"config\.json says eos_token_id=.*, which is none of the model's 10 tokens"):
+        read_stop_token_ids(tmp_path, None, 10)
 
 
 @pytest.fixture

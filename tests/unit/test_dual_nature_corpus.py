@@ -250,4 +250,4 @@ def test_pretraining_learns_and_leaves_a_folder_that_everyone_reads(tmp_path, to
     assert family.model_type == "llama"
     assert architecture.vocab_size == vocabulary.VOCAB_SIZE
     assert load_tokenizer(tmp_path / "base").eos_token_id == vocabulary.EOS
-    assert read_stop_token_ids(tmp_path / "base", None) == frozenset({vocabulary.EOS})
+    assert read_stop_token_ids(tmp_path / "base", None, vocabulary.EOS + 1) == frozenset({vocabulary.EOS})

@@ -1,0 +1,110 @@
+"""Which template writes a conversation, and what may it do? The one of the model's folder, for a while.
+
+A folder can say its template in three places: chat_template.jinja, chat_template.json and tokenizer_config.json. Two
+that differ are refused: transformers 4 and 5 and vLLM do not all take the same one.
+
+A template is a program of somebody else's. transformers renders it in Jinja's sandbox, which keeps it from code and
+files, and not from looping for ever: it has RENDER_SECONDS. One that asks for today's date is told the date that the
+caller gives, so that a run has one date and not each start its own.
+
+Left out: which conversations are prompts (`conversation.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_powerflow.errors import UserError
+
+RENDER_SECONDS = 10.0
+JINJA_NAME, JSON_NAME, CONFIG_NAME = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
+
+
+def template_refusals(folder: Path) -> list[str]:
+    """Why the folder's templates cannot be used: two places say different ones. Reads only."""
+    found = {name: text for name in (JINJA_NAME, JSON_NAME, CONFIG_NAME) if (text := _template_in(folder / name))}
+    if len({text.strip() for text in found.values()}) < 2:
+        return []
+    first, second = list(found)[:2]
+    return [
+        f"{folder}: {first} and {second} hold different chat templates; transformers and vLLM do not all take the same "
+        "one: take away the one that the model was not trained with"
+    ]
+
+
+def _template_in(path: Path) -> str | None:
+    """The default template that a file holds; None where it holds none, or cannot be read (its reader will say so)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if path.name == JINJA_NAME:
+        return text
+    try:
+        template = json.loads(text).get("chat_template")
+    except (ValueError, RecursionError, AttributeError):
+        return None
+    if isinstance(template, list):  # several, by name
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]], today: date, arguments: dict[str, Any] | None = None) -> str:
+    """The conversation as the tokenizer's template writes it, up to where the assistant is to answer.
+
+    today: what the template gets for today's date. arguments: further variables of the template.
+    Raises UserError where the template refuses the messages, fails, or takes too long.
+    """
+    moment = datetime(today.year, today.month, today.day)
+    try:
+        with _at_most(RENDER_SECONDS):
+            return tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                strftime_now=moment.strftime,
+                **(arguments or {}),
+            )
+    except _TooLongError:
+        raise UserError(
+            f"the chat template has not written this conversation in {RENDER_SECONDS:.0f} s; it may never: give the "
+            "model's folder its right template"
+        ) from None
+    except Exception as error:  # somebody else's program: whatever it raises
+        raise UserError(f"the chat template refuses these messages: {_one_line(error)}") from None
+
+
+class _TooLongError(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises _TooLongError in the block after so long. In the main thread, where alone Python delivers signals; without
+    a limit elsewhere."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_):
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    pending, interval = signal.setitimer(signal.ITIMER_REAL, seconds)  # somebody else's alarm goes on afterwards
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, pending, interval)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
