@@ -35,7 +35,7 @@ LEARNED_LOG_Z = ("mlp", "scalar")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, serialize_by_alias=True)
 
 
 class ModelSection(Section):
@@ -74,9 +74,34 @@ class PrecisionSection(Section):
 
 
 class PromptsSection(Section):
-    path: str = Field(description="JSONL or parquet: prompt, messages or prompt_token_ids per line")
+    path: str | list[str] = Field(
+        description="JSONL, JSON, CSV or parquet, also .gz; one file or a list: prompt, messages, question, ... per row"
+    )
+    written: Literal["given", "chat", "text"] = Field(
+        "given", alias="as", description="chat: texts become the user's message; text: its lone message becomes a text"
+    )
+    system: str | None = Field(None, description="first message of every conversation")
+    suffix: str | None = Field(None, description="behind the last thing that the user says")
+    chat_template: str | None = Field(None, description="file with a Jinja template, in place of the model's")
+    template_arguments: dict[str, Any] | None = Field(
+        None, description="variables of the chat template, such as {enable_thinking: false}"
+    )
+    tasks: list[str] | None = Field(None, description="only prompts of these tasks; default: all")
+    require_answer: bool = Field(False, description="refuse prompts without a gold answer")
     shuffle: bool = Field(True, description="a new permutation each epoch, from run.seed")
     too_long: Literal["drop", "error"] = Field("drop", description="prompts over rollout.max_prompt_tokens")
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def names_files(cls, value: Any) -> Any:
+        """Here, because the union's own errors speak of both its members."""
+        if isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is str for item in value)):
+            return value
+        raise ValueError("must be the name of a file, or a list of some")
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
 
 
 class RolloutSection(Section):
@@ -342,12 +367,13 @@ def _sentence(item: Any, plain: dict) -> str:
 
 def _description(path: list[str]) -> str:
     section = Config.model_fields[path[0]].annotation
-    return section.model_fields[path[1]].description or path[1]
+    fields = {field.alias or name: field for name, field in section.model_fields.items()}
+    return fields[path[1]].description or path[1]
 
 
 def _keys_of(annotation: Any) -> list[str]:
     section = annotation if isinstance(annotation, type) else get_args(annotation)[0]
-    return list(section.model_fields)
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _get(config: Config, key: str) -> Any:

@@ -22,7 +22,8 @@ from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_json
 from megatron_powerflow.conversion.shards import export_to_hf, load_from_hf
 from megatron_powerflow.data.packing import Annotated, pack
-from megatron_powerflow.data.prompts import Rewrite, check_token_ids, load_prompts, prompt_token_ids, read_rows
+from megatron_powerflow.data.prompts import Rewrite, check_token_ids, load_prompts, prompt_token_ids
+from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.model.build import build_chunks, transformer_config
@@ -298,7 +299,7 @@ def read_scored_rows(path: Path, opened: Opened) -> list[Rollout]:
     """
     vocab_size, tokenizer = opened.architecture.vocab_size, opened.tokenizer
     rows, violations = [], []
-    for number, row in read_rows(path, violations):
+    for number, row in read_file(path, violations):
         try:
             prompt = prompt_token_ids(row, tokenizer, vocab_size)
             response = _response_token_ids(row, tokenizer, vocab_size)

@@ -47,6 +47,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
             for notice in plan.notices:
                 console.print(f"notice: {notice}", highlight=False, markup=False)
             write_config(plan)
+            plan.inputs.write(plan.run_folder)
             note_launch(
                 plan.run_folder,
                 command=command,

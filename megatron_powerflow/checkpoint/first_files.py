@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_powerflow.checkpoint.folder import CHECKPOINTS_NAME, CONFIG_NAME, LOCK_NAME, STOP_NAME
+from megatron_powerflow.checkpoint.folder import CHECKPOINTS_NAME, CONFIG_NAME, INPUTS_NAME, LOCK_NAME, STOP_NAME
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME
 from megatron_powerflow.metrics.writers import FILE_NAME as METRICS_NAME
@@ -25,6 +25,8 @@ FIRST_FILES = (
     f"{EVALUATIONS_NAME}.partial",
     LAUNCHES_NAME,
     STOP_NAME,
+    INPUTS_NAME,
+    f"{INPUTS_NAME}.partial",
     f"{CONFIG_NAME}.partial",
     CONFIG_NAME,
 )

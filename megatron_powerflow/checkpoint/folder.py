@@ -20,6 +20,7 @@ RELEASE_NAME = "release"
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 HF_NAME = "hf"
 CONFIG_NAME = "config.yaml"
+INPUTS_NAME = "inputs.json"  # what a run began with: see training/inputs.py
 EXPORT_NAME = "hf_export"
 LOCK_NAME = "run.lock"  # whose the folder is at the moment
 STOP_NAME = "stop"  # touch RUN/stop: the run saves at the end of its step and exits with 75

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_powerflow.checkpoint.digests import check_share, digest_share, write_sums
 from megatron_powerflow.checkpoint.folder import (
     HF_NAME,
+    INPUTS_NAME,
     LATEST_NAME,
     POLICY_NAME,
     checkpoint_name,
@@ -270,7 +271,8 @@ def _load_head(path: Path, trainable: Trainable) -> None:
 
 def _save_small_files(run: Path, partial: Path, progress: Progress, companions: Path) -> None:
     copy_companions(companions, partial / HF_NAME, dtype=None)
-    shutil.copyfile(run / "config.yaml", partial / "config.yaml")
+    for name in ("config.yaml", INPUTS_NAME):
+        shutil.copyfile(run / name, partial / name)
     values = {"format": FORMAT, **progress.to_json()}
     (partial / PROGRESS_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

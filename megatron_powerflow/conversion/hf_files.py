@@ -268,6 +268,12 @@ def write_index(folder: Path, file_of: Mapping[str, str], total_bytes: int) -> N
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def weights_files(folder: Path) -> list[Path]:
+    """The safetensors files, or those of a converted checkpoint, in order; none in a folder without weights."""
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("release/*.distcp"))
+    return [path for path in found if path.is_file()]
+
+
 def companion_files(source: Path) -> Iterator[Path]:
     """Tokenizer, generation config, chat template, licence: relative paths of what `copy_companions` takes."""
     for pattern in COMPANION_PATTERNS:

@@ -16,7 +16,8 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -57,21 +58,31 @@ def _template_in(path: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], today: date, arguments: dict[str, Any] | None = None) -> str:
-    """The conversation as the tokenizer's template writes it, up to where the assistant is to answer.
+@dataclass(frozen=True)
+class Conversation:
+    """How a run writes conversations. template: in place of the folder's; arguments: variables of the template;
+    today: what a template that asks for the date is told."""
 
-    today: what the template gets for today's date. arguments: further variables of the template.
+    template: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    today: date = field(default_factory=date.today)
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]], how: Conversation) -> str:
+    """The conversation as the template writes it, up to where the assistant is to answer.
+
     Raises UserError where the template refuses the messages, fails, or takes too long.
     """
-    moment = datetime(today.year, today.month, today.day)
+    today = datetime(how.today.year, how.today.month, how.today.day)
     try:
         with _at_most(RENDER_SECONDS):
             return tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=True,
-                strftime_now=moment.strftime,
-                **(arguments or {}),
+                chat_template=how.template,
+                strftime_now=today.strftime,
+                **how.arguments,
             )
     except _TooLongError:
         raise UserError(

@@ -1,7 +1,6 @@
 """Which prompts come next? A file of prompts, checked whole, and a resumable cursor over it.
 
-JSONL or parquet, one prompt per line: one of `prompt` (text), `messages` (chat template applied) or
-`prompt_token_ids`; optional `id`, `answer`, `task`. Every bad line is reported, with its number, before anything
+Files are read by `rows.py`, rows by `prompt_rows.py`. Every bad line is reported, with its number, before anything
 starts. The order is a permutation per epoch, a function of (seed, epoch): the cursor is one whole number.
 
 Left out: data-parallel shares (`train.py` slices), fetching data sets.
@@ -9,8 +8,7 @@ Left out: data-parallel shares (`train.py` slices), fetching data sets.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,9 @@ from typing import Any
 import numpy as np
 
 from megatron_powerflow.data.conversation import conversation_violation
+from megatron_powerflow.data.prompt_format import PromptFormat
+from megatron_powerflow.data.prompt_rows import answer_of, lookalikes, prompt_of, task_of
+from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.errors import UserError
@@ -25,7 +26,7 @@ from megatron_powerflow.random_streams import generator
 from megatron_powerflow.records import Prompt, Purpose
 
 MAX_REPORTED = 20
-KINDS = ("prompt", "messages", "prompt_token_ids")
+AS_GIVEN = PromptFormat()
 Rewrite = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -38,53 +39,92 @@ class PromptFile:
 
 
 def load_prompts(
-    path: str | Path,
+    paths: str | Path | Sequence[str | Path],
     tokenizer: Tokenizer,
     *,
     vocab_size: int,
     max_prompt_tokens: int,
     too_long: str,
     rewrite: Rewrite | None = None,
+    form: PromptFormat = AS_GIVEN,
+    tasks: Sequence[str] | None = None,
+    require_answer: bool = False,
 ) -> PromptFile:
-    """Read and tokenize a prompts file. Raises UserError listing the bad lines.
+    """Read and tokenize one prompts file or several, in their order. Raises UserError listing the bad lines.
 
     too_long: "drop" counts and skips prompts over max_prompt_tokens; "error" refuses them by line.
     rewrite: what is tokenized instead of a row; its UserError is reported with the line.
+    form: how prompts are written. tasks: only prompts of these. require_answer: refuse those without a gold answer.
     """
-    path = Path(path)
+    reading = _Reading(tokenizer, vocab_size, rewrite, form)
+    files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     prompts: list[Prompt] = []
     violations: list[str] = []
-    seen: dict[str, int] = {}
-    num_too_long = 0
-    for number, row in read_rows(path, violations):
-        try:
-            token_ids = prompt_token_ids(rewrite(row) if rewrite else row, tokenizer, vocab_size)
-            identity = text_field(row, "id") or str(number - 1)
-            answer, task = text_field(row, "answer"), text_field(row, "task")
-        except UserError as error:
-            violations.append(f"{path}:{number}: {error}")
-            continue
-        if identity in seen:
-            violations.append(f"{path}:{number}: id {identity!r} is that of line {seen[identity]} too; ids are unique")
-        seen[identity] = number
-        if len(token_ids) > max_prompt_tokens:
+    num_too_long = num_rows = 0
+    for path in files:
+        before = num_rows
+        for number, row in read_file(path, violations):
+            num_rows = before + number
+            place = f"{path}:{number}"
+            violations += reading.lookalikes(row, place)
+            try:
+                prompt = reading.prompt(row, num_rows - 1, place)
+            except UserError as error:
+                violations.append(f"{place}: {error}")
+                continue
+            if tasks is not None and prompt.task not in tasks:
+                continue
+            if require_answer and prompt.answer is None:
+                violations.append(
+                    f"{place}: has no gold answer (answer, solution, ...), and prompts.require_answer=true"
+                )
+            if len(prompt.token_ids) <= max_prompt_tokens:
+                prompts.append(prompt)
+                continue
             num_too_long += 1
             if too_long == "error":
                 violations.append(
-                    f"{path}:{number}: {len(token_ids)} tokens, over rollout.max_prompt_tokens={max_prompt_tokens}; "
+                    f"{place}: {len(prompt.token_ids)} tokens, over rollout.max_prompt_tokens={max_prompt_tokens}; "
                     "shorten it, raise the limit, or set prompts.too_long=drop"
                 )
-            continue
-        prompts.append(Prompt(identity, number - 1, tuple(token_ids), answer, task, readable(row)))
     if not prompts and not violations:
         violations.append(
-            f"{path}: all {num_too_long} prompts are over rollout.max_prompt_tokens={max_prompt_tokens}"
-            if num_too_long
-            else f"{path}: no prompts in it"
+            f"{', '.join(map(str, files))}: {_why_none(num_rows, num_too_long, max_prompt_tokens, tasks)}"
         )
     if violations:
         raise UserError(first_violations(violations))
     return PromptFile(tuple(prompts), num_too_long)
+
+
+def _why_none(num_rows: int, num_too_long: int, max_prompt_tokens: int, tasks: Sequence[str] | None) -> str:
+    if num_too_long:
+        return f"all {num_too_long} prompts are over rollout.max_prompt_tokens={max_prompt_tokens}"
+    return f"no prompt is of prompts.tasks={list(tasks)}" if num_rows and tasks is not None else "no prompts in it"
+
+
+class _Reading:
+    """Rows into prompts; remembers which ids and columns it has seen."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, rewrite: Rewrite | None, form: PromptFormat) -> None:
+        self._tokenizer, self._vocab_size, self._rewrite, self._form = tokenizer, vocab_size, rewrite, form
+        self._place_of: dict[str, str] = {}
+        self._columns: set[str] = set()
+
+    def prompt(self, row: dict[str, Any], index: int, place: str) -> Prompt:
+        """Raises UserError without the line."""
+        asked = self._rewrite(row) if self._rewrite else row
+        token_ids = prompt_token_ids(asked, self._tokenizer, self._vocab_size, self._form)
+        identity = text_field(row, "id") or str(index)
+        first = self._place_of.setdefault(identity, place)
+        if first != place:
+            raise UserError(f"id {identity!r} is that of {first} too; ids are unique")
+        return Prompt(identity, index, tuple(token_ids), answer_of(row), task_of(row), readable(row))
+
+    def lookalikes(self, row: dict[str, Any], place: str) -> list[str]:
+        """Said once for each column."""
+        new = [(name, meant) for name, meant in lookalikes(row) if name not in self._columns]
+        self._columns.update(name for name, _ in new)
+        return [f"{place}: column {name!r} is not read; call it {meant}, or take it out" for name, meant in new]
 
 
 def first_violations(violations: Sequence[str]) -> list[str]:
@@ -93,92 +133,39 @@ def first_violations(violations: Sequence[str]) -> list[str]:
     return [*violations[:MAX_REPORTED], *([f"... and {more} more like these"] if more > 0 else [])]
 
 
-def read_rows(path: Path, violations: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(1-based line, JSON object) of a JSONL or parquet file; bad lines are added to `violations` and skipped."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a JSONL or parquet file")
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:  # ValueError: also numbers of over 4,300 digits
-                violations.append(f"{path}:{number}: not a line of JSON: {error}")
-                continue
-            if b"\\u" in line and not is_unicode(row):
-                violations.append(
-                    f"{path}:{number}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
-                )
-                continue
-            if not isinstance(row, dict):
-                violations.append(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
-                continue
-            yield number, row
-
-
-def is_unicode(row: Any) -> bool:
-    """JSON can spell half a character, and no tokenizer or file can take it."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow; pip install pyarrow, or convert to JSONL") from None
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: not a parquet file that can be read: {error}") from None
-    for number, row in enumerate(rows, start=1):
-        yield number, {key: value for key, value in row.items() if value is not None}
-
-
-def prompt_token_ids(row: dict[str, Any], tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+def prompt_token_ids(
+    row: dict[str, Any], tokenizer: Tokenizer, vocab_size: int, form: PromptFormat = AS_GIVEN
+) -> list[int]:
     """Token ids of one row's prompt, whichever way it is given. Raises UserError without the line number."""
-    kind = _prompt_kind(row)
+    prompt = form.apply(_checked(prompt_of(row)))
+    ((kind, value),) = prompt.items()
     if kind == "prompt_token_ids":
-        return check_token_ids(row[kind], vocab_size, kind)
-    token_ids = tokenizer.encode(_prompt_text(row)) if kind == "prompt" else tokenizer.encode_chat(_messages(row))
+        return check_token_ids(value, vocab_size, kind)
+    token_ids = tokenizer.encode(value) if kind == "prompt" else tokenizer.encode_chat(value)
     return check_token_ids(token_ids, vocab_size, f"{kind} (tokenized)")
+
+
+def _checked(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Raises UserError for a text that is none, and for a conversation that waits for nothing."""
+    if "prompt" in prompt and (not isinstance(prompt["prompt"], str) or not prompt["prompt"].strip()):
+        raise UserError(f"prompt must be a text that is not empty, got {prompt['prompt']!r:.60}")
+    if "messages" in prompt:
+        _check_messages(prompt["messages"])
+    return prompt
 
 
 def as_messages(row: dict[str, Any]) -> list[dict[str, str]]:
     """One row's prompt as a conversation: its messages, or its text as the user's. Raises UserError like the above."""
-    kind = _prompt_kind(row)
-    if kind == "prompt_token_ids":
+    prompt = _checked(prompt_of(row))
+    if "prompt_token_ids" in prompt:
         raise UserError("prompt_token_ids are no conversation; give prompt or messages")
-    return [{"role": "user", "content": _prompt_text(row)}] if kind == "prompt" else list(_messages(row))
-
-
-def _prompt_kind(row: dict[str, Any]) -> str:
-    given = [kind for kind in KINDS if row.get(kind) is not None]
-    if len(given) != 1:
-        raise UserError(f"needs exactly one of {', '.join(KINDS)}; got {given or sorted(row)[:8]}")
-    return given[0]
-
-
-def _prompt_text(row: dict[str, Any]) -> str:
-    value = row["prompt"]
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"prompt must be a text that is not empty, got {value!r:.60}")
-    return value
+    return PromptFormat("chat").apply(prompt)["messages"]
 
 
 def readable(row: dict[str, Any]) -> str:
     """What a person would read of a prompt that `prompt_token_ids` accepted."""
-    if row.get("messages") is not None:
-        return row["messages"][-1]["content"]
-    return row.get("prompt") or ""
+    prompt = prompt_of(row)
+    return prompt["messages"][-1]["content"] if "messages" in prompt else prompt.get("prompt", "")
 
 
 def check_token_ids(value: Any, vocab_size: int, name: str) -> list[int]:
@@ -191,8 +178,7 @@ def check_token_ids(value: Any, vocab_size: int, name: str) -> list[int]:
     return value
 
 
-def _messages(row: dict[str, Any]) -> Sequence[dict[str, str]]:
-    value = row["messages"]
+def _check_messages(value: Any) -> None:
     fine = (
         isinstance(value, list)
         and value
@@ -205,7 +191,6 @@ def _messages(row: dict[str, Any]) -> Sequence[dict[str, str]]:
         raise UserError(f'messages must be a list of {{"role": ..., "content": ...}}, got {value!r:.80}')
     if wrong := conversation_violation(value):
         raise UserError(wrong)
-    return value
 
 
 def text_field(row: dict[str, Any], name: str) -> str | None:

@@ -4,21 +4,22 @@ tokenizer.json where there is one, by the library that defines it; its older par
 only a `tokenizer.model` by sentencepiece itself. Token ids travel between all parts; text is only for people,
 for psi and for answers.
 
-Left out: chat templates of our own. A folder without one refuses `messages`.
+Left out: how a conversation is written (`chat_template.py`, `prompt_format.py`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from megatron_powerflow.data.chat_template import render, template_refusals
+from megatron_powerflow.data.chat_template import Conversation, render, template_refusals
+from megatron_powerflow.data.prompt_format import plain_text
 from megatron_powerflow.errors import UserError
 
 FAST_NAME = "tokenizer.json"
+NO_TEMPLATE = "the model has no chat template: conversations are written as Question: ... Answer:"
 PROBE = "a"  # a text, to see which special tokens come around one
 T = TypeVar("T")
 
@@ -38,7 +39,8 @@ class Tokenizer(Protocol):
         ...
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Ids of a conversation, up to where the assistant is to answer. Raises UserError without a template."""
+        """Ids of a conversation, up to where the assistant is to answer: by the model's template, or in the plain form
+        of `prompt_format.py` where it has none. Raises UserError where the template refuses it."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -46,14 +48,14 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(folder: str | Path, today: date | None = None) -> Tokenizer:
+def load_tokenizer(folder: str | Path, how: Conversation | None = None) -> Tokenizer:
     """Raises UserError when the folder holds no tokenizer, one that cannot be read, or two that differ.
 
-    today: what a chat template that asks for the date is told; None: the date of this day.
+    how: conversations are written; None: by the folder's template, on this day.
     """
-    folder = Path(folder)
+    folder, how = Path(folder), how or Conversation()
     if (folder / FAST_NAME).is_file() or (folder / "vocab.json").is_file():
-        return _HfTokenizer(folder, today or date.today())
+        return _HfTokenizer(folder, how)
     if (folder / "tokenizer.model").is_file():
         return _SentencePieceTokenizer(folder / "tokenizer.model")
     raise UserError(
@@ -68,16 +70,19 @@ class _HfTokenizer:
     model was trained on the file's ids, so these count; what differs is said in `notices`.
     """
 
-    def __init__(self, folder: Path, today: date) -> None:
-        if refusals := template_refusals(folder):
+    def __init__(self, folder: Path, how: Conversation) -> None:
+        if how.template is None and (refusals := template_refusals(folder)):
             raise UserError(refusals)
-        self._folder, self._today = folder, today
+        self._folder, self._how = folder, how
         self._transformers = _guarded(folder, lambda: _from_transformers(folder))
         self._tokenizer, self.notices = self._transformers.backend_tokenizer, ()
         if (folder / FAST_NAME).is_file():
             self._tokenizer = _guarded(folder, lambda: _from_file(folder / FAST_NAME))
             self.notices = _compare(folder, self._tokenizer, self._transformers)
         self.eos_token_id = self._transformers.eos_token_id
+        self._has_template = bool(how.template or self._transformers.chat_template)
+        if not self._has_template:
+            self.notices += (NO_TEMPLATE,)
 
     def encode(self, text: str) -> list[int]:
         return self._ids(text, with_special=True)
@@ -86,11 +91,9 @@ class _HfTokenizer:
         return self._ids(text, with_special=False)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        if not self._transformers.chat_template:
-            raise UserError(
-                f"{self._folder}: the tokenizer has no chat template, which a conversation needs; use `prompt`"
-            )
-        text = render(self._transformers, list(messages), self._today)
+        if not self._has_template:
+            return self.encode(plain_text(messages))
+        text = render(self._transformers, list(messages), self._how)
         return self.encode_plain(text)  # the template writes every special token itself
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -189,7 +192,7 @@ class _SentencePieceTokenizer:
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
         self._bos = [bos] if bos >= 0 else []
         self.eos_token_id = eos if eos >= 0 else None
-        self.notices: tuple[str, ...] = ()
+        self.notices: tuple[str, ...] = (NO_TEMPLATE,)
 
     def encode(self, text: str) -> list[int]:
         return self._bos + self._processor.encode(text)
@@ -198,9 +201,7 @@ class _SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        raise UserError(
-            f"{self._path}: a sentencepiece model has no chat template, which a conversation needs; use `prompt`"
-        )
+        return self.encode(plain_text(messages))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         size = self._processor.get_piece_size()

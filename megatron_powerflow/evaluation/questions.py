@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_powerflow.data.prompts import KINDS, first_violations, text_field
+from megatron_powerflow.data.prompt_rows import ASKED, GIVEN, answer_of, prompt_of, task_of
+from megatron_powerflow.data.prompts import first_violations, text_field
+from megatron_powerflow.data.rows import Row, read_file
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.hub import fetch, is_hub_name
 from megatron_powerflow.evaluation.readers import BENCHMARKS
-from megatron_powerflow.evaluation.rows import Row, read_file
 
 OWN = "prompts"
 GENERIC = "math"  # its task is called as the file is
@@ -62,7 +63,7 @@ def load_questions(
     used: set[str] = set()
     num_left_out = 0
     for path in [path for name in data for path in local_files(name)]:
-        rows = read_file(path, violations)
+        rows = list(read_file(path, violations))
         if not rows:
             violations += [] if violations else [f"{path}: no rows in it"]
             continue
@@ -103,7 +104,7 @@ def local_files(name: str) -> list[Path]:
 def _detect(path: Path, rows: Sequence[tuple[int, Row]]) -> str:
     columns = {name for _, row in rows[:COLUMNS_OF_ROWS] for name in row}
     found = next((name for name, benchmark in BENCHMARKS.items() if benchmark.detect(columns, str(path).lower())), None)
-    if found is None and not columns & set(KINDS):
+    if found is None and not columns & {*GIVEN, *ASKED}:
         raise UserError(
             f"{path}: columns {', '.join(sorted(columns)[:12])} are those of no known format; "
             f"name one with --format: {', '.join(FORMATS)}"
@@ -116,9 +117,8 @@ def _question(
 ) -> Question | None:
     place = f"{path}:{number}"
     if name == OWN:
-        identity, answer, task = (text_field(row, key) for key in ("id", "answer", "task"))
-        prompt = {kind: row[kind] for kind in KINDS if kind in row}
-        return Question(identity or str(number - 1), task or path.stem, prompt, answer, place)
+        identity = text_field(row, "id") or str(number - 1)
+        return Question(identity, task_of(row) or path.stem, prompt_of(row), answer_of(row), place)
     benchmark = BENCHMARKS[name]
     problem = benchmark.read(row)
     if problem is None:

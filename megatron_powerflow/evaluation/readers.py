@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_powerflow.data.response_format import last_boxed
+from megatron_powerflow.data.rows import Row
 from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.evaluation.rows import Row
 
 # EMPO's (github.com/QingyangZhang/EMPO), which the paper's recipe follows
 MATH_SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."

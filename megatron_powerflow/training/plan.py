@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from megatron_powerflow.checkpoint.first_files import CONFIG_MARK, holds_a_run, holds_a_step, not_ours
@@ -15,6 +16,7 @@ from megatron_powerflow.checkpoint.folder import (
     CHECKPOINTS_NAME,
     CONFIG_NAME,
     EXPORT_NAME,
+    INPUTS_NAME,
     hf_folder_of,
     is_converted,
     latest_checkpoint,
@@ -24,13 +26,15 @@ from megatron_powerflow.conversion.checked import open_checked
 from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_stop_token_ids
 from megatron_powerflow.conversion.hf_files import SafetensorsFolder
+from megatron_powerflow.data.prompt_format import PromptFormat
 from megatron_powerflow.data.prompts import PromptFile, load_prompts
-from megatron_powerflow.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_powerflow.data.tokenizer import Conversation, Tokenizer, load_tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Architecture, Prompt
 from megatron_powerflow.rollout.saved import Wanted, find_rollouts, replay_violations
 from megatron_powerflow.targets import export_target
+from megatron_powerflow.training.inputs import Inputs, changes, model_digests, prompt_digest, read_inputs, sampled
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
 
 # A run's folder belongs to the run that has these; anything else may change when a run is continued.
@@ -39,6 +43,7 @@ CHANGEABLE = frozenset(
     | {"optimizer.max_skipped_steps", "rollout.max_concurrent_rows", "rollout.save", "run.stop_on_alarm"}
     | {"run.stop_at_alpha"}
 )
+BY_CONTENT = frozenset({"model.hf_path", "prompts.path", "rollout.replay"})
 CHANGEABLE_SECTIONS = frozenset({"alarm", "parallel", "checkpoint", "evaluation", "metrics"})
 
 
@@ -59,6 +64,7 @@ class Plan:
     evaluation_prompts: tuple[Prompt, ...]
     resume_from: Path | None
     replay_from: Path | None
+    inputs: Inputs
     on_policy: bool = True
     notices: tuple[str, ...] = ()
 
@@ -94,8 +100,10 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True) -> Plan:
     start = Path(config.model.hf_path)
     hf_folder = hf_folder_of(start)
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
-    tokenizer = _collect(violations, lambda: load_tokenizer(hf_folder))
     resume_from = _collect(violations, lambda: find_resume(config))
+    before = _collect(violations, lambda: read_inputs(resume_from)) if resume_from else None
+    today = date.fromisoformat(before.today) if before else date.today()
+    tokenizer = _collect(violations, lambda: load_tokenizer(hf_folder, conversation_of(config, today)))
     violations += _export_violations(config, start)
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
@@ -112,15 +120,19 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True) -> Plan:
             replay_from = _collect(violations, lambda: _check_replay(config, architecture, resume_from))
     if model is not None and tokenizer is not None:
         stop_token_ids = _collect(violations, lambda: stop_token_ids_of(config, hf_folder, tokenizer, model[0]))
-        prompt_file = _collect(violations, lambda: _read_prompts(config, config.prompts.path, tokenizer, model[0]))
+        prompt_file = _collect(violations, lambda: _read_prompts(config, config.prompts.paths, tokenizer, model[0]))
         if prompt_file is not None:
             violations += _answer_violations(config, prompt_file)
         if path := config.evaluation.prompts:
-            evaluation_file = _collect(violations, lambda: _read_prompts(config, path, tokenizer, model[0]))
+            evaluation_file = _collect(violations, lambda: _read_prompts(config, [path], tokenizer, model[0]))
+    if not violations:
+        inputs = _inputs_of(config, today, prompt_file, evaluation_file, replay_from)
+        violations += changes(before, inputs) if before else []
     if violations:
         raise UserError(violations)
     assert model and layout and stop_token_ids and prompt_file
     return Plan(
+        inputs=inputs,
         config=config,
         layout=layout,
         architecture=model[0],
@@ -149,7 +161,7 @@ def describe(plan: Plan) -> str:
         [
             f"model     {architecture.family}, {architecture.num_layers} layers, hidden {architecture.hidden_size}, "
             f"{num_parameters(architecture) / 1e6:,.1f} M parameters{experts}, {config.precision.dtype}",
-            f"prompts   {len(plan.prompts)} from {config.prompts.path}{dropped}",
+            f"prompts   {len(plan.prompts)} from {', '.join(config.prompts.paths)}{dropped}",
             f"step      {config.rollout.prompts_per_step} prompts x {config.rollout.responses_per_prompt} responses = "
             f"{rollouts} rollouts, {config.optimizer.updates_per_rollout} update(s)",
             f"objective {config.objective.preset}, alpha {config.objective.alpha}, log Z' {config.objective.log_z}",
@@ -186,6 +198,39 @@ def _collect(violations: list[str], function: Callable):
         return None
 
 
+def _inputs_of(
+    config: Config,
+    today: date,
+    prompts: PromptFile,
+    evaluation: PromptFile | None,
+    replay_from: Path | None,
+) -> Inputs:
+    start = Path(config.model.hf_path)
+    digests = model_digests(hf_folder_of(start), start) | {"prompts": prompt_digest(prompts.prompts)}
+    if evaluation is not None:
+        digests["evaluation"] = prompt_digest(evaluation.prompts)
+    paths = {
+        "weights": config.model.hf_path,
+        "tokenizer": config.model.hf_path,
+        "prompts": ", ".join(config.prompts.paths),
+        "evaluation": config.evaluation.prompts or "",
+    }
+    replay = {path.name: sampled(path) for path in sorted(replay_from.glob("step_*.jsonl"))} if replay_from else {}
+    return Inputs(today.isoformat(), digests, paths, replay)
+
+
+def conversation_of(config: Config, today: date) -> Conversation:
+    """How this run writes a conversation. Raises UserError where its template cannot be read."""
+    section = config.prompts
+    template = None
+    if section.chat_template is not None:
+        try:
+            template = Path(section.chat_template).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompts.chat_template={section.chat_template!r}: cannot be read: {error}") from None
+    return Conversation(template, dict(section.template_arguments or {}), today)
+
+
 def stop_token_ids_of(
     config: Config, hf_folder: Path, tokenizer: Tokenizer, architecture: Architecture
 ) -> frozenset[int]:
@@ -199,20 +244,24 @@ def stop_token_ids_of(
 
 
 def _answer_violations(config: Config, prompt_file: PromptFile) -> list[str]:
-    without = [prompt.index + 1 for prompt in prompt_file.prompts if prompt.answer is None]
+    without = [prompt.id for prompt in prompt_file.prompts if prompt.answer is None]
     if config.objective.text_reward != "gold" or not without:
         return []
     return [
-        f"{config.prompts.path}: {len(without)} of {len(prompt_file.prompts)} prompts have no `answer` (line "
-        f"{without[0]} first), which the gold reward of objective.preset={config.objective.preset} compares with; "
+        f"{', '.join(config.prompts.paths)}: {len(without)} of {len(prompt_file.prompts)} prompts have no gold answer "
+        f"({without[0]} first), which the gold reward of objective.preset={config.objective.preset} compares with; "
         "add answers or leave those prompts out"
     ]
 
 
-def _read_prompts(config: Config, path: str, tokenizer: Tokenizer, architecture: Architecture) -> PromptFile:
+def _read_prompts(config: Config, paths: Sequence[str], tokenizer: Tokenizer, architecture: Architecture) -> PromptFile:
+    section = config.prompts
     return load_prompts(
-        path,
+        paths,
         tokenizer,
+        form=PromptFormat(section.written, section.system, section.suffix),
+        tasks=section.tasks,
+        require_answer=section.require_answer,
         vocab_size=architecture.vocab_size,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         too_long=config.prompts.too_long,
@@ -260,7 +309,7 @@ def find_resume(config: Config) -> Path | None:
         raise UserError(
             f"run.output_dir={str(folder)!r} holds other files and no run ({', '.join(held[:3])}); name a new folder"
         )
-    differences = _differences(load_config(folder / CONFIG_NAME), config)
+    differences = _differences(load_config(folder / CONFIG_NAME), config, by_content=(folder / INPUTS_NAME).is_file())
     if differences:
         raise UserError(
             [f"run.output_dir={str(folder)!r} is the folder of another run: {item}" for item in differences]
@@ -285,13 +334,14 @@ def _export_violations(config: Config, start: Path) -> list[str]:
     )
 
 
-def _differences(theirs: Config, ours: Config) -> list[str]:
-    found = []
+def _differences(theirs: Config, ours: Config, *, by_content: bool) -> list[str]:
+    """by_content: what the paths name is compared by its content, elsewhere."""
+    found, elsewhere = [], BY_CONTENT if by_content else frozenset()
     for section, values in ours.model_dump().items():
         other = theirs.model_dump()[section]
         for key, value in values.items():
             name = f"{section}.{key}"
-            if section in CHANGEABLE_SECTIONS or name in CHANGEABLE or name == "run.output_dir":
+            if section in CHANGEABLE_SECTIONS or name in CHANGEABLE | elsewhere or name == "run.output_dir":
                 continue
             if other[key] != value:
                 found.append(f"its {name} is {other[key]!r}, not {value!r}")

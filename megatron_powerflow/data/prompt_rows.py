@@ -1,0 +1,135 @@
+"""Which prompt and which gold answer does a row hold? Rows as verl, TRL, slime, NuminaMath and people write them.
+
+    prompt              a text, or a list of messages (verl, TRL)
+    messages            [{"role", "content"}, ...]; NuminaMath's, which end in the solution beside a column of their own
+    prompt_token_ids    whole numbers
+    question, problem,  what is asked, without anything around it: the one message of the user
+    input
+    answer, expected_answer, final_answer, ground_truth, label, reward_model.ground_truth
+                        the gold answer; what stands behind #### where there is one (GSM8K)
+    solution            a text; its last box is the answer
+    task, data_source   which kind of question it is
+
+A row that says one thing twice, and differently, is refused. So is a column that looks like one of these and is not.
+
+Left out: ids in and out (`prompts.py`), how a prompt is written for the model (`prompt_format.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_powerflow.data.answers import same_answer
+from megatron_powerflow.data.response_format import last_boxed
+from megatron_powerflow.data.text_fields import text_of
+from megatron_powerflow.errors import UserError
+
+GIVEN = ("prompt", "messages", "prompt_token_ids")
+ASKED = ("question", "problem", "input")
+ANSWERS = ("answer", "expected_answer", "final_answer", "ground_truth", "label")
+TASKS = ("task", "data_source")
+KNOWN = frozenset({*GIVEN, *ASKED, *ANSWERS, *TASKS, "id", "solution", "reward_model"})
+# Of published files; nothing is read of them.
+NEIGHBOURS = (
+    *("source", "subject", "level", "url", "year", "unique_id", "ability", "extra_info", "index", "split", "tags"),
+    *("type", "difficulty", "category", "instruction", "system", "context", "unit", "error", "labels"),
+    *("answer_type", "problem_type", "question_type", "num_tokens", "metadata"),
+)
+CALLED_OTHERWISE = {
+    "conversation": "messages",
+    "conversations": "messages",
+    "chat": "messages",
+    "text": "prompt",
+    "query": "question",
+    "gold": "answer",
+    "gold_answer": "answer",
+    "correct_answer": "answer",
+    "target": "answer",
+    "response": "answer",
+}
+LIKENESS = 0.86
+
+
+def lookalikes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(column, what it looks like): of those that would be passed over in silence though somebody meant them."""
+    for name in row:
+        if name in KNOWN or name in NEIGHBOURS:
+            continue
+        plain = name.strip().lower().replace("-", "_").replace(" ", "_")
+        close = difflib.get_close_matches(plain, KNOWN, n=1, cutoff=LIKENESS)
+        meant = plain if plain in KNOWN else CALLED_OTHERWISE.get(plain) or (close[0] if close else None)
+        if meant is not None and meant not in row:
+            yield name, meant
+
+
+def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """{"prompt": text}, {"messages": [...]} or {"prompt_token_ids": [...]}. Raises UserError without the line."""
+    given = {name: row[name] for name in GIVEN if row.get(name) is not None}
+    asked = {name: row[name] for name in ASKED if row.get(name) is not None}
+    if isinstance(given.get("prompt"), list):
+        if "messages" in given:
+            raise UserError("prompt and messages both hold a conversation; leave one of them")
+        given = {"messages" if name == "prompt" else name: value for name, value in given.items()}
+    if len(given) > 1 or (not given and len(asked) != 1):
+        names = [*given, *asked]
+        raise UserError(f"needs exactly one of {', '.join((*GIVEN, *ASKED))}; got {names or sorted(row)[:8]}")
+    if not asked:
+        return given
+    (name, question), *others = asked.items()
+    if others or not isinstance(question, str) or not question.strip():
+        raise UserError(
+            f"{', '.join(asked)} all ask something; leave one of them"
+            if others
+            else f"{name} must be a text that is not empty, got {question!r:.60}"
+        )
+    alone = {"messages": [{"role": "user", "content": question.strip()}]}
+    if not given:
+        return alone
+    return _both(name, question.strip(), given)
+
+
+def _both(name: str, question: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Where the question stands in a prompt as well: that, if it is the same one."""
+    ((kind, value),) = given.items()
+    if kind == "messages" and isinstance(value, list):
+        texts = [item.get("content") for item in value if isinstance(item, dict) and item.get("role") == "user"]
+        if texts and str(texts[-1]).strip() == question:
+            answered = value[-1].get("role") == "assistant"
+            return {"messages": value[:-1] if answered else value}
+    if kind == "prompt" and isinstance(value, str) and question in value:
+        return given
+    raise UserError(f"{kind} and {name} ask different things; leave one of them")
+
+
+def answer_of(row: Mapping[str, Any]) -> str | None:
+    """The gold answer; None where the row has none. Raises UserError without the line."""
+    found = {name: text for name in ANSWERS if (text := text_of(row.get(name), name)) is not None}
+    judged = row.get("reward_model")
+    if isinstance(judged, Mapping):
+        name = "reward_model.ground_truth"
+        if (text := text_of(judged.get("ground_truth"), name)) is not None:
+            found[name] = text
+    found = {name: _last_part(text) for name, text in found.items()}
+    if (solution := row.get("solution")) is not None:
+        if not isinstance(solution, str):
+            raise UserError(f"solution must be a text, got {solution!r:.60}")
+        if (boxed := last_boxed(solution)) is not None:
+            found["solution"] = boxed
+    names = list(found)
+    for name in names[1:]:
+        if found[name] != found[names[0]] and not same_answer(found[name], found[names[0]]):
+            raise UserError(
+                f"{names[0]} says {found[names[0]]!r:.60} and {name} says {found[name]!r:.60}; leave the right one"
+            )
+    return found[names[0]] if names else None
+
+
+def task_of(row: Mapping[str, Any]) -> str | None:
+    return next((text for name in TASKS if (text := text_of(row.get(name), name)) is not None), None)
+
+
+def _last_part(text: str) -> str:
+    """Of GSM8K's answers, which show their working, what stands behind ####."""
+    return text.rpartition("####")[2].strip() or text
