@@ -1,4 +1,4 @@
-"""The command line: `powerflow train|check|score|generate|evaluate|export|curves|report|stop`.
+"""The command line: `powerflow train|check|config|prepare|score|generate|evaluate|export|curves|report|stop|env`.
 
 Thin: parses, validates, hands over. torch is imported inside the commands only, so `--help` and `check` are quick
 and an impossible run never reaches it.
@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from megatron_powerflow import __version__
 from megatron_powerflow.config import load_config
 from megatron_powerflow.errors import EXIT_REQUEUE, EXIT_USER_ERROR, RequeueRequested, UserError
 from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
@@ -25,11 +26,20 @@ app = typer.Typer(
     name="powerflow",
     help="PowerFlow on Megatron-Core: sharpen or flatten a language model without labels.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as wanted", show_default=False)]
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="say the version and exit", is_eager=True)] = False,
+) -> None:
+    """PowerFlow on Megatron-Core: sharpen or flatten a language model without labels."""
+    if version:
+        print(f"powerflow {__version__}")
+        raise typer.Exit
 
 
 class PromptAs(StrEnum):
@@ -87,6 +97,63 @@ def check(
     if held := holder_of(plan.run_folder):
         raise UserError(held)
     Console().print(describe(plan), highlight=False, soft_wrap=True)
+
+
+@app.command(name="config")
+def explain_config(
+    key: Annotated[str | None, typer.Argument(help="a key or a section; default: all", show_default=False)] = None,
+) -> None:
+    """Every key of a config: type, default, meaning, and which objectives know it.
+
+    Example: powerflow config objective.alpha
+    """
+    from megatron_powerflow.config_help import explain, keys
+
+    for item in explain(key) if key else keys():
+        default = f", default {item.default}" if item.default else ""
+        presets = f" [only with objective.preset={', '.join(item.presets)}]" if item.presets else ""
+        print(f"{item.name}  ({item.type}{default})\n    {item.meaning}{presets}")
+
+
+@app.command()
+def env() -> None:
+    """Versions, devices and what is missing on this machine: lines to paste into an issue.
+
+    Example: powerflow env
+    """
+    from megatron_powerflow.environment import describe
+
+    print(*describe(), sep="\n")
+
+
+@app.command()
+def prepare(
+    data: Annotated[list[str], typer.Argument(help="files, or hub names: hf://AI-MO/NuminaMath-CoT/data/train-...")],
+    out: Annotated[Path, typer.Option(help="prompts to write: .parquet; the held-out ones and a report beside it")],
+    against: Annotated[
+        list[str] | None, typer.Option(help="evaluation sets that no prompt may be of: files or hub names; repeatable")
+    ] = None,
+    held_out: Annotated[float, typer.Option(min=0, max=0.5, help="share kept apart for evaluation")] = 0.01,
+    max_answer: Annotated[int, typer.Option(min=1, help="characters of the longest answer")] = 60,
+    max_solution: Annotated[int, typer.Option(min=1, help="characters of the longest solution")] = 9000,
+) -> None:
+    """Make prompts of a published file: what has no short answer, is too long, leaks or comes twice falls out.
+
+    Example: powerflow prepare numina.parquet --out prompts.parquet --against HuggingFaceH4/MATH-500
+    """
+    from megatron_powerflow.prepare import lines_of
+    from megatron_powerflow.prepare import prepare as run
+
+    report = run(
+        data,
+        out,
+        against=against or (),
+        held_out=held_out,
+        console=Console(),
+        max_answer=max_answer,
+        max_solution=max_solution,
+    )
+    print(*lines_of(report), sep="\n")
 
 
 @app.command()

@@ -14,7 +14,7 @@ Left out: what the text in a box means (`answer_reading.py`), thoughts (`answers
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_powerflow.records import Rollout
 
@@ -38,6 +38,15 @@ def last_boxed(text: str) -> str | None:
 
     Of boxes in boxes the inner one. Time and memory are linear in the text.
     """
+    return next(_from_the_last(text), None)
+
+
+def all_boxed(text: str) -> list[str]:
+    """What stands in each box that closes and holds something, in order."""
+    return [*_from_the_last(text)][::-1]
+
+
+def _from_the_last(text: str) -> Iterator[str]:
     boxes: list[int] = []  # where a box's name ends
     open_groups: list[int] = []
     closes: dict[int, int] = {}  # where a group's { is: where its } is
@@ -56,8 +65,7 @@ def last_boxed(text: str) -> str | None:
         else:
             end = _end_of_bare(text, begin, closes)
         if end is not None and not _is_empty(text, begin, end):
-            return text[begin:end].strip()
-    return None
+            yield text[begin:end].strip()
 
 
 def format_penalty(rollout: Rollout, boxed: bool, *, psi: float, exempt_tasks: Sequence[str]) -> float:

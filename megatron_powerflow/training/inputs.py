@@ -136,6 +136,6 @@ def _what(name: str, before: Inputs, now: Inputs) -> str:
     ]
     why = f" ({'; '.join(libraries)})" if libraries else ""
     return (
-        f"these are not the prompts that the run began with{why}, and its place in them means nothing here; put the file "
+        f"these are not the prompts that the run began with{why}, and its place in them means nothing here; put them "
         "back, or name a new run.output_dir"
     )
