@@ -38,7 +38,11 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megatron_powerflow", "megatron_powerflow.*"]),
-    package_data={"megatron_powerflow.report": ["*.jinja"], "megatron_powerflow.data": ["*.md"]},
+    package_data={
+        "megatron_powerflow.report": ["*.jinja"],
+        "megatron_powerflow.data": ["*.md"],
+        "megatron_powerflow.recipes": ["*.yaml", "*.jsonl"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

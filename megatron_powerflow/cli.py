@@ -116,6 +116,26 @@ def explain_config(
 
 
 @app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="one of the list; without it the list", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="YAML file to write", show_default=False)] = None,
+) -> None:
+    """The recipes that come with the program: list them, or copy one to change it.
+
+    Example: powerflow recipes reasoning_base --out my.yaml
+    """
+    from megatron_powerflow.recipes import copy, names
+
+    if name is None:
+        print(*(f"{recipe:24}{title}" for recipe, title in names().items()), sep="\n")
+        return
+    if out is None:
+        raise UserError(f"--out: name the file that {name} is to be copied to")
+    copy(name, out)
+    print(f"wrote {out}; powerflow check {out} model.hf_path=...")
+
+
+@app.command()
 def env() -> None:
     """Versions, devices and what is missing on this machine: lines to paste into an issue.
 
