@@ -50,6 +50,12 @@ def tiny_model(tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def record_property(record_property):
+    """pytest's own, for numbers: what one of several test processes sends back is of Python's types."""
+    return lambda name, value: record_property(name, float(value))
+
+
 def run_cli(*arguments: str, num_processes: int = 1, timeout: float = 600, **popen) -> subprocess.CompletedProcess:
     """The real command line, in a process of its own or under torchrun."""
     if num_processes == 1:

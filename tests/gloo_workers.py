@@ -6,6 +6,7 @@ rendezvous anew for each call, through the environment, as under torchrun.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -39,6 +40,7 @@ def _serve(pipe) -> None:
         except BaseException as error:
             text = "".join(traceback.format_exception(error))
             answer = (False, (type(error).__name__, getattr(error, "violations", (str(error),)), text))
+        gc.collect()  # process groups that have ended have threads until then, which wake a hundred times a second
         try:
             pipe.send(answer)
         except Exception as error:  # an answer that cannot travel is the test's mistake

@@ -12,6 +12,7 @@ Left out: the arms (`arms.py`), the tables (`results.py`), the pictures (`powerf
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import multiprocessing
 import os
@@ -150,7 +151,9 @@ def run(job: Job) -> float:
         examine(job, job.base, job.folder, f"rollout.temperature={arm.temperature}", *limits)
     elif not (job.folder / "evaluation" / "evaluation.json").is_file():
         train(job, arm)
+        gc.collect()
         examine(job, job.folder, job.folder / "evaluation")
+    gc.collect()  # process groups of what has ended, whose threads wake a hundred times a second
     return time.monotonic() - start
 
 
