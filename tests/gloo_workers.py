@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,7 @@ GRACE_SECONDS = 5  # after a rank has failed, for the others to do so
 
 def _serve(pipe) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     from megatron_powerflow.parallel.initialize import prepare_imports
@@ -45,6 +47,12 @@ def _serve(pipe) -> None:
             pipe.send(answer)
         except Exception as error:  # an answer that cannot travel is the test's mistake
             pipe.send((False, (type(error).__name__, (str(error),), "the function's answer cannot be pickled")))
+
+
+def _end_with_parent() -> None:
+    """A run takes SIGTERM for a request to save, so that tests that were ended would leave their runs behind."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class RankFailed(AssertionError):

@@ -22,7 +22,28 @@ from pathlib import Path
 
 SEED = 2603
 NUM_REASONING, NUM_CREATIVE, NUM_HELD_OUT = 360, 320, 96
-NAMES = ["Ada", "Ben", "Chidi", "Dana", "Emeka", "Farah", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena", "Mira", "Noor", "Otto", "Priya", "Quinn", "Rosa", "Sami", "Tova"]
+NAMES = [
+    "Ada",
+    "Ben",
+    "Chidi",
+    "Dana",
+    "Emeka",
+    "Farah",
+    "Goran",
+    "Hana",
+    "Ivo",
+    "Jun",
+    "Kofi",
+    "Lena",
+    "Mira",
+    "Noor",
+    "Otto",
+    "Priya",
+    "Quinn",
+    "Rosa",
+    "Sami",
+    "Tova",
+]
 THINGS = ["apples", "pencils", "marbles", "stamps", "shells", "tickets", "cards", "beads", "coins", "stickers"]
 
 
@@ -91,7 +112,10 @@ def gcd(r: random.Random) -> tuple[str, str]:
 
 def lcm(r: random.Random) -> tuple[str, str]:
     a, b = r.randint(6, 40), r.randint(6, 40)
-    text = f"Two lamps flash every {a} and every {b} seconds, and flash together now. After how many seconds do they next flash together?"
+    text = (
+        f"Two lamps flash every {a} and every {b} seconds, and flash together now. "
+        "After how many seconds do they next flash together?"
+    )
     return text, str(math.lcm(a, b))
 
 
@@ -159,7 +183,22 @@ def committee(r: random.Random) -> tuple[str, str]:
 
 
 def letters(r: random.Random) -> tuple[str, str]:
-    word = r.choice(["LEVEL", "BANANA", "COFFEE", "LETTER", "SUMMER", "PEPPER", "ANNA", "BALLOON", "SUCCESS", "RIVER", "STONE", "TOMATO"])
+    word = r.choice(
+        [
+            "LEVEL",
+            "BANANA",
+            "COFFEE",
+            "LETTER",
+            "SUMMER",
+            "PEPPER",
+            "ANNA",
+            "BALLOON",
+            "SUCCESS",
+            "RIVER",
+            "STONE",
+            "TOMATO",
+        ]
+    )
     ways = math.factorial(len(word))
     for letter in set(word):
         ways //= math.factorial(word.count(letter))
@@ -179,8 +218,8 @@ def together(r: random.Random) -> tuple[str, str]:
 
 def mean(r: random.Random) -> tuple[str, str]:
     n, old, new = r.randint(4, 9), r.randint(60, 80), r.randint(81, 95)
-    text = f"The mean of {n} tests is {old}. What must the next one be for the mean of all {n + 1} to be {new if new - old < 6 else old + 2}?"
     goal = new if new - old < 6 else old + 2
+    text = f"The mean of {n} tests is {old}. What must the next one be for the mean of all {n + 1} to be {goal}?"
     return text, str(goal * (n + 1) - old * n)
 
 
@@ -233,17 +272,86 @@ REASONING: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
     *(circle, dice, coins, committee, letters, speed, together, mean, ages, digits, roots, logarithm, mixture, clock),
 )
 
-PLACES = ["the lighthouse", "the empty theatre", "the night bus", "the greenhouse", "the ferry", "the ruined mill", "the library's cellar", "the weather station", "the fairground", "the old observatory", "the bakery before dawn", "the frozen canal"]
-WHO = ["a retired cartographer", "two sisters who do not speak", "the last beekeeper of the valley", "a boy who collects keys", "a translator without a country", "the understudy", "a clockmaker with shaking hands", "a postwoman and her dog", "the new caretaker", "an astronomer who is afraid of the dark", "a locksmith on her day off", "three cousins and a goat"]
-EVENTS = ["finds a letter addressed to the year before", "hears their own name on a dead radio", "opens a door that was painted on", "is handed the wrong suitcase", "wakes to find that the tide has not come back", "counts one stair too many", "learns that the map is still growing", "receives a birthday cake from nobody", "sees the same stranger in every photograph", "is asked to guard an empty chair", "discovers that the echo answers first", "loses a bet with the wind"]
-IMAGES = ["The kettle has gone quiet on the stove", "Rain keeps its appointments better than I do", "My grandmother's coat still holds the door", "There is a river folded in the atlas", "All winter the piano kept its mouth shut", "The streetlamps learn the names of moths", "Somebody has been mending the moon", "I have packed the house into one word", "The orchard counts itself at night", "A bicycle leans on the end of summer", "The snow forgets us one roof at a time", "We kept the sea in a blue enamel bowl"]
+PLACES = [
+    "the lighthouse",
+    "the empty theatre",
+    "the night bus",
+    "the greenhouse",
+    "the ferry",
+    "the ruined mill",
+    "the library's cellar",
+    "the weather station",
+    "the fairground",
+    "the old observatory",
+    "the bakery before dawn",
+    "the frozen canal",
+]
+WHO = [
+    "a retired cartographer",
+    "two sisters who do not speak",
+    "the last beekeeper of the valley",
+    "a boy who collects keys",
+    "a translator without a country",
+    "the understudy",
+    "a clockmaker with shaking hands",
+    "a postwoman and her dog",
+    "the new caretaker",
+    "an astronomer who is afraid of the dark",
+    "a locksmith on her day off",
+    "three cousins and a goat",
+]
+EVENTS = [
+    "finds a letter addressed to the year before",
+    "hears their own name on a dead radio",
+    "opens a door that was painted on",
+    "is handed the wrong suitcase",
+    "wakes to find that the tide has not come back",
+    "counts one stair too many",
+    "learns that the map is still growing",
+    "receives a birthday cake from nobody",
+    "sees the same stranger in every photograph",
+    "is asked to guard an empty chair",
+    "discovers that the echo answers first",
+    "loses a bet with the wind",
+]
+IMAGES = [
+    "The kettle has gone quiet on the stove",
+    "Rain keeps its appointments better than I do",
+    "My grandmother's coat still holds the door",
+    "There is a river folded in the atlas",
+    "All winter the piano kept its mouth shut",
+    "The streetlamps learn the names of moths",
+    "Somebody has been mending the moon",
+    "I have packed the house into one word",
+    "The orchard counts itself at night",
+    "A bicycle leans on the end of summer",
+    "The snow forgets us one roof at a time",
+    "We kept the sea in a blue enamel bowl",
+]
 FORMS = (
     "four more lines",
     "eight more lines, unrhymed",
     "a second stanza that turns the thought",
     "three more couplets",
 )
-JOKES = ["a penguin who joins a choir", "an accountant at the gates of heaven", "a self-driving wheelbarrow", "two snails on a motorway", "a vampire at the dentist", "the world's most patient plumber", "a parrot with a law degree", "a time traveller who is always late", "a chess-playing octopus", "a ghost who is afraid of children", "a cactus in couples therapy", "the mayor of a town of one", "a librarian at a heavy-metal concert", "a dog who reviews restaurants", "an alien at a school reunion", "a nervous volcano"]
+JOKES = [
+    "a penguin who joins a choir",
+    "an accountant at the gates of heaven",
+    "a self-driving wheelbarrow",
+    "two snails on a motorway",
+    "a vampire at the dentist",
+    "the world's most patient plumber",
+    "a parrot with a law degree",
+    "a time traveller who is always late",
+    "a chess-playing octopus",
+    "a ghost who is afraid of children",
+    "a cactus in couples therapy",
+    "the mayor of a town of one",
+    "a librarian at a heavy-metal concert",
+    "a dog who reviews restaurants",
+    "an alien at a school reunion",
+    "a nervous volcano",
+]
 KINDS = (
     "a one-line joke",
     "a knock-knock joke",

@@ -16,6 +16,7 @@ import gc
 import io
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -107,9 +108,16 @@ def pool(num_processes: int) -> ProcessPoolExecutor:
 
 
 def prepare() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     prepare_imports()
+
+
+def _end_with_parent() -> None:
+    """A run takes SIGTERM for a request to save, so that a study that was ended would leave its runs behind."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def finish(futures: dict[Future, str], title: str, console: Console) -> None:
