@@ -12,6 +12,7 @@ import shutil
 from importlib import metadata
 
 import megatron_powerflow
+from megatron_powerflow.parallel.initialize import settings_that_count
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "transformers", "tokenizers", "safetensors")
 PACKAGES += (
@@ -47,9 +48,7 @@ def describe() -> list[str]:
         lines.append(f"{name} {version}" if version else f"{name} not installed" + _why(name))
     lines += _devices()
     lines += [f"{program} {'found' if shutil.which(program) else 'not found'}" for program in ("srun", "nvidia-smi")]
-    names = ("CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "HF_HOME")
-    lines += [f"{name}={os.environ[name]}" for name in names if name in os.environ]
-    return lines
+    return lines + [f"{name}={value}" for name, value in settings_that_count().items()]
 
 
 def _version(name: str) -> str | None:

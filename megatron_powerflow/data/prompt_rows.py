@@ -49,7 +49,7 @@ CALLED_OTHERWISE = {
     "target": "answer",
     "response": "answer",
 }
-LIKENESS = 0.86
+LIKENESS = 0.82
 
 
 def lookalikes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -72,7 +72,7 @@ def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
         if "messages" in given:
             raise UserError("prompt and messages both hold a conversation; leave one of them")
         given = {"messages" if name == "prompt" else name: value for name, value in given.items()}
-    if len(given) > 1 or (not given and len(asked) != 1):
+    if len(given) > 1 or not (given or asked):
         names = [*given, *asked]
         raise UserError(f"needs exactly one of {', '.join((*GIVEN, *ASKED))}; got {names or sorted(row)[:8]}")
     if not asked:

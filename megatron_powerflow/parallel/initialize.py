@@ -72,6 +72,12 @@ def read_job() -> Job | None:
     return Job(job, int(restarts) if restarts.isdecimal() else 0) if job else None
 
 
+def settings_that_count() -> dict[str, str]:
+    """Environment variables of other libraries that change where a run takes place, those that are set."""
+    names = ("CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "HF_HOME")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def prepare_imports() -> None:
     """Call before anything imports megatron.core: installs the CPU layer where there is no CUDA, and keeps
     Megatron's notices about packages a CPU run does without ("Apex is not installed", per module) off the screen."""

@@ -72,7 +72,7 @@ def test_parquet_is_read(tokenizer, tmp_path):
         ("[1, 2]", "must be a JSON object, got list"),
         ('"text"', "got str"),
         ({"prompt": "w5", "messages": []}, "exactly one of"),
-        ({"question": "w5"}, "exactly one of prompt, messages, prompt_token_ids; got ['question']"),
+        ({"asked": "w5"}, "exactly one of prompt, messages, prompt_token_ids, question, problem, input; got ['asked']"),
         ({"prompt": ""}, "not empty"),
         ({"prompt": 5}, "must be a text"),
         ({"messages": "hello"}, "messages must be a list"),
@@ -83,7 +83,7 @@ def test_parquet_is_read(tokenizer, tmp_path):
         ({"prompt_token_ids": [1, VOCAB]}, f"holds {VOCAB}, outside the model's vocabulary of {VOCAB}"),
         ({"prompt_token_ids": [-1]}, "holds -1"),
         ({"prompt": "w5", "answer": [1]}, "answer must be a text or a number"),
-        ({"prompt": "w6", "id": "0"}, "id '0' is that of line 1 too"),
+        ({"prompt": "w6", "id": "0"}, "prompts.jsonl:1 too; ids are unique"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tokenizer, tmp_path, row, words):
