@@ -2,7 +2,7 @@
 #
 #   docker build -t megatron_powerflow .
 #   docker run --gpus all --ipc host --ulimit memlock=-1 -v /models:/models -v /runs:/runs megatron_powerflow \
-#       torchrun --nproc-per-node 8 -m megatron_powerflow.cli train examples/configs/reasoning.yaml \
+#       torchrun --nproc-per-node 8 -m megatron_powerflow.cli train megatron_powerflow/recipes/qwen25_math_1.5b.yaml \
 #       model.hf_path=/models/Qwen2.5-Math-1.5B run.output_dir=/runs/reasoning
 FROM nvcr.io/nvidia/pytorch:25.09-py3
 

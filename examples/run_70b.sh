@@ -2,6 +2,7 @@
 # Llama-3.1-70B on 8 nodes x 8 GPUs (tp 8 x pp 4 x dp 2), one torchrun per node. From the repository's root:
 #
 #   sbatch examples/run_70b.sh model.hf_path=/models/Llama-3.1-70B run.output_dir=/runs/70b [section.key=value ...]
+#   sbatch examples/run_70b.sh --recipe llama31_70b_instruct model.hf_path=/models/Llama-3.1-70B-Instruct ...
 #
 # No setting is passed through the environment: each is an argument and survives a requeue. SLURM's options stand
 # on the command line as usual, e.g. `sbatch --nodes 4 --partition gpu examples/run_70b.sh ...`. Model, prompts and
@@ -19,7 +20,12 @@
 #SBATCH --signal=B:USR1@900
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
-config=examples/configs/llama31_70b.yaml
+recipe=llama31_70b
+if [ "${1:-}" = --recipe ]; then
+    recipe=${2:?--recipe needs a name: powerflow recipes lists them}
+    shift 2
+fi
+config=megatron_powerflow/recipes/$recipe.yaml
 [ -f "$config" ] || { echo "error: submit from the repository's root; $PWD has no $config" >&2; exit 2; }
 python=${VENV:-.venv}/bin/python  # VENV as in tools/environment.sh
 [ -x "$python" ] || python=python3

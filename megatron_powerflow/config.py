@@ -289,7 +289,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, validate. Raises UserError with every violation."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such config file; examples are in examples/configs/")
+        raise UserError(f"{path}: no such config file; `powerflow recipes` lists what can be copied")
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:

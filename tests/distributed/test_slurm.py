@@ -111,7 +111,7 @@ def test_srun_alone_needs_no_torchrun(cluster, tiny_model, prompts, tmp_path):
     run = tmp_path / "run"
     words = tmp_path / "words.jsonl"
     words.write_text('{"prompt": "w5 w6 w7"}\n{"prompt": "w8 w9"}\n')
-    command = [sys.executable, "-m", "megatron_powerflow.cli", "train", "examples/configs/llama31_70b.yaml"]
+    command = [sys.executable, "-m", "megatron_powerflow.cli", "train", "megatron_powerflow/recipes/llama31_70b.yaml"]
     settings = shrunk(tiny_model("llama"), words, run, num_steps=2)
     cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", *command, *settings, cwd=REPOSITORY, timeout=300)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
