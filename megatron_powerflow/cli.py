@@ -19,7 +19,7 @@ from rich.console import Console
 
 from megatron_powerflow import __version__
 from megatron_powerflow.config import load_config
-from megatron_powerflow.errors import EXIT_REQUEUE, EXIT_USER_ERROR, RequeueRequested, UserError
+from megatron_powerflow.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_USER_ERROR, RequeueRequested, UserError
 from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
 
 app = typer.Typer(
@@ -66,15 +66,21 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
 
         console.print(describe(plan), highlight=False, soft_wrap=True)
     prepare_imports()
+    from megatron_powerflow.checkpoint.folder import EXPORT_NAME, latest_checkpoint
     from megatron_powerflow.train import train as run
 
-    run(plan, launch, console, command=_command())
+    try:
+        run(plan, launch, console, command=_command())
+    except KeyboardInterrupt:
+        last = latest_checkpoint(plan.run_folder)
+        _leave(EXIT_INTERRUPTED, [f"interrupted; the same command continues from {last or 'the start'}"])
     if launch.is_main:
-        from megatron_powerflow.checkpoint.folder import latest_checkpoint
-
-        console.print(
-            f"done: {plan.run_folder} (latest checkpoint {latest_checkpoint(plan.run_folder)})", highlight=False
-        )
+        lines = [f"done: {plan.run_folder} (latest checkpoint {latest_checkpoint(plan.run_folder)})"]
+        if settings.run.export and (plan.run_folder / EXPORT_NAME).is_dir():
+            lines.append(f"  serve it     vllm serve {plan.run_folder / EXPORT_NAME}")
+        lines.append(f"  measure it   powerflow evaluate --model {plan.run_folder} --data ... --out ...")
+        lines.append(f"  look at it   powerflow report {plan.run_folder} --out {plan.run_folder / 'report'}")
+        console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -392,6 +398,8 @@ def exit_codes(program: Callable[[], None]) -> None:
         _leave(EXIT_USER_ERROR, [f"error: {violation}" for violation in error.violations])
     except RequeueRequested as request:
         _leave(EXIT_REQUEUE, [str(request)])
+    except KeyboardInterrupt:
+        _leave(EXIT_INTERRUPTED, ["interrupted"])
 
 
 def _leave(code: int, lines: list[str]) -> None:

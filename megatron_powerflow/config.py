@@ -223,6 +223,7 @@ class MetricsSection(Section):
         "auto", description="auto: online where a key is configured, else offline"
     )
     wandb_project: str | None = Field(None, description="default megatron_powerflow")
+    tensorboard: bool = Field(False, description="RUN/tensorboard as well; needs the package tensorboard")
     curves: bool = Field(True, description="draw curves.png at the end of the run")
 
     @field_validator("wandb", mode="before")

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from megatron_powerflow.checkpoint.folder import STOP_NAME
 from megatron_powerflow.checkpoint.state import Progress
+from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, ringing
 from megatron_powerflow.metrics.alarm_words import ADVICE, ends_run, thresholds_of
 from megatron_powerflow.metrics.curves import CURVES_NAME, draw_curves
@@ -25,7 +26,7 @@ from megatron_powerflow.metrics.realised_alpha import alpha_reached
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, write_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
-from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, WandbWriter, read_metrics
+from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, read_metrics
 from megatron_powerflow.parallel.collectives import any_rank, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner
@@ -61,6 +62,8 @@ class RunOutput:
             self._alarms = ringing(self._lines, self._thresholds)
             self._diverged = has_diverged(self._lines, self._thresholds)
             self._note_reached()
+            if plan.config.metrics.tensorboard:
+                self._writers.append(TensorBoardWriter(plan.run_folder, first_step=first_step))
             if plan.config.metrics.wandb != "off":
                 config = plan.config.model_dump(exclude_none=True)
                 run_id = self._session.progress.wandb_run_id
@@ -73,7 +76,10 @@ class RunOutput:
         for writer in self._writers:
             writer.close()
         if self._session.groups.is_main and kind is None and self._plan.config.metrics.curves:
-            draw_curves([self._plan.run_folder], self._plan.run_folder / CURVES_NAME)
+            try:
+                draw_curves([self._plan.run_folder], self._plan.run_folder / CURVES_NAME)
+            except UserError as error:  # a picture is no reason for a finished run to fail
+                self._console.print(f"no {CURVES_NAME}: {error}", highlight=False, soft_wrap=True, markup=False)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

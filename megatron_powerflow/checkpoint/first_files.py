@@ -53,7 +53,7 @@ def holds_a_step(folder: Path) -> bool:
 
 def not_ours(folder: Path) -> list[str]:
     """What is in a folder beside the first files of a start and its lock."""
-    ours = {*FIRST_FILES, "wandb"} if holds_a_run(folder) else {f"{CONFIG_NAME}.partial", STOP_NAME}
+    ours = {*FIRST_FILES, "wandb", "tensorboard"} if holds_a_run(folder) else {f"{CONFIG_NAME}.partial", STOP_NAME}
     names = (path.name for path in folder.iterdir())
     return sorted(name for name in names if name not in ours and not name.startswith(LOCK_NAME))
 

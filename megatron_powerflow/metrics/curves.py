@@ -46,7 +46,7 @@ def draw_curves(runs: Sequence[Path], out: Path) -> Path:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("curves need matplotlib; pip install megatron_powerflow[plot]") from None
+        raise UserError("curves need matplotlib; pip install matplotlib") from None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

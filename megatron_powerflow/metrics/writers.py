@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from megatron_powerflow.config import MetricsSection
 from megatron_powerflow.errors import UserError
@@ -93,45 +93,84 @@ def _wandb_mode(section: MetricsSection) -> str | None:
         raise UserError(f"wandb: {error}; correct the key, or set metrics.wandb=offline") from None
 
 
+class TensorBoardWriter:
+    """RUN/tensorboard: every number of a step, for `tensorboard --logdir RUN`."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # what a try before this one wrote of later steps is not shown
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, metrics: StepMetrics) -> None:
+        for name, value in metrics.values.items():
+            self._writer.add_scalar(name, value, metrics.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+QUIET_SECONDS = 60.0  # at most, between two lines where there is no terminal
+
+
 class ConsoleWriter:
-    """A live line on a terminal, one plain line a step elsewhere: step, loss, log Z', realised alpha, length, ..."""
+    """A live line on a terminal; elsewhere one plain line a step, and one a minute within long steps.
+
+    The time left is that of the mean step so far, in both.
+    """
 
     def __init__(self, console: Console, *, first_step: int, num_steps: int) -> None:
         self._console, self._num_steps, self._first_step = console, num_steps, first_step
-        self._start = time.monotonic()
+        self._start = self._said = time.monotonic()
+        self._step = first_step
         self._live = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total} steps"),
-            TextColumn("{task.fields[phase]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[phase]}", markup=False),
+            TextColumn("{task.fields[left]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._live.add_task("training", total=num_steps, completed=first_step, phase="")
+        self._task = self._live.add_task("training", total=num_steps, completed=first_step, phase="", left="")
         self._live.start()
 
     def phase(self, text: str) -> None:
-        """What is going on within the step; terminals only."""
+        """What is going on within the step."""
         self._live.update(self._task, phase=text)
+        now = time.monotonic()
+        if text and not self._console.is_terminal and now - self._said >= QUIET_SECONDS:
+            self._print(f"step {self._step + 1}/{self._num_steps}: {text}")
 
     def write(self, metrics: StepMetrics) -> None:
         done = metrics.step + 1 - self._first_step
-        left = (time.monotonic() - self._start) / done * (self._num_steps - metrics.step - 1)
-        value = metrics.values
+        left = _duration((time.monotonic() - self._start) / done * (self._num_steps - metrics.step - 1))
+        self._step, value = metrics.step + 1, metrics.values
         parts = [
             f"step {metrics.step + 1}/{self._num_steps}",
             f"loss {value['loss']:.4g}" if "loss" in value else "loss -",
             f"log Z' {value['log_z_mean']:+.3f}" if "log_z_mean" in value else "log Z' -",
             *([f"alpha {value['alpha_realised']:.2f}"] if "alpha_realised" in value else []),
             f"length {value['response_length_mean']:.1f}",
+            f"cut {value['truncated_fraction']:.1%}",
             f"grad {value['grad_norm']:.3g}" if "grad_norm" in value else "grad -",
             f"{value['tokens_per_second']:.0f} tok/s",
-            f"{left / 60:.1f} min left" if left >= 60 else f"{left:.0f} s left",
+            f"{value['step_seconds']:.1f} s",
+            f"{left} left",
         ]
-        self._live.advance(self._task)
-        self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        self._live.update(self._task, completed=metrics.step + 1, left=f"{left} left")
+        self._print("  ".join(parts))
+
+    def _print(self, text: str) -> None:
+        self._said = time.monotonic()
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
         self._live.stop()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

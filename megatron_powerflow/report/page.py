@@ -42,7 +42,7 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
     Raises UserError when a folder is no run, one seed is there twice, matplotlib is missing or OUT cannot be written.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("a report needs matplotlib; pip install megatron_powerflow[plot]")
+        raise UserError("a report needs matplotlib; pip install matplotlib")
     require(_refusals(out))
     from megatron_powerflow.report.drawing import draw_all, swatch
 

@@ -35,6 +35,7 @@ from megatron_powerflow.records import Architecture, Prompt
 from megatron_powerflow.rollout.saved import Wanted, find_rollouts, replay_violations
 from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, model_digests, prompt_digest, read_inputs, sampled
+from megatron_powerflow.training.resources import resource_violations
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
 
 # A run's folder belongs to the run that has these; anything else may change when a run is continued.
@@ -105,6 +106,7 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True) -> Plan:
     today = date.fromisoformat(before.today) if before else date.today()
     tokenizer = _collect(violations, lambda: load_tokenizer(hf_folder, conversation_of(config, today)))
     violations += _export_violations(config, start)
+    violations += resource_violations(config, num_parameters(model[0]) if model else None)
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
         architecture, family = model
@@ -168,7 +170,8 @@ def describe(plan: Plan) -> str:
             *([f"replays   {plan.replay_from}, no engine"] if plan.replay_from else []),
             weight_line(config, plan.on_policy),
             *temperature_lines(config),
-            f"run       {config.run.num_steps} steps into {config.run.output_dir} ({resumes})",
+            f"run       {config.run.num_steps} steps into {config.run.output_dir} ({resumes}), "
+            f"{config.run.num_steps * config.rollout.prompts_per_step / len(plan.prompts):.2g} epochs of the prompts",
             f"layout    {plan.layout.describe()}",
             plan.layout.picture(),
             *(f"notice    {notice}" for notice in plan.notices),

@@ -1,0 +1,62 @@
+"""Will a run find what it needs beside the model? Packages, a folder to write in, room on the disk.
+
+Left out: GPUs and their memory, which only a started process can ask for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+from pathlib import Path
+
+from megatron_powerflow.config import Config
+
+CHECKPOINT_BYTES = 14  # a parameter: bf16 weights, their fp32 masters and Adam's two moments
+GIB = 2**30
+
+
+def resource_violations(config: Config, num_parameters: int | None) -> list[str]:
+    """What is missing, with what to do. num_parameters: of the model, where it is known."""
+    found = _packages(config)
+    folder = Path(config.run.output_dir)
+    above = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), None)
+    if above is None or not os.access(above, os.W_OK):
+        return [*found, f"run.output_dir={config.run.output_dir!r}: {above} cannot be written; name another folder"]
+    if num_parameters is None:
+        return found
+    count, needed = num_checkpoints(config), needed_bytes(config, num_parameters)
+    free = shutil.disk_usage(above).free
+    if needed > free:
+        found.append(
+            f"run.output_dir={config.run.output_dir!r}: {count} checkpoint(s) and the export take {needed / GIB:,.1f} "
+            f"GiB, and {free / GIB:,.1f} GiB are free there; set checkpoint.keep, raise checkpoint.interval, or write "
+            "elsewhere"
+        )
+    return found
+
+
+def num_checkpoints(config: Config) -> int:
+    """That stand at one time; while one is written the oldest is still there."""
+    section = config.checkpoint
+    made = math.ceil(config.run.num_steps / section.interval) if section.interval else 1
+    return made if section.keep is None else min(made, section.keep + 1)
+
+
+def needed_bytes(config: Config, num_parameters: int) -> int:
+    exported = (4 if config.precision.dtype == "fp32" else 2) if config.run.export else 0
+    return num_parameters * (num_checkpoints(config) * CHECKPOINT_BYTES + exported)
+
+
+def _packages(config: Config) -> list[str]:
+    wanted = {
+        "matplotlib": (config.metrics.curves, "metrics.curves=true", "metrics.curves=false"),
+        "tensorboard": (config.metrics.tensorboard, "metrics.tensorboard=true", "metrics.tensorboard=false"),
+        "wandb": (config.metrics.wandb != "off", f"metrics.wandb={config.metrics.wandb}", "metrics.wandb=off"),
+    }
+    return [
+        f"{key} needs the package {package}: pip install {package}, or set {instead}"
+        for package, (is_wanted, key, instead) in wanted.items()
+        if is_wanted and importlib.util.find_spec(package) is None
+    ]
