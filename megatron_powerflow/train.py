@@ -20,6 +20,7 @@ from megatron_powerflow.data.prompts import PromptStream
 from megatron_powerflow.errors import RequeueRequested, UserError
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
+from megatron_powerflow.model_card import card_files
 from megatron_powerflow.parallel.collectives import on_main
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.records import SamplingParams
@@ -55,7 +56,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
                 world_size=groups.world_size,
             )
         with RunOutput(plan, session, console) as output, StopSignal(plan.run_folder, owner, groups) as stop:
-            run_steps(plan, session, output, stop)
+            progress = run_steps(plan, session, output, stop)
             if plan.config.run.export and output.may_export():
                 with output.phase("export"):
                     export_to_hf(
@@ -66,6 +67,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
                         companions=plan.hf_folder,
                         out=plan.run_folder / EXPORT_NAME,
                         source=plan.run_folder,
+                        more=card_files(plan.run_folder, progress.step, command) if groups.is_main else None,
                     )
 
 

@@ -10,7 +10,7 @@ Left out: the operations themselves (`ops.py`), the files (`hf_files.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -131,12 +131,13 @@ def export_to_hf(
     companions: Path,
     out: Path,
     source: Path,
+    more: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `out`, a plain HF folder, in the dtype of the parameters. Collective over all ranks.
 
     companions: folder whose config, tokenizer, generation config and chat template go along. source: what the mark says
-    that it is an export of. The folder appears under its name only when it is complete; an older export there is
+    that it is an export of. more: texts by file name, on the main rank, that go along. The folder appears under its name only when it is complete; an older export there is
     replaced. Raises UserError when something else is there, another process writes it or the disk fills up; nothing of
     `out` is lost then.
     """
@@ -149,6 +150,8 @@ def export_to_hf(
         if groups.is_main:
             stack.callback(target.abandon)  # nothing is left of it behind `publish`
         failure = _attempt(lambda: copy_companions(companions, target.partial, dtype=dtype)) if groups.is_main else None
+        for name, text in (more or {}).items():
+            failure = failure or _attempt((target.partial / name).write_text, text, "utf-8")
         _raise_together(failure, out, groups)
 
         file_of: dict[str, str] = {}

@@ -36,6 +36,7 @@ LEVELS = {
     "output_lines": 5,
     "report": 5,
     "prepare": 5,
+    "model_card": 5,
     "recipes": 5,
     "environment": 5,
     "decoding": 5,

@@ -1,0 +1,135 @@
+"""What should a stranger know of an exported model? README.md, a model card, and provenance.json beside its weights.
+
+Written of what the run's folder says; nothing is asked of the network. A licence that the base's own card does not state
+is not made up.
+
+Left out: the weights (`conversion/shards.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME
+from megatron_powerflow.config import Config, load_config
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.provenance import LAUNCHES_NAME, provenance
+from megatron_powerflow.metrics.writers import read_metrics
+
+CARD_NAME, PROVENANCE_NAME = "README.md", "provenance.json"
+LAST_STEPS = 10
+LICENCE = re.compile(r"^license:\s*['\"]?([\w.+-]+)['\"]?\s*$", re.MULTILINE)
+
+
+def card_files(run: Path, step: int, command: str) -> dict[str, str]:
+    """File name -> text, of a run's policy after `step` steps. command: what exports it."""
+    config = load_config(run / CONFIG_NAME)
+    lines = [line for line in read_metrics(run) if line.get("step", step) < step]
+    facts = {
+        "base": config.model.hf_path,
+        "objective": config.objective.model_dump(exclude_none=True),
+        "steps": step,
+        "rollouts": step * config.rollout.prompts_per_step * config.rollout.responses_per_prompt,
+        "temperature": config.rollout.temperature,
+        "prompts": config.prompts.paths,
+        "realised": _realised(lines),
+        "evaluation": _last_line(run / "evaluations.jsonl", step),
+        "inputs": _json(run / INPUTS_NAME),
+        "launches": _json_lines(run / LAUNCHES_NAME),
+        "export": provenance(command),
+    }
+    text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    return {CARD_NAME: _card(config, facts), PROVENANCE_NAME: text + "\n"}
+
+
+def _card(config: Config, facts: Mapping[str, Any]) -> str:
+    base, objective = Path(facts["base"]).name, config.objective
+    licence = _licence(Path(facts["base"]))
+    head = ["---", f"base_model: {base}", *([f"license: {licence}"] if licence else []), "library_name: transformers"]
+    head += ["tags:", "- powerflow", "---", "", f"# {base}, {_what(config)}", ""]
+    body = [
+        f"Trained by PowerFlow (arXiv 2603.18363, `objective.preset={objective.preset}`) from {base}, without labels: "
+        f"the policy is to match the base model's distribution{_power(objective.alpha)}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base model | {base} |",
+        *([f"| alpha, asked | {objective.alpha:g} |"] if objective.alpha is not None else []),
+        *_realised_rows(facts["realised"]),
+        f"| steps; rollouts | {facts['steps']}; {facts['rollouts']:,} |",
+        f"| prompts | {', '.join(Path(path).name for path in facts['prompts'])} |",
+        f"| temperature to serve at | {facts['temperature']:g} |",
+        f"| licence | {licence or 'that of the base model, which its folder does not state'} |",
+        "",
+    ]
+    evaluation = {key: value for key, value in (facts["evaluation"] or {}).items() if isinstance(value, float)}
+    if evaluation:
+        body += ["On the run's held-out prompts, at the end:", "", "| | |", "|---|---|"]
+        body += [f"| {key} | {value:.4g} |" for key, value in evaluation.items()] + [""]
+    body.append(f"How it came about, to the command and the versions: `{PROVENANCE_NAME}`.")
+    return "\n".join([*head, *body]) + "\n"
+
+
+def _what(config: Config) -> str:
+    alpha = config.objective.alpha
+    if alpha is None or alpha == 1:
+        return f"trained by {config.objective.preset}"
+    return f"{'sharpened' if alpha > 1 else 'flattened'} (alpha {alpha:g})"
+
+
+def _power(alpha: float | None) -> str:
+    return f" to the power {alpha:g}" if alpha is not None else ""
+
+
+def _realised(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the last steps of the numbers that say how far the policy came."""
+    names = ("alpha_realised", "alpha_realised_low", "alpha_realised_high", "alpha_realised_r2")
+    last = lines[-LAST_STEPS:]
+    found = {name: [line[name] for line in last if name in line] for name in names}
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
+
+
+def _realised_rows(found: Mapping[str, float]) -> list[str]:
+    if "alpha_realised" not in found:
+        return []
+    text = f"{found['alpha_realised']:.2f}"
+    if "alpha_realised_low" in found:
+        text += f" [{found['alpha_realised_low']:.2f}, {found['alpha_realised_high']:.2f}]"
+    return [f"| alpha, realised (last {LAST_STEPS} steps) | {text} |"]
+
+
+def _licence(base: Path) -> str | None:
+    """As the base's own model card states it."""
+    try:
+        found = LICENCE.search((base / CARD_NAME).read_text(encoding="utf-8", errors="replace")[:20_000])
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def _last_line(path: Path, step: int) -> dict[str, Any] | None:
+    found = [line for line in _json_lines(path) if line.get("step") == step]
+    return found[-1] if found else None
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); a model card states what it holds") from None
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
