@@ -1,4 +1,4 @@
-"""What should a stranger know of an exported model? README.md, a model card, and provenance.json beside its weights.
+"""What should a stranger know of an exported model? README.md, a model card, and provenance.json beside the weights.
 
 Written of what the run's folder says; nothing is asked of the network. A licence that the base's own card does not state
 is not made up.
