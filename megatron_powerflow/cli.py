@@ -63,7 +63,9 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
         from megatron_powerflow.checkpoint.folder import latest_checkpoint
 
         console.print(
-            f"done: {plan.run_folder} (latest checkpoint {latest_checkpoint(plan.run_folder)})", highlight=False
+            f"done: {plan.run_folder} (latest checkpoint {latest_checkpoint(plan.run_folder)})",
+            highlight=False,
+            soft_wrap=True,
         )
 
 
