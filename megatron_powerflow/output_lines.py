@@ -54,7 +54,7 @@ def write_rounds(
             file.close()
             partial.replace(out)
     if groups.is_main:
-        console.print(f"wrote {out}", highlight=False)
+        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 
 def output_refusals(out: Path, *kinds: Sequence[str]) -> list[str]:

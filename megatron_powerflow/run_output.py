@@ -55,7 +55,9 @@ class RunOutput:
         plan, first_step = self._plan, self._session.progress.step
         if self._session.groups.is_main:
             if first_step:
-                self._console.print(f"continuing after step {first_step} from {plan.resume_from}", highlight=False)
+                self._console.print(
+                    f"continuing after step {first_step} from {plan.resume_from}", highlight=False, soft_wrap=True
+                )
             self._line = ConsoleWriter(self._console, first_step=first_step, num_steps=plan.config.run.num_steps)
             self._writers = [JsonlWriter(plan.run_folder, first_step=first_step), self._line]
             self._lines = read_metrics(plan.run_folder)
@@ -135,6 +137,7 @@ class RunOutput:
                 f"[bold red]alarm {name}[/] at step {step + 1}: {rings[name]}{margin if name == 'length' else ''}. "
                 f"{ADVICE[name]}",
                 highlight=False,
+                soft_wrap=True,
             )
         self._alarms, self._diverged = rings, has_diverged(self._lines, self._thresholds)
 
@@ -151,6 +154,7 @@ class RunOutput:
                 f"[bold red]alarm[/] {', '.join(self._alarms)} rings at the end of this run: {what}. Checkpoints are "
                 f"in {self._plan.run_folder}; `powerflow export` writes one that you choose",
                 highlight=False,
+                soft_wrap=True,
             )
         return not diverged
 
@@ -159,7 +163,9 @@ class RunOutput:
         before, stop_at = self._reached, self._plan.config.run.stop_at_alpha
         self._reached = None if stop_at is None else alpha_reached(self._lines, stop_at)
         if self._reached and not before:
-            self._console.print(f"{self._reached}: the run ends after step {len(self._lines)}", highlight=False)
+            self._console.print(
+                f"{self._reached}: the run ends after step {len(self._lines)}", highlight=False, soft_wrap=True
+            )
 
     def reached(self) -> bool:
         """The policy has come as far as run.stop_at_alpha asks. Collective; the same answer everywhere."""
@@ -229,10 +235,10 @@ def announced(what: str, console: Console | None) -> Iterator[None]:
     """Say that something long begins, and how long it took. No console: a rank that does not print."""
     start = time.monotonic()
     if console is not None:
-        console.print(what, highlight=False)
+        console.print(what, highlight=False, soft_wrap=True)
     yield
     if console is not None:
-        console.print(f"  took {time.monotonic() - start:.1f} s", highlight=False)
+        console.print(f"  took {time.monotonic() - start:.1f} s", highlight=False, soft_wrap=True)
 
 
 class StopSignal:

@@ -2,7 +2,7 @@
 # Installs what the tests need into .venv (or VENV) and runs all of them; arguments go to pytest.
 #
 #   bash tests/run.sh                    everything
-#   bash tests/run.sh -m "not long"      what CI runs: half an hour on 2 cores
+#   bash tests/run.sh -m "not long"      what CI runs: 40 minutes on 2 slow cores
 #   bash tests/run.sh -m "not slow"      what a change deserves before each commit
 #   bash tests/run.sh -m long            what CI leaves out: more runs to the optimum, every entry of the CPU layer
 #   bash tests/run.sh tests/unit         two minutes

@@ -41,7 +41,7 @@ def main(
         "wandb (offline: wandb sync it)": run / "wandb",
     }.items():
         if path is not None and path.exists():
-            console.print(f"{name:34} {path}")
+            console.print(f"{name:34} {path}", soft_wrap=True, markup=False)
 
 
 def show_samples(run: Path, console: Console) -> None:

@@ -132,5 +132,5 @@ def report(
     for title, values in {"diversity": diversity, **results.get("judge", {})}.items():
         if values:
             shown = ", ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in values.items())
-            console.print(f"{title}: {shown}", highlight=False)
-    console.print(f"wrote {path}", highlight=False)
+            console.print(f"{title}: {shown}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {path}", highlight=False, soft_wrap=True)

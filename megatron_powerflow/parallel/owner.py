@@ -14,6 +14,8 @@ A lock of an owner that is gone is succeeded, not removed: its successor links L
 can, looks whether that ends the chain that begins at LOCK, and renames it to LOCK. LOCK is never missing in between,
 and a successor that was killed half-way can be succeeded in its turn.
 
+A file of that name that is none of ours (`--out uv` beside uv.lock) is never succeeded, however old: it is refused.
+
 Left out: what is written in the folder.
 """
 
@@ -39,6 +41,8 @@ from megatron_powerflow.parallel.initialize import read_job
 BEAT_SECONDS = 20.0
 STALE_SECONDS = 300.0
 ATTEMPTS = 50
+START = '{"token": "'  # of a lock of ours, as `json.dumps` writes a Holder
+FOREIGN = "foreign"  # token of a holder that stands for a file of somebody else's
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -184,6 +188,8 @@ def held_by_another(guarded: Path, lock: Path) -> str | None:
 
 
 def _refusal(guarded: Path, place: Path, holder: Holder) -> str:
+    if holder.token == FOREIGN:
+        return f"{guarded}: {place.name} is in the way and no lock of ours; move it away, or write elsewhere"
     text = f"{guarded}: is held by {holder.describe()}; wait for it to end, stop it, or write elsewhere"
     if _is_seen_from_here(holder):
         return text
@@ -263,7 +269,8 @@ def _sweep(lock: Path, now: float) -> None:
 
 
 def _read(place: Path) -> Holder | None:
-    """None: nothing there. What cannot be read was made by hand or is being written: a holder that is not known."""
+    """None: nothing there. The holder of a lock that is damaged, or being written, is not known; that of a file that
+    begins like no lock is FOREIGN."""
     try:
         text = place.read_text(encoding="utf-8", errors="replace")
         since = place.stat().st_mtime
@@ -272,7 +279,8 @@ def _read(place: Path) -> Holder | None:
     try:
         return _holder(json.loads(text))
     except (ValueError, TypeError, RecursionError):
-        return Holder("unknown", "a host that its lock does not name", "", "", 0, None, None, 0, since, "a process")
+        token = "unknown" if text.startswith(START) or START.startswith(text) else FOREIGN
+        return Holder(token, "a host that its lock does not name", "", "", 0, None, None, 0, since, "a process")
 
 
 def _holder(values: dict[str, Any]) -> Holder:
@@ -294,6 +302,8 @@ def _is_seen_from_here(holder: Holder) -> bool:
 
 
 def _is_gone(holder: Holder, place: Path, now: float) -> bool:
+    if holder.token == FOREIGN:
+        return False
     if _is_seen_from_here(holder):
         return not _lives(holder)
     job = read_job()

@@ -95,7 +95,7 @@ def calibrate_head(
     """Give the head its start value: minus the mean residual of the first step's rollouts without it, over all ranks,
     S = S_ref. Returns it. A head that reads prompts also learns what all of them share. Collective."""
     local, form, groups = None, objective.form, scorer.groups
-    batches = [batch for update in updates for batch in update]
+    batches = [batch for of_update in updates for batch in of_update]
     if objective.log_z == "mlp":
         _centre_head(trainable, updates, scorer)
     if groups.is_last_stage:

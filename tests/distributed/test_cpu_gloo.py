@@ -86,7 +86,9 @@ def with_experts(tiny_model, started, tmp_path_factory) -> dict[int, Path]:
     return folders
 
 
-def continue_without(started: Path, tmp_path: Path, *names: str, num_processes: int = 2) -> tuple[int | None, str]:
+def continue_without(
+    started: Path, tmp_path: Path, *names: str, num_processes: int = 2, timeout: float = 90
+) -> tuple[int | None, str]:
     """(exit code, stderr) of the continued run; None when it hangs."""
     shutil.copytree(started / "run", tmp_path / "run")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
@@ -100,7 +102,7 @@ def continue_without(started: Path, tmp_path: Path, *names: str, num_processes: 
         start_new_session=True,
     )
     try:
-        _, stderr = process.communicate(timeout=90)
+        _, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its workers, which have sessions of their own
         _, stderr = process.communicate(timeout=60)
@@ -110,14 +112,14 @@ def continue_without(started: Path, tmp_path: Path, *names: str, num_processes: 
 
 @pytest.mark.slow
 def test_with_every_shim_the_run_works(started, tmp_path):
-    code, stderr = continue_without(started, tmp_path)
+    code, stderr = continue_without(started, tmp_path, timeout=600)
     assert code == 0, stderr[-3000:]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_000002"
 
 
-@pytest.mark.slow
+@pytest.mark.long  # that mixtures work is seen in test_experts.py; this is what those below are compared with
 def test_with_every_shim_a_mixture_works(with_experts, tmp_path):
-    code, stderr = continue_without(with_experts[4], tmp_path, num_processes=4)
+    code, stderr = continue_without(with_experts[4], tmp_path, num_processes=4, timeout=600)
     assert code == 0, stderr[-3000:]
 
 

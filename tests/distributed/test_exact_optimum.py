@@ -73,10 +73,8 @@ IN_CI = (
     *REALISED,
     "la_tb-mlp-2",
     "la_tb-group-0.5",
-    "la_tb-loo-2",
     "la_tb-tilt_cap-4",
     "tb_token_score-2",
-    "rl_traj-0.5",
 )
 
 

@@ -114,7 +114,7 @@ def test_ranks_refuse_together(gloo, config, tmp_path):
     from tests.gloo_workers import RankFailed
 
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.lock").write_text("{}")
+    (tmp_path / "run" / "run.lock").write_text("")
     with pytest.raises(RankFailed) as caught:
         gloo.run(2, run_training, config, "parallel.pp=2")
     assert caught.value.kind == "UserError"
@@ -289,7 +289,7 @@ def evaluate_refused(model: str, data: str, out: str) -> str:
 def test_one_evaluation_at_a_time_fills_a_folder(gloo, config, tiny_model, tmp_path):
     out, model, data = tmp_path / "evaluation", str(tiny_model("llama")), str(tmp_path / "prompts.jsonl")
     out.mkdir()
-    (out / "evaluation.lock").write_text("{}")
+    (out / "evaluation.lock").write_text("")
     (said,) = gloo.run(1, evaluate_refused, model, data, str(out))
     assert f"{out}: is held by a process" in said
     assert [path.name for path in out.iterdir()] == ["evaluation.lock"]
@@ -348,11 +348,11 @@ def test_one_export_at_a_time_writes_a_folder_and_readers_need_no_lock(gloo, con
 
     run = tmp_path / "run"
     gloo.run(1, run_training, config)
-    (run / "run.lock").write_text("{}")
+    (run / "run.lock").write_text("")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt_token_ids": [5, 6], "response_token_ids": [7, 8, 2]}\n')
     gloo.run(1, score_to, str(run), str(rows), str(tmp_path / "scored.jsonl"), ())
-    (tmp_path / "out.lock").write_text("{}")
+    (tmp_path / "out.lock").write_text("")
     refused = run_cli("export", run, "--out", tmp_path / "out")
     assert refused.returncode == 2
     assert f"{tmp_path / 'out'}: is held by a process" in refused.stderr

@@ -175,7 +175,18 @@ def test_an_owner_that_was_taken_for_dead_notices_and_takes_nothing_back(tmp_pat
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"token": "../x"}', "null", "[" * 100_000])
+@pytest.mark.parametrize("content", ["version = 1\n", "[1]", "null", "{}", '{"packages": []}', "[" * 100_000, "\0"])
+def test_a_file_of_somebody_elses_by_that_name_is_refused_and_stays_however_old(tmp_path, content):
+    (tmp_path / "run.lock").write_text(content)
+    for seconds in (0, STALE_SECONDS + 5, 10**7):
+        age(tmp_path, seconds)
+        with pytest.raises(UserError, match=r"run\.lock is in the way and no lock of ours; move it away"):
+            owner_of(tmp_path).take()
+        assert "no lock of ours" in module.held_by_another(tmp_path, tmp_path / "run.lock")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"run.lock": content}
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"token": "../x"}', '{"token": "abc", "host"'])
 def test_a_lock_that_says_nothing_counts_until_it_is_old(tmp_path, content):
     (tmp_path / "run.lock").write_text(content)
     with pytest.raises(UserError, match="a host that its lock does not name"):
