@@ -124,7 +124,7 @@ def test_with_every_shim_a_mixture_works(with_experts, tmp_path):
 
 
 @pytest.mark.long  # changes with the version of Megatron-Core or torch, and with the layer itself
-@pytest.mark.parametrize("shim", SHIMS, ids=lambda shim: shim.name)
+@pytest.mark.parametrize("shim", [shim for shim in SHIMS if shim.name != "compiler"], ids=lambda shim: shim.name)
 def test_without_a_shim_the_run_fails(started, with_experts, tmp_path, shim):
     if shim.needed_below is not None and shim.needed_below <= MEGATRON_VERSION:
         pytest.skip(f"Megatron-Core {shim.needed_below} and later do without it")
@@ -132,6 +132,24 @@ def test_without_a_shim_the_run_fails(started, with_experts, tmp_path, shim):
     run = with_experts[num_processes] if shim.name in WITH_EXPERTS else started
     code, _ = continue_without(run, tmp_path, shim.name, num_processes=num_processes)
     assert code != 0, f"{shim.name} is not needed any more: remove it"
+
+
+def test_without_the_compiler_entry_every_process_loads_a_compiler():
+    script = """
+import sys
+from megatron_powerflow.parallel import cpu_gloo
+cpu_gloo.install(leave_out=frozenset(sys.argv[1:]))
+import megatron_powerflow.train
+print(any(name.startswith(("torch._inductor", "torch._dynamo.")) for name in sys.modules))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    loaded = [
+        subprocess.run(
+            [sys.executable, "-c", script, *names], capture_output=True, text=True, check=True, env=environment
+        ).stdout.split()[-1]
+        for names in ((), ("compiler",))
+    ]
+    assert loaded == ["False", "True"]
 
 
 def test_every_entry_says_what_it_owes():
