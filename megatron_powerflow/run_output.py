@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +21,12 @@ from megatron_powerflow.checkpoint.state import Progress
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, ringing
 from megatron_powerflow.metrics.alarm_words import ADVICE, ends_run, thresholds_of
+from megatron_powerflow.metrics.change import change_table, changes_of
+from megatron_powerflow.metrics.change_picture import CHANGE_NAME, draw_change
 from megatron_powerflow.metrics.curves import CURVES_NAME, draw_curves
 from megatron_powerflow.metrics.realised_alpha import alpha_reached
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
-from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, write_step_log
+from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, read_step_log, write_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, read_metrics
 from megatron_powerflow.parallel.collectives import any_rank, on_main
@@ -78,10 +80,25 @@ class RunOutput:
         for writer in self._writers:
             writer.close()
         if self._session.groups.is_main and kind is None and self._plan.config.metrics.curves:
-            try:
-                draw_curves([self._plan.run_folder], self._plan.run_folder / CURVES_NAME)
-            except UserError as error:  # a picture is no reason for a finished run to fail
-                self._console.print(f"no {CURVES_NAME}: {error}", highlight=False, soft_wrap=True, markup=False)
+            self._draw(CURVES_NAME, lambda out: draw_curves([self._plan.run_folder], out))
+
+    def show_change(self) -> None:
+        """What the run did to its answers to the held-out prompts: a table and a picture, where there are two looks."""
+        if not self._session.groups.is_main or not self._plan.evaluation_prompts:
+            return
+        changes = changes_of(read_step_log(self._plan.run_folder / EVALUATIONS_NAME))
+        if changes is None:
+            return
+        alpha = self._plan.config.objective.alpha
+        self._console.print(change_table(changes, alpha))
+        if self._plan.config.metrics.curves:
+            self._draw(CHANGE_NAME, lambda out: draw_change(changes, alpha, out))
+
+    def _draw(self, name: str, draw: Callable[[Path], object]) -> None:
+        try:
+            draw(self._plan.run_folder / name)
+        except UserError as error:  # a picture is no reason for a finished run to fail
+            self._console.print(f"no {name}: {error}", highlight=False, soft_wrap=True, markup=False)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

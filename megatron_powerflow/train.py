@@ -57,6 +57,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
             )
         with RunOutput(plan, session, console) as output, StopSignal(plan.run_folder, owner, groups) as stop:
             progress = run_steps(plan, session, output, stop)
+            output.show_change()
             if plan.config.run.export and output.may_export():
                 with output.phase("export"):
                     export_to_hf(

@@ -1,4 +1,7 @@
-"""How well does the policy answer prompts it is not trained on? A line of evaluations.jsonl.
+"""What has become of the policy, on prompts it is not trained on? A line of evaluations.jsonl.
+
+Every line is of the same prompts and the same random numbers, so that two of them differ by the policy alone:
+`metrics/change.py` compares them prompt by prompt.
 
 Left out: benchmarks and files (`evaluation/`), which `powerflow evaluate` reads.
 """
@@ -15,53 +18,88 @@ import numpy as np
 from megatron_powerflow.data.answers import extract_answer
 from megatron_powerflow.data.grading import grade
 from megatron_powerflow.metrics.counts import QuestionCounts, summarize
+from megatron_powerflow.metrics.realised_alpha import realised_alpha
 from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
-from megatron_powerflow.parallel.collectives import gather_to_main
+from megatron_powerflow.parallel.collectives import every_rollout
+from megatron_powerflow.presets import Balance
 from megatron_powerflow.records import Purpose, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import Progress
 from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.rewards import annotate
+from megatron_powerflow.training.score_rollouts import reference_sequence_log_probs
 from megatron_powerflow.training.setup import Session
+
+SUMMARY = ("pass_at", "maj", "response_length_mean", "truncated_fraction", "boxed_rate", "policy_entropy")
 
 
 def evaluate_held_out(
     plan: Plan, session: Session, sampling: SamplingParams, step: int, progress: Progress | None = None
 ) -> dict[str, Any] | None:
     """On the main rank a line with step, accuracy, accuracy_se, pass_at, maj, response_length_mean,
-    truncated_fraction, boxed_rate, distinct_2, distinct_3, repeated_share, policy_entropy (nats a token);
-    None elsewhere. Collective."""
-    groups, section = session.groups, plan.config.evaluation
+    truncated_fraction, boxed_rate, distinct_2, distinct_3, repeated_share, policy_entropy and ref_log_prob_mean (nats a
+    token), alpha_realised and its interval, and `by_prompt`: id and numbers, each a list over prompts; None elsewhere.
+    Collective."""
+    groups = session.groups
     sampling = replace(sampling, purpose=Purpose.HELD_OUT)
     mine = list(enumerate(plan.evaluation_prompts))[groups.sampler_rank :: groups.num_samplers]
-    rollouts = session.engine.generate(mine, sampling, progress)
-    reports = groups.is_first_stage and groups.tp_rank == 0
-    gathered = gather_to_main(rollouts if reports else [], groups)
-    if gathered is None:
-        return None
-    every = sorted((r for part in gathered for r in part), key=lambda r: (r.slot, r.response_index))
-    by_prompt = [list(members) for _, members in groupby(every, key=lambda rollout: rollout.slot)]
-    summary = summarize([_counts(members, plan) for members in by_prompt])
+    rollouts = every_rollout(session.engine.generate(mine, sampling, progress), groups, shared_over_cp=True)
+    reference = reference_sequence_log_probs(rollouts, plan, session)
+    return evaluation_line(rollouts, reference, plan, step) if groups.is_main else None
+
+
+def evaluation_line(rollouts: Sequence[Rollout], reference: np.ndarray, plan: Plan, step: int) -> dict[str, Any]:
+    """rollouts: of whole prompts, by slot; reference: [B] the base model's log-probs of the responses, nats."""
+    by_prompt = [list(members) for _, members in groupby(rollouts, key=lambda rollout: rollout.slot)]
+    counts = [_counts(members, plan) for members in by_prompt]
+    summary = summarize(counts)
     tokens = [[rollout.response_token_ids for rollout in members] for members in by_prompt]
+    lengths = np.array([len(response) for group in tokens for response in group])
+    per_prompt = {
+        "id": [members[0].prompt.id for members in by_prompt],
+        "ref_log_prob": _per_token(reference, lengths, by_prompt),
+        "policy_entropy": _per_token(-_sampled(rollouts), lengths, by_prompt),
+        "distinct_2": [distinct_n(group, 2) for group in tokens],
+        "response_length": [float(np.mean([len(response) for response in group])) for group in tokens],
+    }
     return {
         "step": step,
         "accuracy": summary["avg"],
         "accuracy_se": summary["avg_se"],
-        **{
-            name: summary[name]
-            for name in (
-                "pass_at",
-                "maj",
-                "response_length_mean",
-                "truncated_fraction",
-                "boxed_rate",
-                "policy_entropy",
-            )
-        },
+        **{name: summary[name] for name in SUMMARY},
+        "ref_log_prob_mean": float(reference.sum() / lengths.sum()),
         "num_prompts": len(by_prompt),
-        "num_responses": section.num_responses,
-        "distinct_2": float(np.mean([distinct_n(group, 2) for group in tokens])),
+        "num_responses": plan.config.evaluation.num_responses,
+        "distinct_2": float(np.mean(per_prompt["distinct_2"])),
         "distinct_3": float(np.mean([distinct_n(group, 3) for group in tokens])),
         "repeated_share": float(np.mean([repeated_share(response) for group in tokens for response in group])),
+        **_realised(rollouts, reference, lengths, plan),
+        "by_prompt": per_prompt,
     }
+
+
+def _sampled(rollouts: Sequence[Rollout]) -> np.ndarray:
+    """[B] nats: what the sampler says of each response."""
+    return np.array([sum(rollout.rollout_log_probs) for rollout in rollouts])
+
+
+def _per_token(sums: np.ndarray, lengths: np.ndarray, by_prompt: Sequence[Sequence[Rollout]]) -> list[float]:
+    """Of each prompt's responses together."""
+    ends = np.cumsum([len(members) for members in by_prompt])[:-1]
+    parts = zip(np.split(sums, ends), np.split(lengths, ends), strict=True)
+    return [float(values.sum() / tokens.sum()) for values, tokens in parts]
+
+
+def _realised(rollouts: Sequence[Rollout], reference: np.ndarray, lengths: np.ndarray, plan: Plan) -> dict[str, float]:
+    """Which power of the base model the responses show: see `metrics/realised_alpha.py`."""
+    objective, added = plan.config.objective, np.zeros(len(rollouts))
+    counted = lengths if objective.tilt_cap is None else np.minimum(lengths, objective.tilt_cap)
+    if objective.alpha is not None and isinstance(objective.form, Balance):
+        annotated = annotate(rollouts, objective, plan.tokenizer)
+        added = np.array([objective.alpha * item.psi + item.reward for item in annotated])
+        added = added * counted if objective.form.per_length else added
+    prompts = np.array([rollout.slot for rollout in rollouts])
+    found = realised_alpha(_sampled(rollouts), reference, counted, prompts, added)
+    return {name: float(value) for name, value in found.items()}
 
 
 def _counts(members: Sequence[Rollout], plan: Plan) -> QuestionCounts:

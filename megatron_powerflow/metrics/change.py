@@ -1,0 +1,111 @@
+"""What did training do to the policy? Two lines of evaluations.jsonl, of the same prompts and random numbers, compared.
+
+Each prompt is its own comparison: the error of a mean difference is that of the differences over prompts, in which what
+is common to both, an easy prompt or a long one, has gone.
+
+Left out: printing (`change_table`), the picture (`change_picture.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from megatron_powerflow.metrics.counts import mean, standard_error
+
+# of `by_prompt` -> what a person calls it
+NAMES = {
+    "ref_log_prob": "base model's log-prob (nats per token)",
+    "policy_entropy": "policy entropy (nats per token)",
+    "distinct_2": "distinct 2-grams of a prompt's responses",
+    "response_length": "response length (tokens)",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one quantity. before, after: one number per prompt, in the same order; at least two prompts."""
+
+    name: str
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+    @property
+    def difference(self) -> float:
+        """Mean over prompts of after - before."""
+        return mean(self.differences)
+
+    @property
+    def error(self) -> float:
+        """Standard error of `difference`, over prompts."""
+        return standard_error(self.differences)
+
+    @property
+    def differences(self) -> list[float]:
+        return [after - before for before, after in zip(self.before, self.after, strict=True)]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """first, last: the lines compared."""
+
+    first: Mapping[str, Any]
+    last: Mapping[str, Any]
+    quantities: tuple[Change, ...]
+
+
+def changes_of(lines: Sequence[Mapping[str, Any]]) -> Changes | None:
+    """lines: of evaluations.jsonl, oldest first. None with fewer than two of the same prompts (two or more), as after a
+    run that was given other evaluation prompts on its way."""
+    if len(lines) < 2 or not all(_comparable(line) for line in (lines[0], lines[-1])):
+        return None
+    first, last = lines[0], lines[-1]
+    if first["by_prompt"]["id"] != last["by_prompt"]["id"] or last["num_prompts"] < 2:
+        return None
+    return Changes(
+        first,
+        last,
+        tuple(Change(name, tuple(first["by_prompt"][name]), tuple(last["by_prompt"][name])) for name in NAMES),
+    )
+
+
+def _comparable(line: Mapping[str, Any]) -> bool:
+    """Written by this version: a number per prompt of each quantity."""
+    by_prompt = line.get("by_prompt")
+    return isinstance(by_prompt, Mapping) and all(
+        isinstance(by_prompt.get(name), list) and len(by_prompt[name]) == line["num_prompts"] for name in ("id", *NAMES)
+    )
+
+
+def change_table(changes: Changes, alpha: float | None) -> Table:
+    """For the console: before, after, difference +- its standard error; the realised alpha with its 95 % interval."""
+    first, last = changes.first, changes.last
+    asked = "" if alpha is None else f", objective.alpha={alpha:g}"
+    table = Table(
+        title=f"{last['num_prompts']} held-out prompts x {last['num_responses']} responses, same random numbers{asked}",
+        title_justify="left",
+    )
+    for column in ("", f"step {first['step']}", f"step {last['step']}", "difference"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for change in changes.quantities:
+        table.add_row(
+            NAMES[change.name],
+            f"{mean(change.before):.3f}",
+            f"{mean(change.after):.3f}",
+            f"{change.difference:+.3f} +- {change.error:.3f}",
+        )
+    if "alpha_realised" in last:
+        table.add_row("realised alpha [95 %]", _realised(first), _realised(last), "")
+    return table
+
+
+def _realised(line: Mapping[str, Any]) -> str:
+    if "alpha_realised" not in line:
+        return ""
+    text = f"{line['alpha_realised']:.2f}"
+    if "alpha_realised_low" in line and line["step"]:
+        text += f" [{line['alpha_realised_low']:.2f}, {line['alpha_realised_high']:.2f}]"
+    return text
