@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.change import changes_of
 from megatron_powerflow.metrics.step_log import read_step_log
 from megatron_powerflow.metrics.writers import read_metrics
 from megatron_powerflow.training.plan import make_plan
@@ -46,12 +47,24 @@ def test_evaluations_are_written_when_due_and_alike_under_every_layout(gloo, con
     assert set(lines[0]["pass_at"]) == {"1", "2", "4", "8"}
     assert lines[0]["pass_at"]["1"] == pytest.approx(lines[0]["accuracy"])
     assert lines[0]["policy_entropy"] > 0
-    for name, num_ranks, layout in (("pp2", 2, "parallel.pp=2"), ("dp2", 2, "parallel.micro_batch_size=2")):
-        gloo.run(num_ranks, run_training, config, f"run.output_dir={tmp_path / name}", layout)
+    # at first the policy is the base model; afterwards it is not
+    assert lines[0]["ref_log_prob_mean"] == pytest.approx(-lines[0]["policy_entropy"], rel=1e-4)
+    assert lines[0]["alpha_realised"] == pytest.approx(1.0, abs=1e-3)
+    assert lines[2]["ref_log_prob_mean"] != pytest.approx(-lines[2]["policy_entropy"], rel=1e-3)
+    changes = changes_of(lines)
+    assert [len(change.before) for change in changes.quantities] == [6] * 4
+    for name, num_ranks, layout in (
+        ("pp2", 2, ["parallel.pp=2"]),
+        ("dp2", 2, ["parallel.micro_batch_size=2"]),
+        ("packed", 2, ["parallel.max_tokens_per_micro_batch=32"]),
+    ):
+        gloo.run(num_ranks, run_training, config, f"run.output_dir={tmp_path / name}", *layout)
         for ours, theirs in zip(read_step_log(tmp_path / name / "evaluations.jsonl"), lines, strict=True):
             assert ours["accuracy"] == theirs["accuracy"]
             assert ours["pass_at"] == theirs["pass_at"]
-            assert ours["policy_entropy"] == pytest.approx(theirs["policy_entropy"], rel=1e-4)
+            for quantity in ("policy_entropy", "ref_log_prob_mean", "alpha_realised"):
+                assert ours[quantity] == pytest.approx(theirs[quantity], rel=1e-4)
+            assert ours["by_prompt"]["ref_log_prob"] == pytest.approx(theirs["by_prompt"]["ref_log_prob"], rel=1e-4)
 
 
 def test_the_alarm_of_a_resumed_run_is_that_of_its_log(gloo, config, tmp_path):
@@ -79,5 +92,5 @@ def test_the_alarm_of_a_resumed_run_is_that_of_its_log(gloo, config, tmp_path):
 def test_a_gold_reward_needs_answers(tiny_model, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt_token_ids": [5], "answer": "1"}\n{"prompt_token_ids": [6]}\n')
     config = config_for(tiny_model("llama"), tmp_path / "prompts.jsonl", tmp_path / "run", "objective.preset=grpo")
-    with pytest.raises(UserError, match="1 of 2 prompts have no `answer` \\(line 2 first\\)"):
+    with pytest.raises(UserError, match="1 of 2 prompts have no gold answer \\(id '1' first\\)"):
         make_plan(config, 1)
