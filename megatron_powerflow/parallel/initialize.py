@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.interfaces import interface_towards
 from megatron_powerflow.parallel.layout import Layout
 
 TIMEOUT = timedelta(minutes=30)
@@ -147,16 +148,37 @@ def cpu_group(launch: Launch) -> Iterator[None]:
 
 
 def _init_process_group(launch: Launch, backend: str) -> None:
+    """Raises UserError where the processes do not find each other."""
     import torch.distributed as dist
 
     if launch.launcher == "alone":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    elif launch.launcher == "torchrun":
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
-        host, port = _srun_rendezvous()
-        store = dist.TCPStore(host, port, launch.world_size, is_master=launch.rank == 0, timeout=TIMEOUT)
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT)
+        return
+    host, port = _rendezvous(launch)
+    if (interface := interface_towards(host)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    try:
+        if launch.launcher == "torchrun":
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            store = dist.TCPStore(host, port, launch.world_size, is_master=launch.rank == 0, timeout=TIMEOUT)
+            dist.init_process_group(
+                backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
+            )
+    except (RuntimeError, ValueError) as error:  # of torch's store and of gloo: no classes of their own
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"rank {launch.rank} does not find the other processes at MASTER_ADDR={host}, port {port} ({reason}); see "
+            "that all of them run, that this node reaches that address, and that GLOO_SOCKET_IFNAME="
+            f"{os.environ.get('GLOO_SOCKET_IFNAME', '')} names the interface that leads there"
+        ) from None
+
+
+def _rendezvous(launch: Launch) -> tuple[str, int | str]:
+    """Where rank 0 is to be found."""
+    if launch.launcher == "srun":
+        return _srun_rendezvous()
+    return os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "")
 
 
 def _groups(launch: Launch, layout: Layout, device):

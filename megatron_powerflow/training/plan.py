@@ -252,8 +252,8 @@ def _answer_violations(config: Config, prompt_file: PromptFile) -> list[str]:
         return []
     return [
         f"{', '.join(config.prompts.paths)}: {len(without)} of {len(prompt_file.prompts)} prompts have no gold answer "
-        f"(id {without[0]!r} first), which the gold reward of objective.preset={config.objective.preset} compares with; "
-        "add answers or leave those prompts out"
+        f"(id {without[0]!r} first), which the gold reward of objective.preset={config.objective.preset} compares "
+        "with; add answers or leave those prompts out"
     ]
 
 
