@@ -215,6 +215,7 @@ class EvaluationSection(Section):
     )
     interval: NonNegativeInt = Field(0, description="steps between samples, evaluations; 0: only first and last")
     prompts: str | None = Field(None, description="prompts with answers, answered at each interval: evaluations.jsonl")
+    num_prompts: PositiveInt | None = Field(None, description="only the first so many of them; default: all")
     num_responses: PositiveInt | None = Field(None, description="responses to each of them; default 4")
 
 

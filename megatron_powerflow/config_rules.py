@@ -94,6 +94,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("parallel.vpp", None, lambda c: c.parallel.pp > 1, "parallel.pp=1"),
     ("evaluation.samples", 3, _has_engine, "rollout.replay trains without an engine"),
     ("evaluation.prompts", None, _has_engine, "rollout.replay trains without an engine"),
+    ("evaluation.num_prompts", None, lambda c: c.evaluation.prompts is not None, "evaluation.prompts is not given"),
     ("evaluation.num_responses", 4, lambda c: c.evaluation.prompts is not None, "evaluation.prompts is not given"),
     ("run.stop_at_alpha", None, _powers, "the target of this objective.preset is no power of the base model"),
     ("metrics.wandb_project", "megatron_powerflow", lambda c: c.metrics.wandb != "off", "metrics.wandb=off"),

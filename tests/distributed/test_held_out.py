@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_powerflow.config import load_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.change import changes_of
 from megatron_powerflow.metrics.step_log import read_step_log
@@ -87,6 +88,13 @@ def test_the_alarm_of_a_resumed_run_is_that_of_its_log(gloo, config, tmp_path):
     gloo.run(1, run_training, config, *common, "run.num_steps=26", "run.stop_on_alarm=[short,loss]")
     after = read_metrics(tmp_path / "run")[24:]
     assert [(line["alarm"], line["alarm_length"], line["alarm_short"]) for line in after] == [(1.0, 1.0, 0.0)] * 2
+
+
+def test_only_the_first_held_out_prompts_are_answered_where_a_number_is_given(config):
+    plan = make_plan(load_config(config, ["evaluation.num_prompts=2"]), 1)
+    assert [prompt.id for prompt in plan.evaluation_prompts] == ["0", "1"]
+    with pytest.raises(UserError, match="evaluation.num_prompts"):
+        load_config(config, ["evaluation.num_prompts=2", "evaluation.prompts=null", "evaluation.num_responses=null"])
 
 
 def test_a_gold_reward_needs_answers(tiny_model, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def cluster(tmp_path_factory):
         yield started
 
 
-def shrunk(model: Path, prompts: Path, run: Path, num_steps: int) -> list[str]:
+def shrunk(model: Path, prompts: Path | None, run: Path, num_steps: int) -> list[str]:
+    """prompts: None leaves the recipe's own."""
     return [
         f"model.hf_path={model}",
         "model.recompute=none",
@@ -30,14 +32,16 @@ def shrunk(model: Path, prompts: Path, run: Path, num_steps: int) -> list[str]:
         "parallel.sequence_parallel=false",
         "parallel.micro_batch_size=2",
         "precision.dtype=fp32",
-        f"prompts.path={prompts}",
+        *([f"prompts.path={prompts}", "prompts.require_answer=false"] if prompts else []),
         "rollout.prompts_per_step=2",
         "rollout.responses_per_prompt=2",
-        "rollout.max_prompt_tokens=32",
+        "rollout.max_prompt_tokens=128",
         "rollout.max_response_tokens=12",
         f"run.num_steps={num_steps}",
         f"run.output_dir={run}",
         "evaluation.samples=1",
+        "evaluation.num_prompts=2",
+        "evaluation.num_responses=2",
         "metrics.wandb=offline",
     ]
 
@@ -58,15 +62,26 @@ def submit(cluster: SlurmCluster, folder: Path, *settings: str) -> tuple[str, Pa
     return job, log
 
 
-def test_the_70b_script_trains_over_two_nodes_and_exports(cluster, smollm2, prompts, tmp_path):
+def without_chat_template(model: Path, folder: Path) -> Path:
+    """The model as a base model: no conversation was ever written for it."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("chat_template*"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_70b_script_trains_a_base_model_on_its_own_prompts_over_two_nodes(cluster, smollm2, tmp_path):
     from transformers import AutoModelForCausalLM
 
     run = tmp_path / "run"
-    job, log = submit(cluster, tmp_path, *shrunk(smollm2, prompts, run, num_steps=2))
+    base = without_chat_template(smollm2, tmp_path / "base")
+    job, log = submit(cluster, tmp_path, *shrunk(base, None, run, num_steps=2))
     state = cluster.wait_for(job, timeout=400)
     assert state == "COMPLETED", log.read_text()
     text = log.read_text()
     assert "2 processes = tp 1 x cp 1 x pp 2 x dp 1" in text
+    assert "the model has no chat template" in text
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert AutoModelForCausalLM.from_pretrained(run / "hf_export").config.num_hidden_layers == 30
     assert list((run / "wandb").glob("offline-run-*"))
