@@ -93,7 +93,7 @@ def test_the_alarm_of_a_resumed_run_is_that_of_its_log(gloo, config, tmp_path):
 def test_only_the_first_held_out_prompts_are_answered_where_a_number_is_given(config):
     plan = make_plan(load_config(config, ["evaluation.num_prompts=2"]), 1)
     assert [prompt.id for prompt in plan.evaluation_prompts] == ["0", "1"]
-    with pytest.raises(UserError, match="evaluation.num_prompts"):
+    with pytest.raises(UserError, match=r"evaluation\.num_prompts"):
         load_config(config, ["evaluation.num_prompts=2", "evaluation.prompts=null", "evaluation.num_responses=null"])
 
 
