@@ -29,7 +29,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as wanted", show_default=False)]
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    """For the shell's Tab: the keys of a config that begin so."""
+    from megatron_powerflow.config_help import keys
+
+    return [f"{key.name}=" for key in keys() if key.name.startswith(incomplete)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="section.key=value, as many as wanted; null takes a value away",
+        show_default=False,
+        autocompletion=_complete_key,
+    ),
+]
 
 
 @app.callback()

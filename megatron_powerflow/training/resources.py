@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from megatron_powerflow.checkpoint.folder import checkpoints_of
 from megatron_powerflow.config import Config
 
 CHECKPOINT_BYTES = 14  # a parameter: bf16 weights, their fp32 masters and Adam's two moments
@@ -26,13 +27,15 @@ def resource_violations(config: Config, num_parameters: int | None) -> list[str]
         return [*found, f"run.output_dir={config.run.output_dir!r}: {above} cannot be written; name another folder"]
     if num_parameters is None:
         return found
-    count, needed = num_checkpoints(config), needed_bytes(config, num_parameters)
-    free = shutil.disk_usage(above).free
+    count = num_checkpoints(config)
+    # a run that goes on has some of its checkpoints on the disk already; another one is written before one is removed
+    left = max(count - len(checkpoints_of(folder)), 1)
+    needed, free = needed_bytes(config, num_parameters, left), shutil.disk_usage(above).free
     if needed > free:
+        export = " and the export" if config.run.export else ""
         found.append(
-            f"run.output_dir={config.run.output_dir!r}: {count} checkpoint(s) and the export take {needed / GIB:,.1f} "
-            f"GiB, and {free / GIB:,.1f} GiB are free there; set checkpoint.keep, raise checkpoint.interval, or write "
-            "elsewhere"
+            f"run.output_dir={config.run.output_dir!r}: {left} checkpoint(s){export} take {needed / GIB:,.1f} GiB, and "
+            f"{free / GIB:,.1f} GiB are free there; set checkpoint.keep, raise checkpoint.interval, or write elsewhere"
         )
     return found
 
@@ -44,9 +47,9 @@ def num_checkpoints(config: Config) -> int:
     return made if section.keep is None else min(made, section.keep + 1)
 
 
-def needed_bytes(config: Config, num_parameters: int) -> int:
+def needed_bytes(config: Config, num_parameters: int, num_checkpoints: int) -> int:
     exported = (4 if config.precision.dtype == "fp32" else 2) if config.run.export else 0
-    return num_parameters * (num_checkpoints(config) * CHECKPOINT_BYTES + exported)
+    return num_parameters * (num_checkpoints * CHECKPOINT_BYTES + exported)
 
 
 def _packages(config: Config) -> list[str]:
