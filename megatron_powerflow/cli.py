@@ -342,7 +342,7 @@ def export(
     from megatron_powerflow.inference import COMMON_KEYS, export_file, open_model
 
     opened = open_model(checkpoint, overrides or (), COMMON_KEYS, launch.world_size)
-    export_file(opened, out, launch, Console())
+    export_file(opened, out, launch, Console(), command=_command())
 
 
 @app.command()

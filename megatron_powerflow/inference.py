@@ -15,7 +15,15 @@ from typing import Any
 from rich.console import Console
 
 from megatron_powerflow.checkpoint import storage
-from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, Keeps, find_checkpoint, is_converted, keeps_of
+from megatron_powerflow.checkpoint.folder import (
+    CONFIG_NAME,
+    HF_NAME,
+    Keeps,
+    find_checkpoint,
+    is_converted,
+    keeps_of,
+    run_of,
+)
 from megatron_powerflow.config import Config, load_config, parse_config
 from megatron_powerflow.conversion.checked import open_checked
 from megatron_powerflow.conversion.families import FAMILIES
@@ -29,6 +37,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.model.build import build_chunks, transformer_config
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import require_fp8_support
+from megatron_powerflow.model_card import card_files
 from megatron_powerflow.output_lines import BY_GENERATE, SCORED, output_refusals, write_rounds
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
@@ -267,11 +276,15 @@ def prompts_per_round(opened: Opened, responses_per_prompt: int) -> int:
     return max(1, max(ROUND_ROWS, opened.config.rollout.max_concurrent_rows) // responses_per_prompt)
 
 
-def export_file(opened: Opened, out: Path, launch: Launch, console: Console) -> None:
-    """A checkpoint's policy as an HF folder. Raises UserError for a folder that is no checkpoint."""
+def export_file(opened: Opened, out: Path, launch: Launch, console: Console, *, command: str = "") -> None:
+    """A checkpoint's policy as an HF folder, with a model card where it is a run's. Raises UserError for a folder that
+    is no checkpoint."""
     if opened.checkpoint is None:
         raise UserError(f"{opened.hf_folder}: no checkpoint of a run; it is a Hugging Face folder already")
     require(export_target(out).refusals(apart_from=opened.keeps.apart_from, not_over=opened.keeps.not_over))
+    card = None
+    if launch.is_main and not is_converted(opened.checkpoint):
+        card = card_files(run_of(opened.checkpoint), storage.read_progress(opened.checkpoint).step, command)
     with initialized(opened.layout, launch, seed=0) as groups:
         chunks = load_chunks(opened, groups)
         export_to_hf(
@@ -282,6 +295,7 @@ def export_file(opened: Opened, out: Path, launch: Launch, console: Console) -> 
             companions=opened.hf_folder,
             out=out,
             source=opened.checkpoint,
+            more=card,
         )
     if launch.is_main:
         console.print(f"wrote {out}{served_at(opened.config.rollout.temperature)}", highlight=False, soft_wrap=True)

@@ -91,6 +91,11 @@ def keeps_of(model: Path, step: int | None = None) -> Keeps:
     return Keeps((checkpoint.parent, *start), (checkpoint.parent.parent,))
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run's folder that a checkpoint lies in; itself where it was taken elsewhere, for it has a config too."""
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_NAME else checkpoint
+
+
 def tensors_folder(checkpoint: Path) -> Path:
     """The torch_dist folder of a checkpoint."""
     return checkpoint / (RELEASE_NAME if is_converted(checkpoint) else POLICY_NAME)
