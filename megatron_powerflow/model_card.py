@@ -1,7 +1,7 @@
 """What should a stranger know of an exported model? README.md, a model card, and provenance.json beside the weights.
 
-Written of what the run's folder says; nothing is asked of the network. A licence that the base's own card does not state
-is not made up.
+Written of what the run's folder says; nothing is asked of the network. A licence that the base's own card does not
+state is not made up.
 
 Left out: the weights (`conversion/shards.py`).
 """

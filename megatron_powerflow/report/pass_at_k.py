@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from megatron_powerflow.metrics.axes import end_at_share
+from megatron_powerflow.metrics.names import label
 from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.arms import Arm, estimate_pass_at
 from megatron_powerflow.report.pictures import GREY, Cast, Picture, finish, in_style, panels, wrapped
 from megatron_powerflow.report.runs import Evaluation
+from megatron_powerflow.report.seeds import error_lengths
 
 MAX_PANELS = 8
 MAX_TICKS = 10
@@ -92,7 +95,8 @@ def _draw_curve(axis: Axes, style: LineStyle, evaluations: Sequence[Evaluation],
     points = [(k, estimate_pass_at(evaluations, k)) for k in sorted({k for e in evaluations for k in e.pass_at})]
     xs = [k * 2.0**shift for k, _ in points]
     ys = [found.mean for _, found in points]
-    axis.errorbar(xs, ys, yerr=[found.se or 0.0 for _, found in points], **style.marked(), elinewidth=1.2, capsize=2.5)
+    lengths = error_lengths(ys, [found.se for _, found in points], share=True)
+    axis.errorbar(xs, ys, yerr=lengths, **style.marked(), elinewidth=1.2, capsize=2.5)
 
 
 def _draw_start(axis: Axes, arms: Sequence[Arm]) -> None:
@@ -112,5 +116,6 @@ def _label(axis: Axes, title: str, ks: Sequence[int]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axis.set_xlabel("k")
-    axis.set_ylabel("pass@k")
+    axis.set_ylabel(label("pass_at"))
+    end_at_share(axis)
     axis.set_title(wrapped(title, 48))
