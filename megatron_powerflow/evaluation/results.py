@@ -70,7 +70,7 @@ def results_table(results: dict) -> Table:
     """Percentages with their standard errors over questions; tokens; percentages of responses."""
     k = results["num_responses"]
     last = max(map(int, results["all"]["pass_at"]), default=1)
-    table = Table()
+    table = Table(box=None, padding=(0, 2, 0, 0))  # without lines it is whole in 80 columns
     table.add_column("task")
     passes = [f"pass@{last}"] if last > 1 else []
     for name in ("questions", f"avg@{k}", *passes, *([f"maj@{k}"] if k > 1 else []), "tokens", "truncated", "boxed"):

@@ -58,8 +58,8 @@ def draw_accuracy_against_length(cast: Cast) -> Picture | None:
         caption=(
             "Each arm's in-training evaluations in step order, mean over seeds, with one standard error over seeds "
             "in both directions where there is more than one. Up is better; a path that runs off to one side has "
-            "lost its length: to the left it answers without reasoning, to the right it repeats itself until it is cut. "
-            "A single point: an arm without in-training evaluations, from its evaluation.json; one standard error."
+            "lost its length: to the left it answers without reasoning, to the right it repeats itself until it is "
+            "cut. A single point: an arm without in-training evaluations, from its evaluation.json."
         ),
         png=png,
     )
@@ -90,10 +90,9 @@ def draw_accuracy_by_step(cast: Cast) -> Picture | None:
         title="Accuracy, KL, truncated share and length against step",
         alt=f"Against step: {shown}; {len(trained)} arms, {len(level)} more as level lines",
         caption=(
-            "In-training evaluations; the KL to the base model is that of the training rollouts. A gain in accuracy at a "
-            "small KL and a low truncated share is one that lasts. Line: mean over seeds; band: from the lowest to the "
-            "highest seed. Level lines: arms that were evaluated and not trained, whose questions may be others than "
-            "those of the in-training evaluations (see the table of evaluations)."
+            "In-training evaluations; the KL to the base model is that of the training rollouts. Line: mean over "
+            "seeds; band: from the lowest to the highest seed. Level lines: arms that were evaluated and not trained, "
+            "whose questions may be others than those of the in-training evaluations (see the table of evaluations)."
         ),
         png=png,
     )

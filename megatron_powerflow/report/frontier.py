@@ -102,11 +102,8 @@ def _everything(arm: Arm, in_training: bool) -> list[Evaluation]:
 
 
 def _path(arm: Arm, in_training: bool, x_name: str, y_name: str) -> tuple[Place, ...]:
-    if not arm.trained:
+    if not arm.trained or not in_training:
         return _one_place([file.overall for file in arm.measured()], x_name, y_name)
-    if not in_training:
-        files = [file for run in arm.members for file in run.files]
-        return _one_place([f.overall for f in arm.files_on(files[0].data)] if files else [], x_name, y_name)
     by_step: dict[int, list[Evaluation]] = {}
     for run in arm.members:
         for e in run.evaluations:
@@ -132,6 +129,8 @@ def _draw_view(axis: Axes, cast: Cast, view: View) -> str:
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     right = max(right, corner[0] + 0.22 * (right - left))  # room for the shaded side, wherever the reference lies
     top = max(top, corner[1] + 0.16 * (top - bottom))
+    right = min(right, 1.0) if METRICS[view.x_name].share else right
+    top = min(top, 1.0) if METRICS[view.y_name].share else top
     axis.fill_between([corner[0], right], corner[1], top, color="#8a8a8a", alpha=0.16, linewidth=0, zorder=0.5)
     axis.plot([corner[0], corner[0], right], [top, corner[1], corner[1]], color=GREY, linewidth=1.0, zorder=0.6)
     axis.set_xlim(left, right)

@@ -40,7 +40,7 @@ TRAP = ("trap_margin", "trap_lambda", "trap_loop_nats", "trap_entry_nats")
 
 PANELS = (
     Panel("log_z_mean", note="thin: the group's estimate", thin="group_log_z_mean"),
-    Panel("weighted_residual_mean", note="0: log Z′ is stationary", around_0=True),
+    Panel("weighted_residual_mean", note="0: stationary", around_0=True),
     Panel("trap_margin", note="a loop pays above 0", around_0=True),
     Panel("trap_lambda"),
     Panel("trap_loop_nats"),
@@ -81,9 +81,10 @@ def draw_log_z(cast: Cast) -> Picture | None:
         alt=f"log Z' against the group's estimate, and {len(there) - 1} further panels, for {len(shown)} arms",
         caption=(
             "Line: mean over seeds; band: from the lowest to the highest seed. Where log Z′ is the group's estimate "
-            "the two lines are one. The dark level line is 0; the shaded side of the trap margin is where a "
-            "repetition loop outweighs the reasoning in the target itself, so that more training makes it worse. No "
-            "margin: no loop among the rollouts, or too few effective samples for λ."
+            "the two lines are one. The dark level line is 0; a weighted mean residual there says that log Z′ is "
+            "stationary. The shaded side of the trap margin is where a repetition loop outweighs the reasoning in the "
+            "target itself, so that more training makes it worse. No margin: no loop among the rollouts, or too few "
+            "effective samples for λ."
         ),
         png=png,
         notes=((f"no run measures the {', the '.join(absent)}",) if absent else ()) + _alarm_notes(cast.arms),
@@ -104,7 +105,6 @@ def draw_residual_fan(cast: Cast) -> Picture | None:
             axis.plot(low.steps, middle.mean, color=style.color, linewidth=2.0)
             zero_line(axis)
             axis.set_title(wrapped(arm.label, 30), fontsize=12.8)
-            axis.set_ylabel("residual")
             step_axis(axis)
         png = finish(figure, [])
     return Picture(

@@ -18,7 +18,7 @@ from megatron_powerflow.report.pictures import (
 from megatron_powerflow.report.seeds import MAX_POINTS
 
 PANELS = (
-    Panel("accuracy", note="of the training rollouts"),
+    Panel("accuracy", note="training rollouts"),
     Panel("kl_per_response"),
     Panel("truncated_fraction"),
     Panel("boxed_rate"),
