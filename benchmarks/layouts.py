@@ -185,8 +185,9 @@ def _norm(tensors: dict) -> float:
 
 
 def print_table(rows: list[Compared]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from megatron_powerflow.console import make_console
 
     table = Table("layout", "processes", "loss", "error", "gradient norm", "error", "change", "error", "")
     for row in rows:
@@ -201,12 +202,11 @@ def print_table(rows: list[Compared]) -> None:
             f"{row.change_error:.1e}",
             "agrees" if row.agrees else "DIFFERS",
         )
-    console = Console(width=130)
+    console = make_console(width=130)
     console.print(table)
     console.print(
         f"errors: relative to one process, worst of 3 steps; limits: loss {LOSS_LIMIT:g}, gradient norm "
         f"{GRAD_NORM_LIMIT:g}, change of the parameters {CHANGE_LIMIT:g} (norm of the difference)",
-        highlight=False,
     )
 
 

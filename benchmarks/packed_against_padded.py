@@ -164,9 +164,9 @@ def main() -> None:
 
     prepare_imports()
     import torch
-    from rich.console import Console
     from rich.table import Table
 
+    from megatron_powerflow.console import make_console
     from tests.tiny_models import make_tiny_model
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -181,12 +181,11 @@ def main() -> None:
         table.add_row(
             way, f"{padding:.0%}", f"{seconds:.2f}", f"{num_tokens / seconds:,.0f}", f"{ratio:.2f} x", f"{loss:.6f}"
         )
-    console = Console(width=110)
+    console = make_console(width=110)
     console.print(table)
     console.print(
         f"{arguments.rollouts} rollouts, {num_tokens:,} tokens, micro-batches of at most {arguments.budget} positions, "
         f"{torch.get_num_threads()} thread(s), fastest of {arguments.rounds} rounds, scoring + update",
-        highlight=False,
     )
 
 

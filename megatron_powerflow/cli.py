@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from megatron_powerflow import __version__
 from megatron_powerflow.config import load_config
+from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_USER_ERROR, RequeueRequested, UserError
 from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
 
@@ -29,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+A_BENCHMARK = "HuggingFaceH4/MATH-500"
 
 
 def _complete_key(incomplete: str) -> list[str]:
@@ -76,13 +77,13 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
     from megatron_powerflow.training.plan import make_plan
 
     plan = make_plan(settings, launch.world_size)
-    console = Console()
+    console = make_console()
     if launch.is_main:
         from megatron_powerflow.training.plan import describe
 
-        console.print(describe(plan), highlight=False, soft_wrap=True)
+        console.print(describe(plan))
     prepare_imports()
-    from megatron_powerflow.checkpoint.folder import EXPORT_NAME, latest_checkpoint
+    from megatron_powerflow.checkpoint.folder import latest_checkpoint
     from megatron_powerflow.train import train as run
 
     try:
@@ -91,12 +92,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
         last = latest_checkpoint(plan.run_folder)
         _leave(EXIT_INTERRUPTED, [f"interrupted; the same command continues from {last or 'the start'}"])
     if launch.is_main:
-        lines = [f"done: {plan.run_folder} (latest checkpoint {latest_checkpoint(plan.run_folder)})"]
-        if settings.run.export and (plan.run_folder / EXPORT_NAME).is_dir():
-            lines.append(f"  serve it     vllm serve {plan.run_folder / EXPORT_NAME}")
-        lines.append(f"  measure it   powerflow evaluate --model {plan.run_folder} --data ... --out ...")
-        lines.append(f"  look at it   powerflow report {plan.run_folder} --out {plan.run_folder / 'report'}")
-        console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+        console.print(_done(plan.run_folder))
 
 
 @app.command()
@@ -118,7 +114,7 @@ def check(
 
     if held := holder_of(plan.run_folder):
         raise UserError(held)
-    Console().print(describe(plan), highlight=False, soft_wrap=True)
+    make_console().print(describe(plan))
 
 
 @app.command(name="config")
@@ -191,7 +187,7 @@ def prepare(
         out,
         against=against or (),
         held_out=held_out,
-        console=Console(),
+        console=make_console(),
         max_answer=max_answer,
         max_solution=max_solution,
     )
@@ -214,7 +210,7 @@ def score(
     from megatron_powerflow.inference import SCORE_KEYS, open_model, score_file
 
     opened = open_model(model, overrides or (), SCORE_KEYS, launch.world_size)
-    score_file(opened, data, out, launch, Console())
+    score_file(opened, data, out, launch, make_console())
 
 
 class Decoding(StrEnum):
@@ -259,7 +255,7 @@ def generate(
     from megatron_powerflow import decoding as rivals
     from megatron_powerflow.inference import GENERATE_KEYS, generate_file, open_model
 
-    console = Console()
+    console = make_console()
     allowed = rivals.POWER_SAMPLING_KEYS if decoding is Decoding.power_sampling else GENERATE_KEYS
     opened = open_model(model, overrides or (), allowed, launch.world_size)
     if decoding is Decoding.power_sampling:
@@ -319,7 +315,7 @@ def evaluate(
         judge=make_judge(judge_url, judge_model, judge_key_file),
     )
     opened = open_model(model, overrides or (), GENERATE_KEYS, launch.world_size, reference=reference)
-    run(opened, request, out, launch, Console(), command=_command())
+    run(opened, request, out, launch, make_console(), command=_command())
 
 
 @app.command()
@@ -342,7 +338,7 @@ def export(
     from megatron_powerflow.inference import COMMON_KEYS, export_file, open_model
 
     opened = open_model(checkpoint, overrides or (), COMMON_KEYS, launch.world_size)
-    export_file(opened, out, launch, Console(), command=_command())
+    export_file(opened, out, launch, make_console(), command=_command())
 
 
 @app.command()
@@ -387,6 +383,18 @@ def stop(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: O
         raise UserError(f"{folder}: no run has started there")
     (folder / STOP_NAME).touch()
     print(f"{folder} will stop at the end of its step")
+
+
+def _done(run: Path) -> str:
+    """What a finished run has left, and the commands that go on from there: each can be typed as it stands."""
+    from megatron_powerflow.checkpoint.folder import EXPORT_NAME, latest_checkpoint
+
+    lines = [f"done: {run}, latest checkpoint {latest_checkpoint(run)}"]
+    if (run / EXPORT_NAME).is_dir():
+        lines.append(f"  serve it     {shlex.join(['vllm', 'serve', str(run / EXPORT_NAME)])}")
+    measure = ["powerflow", "evaluate", "--model", str(run), "--data", A_BENCHMARK, "--out", str(run / "evaluation")]
+    look = ["powerflow", "report", str(run), "--out", str(run / "report")]
+    return "\n".join([*lines, f"  measure it   {shlex.join(measure)}", f"  look at it   {shlex.join(look)}"])
 
 
 def _refuse_options(options: dict[str, object], unused: bool, why: str) -> None:

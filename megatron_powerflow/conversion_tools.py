@@ -47,9 +47,9 @@ def convert(request: Request, launch: Launch, console: Console, *, to_hf: bool) 
         ranks = Ranks(launch.rank, launch.world_size)
         found = (megatron_to_hf if to_hf else hf_to_megatron)(request, ranks, advance, announce)
     if launch.is_main:
-        console.print(f"wrote {request.out} in {perf_counter() - started:.1f} s", highlight=False, soft_wrap=True)
+        console.print(f"wrote {request.out} in {perf_counter() - started:.1f} s")
         if found is not None:
-            console.print(describe(found), highlight=False, soft_wrap=True)
+            console.print(describe(found))
 
 
 def verify(
@@ -74,9 +74,9 @@ def verify(
         gap, what = max_log_prob_difference(a, b, texts, launch)
     if launch.is_main:
         write_card(path, found, a=a, b=b, command=command, max_log_prob_difference=gap)
-        console.print(describe(found), highlight=False, soft_wrap=True)
+        console.print(describe(found))
         text = what if gap is None else f"log-probs differ by at most {gap:.3g} nats ({what})"
-        console.print(f"{text}\nwrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"{text}\nwrote {path}")
     if found.differences:
         raise UserError(found.differences)
     return found

@@ -178,6 +178,4 @@ def _report_failures(failures: Counter[str], num_asked: int, groups: Groups, con
     everyone = gather_to_main(failures, groups)
     total = sum(everyone, Counter()) if everyone is not None else Counter()
     for reason, count in total.most_common():
-        console.print(
-            f"of {num_asked} responses asked for, {count} not written: {reason}", highlight=False, soft_wrap=True
-        )
+        console.print(f"of {num_asked} responses asked for, {count} not written: {reason}")

@@ -230,9 +230,7 @@ def load_generation_prompts(
         rewrite=rewrite,
     )
     if prompts.num_too_long and launch.is_main:
-        console.print(
-            f"{prompts.num_too_long} prompts over rollout.max_prompt_tokens dropped", highlight=False, soft_wrap=True
-        )
+        console.print(f"{prompts.num_too_long} prompts over rollout.max_prompt_tokens dropped")
     return prompts.prompts
 
 
@@ -298,7 +296,7 @@ def export_file(opened: Opened, out: Path, launch: Launch, console: Console, *, 
             more=card,
         )
     if launch.is_main:
-        console.print(f"wrote {out}{served_at(opened.config.rollout.temperature)}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {out}{served_at(opened.config.rollout.temperature)}")
 
 
 def served_at(temperature: float) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_powerflow.console import Heartbeat
 from megatron_powerflow.parallel.collectives import gather_to_main, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner, held_by_another
@@ -54,7 +55,7 @@ def write_rounds(
             file.close()
             partial.replace(out)
     if groups.is_main:
-        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {out}")
 
 
 def output_refusals(out: Path, *kinds: Sequence[str]) -> list[str]:
@@ -80,7 +81,18 @@ def blocks(items: Sequence, size: int) -> Iterator[Sequence]:
         yield items[start : start + size]
 
 
-def progress_bar(console: Console, is_main: bool) -> Progress:
-    """Shown by the main rank only, and gone when it is done."""
+@contextmanager
+def progress_bar(console: Console, is_main: bool) -> Iterator[Progress]:
+    """Shown by the main rank only, and gone when it is done. Where there is no terminal: a line a minute."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not is_main)
+    bar = Progress(*columns, console=console, transient=True, disable=not (is_main and console.is_terminal))
+
+    def line() -> str:
+        return ", ".join(f"{task.description} {task.completed:.0f}/{task.total:.0f}" for task in bar.tasks)
+
+    with bar:
+        if not is_main:
+            yield bar
+            return
+        with Heartbeat(console, line):
+            yield bar

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.text import Text
 
 from megatron_powerflow.checkpoint.folder import STOP_NAME
 from megatron_powerflow.checkpoint.state import Progress
-from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, ringing
 from megatron_powerflow.metrics.alarm_words import ADVICE, ends_run, thresholds_of
 from megatron_powerflow.metrics.change import change_table, changes_of
@@ -57,11 +57,8 @@ class RunOutput:
         plan, first_step = self._plan, self._session.progress.step
         if self._session.groups.is_main:
             if first_step:
-                self._console.print(
-                    f"continuing after step {first_step} from {plan.resume_from}", highlight=False, soft_wrap=True
-                )
-            self._line = ConsoleWriter(self._console, first_step=first_step, num_steps=plan.config.run.num_steps)
-            self._writers = [JsonlWriter(plan.run_folder, first_step=first_step), self._line]
+                self._console.print(f"continuing after step {first_step} from {plan.resume_from}")
+            self._writers = [JsonlWriter(plan.run_folder, first_step=first_step)]
             self._lines = read_metrics(plan.run_folder)
             self._alarms = ringing(self._lines, self._thresholds)
             self._diverged = has_diverged(self._lines, self._thresholds)
@@ -74,6 +71,8 @@ class RunOutput:
                 self._writers.append(
                     WandbWriter(plan.config.metrics, plan.run_folder, config, run_id, plan.config.run.name)
                 )
+            self._line = ConsoleWriter(self._console, first_step=first_step, num_steps=plan.config.run.num_steps)
+            self._writers.append(self._line)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -97,12 +96,12 @@ class RunOutput:
     def _draw(self, name: str, draw: Callable[[Path], object]) -> None:
         try:
             draw(self._plan.run_folder / name)
-        except UserError as error:  # a picture is no reason for a finished run to fail
-            self._console.print(f"no {name}: {error}", highlight=False, soft_wrap=True, markup=False)
+        except Exception as error:  # whatever is wrong with a picture, the run is finished and saved
+            self._console.print(f"no {name}: {error}; `powerflow curves` draws it from the run's folder")
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Say what is going on, on terminals, and count its seconds for the next line of metrics."""
+        """Say what is going on, and count its seconds for the next line of metrics."""
         self._say(name)
         with self._clock(name):
             yield
@@ -150,12 +149,8 @@ class RunOutput:
         values |= {f"alarm_{name}": float(name in rings) for name in ALARMS}
         for name in rings.keys() - self._alarms.keys():
             margin = f", trap_margin {values['trap_margin']:.1f} nats" if "trap_margin" in values else ""
-            self._console.print(
-                f"[bold red]alarm {name}[/] at step {step + 1}: {rings[name]}{margin if name == 'length' else ''}. "
-                f"{ADVICE[name]}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            seen = f"{rings[name]}{margin if name == 'length' else ''}. {ADVICE[name]}"
+            self._console.print(Text.assemble((f"alarm {name}", "bold red"), f" at step {step + 1}: {seen}"))
         self._alarms, self._diverged = rings, has_diverged(self._lines, self._thresholds)
 
     def alarmed(self) -> bool:
@@ -167,12 +162,11 @@ class RunOutput:
         diverged = any_rank(self._diverged, self._session.groups)
         if self._alarms:
             what = "the policy has diverged and is not exported" if diverged else "the exported policy is that one"
-            self._console.print(
-                f"[bold red]alarm[/] {', '.join(self._alarms)} rings at the end of this run: {what}. Checkpoints are "
-                f"in {self._plan.run_folder}; `powerflow export` writes one that you choose",
-                highlight=False,
-                soft_wrap=True,
+            said = (
+                f" {', '.join(self._alarms)} rings at the end of this run: {what}. Checkpoints are in "
+                f"{self._plan.run_folder}; `powerflow export` writes one that you choose"
             )
+            self._console.print(Text.assemble(("alarm", "bold red"), said))
         return not diverged
 
     def _note_reached(self) -> None:
@@ -180,9 +174,7 @@ class RunOutput:
         before, stop_at = self._reached, self._plan.config.run.stop_at_alpha
         self._reached = None if stop_at is None else alpha_reached(self._lines, stop_at)
         if self._reached and not before:
-            self._console.print(
-                f"{self._reached}: the run ends after step {len(self._lines)}", highlight=False, soft_wrap=True
-            )
+            self._console.print(f"{self._reached}: the run ends after step {len(self._lines)}")
 
     def reached(self) -> bool:
         """The policy has come as far as run.stop_at_alpha asks. Collective; the same answer everywhere."""
@@ -252,10 +244,10 @@ def announced(what: str, console: Console | None) -> Iterator[None]:
     """Say that something long begins, and how long it took. No console: a rank that does not print."""
     start = time.monotonic()
     if console is not None:
-        console.print(what, highlight=False, soft_wrap=True)
+        console.print(what)
     yield
     if console is not None:
-        console.print(f"  took {time.monotonic() - start:.1f} s", highlight=False, soft_wrap=True)
+        console.print(f"  took {time.monotonic() - start:.1f} s")
 
 
 class StopSignal:

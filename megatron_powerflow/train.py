@@ -46,7 +46,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
             session = build_session(plan, groups)
         if groups.is_main:
             for notice in plan.notices:
-                console.print(f"notice: {notice}", highlight=False, markup=False)
+                console.print(f"notice: {notice}")
             write_config(plan)
             plan.inputs.write(plan.run_folder)
             note_launch(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from megatron_powerflow.cli import exit_codes
+from megatron_powerflow.console import make_console
 from megatron_powerflow.parallel.initialize import read_launch
 
 
@@ -36,7 +36,7 @@ def main(
 
     command = shlex.join(["python", *sys.argv])
     request = Request(hf, out, dtype, overwrite=overwrite, verify=verify, command=command)
-    convert(request, read_launch(), Console(), to_hf=False)
+    convert(request, read_launch(), make_console(), to_hf=False)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rich.console import Console
 from megatron_powerflow.checkpoint.folder import EXPORT_NAME, latest_checkpoint
 from megatron_powerflow.cli import exit_codes
 from megatron_powerflow.config import load_config
+from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import UserError
 
 
@@ -28,7 +29,7 @@ def main(
     run = Path(load_config(config, overrides or ()).run.output_dir)
     if not (run / EXPORT_NAME).is_dir():
         raise UserError(f"{run}: no {EXPORT_NAME} in it; has the run finished?")
-    console = Console(highlight=False)
+    console = make_console()
     show_samples(run, console)
     show_export(run / EXPORT_NAME, console)
     console.rule("where everything lies")
@@ -41,7 +42,7 @@ def main(
         "wandb (offline: wandb sync it)": run / "wandb",
     }.items():
         if path is not None and path.exists():
-            console.print(f"{name:34} {path}", soft_wrap=True, markup=False)
+            console.print(f"{name:34} {path}")
 
 
 def show_samples(run: Path, console: Console) -> None:
@@ -53,9 +54,9 @@ def show_samples(run: Path, console: Console) -> None:
     for identity, lines in by_prompt.items():
         first, last = lines[0], lines[-1]
         console.rule(identity)
-        console.print(first["question"].strip(), style="bold", markup=False)
-        console.print(f"before  {first['response'].strip()}", markup=False)
-        console.print(f"after   {last['response'].strip()}  (step {last['step']})", markup=False)
+        console.print(first["question"].strip(), style="bold")
+        console.print(f"before  {first['response'].strip()}")
+        console.print(f"after   {last['response'].strip()}  (step {last['step']})")
 
 
 def show_export(folder: Path, console: Console) -> None:
@@ -71,9 +72,7 @@ def show_export(folder: Path, console: Console) -> None:
     with torch.no_grad():
         answer = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     console.rule("the export in transformers, greedy")
-    console.print(
-        f"{question[0]['content']}  {tokenizer.decode(answer, skip_special_tokens=True).strip()}", markup=False
-    )
+    console.print(f"{question[0]['content']}  {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from megatron_powerflow.cli import exit_codes
+from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.initialize import read_launch
 
@@ -43,7 +43,7 @@ def main(
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--text {text}: cannot be read: {error}") from None
     command = shlex.join(["python", *sys.argv])
-    verify(a, b, None if no_log_probs else texts, card, read_launch(), Console(), command)
+    verify(a, b, None if no_log_probs else texts, card, read_launch(), make_console(), command)
 
 
 if __name__ == "__main__":

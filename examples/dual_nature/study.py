@@ -33,6 +33,7 @@ from examples.dual_nature.corpus import MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS
 from examples.dual_nature.pretrain import NUM_TRAIN, make_base
 from examples.dual_nature.results import write_results
 from megatron_powerflow.config import load_config
+from megatron_powerflow.console import make_console
 from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
 from megatron_powerflow.report.page import build_report
 from megatron_powerflow.training.plan import make_plan
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=STANDARD_GROUPS, metavar="GROUP")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time; default: one per core")
     arguments = parser.parse_args()
-    console, start = Console(highlight=False), time.monotonic()
+    console, start = make_console(), time.monotonic()
     study(arguments.out, arguments.groups, arguments.processes, console)
     console.print(f"took {(time.monotonic() - start) / 60:.1f} minutes on {arguments.processes} processes")
 
@@ -92,7 +93,7 @@ def study(out: Path, groups: Sequence[str], num_processes: int, console: Console
             finish({executor.submit(make, out, name): name for name in names}, "making bases", console)
         finish({executor.submit(run, job): job.name for job in longest_first}, "training arms", console)
     for group, page in pages.items():
-        console.print(write_results(out, group, page), soft_wrap=True, markup=False)
+        console.print(write_results(out, group, page))
         folders = [job.folder for job in jobs_of(out, page)]
         console.print(build_report(folders, out / "report" / group, f"{COMMAND} --out {out} --groups {group}"))
 
@@ -187,7 +188,7 @@ def train(job: Job, arm: Arm) -> None:
         "run.export=false",
         *arm.overrides,
     ]
-    console = Console(file=io.StringIO(), width=160)
+    console = make_console(io.StringIO(), width=160)
     run_training(make_plan(load_config(CONFIG, overrides), 1), read_launch(), console, command=COMMAND)
     (job.folder / "log.txt").write_text(console.file.getvalue(), encoding="utf-8")
 
@@ -199,7 +200,7 @@ def examine(job: Job, model: Path, folder: Path, *overrides: str) -> None:
 
     opened = open_model(model, (f"rollout.max_concurrent_rows={WAVE}", *overrides), GENERATE_KEYS, 1)
     request = Request((str(job.out / "bases" / "examined.jsonl"),), num_responses=job.plan.examined_responses)
-    evaluate(opened, request, folder, read_launch(), Console(file=io.StringIO()), command=COMMAND)
+    evaluate(opened, request, folder, read_launch(), make_console(io.StringIO()), command=COMMAND)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def answer_questions(
         if num_done == len(asked):
             return
         if num_done and groups.is_main:
-            console.print(f"continuing after {num_done} of {len(asked)} questions", highlight=False, soft_wrap=True)
+            console.print(f"continuing after {num_done} of {len(asked)} questions")
         engine = build_engine(opened, load_chunks(opened, groups), groups)
         with progress_bar(console, groups.is_main) as bar:
             task = bar.add_task("evaluating", total=len(asked), completed=num_done)

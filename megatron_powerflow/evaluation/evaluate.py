@@ -32,7 +32,7 @@ from megatron_powerflow.evaluation.responses import (
     read_responses,
     remove_unanswered,
 )
-from megatron_powerflow.evaluation.results import describe_results, results_table, write_results
+from megatron_powerflow.evaluation.results import describe_results, results_table, table_title, write_results
 from megatron_powerflow.inference import Opened, check_room
 from megatron_powerflow.output_lines import progress_bar
 from megatron_powerflow.parallel.initialize import Launch
@@ -61,13 +61,13 @@ def evaluate(
     _check(opened, request)
     loaded = load_questions(request.data, format=request.format, suffix=request.suffix, prompt_as=request.prompt_as)
     if loaded.num_left_out:
-        say(f"{loaded.num_left_out} rows left out: proofs, pictures, solutions without a box", highlight=False)
+        say(f"{loaded.num_left_out} rows left out: proofs, pictures, solutions without a box")
     if request.judge is not None:
         check_judgeable(loaded.questions, request.num_responses)
     asked = tokenize(loaded.questions, opened)
     if len(asked) < len(loaded.questions):
         dropped = len(loaded.questions) - len(asked)
-        say(f"{dropped} questions over rollout.max_prompt_tokens dropped", highlight=False)
+        say(f"{dropped} questions over rollout.max_prompt_tokens dropped")
     settings = describe_settings(opened, request, [question for _, question, _ in asked])
     check_settings(out, settings)
     with Owner(out, out / LOCK_NAME, "powerflow evaluate") as owner:
@@ -125,6 +125,7 @@ def report(
             diversity = measure_diversity(groups, load_encoder(), lambda: bar.advance(task))
     results = describe_results(settings, lines, diversity, command)
     path = write_results(out, results)
+    console.print(table_title(results))
     console.print(results_table(results))
     if request.judge is not None:
         results["judge"] = judge_responses(request.judge, questions, by_question(lines), out, console)
@@ -132,5 +133,5 @@ def report(
     for title, values in {"diversity": diversity, **results.get("judge", {})}.items():
         if values:
             shown = ", ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in values.items())
-            console.print(f"{title}: {shown}", highlight=False, soft_wrap=True)
-    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+            console.print(f"{title}: {shown}")
+    console.print(f"wrote {path}")

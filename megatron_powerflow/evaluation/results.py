@@ -60,14 +60,20 @@ def write_results(out: Path, results: dict) -> Path:
     return path
 
 
+def table_title(results: dict) -> str:
+    """A line above the table. A title of the table itself would be wrapped in the middle of the model's path."""
+    k, temperature = results["num_responses"], results["temperature"]
+    return f"{results['model']}, {k} responses a question, temperature {temperature:g}"
+
+
 def results_table(results: dict) -> Table:
     """Percentages with their standard errors over questions; tokens; percentages of responses."""
     k = results["num_responses"]
     last = max(map(int, results["all"]["pass_at"]), default=1)
-    table = Table(title=f"{results['model']}, {k} responses a question, temperature {results['temperature']:g}")
+    table = Table(box=None, padding=(0, 2, 0, 0))  # without lines it is whole in 80 columns
     table.add_column("task")
     passes = [f"pass@{last}"] if last > 1 else []
-    for name in ("questions", f"avg@{k}", *passes, *([f"maj@{k}"] if k > 1 else []), "tokens", "cut", "boxed"):
+    for name in ("questions", f"avg@{k}", *passes, *([f"maj@{k}"] if k > 1 else []), "tokens", "truncated", "boxed"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = list(results["tasks"].items())
     for name, row in [*rows, ("all questions", results["all"])] if len(rows) > 1 else rows:

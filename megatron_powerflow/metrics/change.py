@@ -15,14 +15,10 @@ from typing import Any
 from rich.table import Table
 
 from megatron_powerflow.metrics.counts import mean, standard_error
+from megatron_powerflow.metrics.names import label
 
-# of `by_prompt` -> what a person calls it
-NAMES = {
-    "ref_log_prob": "base model's log-prob (nats per token)",
-    "policy_entropy": "policy entropy (nats per token)",
-    "distinct_2": "distinct 2-grams of a prompt's responses",
-    "response_length": "response length (tokens)",
-}
+# of `by_prompt`
+QUANTITIES = ("ref_log_prob_mean", "policy_entropy", "distinct_2", "response_length_mean")
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def changes_of(lines: Sequence[Mapping[str, Any]]) -> Changes | None:
     return Changes(
         first,
         last,
-        tuple(Change(name, tuple(first["by_prompt"][name]), tuple(last["by_prompt"][name])) for name in NAMES),
+        tuple(Change(name, tuple(first["by_prompt"][name]), tuple(last["by_prompt"][name])) for name in QUANTITIES),
     )
 
 
@@ -76,7 +72,8 @@ def _comparable(line: Mapping[str, Any]) -> bool:
     """Written by this version: a number per prompt of each quantity."""
     by_prompt = line.get("by_prompt")
     return isinstance(by_prompt, Mapping) and all(
-        isinstance(by_prompt.get(name), list) and len(by_prompt[name]) == line["num_prompts"] for name in ("id", *NAMES)
+        isinstance(by_prompt.get(name), list) and len(by_prompt[name]) == line["num_prompts"]
+        for name in ("id", *QUANTITIES)
     )
 
 
@@ -92,7 +89,7 @@ def change_table(changes: Changes, alpha: float | None) -> Table:
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for change in changes.quantities:
         table.add_row(
-            NAMES[change.name],
+            label(change.name),
             f"{mean(change.before):.3f}",
             f"{mean(change.after):.3f}",
             f"{change.difference:+.3f} +- {change.error:.3f}",

@@ -6,8 +6,9 @@ import io
 from pathlib import Path
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.metrics.change import NAMES, Changes
+from megatron_powerflow.metrics.change import Changes
 from megatron_powerflow.metrics.counts import mean, standard_error
+from megatron_powerflow.metrics.names import heading
 from megatron_powerflow.metrics.plot_style import STYLE
 from megatron_powerflow.targets import write_file
 
@@ -42,7 +43,7 @@ def draw_change(changes: Changes, alpha: float | None, out: Path) -> Path:
             )
             axis.set_xticks((0, 1), steps)
             axis.set_xlim(-0.25, 1.25)
-            axis.set_title(NAMES[change.name], fontsize=10)
+            axis.set_title(heading(change.name), fontsize=10)
             axis.set_xlabel(f"difference {change.difference:+.3f} ± {change.error:.3f}")
         asked = "" if alpha is None else f"alpha {alpha:g}: "
         figure.suptitle(f"{asked}{len(changes.quantities[0].before)} held-out prompts (grey), their mean (blue)")

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from megatron_powerflow.config import MetricsSection
+from megatron_powerflow.console import QUIET_SECONDS, Heartbeat, duration
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import StepMetrics
 
@@ -110,21 +111,20 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-QUIET_SECONDS = 60.0  # at most, between two lines where there is no terminal
-
-
 class ConsoleWriter:
-    """A live line on a terminal; elsewhere one plain line a step, and one a minute within long steps.
+    """A live line on a terminal; elsewhere a plain line a step, and one a minute within long steps.
 
-    The time left is that of the mean step so far, in both.
+    The time left is that of the mean step so far, less what the step under way has taken: the same in all three.
     """
 
-    def __init__(self, console: Console, *, first_step: int, num_steps: int) -> None:
+    def __init__(
+        self, console: Console, *, first_step: int, num_steps: int, quiet_seconds: float = QUIET_SECONDS
+    ) -> None:
         self._console, self._num_steps, self._first_step = console, num_steps, first_step
-        self._start = self._said = time.monotonic()
-        self._step = first_step
+        self._start = self._written = time.monotonic()
+        self._done, self._phase = first_step, ""
         self._live = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("training", style="bold"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total} steps"),
             TextColumn("{task.fields[phase]}", markup=False),
@@ -135,42 +135,48 @@ class ConsoleWriter:
         )
         self._task = self._live.add_task("training", total=num_steps, completed=first_step, phase="", left="")
         self._live.start()
+        self._heartbeat = Heartbeat(console, self._under_way, quiet_seconds=quiet_seconds).start()
 
     def phase(self, text: str) -> None:
         """What is going on within the step."""
-        self._live.update(self._task, phase=text)
-        now = time.monotonic()
-        if text and not self._console.is_terminal and now - self._said >= QUIET_SECONDS:
-            self._print(f"step {self._step + 1}/{self._num_steps}: {text}")
+        self._phase = text
+        self._live.update(self._task, phase=text, left=self._left())
 
     def write(self, metrics: StepMetrics) -> None:
-        done = metrics.step + 1 - self._first_step
-        left = _duration((time.monotonic() - self._start) / done * (self._num_steps - metrics.step - 1))
-        self._step, value = metrics.step + 1, metrics.values
+        self._done, self._written, value = metrics.step + 1, time.monotonic(), metrics.values
         parts = [
-            f"step {metrics.step + 1}/{self._num_steps}",
+            f"step {self._done}/{self._num_steps}",
             f"loss {value['loss']:.4g}" if "loss" in value else "loss -",
             f"log Z' {value['log_z_mean']:+.3f}" if "log_z_mean" in value else "log Z' -",
             *([f"alpha {value['alpha_realised']:.2f}"] if "alpha_realised" in value else []),
             f"length {value['response_length_mean']:.1f}",
-            f"cut {value['truncated_fraction']:.1%}",
+            f"truncated {value['truncated_fraction']:.1%}",
             f"grad {value['grad_norm']:.3g}" if "grad_norm" in value else "grad -",
             f"{value['tokens_per_second']:.0f} tok/s",
-            f"{value['step_seconds']:.1f} s",
-            f"{left} left",
+            f"{value['step_seconds']:.3g} s/step",
         ]
-        self._live.update(self._task, completed=metrics.step + 1, left=f"{left} left")
-        self._print("  ".join(parts))
-
-    def _print(self, text: str) -> None:
-        self._said = time.monotonic()
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        left = self._left()
+        self._live.update(self._task, completed=self._done, left=left)
+        self._console.print("  ".join([*parts, left] if left else parts))
+        self._heartbeat.spoke()
 
     def close(self) -> None:
+        self._heartbeat.close()
         self._live.stop()
 
+    def _under_way(self) -> str:
+        """Example: step 3/10 done  rollout 5/16  2 min so far  14 min left."""
+        if not self._phase:
+            return ""
+        spent, left = duration(time.monotonic() - self._written), self._left()
+        parts = [f"step {self._done}/{self._num_steps} done", self._phase, f"{spent} so far"]
+        return "  ".join([*parts, left] if left else parts)
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+    def _left(self) -> str:
+        """ "" before the first step and after the last one, where nothing is known."""
+        done, remaining = self._done - self._first_step, self._num_steps - self._done
+        if not done or not remaining:
+            return ""
+        mean = (self._written - self._start) / done
+        under_way = min(time.monotonic() - self._written, mean)
+        return f"{duration(mean * remaining - under_way)} left"

@@ -1,87 +1,105 @@
 """Does accuracy rise at a stable length, or does an arm collapse? The two pictures of the paper's Fig. 3.
 
-From evaluations.jsonl; arms that were only evaluated are a point, or a level line.
+From evaluations.jsonl, and the KL from metrics.jsonl. Arms that were not evaluated in training are a point or a level
+line, from their evaluation.json.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from megatron_powerflow.metrics.axes import end_at_share, step_axis
+from megatron_powerflow.metrics.names import METRICS, heading, label
 from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.arms import Arm
 from megatron_powerflow.report.pictures import GREY, Cast, Picture, draw_band, finish, in_style, panels
-from megatron_powerflow.report.seeds import band
+from megatron_powerflow.report.seeds import band, error_lengths
 
+KL = "kl_per_response"  # of metrics.jsonl; the others are of evaluations.jsonl
+BY_STEP = ("accuracy", KL, "truncated_fraction", "response_length_mean")
 START = {"marker": "o", "markerfacecolor": "white", "markersize": 10, "markeredgewidth": 1.8, "linestyle": "none"}
 END = {"marker": "*", "markersize": 17, "markeredgecolor": "white", "markeredgewidth": 0.8, "linestyle": "none"}
 
 
 def draw_accuracy_against_length(cast: Cast) -> Picture | None:
-    """The path of each arm through (mean length, accuracy). None without in-training evaluations."""
+    """The path of each arm through (mean length, accuracy); a point for an arm without in-training evaluations. None
+    where no trained arm was evaluated."""
     paths = [(arm, style) for arm, style in cast.pairs() if _path(arm) is not None]
-    if not paths:
+    if not paths and not any(arm.trained and arm.point("accuracy") for arm in cast.arms):
         return None
     with in_style():
         figure, (axis,) = panels(1, height=6.0)
         points = [(arm, style) for arm, style in cast.pairs() if _draw_point(axis, arm, style)]
         for arm, style in paths:
             length, accuracy = _path(arm)
+            errors = error_lengths(accuracy.mean, accuracy.se, share=True)
             axis.errorbar(
-                length.mean, accuracy.mean, xerr=length.se, yerr=accuracy.se, fmt="none", ecolor=style.color, alpha=0.35
+                length.mean, accuracy.mean, xerr=length.se, yerr=errors, fmt="none", ecolor=style.color, alpha=0.35
             )
             axis.plot(length.mean, accuracy.mean, **style.marked(), zorder=3)
         for arm, style in paths:  # over every line
             length, accuracy = _path(arm)
             axis.plot(length.mean[-1], accuracy.mean[-1], **END, color=style.color, zorder=5)
             axis.plot(length.mean[0], accuracy.mean[0], **START, color=style.color, zorder=6)
-        axis.set_xlabel("mean response length (tokens)")
-        axis.set_ylabel("accuracy")
-        extra = [Line2D([], [], **START, color=GREY, label="first evaluation")]
-        extra.append(Line2D([], [], **END, color=GREY, label="last evaluation"))
+        axis.set_xlabel(label("response_length_mean"))
+        axis.set_ylabel(label("accuracy"))
+        end_at_share(axis)
+        extra = [Line2D([], [], **START, color=GREY, label="first evaluation")] if paths else []
+        extra += [Line2D([], [], **END, color=GREY, label="last evaluation")] if paths else []
         png = finish(figure, [pair for pair in cast.pairs() if pair in paths or pair in points], extra)
     return Picture(
         name="accuracy_against_length",
         title="Accuracy against length",
-        alt=f"Accuracy against mean response length, one path in step order for each of {len(paths)} arms",
+        alt=f"Accuracy against mean response length: a path in step order for {len(paths)} arms, a point for "
+        f"{len(points)}",
         caption=(
             "Each arm's in-training evaluations in step order, mean over seeds, with one standard error over seeds "
             "in both directions where there is more than one. Up is better; a path that runs off to one side has "
-            "lost its length: to the left it answers without reasoning, to the right it repeats itself until it is cut."
+            "lost its length: to the left it answers without reasoning, to the right it repeats itself until it is "
+            "cut. A single point: an arm without in-training evaluations, from its evaluation.json."
         ),
         png=png,
     )
 
 
-def draw_accuracy_and_length_by_step(cast: Cast) -> Picture | None:
-    """Two panels against step; level dashed lines for arms that were only evaluated."""
+def draw_accuracy_by_step(cast: Cast) -> Picture | None:
+    """Accuracy, and what it may be paid with, against step; level dashed lines for arms that were only evaluated."""
     trained = [(arm, style) for arm, style in cast.pairs() if arm.evaluated("accuracy")]
     if not trained:
         return None
     level = [(arm, style) for arm, style in cast.pairs() if not arm.trained and arm.point("accuracy")]
     with in_style():
-        figure, axes = panels(2, height=4.6)
-        for axis, name, title in zip(
-            axes, ("accuracy", "response_length_mean"), ("Accuracy", "Mean response length (tokens)"), strict=True
-        ):
+        there = [name for name in BY_STEP if any(_by_step(arm, name) for arm, _ in trained)]
+        figure, axes = panels(len(there), height=3.7)
+        for axis, name in zip(axes, there, strict=True):
             for arm, style in trained:
-                draw_band(axis, style, arm.evaluated(name))
+                draw_band(axis, style, _by_step(arm, name))
             for place, (arm, style) in enumerate(level):
                 _draw_level(axis, arm, style, name, place, len(level))
-            axis.set_title(title)
-            axis.set_xlabel("step")
+            if METRICS[name].share:
+                end_at_share(axis)
+            axis.set_title(heading(name))
+            step_axis(axis)
         png = finish(figure, trained + level)
+    shown = ", ".join(METRICS[name].name for name in there)
     return Picture(
-        name="accuracy_and_length_by_step",
-        title="Accuracy and length against step",
-        alt=f"Accuracy and mean response length against step for {len(trained)} arms, {len(level)} more as level lines",
+        name="accuracy_by_step",
+        title="Accuracy, KL, truncated share and length against step",
+        alt=f"Against step: {shown}; {len(trained)} arms, {len(level)} more as level lines",
         caption=(
-            "In-training evaluations. Line: mean over seeds; band: from the lowest to the highest seed. Level lines: "
-            "arms that were evaluated and not trained, whose questions may be others than those of the in-training "
-            "evaluations (see the table of evaluations)."
+            "In-training evaluations; the KL to the base model is that of the training rollouts. Line: mean over "
+            "seeds; band: from the lowest to the highest seed. Level lines: arms that were evaluated and not trained, "
+            "whose questions may be others than those of the in-training evaluations (see the table of evaluations)."
         ),
         png=png,
     )
+
+
+def _by_step(arm: Arm, name: str) -> list[Mapping[int, float]]:
+    return arm.metric(name) if name == KL else arm.evaluated(name)
 
 
 def _path(arm: Arm):
@@ -101,13 +119,14 @@ def _path(arm: Arm):
 
 
 def _draw_point(axis: Axes, arm: Arm, style: LineStyle) -> bool:
-    if arm.trained:
+    if _path(arm) is not None:
         return False
     length, accuracy = arm.point("response_length_mean"), arm.point("accuracy")
     if length is None or accuracy is None:
         return False
+    errors = error_lengths([accuracy.mean], [accuracy.se], share=True)
     axis.errorbar(
-        length.mean, accuracy.mean, xerr=length.se, yerr=accuracy.se, fmt="none", ecolor=style.color, elinewidth=1.4
+        length.mean, accuracy.mean, xerr=length.se, yerr=errors, fmt="none", ecolor=style.color, elinewidth=1.4
     )
     axis.plot(length.mean, accuracy.mean, **style.point(), zorder=7)
     return True
@@ -122,4 +141,5 @@ def _draw_level(axis: Axes, arm: Arm, style: LineStyle, name: str, place: int, c
     across = (place + 1) / (count + 1)
     axis.plot(across, point.mean, **style.point(), transform=axis.get_yaxis_transform(), zorder=4)
     if point.se:
-        axis.axhspan(point.mean - point.se, point.mean + point.se, color=style.color, alpha=0.1, linewidth=0)
+        (below,), (above,) = error_lengths([point.mean], [point.se], share=METRICS[name].share)
+        axis.axhspan(point.mean - below, point.mean + above, color=style.color, alpha=0.1, linewidth=0)

@@ -59,14 +59,16 @@ class Arm:
         return [points for points in series if points]
 
     def measured(self) -> list[EvaluationFile]:
-        """Of an evaluated arm: one file per seed, all on the data that comes first."""
+        """The evaluation of the policy itself: one file per seed, all on the data of RUN/evaluation, else on the data
+        that comes first."""
         files = [file for run in self.members for file in run.files]
-        return self.files_on(files[0].data) if files else []
+        own = [file for file in files if file.own]
+        return self.files_on((own or files)[0].data) if files else []
 
     def files_on(self, data: str) -> list[EvaluationFile]:
-        """The last evaluation of each seed on that data: the last by name, step_9 before step_10."""
+        """One evaluation of each seed on that data: RUN/evaluation, else the last by name, step_9 before step_10."""
         by_seed = [[file for file in run.files if file.data == data] for run in self.members]
-        return [max(files, key=lambda file: natural(file.where)) for files in by_seed if files]
+        return [max(files, key=lambda file: (file.own, natural(file.where))) for files in by_seed if files]
 
     def point(self, name: str) -> Estimate | None:
         """Of `measured()`."""

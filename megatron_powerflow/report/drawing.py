@@ -13,7 +13,7 @@ from matplotlib.markers import MarkerStyle
 from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.accuracy_and_length import (
     draw_accuracy_against_length,
-    draw_accuracy_and_length_by_step,
+    draw_accuracy_by_step,
 )
 from megatron_powerflow.report.arms import Arm
 from megatron_powerflow.report.frontier import draw_frontier
@@ -26,23 +26,23 @@ from megatron_powerflow.report.training_curves import draw_training_curves
 SECTIONS: tuple[tuple[str, str, tuple[Callable[[Cast], Picture | None], ...], str], ...] = (
     (
         "accuracy",
-        "Accuracy and length",
-        (draw_accuracy_against_length, draw_accuracy_and_length_by_step),
-        "evaluations.jsonl with accuracy and response_length_mean",
+        "Accuracy, KL, truncated share, length",
+        (draw_accuracy_against_length, draw_accuracy_by_step),
+        "evaluations with an accuracy and a mean response length",
     ),
     ("training", "Training curves", (draw_training_curves,), "metrics.jsonl"),
     (
         "diversity",
         "Quality against diversity",
         (draw_frontier,),
-        "an accuracy or a quality together with distinct-n or embedding_distance",
+        "an accuracy or a judged quality together with a diversity (distinct-n, embedding distance)",
     ),
-    ("pass-at-k", "pass@k", (draw_pass_at_k,), "pass_at with two values of k"),
+    ("pass-at-k", "pass@k", (draw_pass_at_k,), "pass@k for two values of k"),
     (
         "log-z",
         "log Z′, residuals, the repetition trap",
         (draw_log_z, draw_residual_fan),
-        "log_z_mean, weighted_residual_mean or residual quantiles in metrics.jsonl",
+        "log Z′, its weighted mean residual or quantiles of the residual in metrics.jsonl",
     ),
 )
 

@@ -13,22 +13,17 @@ from itertools import pairwise, product
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from megatron_powerflow.metrics.axes import end_at_share
+from megatron_powerflow.metrics.names import METRICS, label
 from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.accuracy_and_length import END, START
 from megatron_powerflow.report.arms import Arm, estimate_of
 from megatron_powerflow.report.pictures import GREY, Cast, Picture, finish, in_style, panels
 from megatron_powerflow.report.runs import Evaluation
-from megatron_powerflow.report.seeds import Estimate, estimate
+from megatron_powerflow.report.seeds import Estimate, error_lengths, estimate
 
-# name -> words; more is more diverse in all of them
-DIVERSITY = {
-    "embedding_distance": "mean embedding distance",
-    "strategies": "judged variety of strategies",
-    "distinct_2": "distinct-2",
-    "distinct_3": "distinct-3",
-    "distinct_1": "distinct-1",
-}
-QUALITY = {"quality": "judged quality of texts", "accuracy": "accuracy"}
+DIVERSITY = ("embedding_distance", "strategies", "distinct_2", "distinct_3", "distinct_1")  # more is more diverse
+QUALITY = ("quality", "accuracy")
 MAX_PANELS = 2  # of each source
 
 
@@ -107,11 +102,8 @@ def _everything(arm: Arm, in_training: bool) -> list[Evaluation]:
 
 
 def _path(arm: Arm, in_training: bool, x_name: str, y_name: str) -> tuple[Place, ...]:
-    if not arm.trained:
+    if not arm.trained or not in_training:
         return _one_place([file.overall for file in arm.measured()], x_name, y_name)
-    if not in_training:
-        files = [file for run in arm.members for file in run.files]
-        return _one_place([f.overall for f in arm.files_on(files[0].data)] if files else [], x_name, y_name)
     by_step: dict[int, list[Evaluation]] = {}
     for run in arm.members:
         for e in run.evaluations:
@@ -128,38 +120,40 @@ def _one_place(evaluations: Sequence[Evaluation], x_name: str, y_name: str) -> t
 def _draw_view(axis: Axes, cast: Cast, view: View) -> str:
     """Draws; returns the name of the reference."""
     for place, path in view.paths:
-        _draw_path(axis, cast.styles[place], path)
+        _draw_path(axis, cast.styles[place], path, view)
     for one, other in _temperature_steps(cast, view):
         axis.plot([one.x.mean, other.x.mean], [one.y.mean, other.y.mean], color="#999999", linewidth=1.3, zorder=1.6)
     name, reference = _reference(cast.arms, view)
     axis.margins(0.08)
-    lowest = min(p.y.mean - (p.y.se or 0) for _, path in view.paths for p in path)
-    if lowest >= 0:
-        axis.set_ylim(bottom=max(axis.get_ylim()[0], -0.01))  # no room below 0 for what cannot be negative
     corner = (reference.x.mean, reference.y.mean)
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     right = max(right, corner[0] + 0.22 * (right - left))  # room for the shaded side, wherever the reference lies
     top = max(top, corner[1] + 0.16 * (top - bottom))
+    right = min(right, 1.0) if METRICS[view.x_name].share else right
+    top = min(top, 1.0) if METRICS[view.y_name].share else top
     axis.fill_between([corner[0], right], corner[1], top, color="#8a8a8a", alpha=0.16, linewidth=0, zorder=0.5)
     axis.plot([corner[0], corner[0], right], [top, corner[1], corner[1]], color=GREY, linewidth=1.0, zorder=0.6)
     axis.set_xlim(left, right)
     axis.set_ylim(bottom, top)
+    for name_of, x in ((view.x_name, True), (view.y_name, False)):
+        if METRICS[name_of].share:
+            end_at_share(axis, x=x)
     axis.annotate(
         "better\non both", (1, 1), xycoords="axes fraction", xytext=(-6, -6), textcoords="offset points",
         ha="right", va="top", color="#333333", style="italic",
     )  # fmt: skip
-    axis.set_xlabel(f"{DIVERSITY[view.x_name]} (diversity)")
-    axis.set_ylabel(f"{QUALITY[view.y_name]} (quality)")
+    axis.set_xlabel(f"{label(view.x_name)} (diversity)")
+    axis.set_ylabel(f"{label(view.y_name)} (quality)")
     axis.set_title("In training" if view.in_training else "Evaluation files")
     return name
 
 
-def _draw_path(axis: Axes, style: LineStyle, path: Sequence[Place]) -> None:
+def _draw_path(axis: Axes, style: LineStyle, path: Sequence[Place], view: View) -> None:
     xs, ys = [p.x.mean for p in path], [p.y.mean for p in path]
-    axis.errorbar(
-        xs, ys, xerr=[p.x.se or 0 for p in path], yerr=[p.y.se or 0 for p in path], fmt="none", ecolor=style.color,
-        alpha=0.35 if len(path) > 1 else 0.9,
-    )  # fmt: skip
+    x_lengths = error_lengths(xs, [p.x.se for p in path], share=METRICS[view.x_name].share)
+    y_lengths = error_lengths(ys, [p.y.se for p in path], share=METRICS[view.y_name].share)
+    alpha = 0.35 if len(path) > 1 else 0.9
+    axis.errorbar(xs, ys, xerr=x_lengths, yerr=y_lengths, fmt="none", ecolor=style.color, alpha=alpha)
     if len(path) == 1:
         axis.plot(xs, ys, **style.point(), zorder=7)
         return

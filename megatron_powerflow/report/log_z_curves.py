@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from megatron_powerflow.metrics.alarm import ALARMS
+from megatron_powerflow.metrics.axes import step_axis
+from megatron_powerflow.metrics.names import METRICS
 from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.arms import Arm
 from megatron_powerflow.report.pictures import (
@@ -37,12 +39,12 @@ TRAP = ("trap_margin", "trap_lambda", "trap_loop_nats", "trap_entry_nats")
 
 
 PANELS = (
-    Panel("log Z′; thin: the group's estimate", "log_z_mean", "group_log_z_mean"),
-    Panel("E[w · residual]; 0: log Z′ is stationary", "weighted_residual_mean", around_0=True),
-    Panel("Trap margin (nats); a loop pays above 0", "trap_margin", around_0=True),
-    Panel("Trap: λ per token, loops left out", "trap_lambda"),
-    Panel("Trap: cost of the loop (nats per token)", "trap_loop_nats"),
-    Panel("Trap: cost of entering it (nats)", "trap_entry_nats"),
+    Panel("log_z_mean", note="thin: the group's estimate", thin="group_log_z_mean"),
+    Panel("weighted_residual_mean", note="0: stationary", around_0=True),
+    Panel("trap_margin", note="a loop pays above 0", around_0=True),
+    Panel("trap_lambda"),
+    Panel("trap_loop_nats"),
+    Panel("trap_entry_nats"),
 )
 
 
@@ -69,22 +71,23 @@ def draw_log_z(cast: Cast) -> Picture | None:
             if panel.name == "trap_margin":
                 _shade_above_0(axis)
             axis.set_title(panel.title + scale)
-            axis.set_xlabel("step")
-        extra = [Line2D([], [], **ALARM, color="black", label="first alarm `length` of a seed")] if alarms else []
+            step_axis(axis)
+        extra = [Line2D([], [], **ALARM, color="black", label="a seed's first alarm on its lengths")] if alarms else []
         png = finish(figure, shown, extra)
-    absent = [name for name in TRAP if not any(arm.metric(name) for arm in cast.arms)]
+    absent = [METRICS[name].name for name in TRAP if not any(arm.metric(name) for arm in cast.arms)]
     return Picture(
         name="log_z",
         title="log Z′ and the repetition trap",
         alt=f"log Z' against the group's estimate, and {len(there) - 1} further panels, for {len(shown)} arms",
         caption=(
             "Line: mean over seeds; band: from the lowest to the highest seed. Where log Z′ is the group's estimate "
-            "the two lines are one. The dark level line is 0; the shaded side of the trap margin is where a "
-            "repetition loop outweighs the reasoning in the target itself, so that more training makes it worse. No "
-            "margin: no loop among the rollouts, or too few effective samples for λ."
+            "the two lines are one. The dark level line is 0; a weighted mean residual there says that log Z′ is "
+            "stationary. The shaded side of the trap margin is where a repetition loop outweighs the reasoning in the "
+            "target itself, so that more training makes it worse. No margin: no loop among the rollouts, or too few "
+            "effective samples for λ."
         ),
         png=png,
-        notes=((f"no run measures {', '.join(absent)}",) if absent else ()) + _alarm_notes(cast.arms),
+        notes=((f"no run measures the {', the '.join(absent)}",) if absent else ()) + _alarm_notes(cast.arms),
     )
 
 
@@ -102,7 +105,7 @@ def draw_residual_fan(cast: Cast) -> Picture | None:
             axis.plot(low.steps, middle.mean, color=style.color, linewidth=2.0)
             zero_line(axis)
             axis.set_title(wrapped(arm.label, 30), fontsize=12.8)
-            axis.set_xlabel("step")
+            step_axis(axis)
         png = finish(figure, [])
     return Picture(
         name="residual_fan",

@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from megatron_powerflow.metrics.axes import end_at_share
+from megatron_powerflow.metrics.names import label
 from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.arms import Arm, estimate_pass_at
 from megatron_powerflow.report.pictures import GREY, Cast, Picture, finish, in_style, panels, wrapped
 from megatron_powerflow.report.runs import Evaluation
+from megatron_powerflow.report.seeds import error_lengths
 
 MAX_PANELS = 8
 MAX_TICKS = 10
+BEFORE = {"color": GREY, "linestyle": ":", "linewidth": 2.2}
 
 Curves = list[tuple[int, list[Evaluation]]]  # (place of the arm in the cast, one evaluation per seed)
 
@@ -28,17 +33,18 @@ def draw_pass_at_k(cast: Cast) -> Picture | None:
         return None
     notes = [f"{len(views) - MAX_PANELS} more tasks are in the table of evaluations only"] * (len(views) > MAX_PANELS)
     views = views[:MAX_PANELS]
+    extra = []
     with in_style():
         figure, axes = panels(len(views), height=4.4 if len(views) > 1 else 5.6)
         for axis, (title, curves) in zip(axes, views, strict=True):
             ks = sorted({k for _, evaluations in curves for e in evaluations for k in e.pass_at})
             for order, (place, evaluations) in enumerate(curves):
                 _draw_curve(axis, cast.styles[place], evaluations, (order - (len(curves) - 1) / 2) * 0.02)
-            if title.startswith("In training"):
-                _draw_start(axis, cast.arms)
+            if title.startswith("In training") and _draw_start(axis, cast.arms):
+                extra = [Line2D([], [], **BEFORE, label="before training (step 0)")]
             _label(axis, title, ks)
         appear = {place for _, curves in views for place, _ in curves}
-        png = finish(figure, [pair for place, pair in enumerate(cast.pairs()) if place in appear])
+        png = finish(figure, [pair for place, pair in enumerate(cast.pairs()) if place in appear], extra)
     return Picture(
         name="pass_at_k",
         title="pass@k",
@@ -47,8 +53,8 @@ def draw_pass_at_k(cast: Cast) -> Picture | None:
             "Share of questions with at least one right answer among k responses; k on a logarithmic axis; arms are "
             "shifted a little sideways so that error bars can be told apart. Error bars: one standard error, over "
             "seeds where there are several, else over questions where the evaluation says it. In training: each "
-            "seed's last evaluation; the dotted grey line is step 0. A curve that starts higher and ends lower than "
-            "another has fewer different right answers to offer."
+            "seed's last evaluation. A curve that starts higher and ends lower than another has fewer different right "
+            "answers to offer."
         ),
         png=png,
         notes=tuple(notes),
@@ -92,17 +98,19 @@ def _draw_curve(axis: Axes, style: LineStyle, evaluations: Sequence[Evaluation],
     points = [(k, estimate_pass_at(evaluations, k)) for k in sorted({k for e in evaluations for k in e.pass_at})]
     xs = [k * 2.0**shift for k, _ in points]
     ys = [found.mean for _, found in points]
-    axis.errorbar(xs, ys, yerr=[found.se or 0.0 for _, found in points], **style.marked(), elinewidth=1.2, capsize=2.5)
+    lengths = error_lengths(ys, [found.se for _, found in points], share=True)
+    axis.errorbar(xs, ys, yerr=lengths, **style.marked(), elinewidth=1.2, capsize=2.5)
 
 
-def _draw_start(axis: Axes, arms: Sequence[Arm]) -> None:
-    """One line for all arms, where they all start from one model."""
+def _draw_start(axis: Axes, arms: Sequence[Arm]) -> bool:
+    """One line for all arms, where they all start from one model and step 0 was evaluated; False: none."""
     trained = [arm for arm in arms if arm.trained]
     first = [e for arm in trained for e in _ends(arm, last=False)]
     if not first or len({arm.config("model.hf_path") for arm in trained}) > 1:
-        return
+        return False
     points = [(k, estimate_pass_at(first, k)) for k in sorted({k for e in first for k in e.pass_at})]
-    axis.plot([k for k, _ in points], [found.mean for _, found in points], color=GREY, linestyle=":", linewidth=2.2)
+    axis.plot([k for k, _ in points], [found.mean for _, found in points], **BEFORE)
+    return True
 
 
 def _label(axis: Axes, title: str, ks: Sequence[int]) -> None:
@@ -112,5 +120,6 @@ def _label(axis: Axes, title: str, ks: Sequence[int]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axis.set_xlabel("k")
-    axis.set_ylabel("pass@k")
+    axis.set_ylabel(label("pass_at"))
+    end_at_share(axis)
     axis.set_title(wrapped(title, 48))

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from megatron_powerflow.metrics.names import heading
 from megatron_powerflow.metrics.plot_style import STYLE, LineStyle, line_styles
 from megatron_powerflow.report.arms import Arm
 from megatron_powerflow.report.seeds import Band, band
@@ -31,16 +32,22 @@ GREY = "#555555"
 LEVEL_DASHES = (4.0, 2.5)
 LABEL_CHARACTERS = 34  # of a legend's line
 FAR_APART = 30.0  # between arms or within one: then the axis is logarithmic
+ROUNDING = 1e-3  # an axis around 0 goes so far at least: what is smaller is rounding, and would look like noise
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One metric of metrics.jsonl. `name` is drawn with band and markers, `thin` as a thin line of the arm's colour."""
+    """One metric of metrics.jsonl. `name` is drawn with band and markers, `thin` as a thin line of the arm's colour;
+    note: the end of the title."""
 
-    title: str
     name: str
+    note: str = ""
     thin: str | None = None
     around_0: bool = False
+
+    @property
+    def title(self) -> str:
+        return heading(self.name) + (f"; {self.note}" if self.note else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,3 +185,5 @@ def _plain_ticks(axis: Axes) -> None:
 
 def zero_line(axis: Axes) -> None:
     axis.axhline(0.0, color=GREY, linewidth=1.1, zorder=1.5)
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, -ROUNDING), max(high, ROUNDING))

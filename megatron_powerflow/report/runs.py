@@ -21,6 +21,7 @@ EVALUATIONS_NAME = "evaluations.jsonl"
 SAMPLES_NAME = "samples.jsonl"
 EVALUATION_NAME = "evaluation.json"
 LAUNCHES_NAME = "launches.jsonl"
+OWN_FOLDER = "evaluation"  # RUN/evaluation: what `powerflow train` tells its user to make
 MAX_EVALUATION_FILES = 1000
 MAX_STEP = 2**53
 MAX_PASS_AT = 2**30
@@ -54,9 +55,11 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationFile:
-    """One evaluation.json. where: its folder, as shown; over_tasks: the plain mean of the tasks' accuracies."""
+    """One evaluation.json. where: its folder, as shown; own: it is RUN/evaluation; over_tasks: the plain mean of the
+    tasks' accuracies."""
 
     where: str
+    own: bool
     model: str
     data: str
     temperature: float | None
@@ -106,7 +109,7 @@ def read_runs(folders: Sequence[Path], notes: list[str]) -> list[Run]:
 
 def _read_folder(folder: Path, notes: list[str]) -> list[Run]:
     shown = visible(folder, 200)
-    files = [file for path in _evaluation_paths(folder) if (file := _read_file(path, notes))]
+    files = [file for path in _evaluation_paths(folder) if (file := _read_file(path, folder, notes))]
     metrics = _metrics(folder / METRICS_NAME, notes)
     evaluations = _evaluations(folder / EVALUATIONS_NAME, notes)
     if metrics or evaluations or (folder / CONFIG_NAME).is_file():
@@ -116,6 +119,7 @@ def _read_folder(folder: Path, notes: list[str]) -> list[Run]:
         if config is None:
             notes.append(f"{folder}: no readable {CONFIG_NAME}; the run is an arm of its own")
             config = {"folder.path": shown}
+        files = _of_the_policy(files, config.get("model.hf_path", ""), notes)
         samples = read_json_lines(folder / SAMPLES_NAME, notes)
         launches = [_origin(line) for line in read_json_lines(folder / LAUNCHES_NAME, notes)]
         return [Run(shown, config.get("run.seed", "?"), config, metrics, evaluations, samples, files, launches)]
@@ -123,6 +127,18 @@ def _read_folder(folder: Path, notes: list[str]) -> list[Run]:
     for file in files:
         by_policy.setdefault((file.model, file.temperature, file.num_responses, file.seed), []).append(file)
     return [Run(shown, policy[-1], None, files=found) for policy, found in by_policy.items()]
+
+
+def _of_the_policy(files: Sequence[EvaluationFile], base: str, notes: list[str]) -> list[EvaluationFile]:
+    """Without those of the run's base model, which `powerflow evaluate --reference` makes: they say nothing of the
+    trained policy."""
+    of_the_base = [file for file in files if file.model in (base, str(Path(base).resolve()))]
+    notes += [
+        f"{file.where}: an evaluation of the base model; it is in no row of the trained arm. Give this folder to the "
+        "report, too, and it is an arm of its own"
+        for file in of_the_base
+    ]
+    return [file for file in files if file not in of_the_base]
 
 
 def _evaluation_paths(folder: Path) -> list[Path]:
@@ -209,7 +225,7 @@ def _by_count(value: Any) -> dict[int, float]:
     return dict(sorted(pairs.items()))
 
 
-def _read_file(path: Path, notes: list[str]) -> EvaluationFile | None:
+def _read_file(path: Path, run: Path, notes: list[str]) -> EvaluationFile | None:
     fields = read_json(path, notes)
     if fields is None:
         return None
@@ -221,6 +237,7 @@ def _read_file(path: Path, notes: list[str]) -> EvaluationFile | None:
     tasks = {visible(name, 60): _evaluation(_mapping(value)) for name, value in _mapping(fields.get("tasks")).items()}
     return EvaluationFile(
         where=visible(path.parent, 200),
+        own=path.parent == run / OWN_FOLDER,
         model=visible(fields.get("model", "?"), 200),
         data=visible(fields.get("data", "?"), 200),
         temperature=number(fields.get("temperature")),

@@ -39,6 +39,14 @@ def estimate(values: Sequence[float], own_se: Sequence[float | None] = ()) -> Es
     return Estimate(float(values[0]), known, 1, None if known is None else "questions")
 
 
+def error_lengths(means: Sequence[float], errors: Sequence[float | None], *, share: bool) -> np.ndarray:
+    """[2, n] how far an error bar goes below and above each mean. share: it ends at 0 and 1; None: no bar."""
+    middle, length = np.asarray(means, float), np.array([error or 0.0 for error in errors])
+    if not share:
+        return np.stack([length, length])
+    return np.stack([np.minimum(length, middle), np.minimum(length, 1.0 - middle)]).clip(min=0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Band:
     """A curve over seeds, all [n] fp64: mean, lowest and highest seed at each step; se is 0 where one seed is left."""

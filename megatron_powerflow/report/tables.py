@@ -7,29 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
+from megatron_powerflow.metrics.names import label
 from megatron_powerflow.report.arms import Arm, differing_keys, estimate_of, estimate_pass_at, short_name
 from megatron_powerflow.report.runs import Evaluation, EvaluationFile
 from megatron_powerflow.report.seeds import Estimate
 
-# column title -> value, decimals
-COLUMNS = {
-    "accuracy": ("accuracy", 3),
-    "majority": ("maj", 3),
-    "length (tokens)": ("response_length_mean", 1),
-    "cut at limit": ("truncated_fraction", 3),
-    "boxed": ("boxed_rate", 3),
-    "entropy (nats)": ("policy_entropy", 3),
-    "pass@1": ("pass@1", 3),
+# value -> decimals
+EVALUATION_COLUMNS = {
+    "accuracy": 3,
+    "maj": 3,
+    "truncated_fraction": 3,
+    "boxed_rate": 3,
+    "response_length_mean": 1,
+    "policy_entropy": 3,
 }
-EVALUATION_COLUMNS = {title: column for title, column in COLUMNS.items() if title != "pass@1"}
 DIVERSITY_COLUMNS = {
-    "distinct-1": ("distinct_1", 3),
-    "distinct-2": ("distinct_2", 3),
-    "self-BLEU": ("self_bleu", 3),
-    "embedding distance": ("embedding_distance", 3),
-    "judged quality": ("quality", 3),
-    "judged strategies": ("strategies", 2),
+    "distinct_1": 3,
+    "distinct_2": 3,
+    "self_bleu": 3,
+    "embedding_distance": 3,
+    "quality": 3,
+    "strategies": 2,
 }
 
 
@@ -60,7 +60,10 @@ class Table:
 
 
 def arms_table(arms: Sequence[Arm]) -> Table:
-    """Best and last evaluation of each trained arm, the evaluation of the others. head: which, at which steps."""
+    """Best and last in-training evaluation of each trained arm, and RUN/evaluation; the evaluation of the others.
+
+    head: which, at which steps.
+    """
     rows: list[Row] = []
     largest = _largest([e for arm in arms for _, _, evaluations in _lines(arm) for e in evaluations])
     for place, arm in enumerate(arms):
@@ -70,9 +73,10 @@ def arms_table(arms: Sequence[Arm]) -> Table:
                 f"{len(evaluations)} of {len(arm.members)}"
             )  # fmt: skip
             about = f"{seeds} {'seed' if seeds == '1' else 'seeds'}{_steps(arm)}"
-            cells = (*_cells(evaluations, COLUMNS), _at_largest(evaluations, largest))
+            first = _cell(estimate_pass_at(evaluations, 1), 3)
+            cells = (*_cells(evaluations, EVALUATION_COLUMNS), first, _at_largest(evaluations, largest))
             rows.append(Row(place, number == 0, (f"{which}{at}",), cells, len(lines), about))
-    columns = ("evaluation", *COLUMNS, _title(largest))
+    columns = ("evaluation", *map(label, EVALUATION_COLUMNS), "pass@1", _title(largest))
     return _without_empty(Table(columns, tuple(rows)), keep=2)
 
 
@@ -122,27 +126,36 @@ def evaluations_table(arms: Sequence[Arm]) -> Table | None:
                     seed = run.seed if arm.trained else file.seed
                     mine.append(Row(place, not mine, (*_protocol(file), seed, task), cells))
         rows += [Row(r.arm, r.first, r.head, r.cells, len(mine)) for r in mine]
-    columns = ("data", "T", "responses", "seed", "task", *EVALUATION_COLUMNS, _title(largest), *DIVERSITY_COLUMNS)
-    return _without_empty(Table(columns, tuple(rows)), keep=5) if rows else None
+    heads = ("data", "T", "responses", "seed", "task")
+    columns = (*heads, *map(label, EVALUATION_COLUMNS), _title(largest), *map(label, DIVERSITY_COLUMNS))
+    return _without_empty(Table(columns, tuple(rows)), keep=len(heads)) if rows else None
 
 
 def _lines(arm: Arm) -> list[tuple[str, str, list[Evaluation]]]:
     """(which, at which steps, one evaluation per seed)."""
+    files = arm.measured()
+    of_files = [file.overall for file in files]
     if not arm.trained:
-        return [("evaluated only", "", [file.overall for file in arm.measured()])]
+        return [("evaluated only", "", of_files)]
     having = [run.evaluations for run in arm.members if run.evaluations]
-    if not having:
-        return [("none in training", "", [])]
     best = [found for evaluations in having if (found := best_of(evaluations))]
     last = [evaluations[-1] for evaluations in having]
-    return [("best* at ", _range(best), best), ("last, at ", _range(last), last)]
+    lines = [("best* at ", _range(best), best)] if best else []
+    lines += [("last, at ", _range(last), last)] if last else []
+    lines += [(_of_the_files(files), "", of_files)] if files else []
+    return lines or [("not evaluated", "", [])]
 
 
-def _cells(evaluations: Sequence[Evaluation], columns: dict[str, tuple[str, int]]) -> tuple[Cell, ...]:
-    return tuple(
-        _cell(estimate_pass_at(evaluations, 1) if name == "pass@1" else estimate_of(evaluations, name), decimals)
-        for name, decimals in columns.values()
-    )
+def _of_the_files(files: Sequence[EvaluationFile]) -> str:
+    """Example: step_000340 on MATH-500, T=1. The checkpoint is named where it is the same one for all seeds."""
+    policies = {PurePath(file.model).name for file in files}
+    policy = f"{policies.pop()} " if len(policies) == 1 else ""
+    temperature = "" if files[0].temperature is None else f", T={files[0].temperature:g}"
+    return f"{policy}on {short_name(files[0].data)}{temperature}"
+
+
+def _cells(evaluations: Sequence[Evaluation], columns: dict[str, int]) -> tuple[Cell, ...]:
+    return tuple(_cell(estimate_of(evaluations, name), decimals) for name, decimals in columns.items())
 
 
 def _largest(evaluations: Sequence[Evaluation]) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_powerflow.metrics.axes import end_at_share, step_axis
+from megatron_powerflow.metrics.names import METRICS, heading
 from megatron_powerflow.report.pictures import (
     Cast,
     Panel,
@@ -16,18 +18,20 @@ from megatron_powerflow.report.pictures import (
 from megatron_powerflow.report.seeds import MAX_POINTS
 
 PANELS = (
-    Panel("Loss", "loss"),
-    Panel("Gradient norm", "grad_norm"),
-    Panel("Residual, mean", "residual_mean", around_0=True),
-    Panel("Residual, standard deviation", "residual_std"),
-    Panel("log Z′; thin: the group's estimate", "log_z_mean", "group_log_z_mean", around_0=True),
-    Panel("Realised alpha; thin: asked", "alpha_realised", "alpha"),
-    Panel("R² of the realised alpha", "alpha_realised_r2"),
-    Panel("Policy entropy (nats per token)", "policy_entropy"),
-    Panel("Response length (tokens); thin: 95 %", "response_length_mean", "response_length_p95"),
-    Panel("Responses cut at the limit (share)", "truncated_fraction"),
-    Panel("Responses with a box (share)", "boxed_rate"),
-    Panel("Response tokens per second", "tokens_per_second"),
+    Panel("accuracy", note="training rollouts"),
+    Panel("kl_per_response"),
+    Panel("truncated_fraction"),
+    Panel("boxed_rate"),
+    Panel("response_length_mean", note="thin: 95 %", thin="response_length_p95"),
+    Panel("policy_entropy"),
+    Panel("loss"),
+    Panel("grad_norm"),
+    Panel("residual_mean", around_0=True),
+    Panel("residual_std"),
+    Panel("log_z_mean", note="thin: the group's estimate", thin="group_log_z_mean", around_0=True),
+    Panel("alpha_realised", note="thin: asked", thin="alpha"),
+    Panel("alpha_realised_r2"),
+    Panel("tokens_per_second"),
 )
 
 
@@ -37,11 +41,15 @@ def draw_training_curves(cast: Cast) -> Picture | None:
     there = [panel for panel in PANELS if any(arm.metric(panel.name) for arm, _ in shown)]
     if not there:
         return None
-    notes = [f"no run has {panel.name}: its panel is left out" for panel in PANELS if panel not in there]
+    notes = [
+        f"no run has the panel {heading(panel.name)}, {panel.name} in metrics.jsonl"
+        for panel in PANELS
+        if panel not in there
+    ]
     for panel in there:
         lacking = [arm.label for arm, _ in shown if not arm.metric(panel.name)]
         if lacking:
-            notes.append(f"{panel.name} is missing in: {'; '.join(lacking)}")
+            notes.append(f"the panel {heading(panel.name)} shows nothing of {'; '.join(lacking)}")
     with in_style():
         figure, axes = panels(len(there))
         for axis, panel in zip(axes, there, strict=True):
@@ -55,13 +63,16 @@ def draw_training_curves(cast: Cast) -> Picture | None:
             scale = scale_to(axis, series, signed=panel.around_0)
             if panel.name == "residual_mean":
                 zero_line(axis)
+            if METRICS[panel.name].share:
+                end_at_share(axis)
             axis.set_title(panel.title + scale)
-            axis.set_xlabel("step")
+            step_axis(axis)
         png = finish(figure, shown)
     return Picture(
         name="training_curves",
         title="Training curves",
-        alt=f"Training metrics against step for {len(shown)} arms: " + ", ".join(panel.name for panel in there),
+        alt=f"Training metrics against step for {len(shown)} arms: "
+        + ", ".join(METRICS[panel.name].name for panel in there),
         caption=(
             "Line: mean over the seeds that reached the step. Band: from the lowest to the highest seed. Runs of "
             f"more than {MAX_POINTS} steps are averaged in bins of steps, each seed alone, before the band is taken; "

@@ -56,10 +56,10 @@ def evaluation_line(rollouts: Sequence[Rollout], reference: np.ndarray, plan: Pl
     lengths = np.array([len(response) for group in tokens for response in group])
     per_prompt = {
         "id": [members[0].prompt.id for members in by_prompt],
-        "ref_log_prob": _per_token(reference, lengths, by_prompt),
+        "ref_log_prob_mean": _per_token(reference, lengths, by_prompt),
         "policy_entropy": _per_token(-_sampled(rollouts), lengths, by_prompt),
         "distinct_2": [distinct_n(group, 2) for group in tokens],
-        "response_length": [float(np.mean([len(response) for response in group])) for group in tokens],
+        "response_length_mean": [float(np.mean([len(response) for response in group])) for group in tokens],
     }
     return {
         "step": step,

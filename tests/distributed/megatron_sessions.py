@@ -47,13 +47,12 @@ def run_training(config_file: Path, *overrides: str) -> str:
     """What `powerflow train` does, on this rank; returns what it printed."""
     import io
 
-    from rich.console import Console
-
     from megatron_powerflow.config import load_config
+    from megatron_powerflow.console import make_console
     from megatron_powerflow.train import train
     from megatron_powerflow.training.plan import make_plan
 
     launch = read_launch()
-    console = Console(file=io.StringIO(), width=200)
+    console = make_console(io.StringIO(), width=200)
     train(make_plan(load_config(config_file, overrides), launch.world_size), launch, console)
     return console.file.getvalue()

@@ -60,8 +60,7 @@ def test_settings_that_would_do_nothing_are_refused(gloo, tiny_model, tmp_path):
 
 def verbalize(model: str, prompts: str, out: str, num_responses: int, overrides: tuple) -> str:
     """What `powerflow generate --decoding verbalized` does, on this rank; returns what it printed."""
-    from rich.console import Console
-
+    from megatron_powerflow.console import make_console
     from megatron_powerflow.decoding import VerbalizedSampling, verbalize_file
     from megatron_powerflow.inference import GENERATE_KEYS, open_model
     from megatron_powerflow.parallel.initialize import read_launch
@@ -69,7 +68,7 @@ def verbalize(model: str, prompts: str, out: str, num_responses: int, overrides:
     launch = read_launch()
     opened = open_model(Path(model), overrides, GENERATE_KEYS, launch.world_size)
     recipe = VerbalizedSampling(num_responses, target_words=None, temperature=opened.config.rollout.temperature)
-    console = Console(file=io.StringIO(), width=200)
+    console = make_console(io.StringIO(), width=200)
     verbalize_file(opened, Path(prompts), Path(out), recipe, launch, console)
     return console.file.getvalue()
 

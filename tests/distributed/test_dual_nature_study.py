@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from examples.dual_nature import corpus
 from examples.dual_nature import vocabulary as v
@@ -19,6 +18,7 @@ from examples.dual_nature.results import EXAMINED, read_samples
 from examples.dual_nature.study import CONFIG, study
 from examples.dual_nature.target import MARKED, PLAIN, solve_power, solve_target, trap_margin
 from megatron_powerflow.config import load_config
+from megatron_powerflow.console import make_console
 
 SMALL = Plan(
     arms=(
@@ -47,7 +47,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_study_leaves_runs_tables_and_reports_and_finds_them_again(base):
     out = base.parent.parent
-    study(out, ["objectives"], 1, Console(file=io.StringIO()), SMALL)
+    study(out, ["objectives"], 1, make_console(io.StringIO()), SMALL)
     results = json.loads((out / "results_objectives.json").read_text())
     assert {name: len(seeds) for name, seeds in results["examined"].items()} == {
         "base_T0.25": 1,
@@ -72,7 +72,7 @@ def test_the_study_leaves_runs_tables_and_reports_and_finds_them_again(base):
 
     before = {path: path.stat().st_mtime_ns for path in out.glob("*_s*/metrics.jsonl")}
     assert len(before) == 3
-    study(out, ["objectives"], 1, Console(file=io.StringIO()), SMALL)
+    study(out, ["objectives"], 1, make_console(io.StringIO()), SMALL)
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("*_s*/metrics.jsonl")}
 
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from megatron_powerflow.config import dump_config
+from megatron_powerflow.console import make_console
 from tests.conftest import REPOSITORY, run_cli
 from tests.distributed.megatron_sessions import config_for, run_training
 from tests.gloo_workers import RankFailed
@@ -58,7 +58,7 @@ def evaluate_to(folder: str, data: str, out: str, overrides: tuple = (), num_res
     from megatron_powerflow.parallel.initialize import read_launch
 
     launch = read_launch()
-    console = Console(file=io.StringIO(), width=200)
+    console = make_console(io.StringIO(), width=200)
     settings, reference = options.pop("settings", SETTINGS), options.pop("reference", False)
     opened = open_model(Path(folder), (*settings, *overrides), GENERATE_KEYS, launch.world_size, reference=reference)
     request = Request(data=(data,), num_responses=num_responses, **options)

@@ -146,27 +146,25 @@ def test_scores_of_checkpoint_and_export_are_one(gloo, config, tiny_model, tmp_p
 def score_to(folder: str, rows: str, out: str, overrides: tuple) -> None:
     import io
 
-    from rich.console import Console
-
+    from megatron_powerflow.console import make_console
     from megatron_powerflow.inference import SCORE_KEYS, open_model, score_file
     from megatron_powerflow.parallel.initialize import read_launch
 
     launch = read_launch()
     opened = open_model(Path(folder), overrides, SCORE_KEYS, launch.world_size)
-    score_file(opened, Path(rows), Path(out), launch, Console(file=io.StringIO()))
+    score_file(opened, Path(rows), Path(out), launch, make_console(io.StringIO()))
 
 
 def generate_to(folder: str, prompts: str, out: str, overrides: tuple, num_responses: int, greedy: bool) -> None:
     import io
 
-    from rich.console import Console
-
+    from megatron_powerflow.console import make_console
     from megatron_powerflow.inference import GENERATE_KEYS, generate_file, open_model
     from megatron_powerflow.parallel.initialize import read_launch
 
     launch = read_launch()
     opened = open_model(Path(folder), overrides, GENERATE_KEYS, launch.world_size)
-    console = Console(file=io.StringIO())
+    console = make_console(io.StringIO())
     generate_file(opened, Path(prompts), Path(out), num_responses, greedy, launch, console)
 
 

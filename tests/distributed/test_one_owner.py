@@ -180,9 +180,8 @@ def refused_exports(run: str, outs: list[str], work: str) -> list[str]:
     """What `powerflow export` says of each target, with nothing of torch's processes or of the model touched."""
     import io
 
-    from rich.console import Console
-
     from megatron_powerflow import inference
+    from megatron_powerflow.console import make_console
     from megatron_powerflow.errors import UserError
     from megatron_powerflow.parallel.initialize import read_launch
 
@@ -196,7 +195,7 @@ def refused_exports(run: str, outs: list[str], work: str) -> list[str]:
         for out in outs:
             try:
                 opened = inference.open_model(Path(run), (), inference.COMMON_KEYS, 1)
-                inference.export_file(opened, Path(out), read_launch(), Console(file=io.StringIO()))
+                inference.export_file(opened, Path(out), read_launch(), make_console(io.StringIO()))
                 said.append("")
             except UserError as error:
                 said.append(str(error))
@@ -270,8 +269,7 @@ def test_a_run_that_could_not_export_at_its_end_is_refused_at_its_start(config, 
 def evaluate_refused(model: str, data: str, out: str) -> str:
     import io
 
-    from rich.console import Console
-
+    from megatron_powerflow.console import make_console
     from megatron_powerflow.errors import UserError
     from megatron_powerflow.evaluation.evaluate import Request, evaluate
     from megatron_powerflow.inference import GENERATE_KEYS, open_model
@@ -280,7 +278,7 @@ def evaluate_refused(model: str, data: str, out: str) -> str:
     settings = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6")
     opened = open_model(Path(model), settings, GENERATE_KEYS, 1)
     try:
-        evaluate(opened, Request((data,), num_responses=1), Path(out), read_launch(), Console(file=io.StringIO()))
+        evaluate(opened, Request((data,), num_responses=1), Path(out), read_launch(), make_console(io.StringIO()))
     except UserError as error:
         return str(error)
     return ""
@@ -308,8 +306,7 @@ def written_while_written(model: str, out: Path) -> list[str]:
     """What a second command is told that would write the same file of lines, before and while the first one does."""
     import io
 
-    from rich.console import Console
-
+    from megatron_powerflow.console import make_console
     from megatron_powerflow.errors import UserError
     from megatron_powerflow.inference import SCORE_KEYS, open_model
     from megatron_powerflow.output_lines import SCORED, output_refusals, write_rounds
@@ -319,7 +316,7 @@ def written_while_written(model: str, out: Path) -> list[str]:
     with initialized(opened.layout, read_launch(), seed=0) as groups:
 
         def write(items, one_round):
-            write_rounds(items, one_round, 1, out, groups, Console(file=io.StringIO()), "powerflow score")
+            write_rounds(items, one_round, 1, out, groups, make_console(io.StringIO()), "powerflow score")
 
         def one_round(items):
             said.extend(output_refusals(out, SCORED))

@@ -24,8 +24,7 @@ def power_sample(
     model: str, prompts: str, out: str, overrides: tuple, num_responses: int, alpha: float, blocks: int, moves: int
 ) -> None:
     """What `powerflow generate --decoding power_sampling` does, on this rank."""
-    from rich.console import Console
-
+    from megatron_powerflow.console import make_console
     from megatron_powerflow.decoding import POWER_SAMPLING_KEYS, power_sample_file
     from megatron_powerflow.inference import open_model
     from megatron_powerflow.parallel.initialize import read_launch
@@ -34,7 +33,7 @@ def power_sample(
     launch = read_launch()
     opened = open_model(Path(model), overrides, POWER_SAMPLING_KEYS, launch.world_size)
     recipe = PowerSampling(alpha, blocks, moves)
-    console = Console(file=io.StringIO())
+    console = make_console(io.StringIO())
     power_sample_file(opened, Path(prompts), Path(out), num_responses, recipe, launch, console)
 
 

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_powerflow.metrics.change import NAMES, change_table, changes_of
+from megatron_powerflow.metrics.change import QUANTITIES, change_table, changes_of
 from megatron_powerflow.metrics.change_picture import draw_change
 
 
 def line(step: int, shift: float = 0.0, num_prompts: int = 6, **changes) -> dict:
     values = np.random.default_rng(0).normal(size=num_prompts)
     noise = np.random.default_rng(step).normal(size=num_prompts) * 0.01
-    by_prompt = {name: list(values + shift + noise) for name in NAMES} | {"id": [str(n) for n in range(num_prompts)]}
+    by_prompt = {name: list(values + shift + noise) for name in QUANTITIES} | {
+        "id": [str(n) for n in range(num_prompts)]
+    }
     return {"step": step, "num_prompts": num_prompts, "num_responses": 4, "by_prompt": by_prompt} | changes
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -26,6 +25,7 @@ from megatron_powerflow.checkpoint.inspect import describe, inspect
 from megatron_powerflow.checkpoint.model_folders import open_model_folder
 from megatron_powerflow.checkpoint.ranks import Ranks
 from megatron_powerflow.checkpoint.torch_dist import TorchDistFolder
+from megatron_powerflow.console import make_console
 from megatron_powerflow.conversion.hf_files import INDEX_NAME, SafetensorsFolder
 from megatron_powerflow.conversion_tools import parse_size, verify
 from megatron_powerflow.errors import UserError
@@ -301,7 +301,7 @@ def test_a_truncated_checkpoint_file_and_a_wrong_tensor_are_named(converted, tmp
 
 
 def run_verify(a: Path, b: Path, card: Path):
-    return verify(a, b, None, card, Launch("alone", 0, 1, 0, 1), Console(file=io.StringIO()), "a command")
+    return verify(a, b, None, card, Launch("alone", 0, 1, 0, 1), make_console(io.StringIO()), "a command")
 
 
 def test_a_flipped_bit_is_caught_and_named(tiny_model, tmp_path):

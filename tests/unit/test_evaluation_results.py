@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
+from megatron_powerflow.console import make_console
 from megatron_powerflow.data.grading import Grade, grade
 from megatron_powerflow.evaluation.answering import response_lines
 from megatron_powerflow.evaluation.diversity import measure_diversity
@@ -127,7 +127,7 @@ def test_the_table_shows_every_task_and_survives_tasks_without_gold():
     lines = graded_lines()
     lines += [{**line, "task": "poem", "gold": None, "correct": None} for line in lines[:5]]
     results = describe_results(settings, lines, {}, "")
-    console = Console(file=io.StringIO(), width=150)
+    console = make_console(io.StringIO(), width=150)
     console.print(results_table(results))
     shown = console.file.getvalue()
     assert [name for name in ("algebra", "choices", "poem", "all questions", "mean over tasks") if name in shown] == [
@@ -181,8 +181,8 @@ def test_a_report_finds_every_number_that_an_evaluation_states(tmp_path):
     notes: list[str] = []
     values = read_runs([tmp_path], notes)[0].files[0].overall.values
     assert not notes
-    shown = {name for name, _ in (tables.EVALUATION_COLUMNS | tables.DIVERSITY_COLUMNS).values()}
-    assert shown | frontier.QUALITY.keys() | frontier.DIVERSITY.keys() <= values.keys()
+    shown = tables.EVALUATION_COLUMNS.keys() | tables.DIVERSITY_COLUMNS.keys()
+    assert {*shown, *frontier.QUALITY, *frontier.DIVERSITY} <= values.keys()
     assert values["accuracy"] == results["all"]["avg"]
     assert values["embedding_distance"] == diversity["embedding_distance"]
     assert (values["quality"], values["quality_se"], values["strategies"]) == (0.7, 0.1, 3.5)

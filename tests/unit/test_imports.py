@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_powerflow"
 LEVELS = {
     "errors": 0,
+    "console": 0,
     "config": 0,
     "config_rules": 0,
     "records": 0,
@@ -46,6 +47,7 @@ LEVELS = {
 }
 FREE_OF_TORCH = (
     "errors",
+    "console",
     "config",
     "config_rules",
     "records",

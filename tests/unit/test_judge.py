@@ -10,8 +10,8 @@ import threading
 import time
 
 import pytest
-from rich.console import Console
 
+from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation import rubrics
 from megatron_powerflow.evaluation.judge import Judge, ask, ask_all, make_judge
@@ -266,7 +266,7 @@ def test_an_evaluation_is_judged_and_everything_dropped_is_counted(serve, tmp_pa
 
     server = serve(reply)
     judged = judge_responses(
-        quick(server, max_tries=2), [*problems, *poems, joke], responses, tmp_path, Console(file=io.StringIO())
+        quick(server, max_tries=2), [*problems, *poems, joke], responses, tmp_path, make_console(io.StringIO())
     )
     assert judged["strategy"] == {
         "mean": 3.5,

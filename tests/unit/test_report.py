@@ -39,7 +39,8 @@ def folders(tmp_path_factory) -> list[Path]:
     for seed in range(3):
         made.append(make_run(root / f"la_tb_{seed}", seed=seed, trap=True))
         made.append(make_run(root / f"tb_traj_{seed}", seed=seed, preset="tb_traj", log_z="mlp"))
-        make_evaluation(made[0 if not seed else -2] / "evaluation", accuracy=0.6 + 0.02 * seed)
+        run = made[0 if not seed else -2]
+        make_evaluation(run / "evaluation", accuracy=0.6 + 0.02 * seed, model=f"{run}/checkpoints/step_000275")
     made.append(make_run(root / "rl_token", seed=0, preset="rl_token"))
     made.append(make_evaluation(root / "base", accuracy=0.41, diversity={"distinct_2": 0.62}))
     made.append(make_evaluation(root / "cold", accuracy=0.97, temperature=0.25, diversity={"distinct_2": 0.3}))
@@ -76,11 +77,11 @@ def test_the_table_says_what_the_files_say(arm, which, folders, page):
         picked.append(max(lines, key=lambda line: line["accuracy"]) if which == "best" else lines[-1])
     expected = {
         "accuracy": ("accuracy", 3),
-        "majority": ("maj", 3),
-        "length (tokens)": ("response_length_mean", 1),
-        "cut at limit": ("truncated_fraction", 3),
-        "boxed": ("boxed_rate", 3),
-        "entropy (nats)": ("policy_entropy", 3),
+        "majority accuracy": ("maj", 3),
+        "mean response length (tokens)": ("response_length_mean", 1),
+        "truncated share": ("truncated_fraction", 3),
+        "share with a boxed answer": ("boxed_rate", 3),
+        "policy entropy (nats per token)": ("policy_entropy", 3),
     }
     for title, (name, decimals) in expected.items():
         assert cells[title] == shown([line[name] for line in picked], decimals), title
@@ -162,6 +163,37 @@ def test_a_name_given_to_the_runs_is_their_label(tmp_path):
     assert [(arm.label, len(arm.members)) for arm in arms_of(*named, other)] == [("mine", 2), ("mine (2)", 1)]
 
 
+def test_an_evaluation_in_a_run_is_a_line_of_its_arm(folders, page):
+    """Three seeds of la_tb, each with RUN/evaluation, of accuracies .60, .62 and .64."""
+    table = Tables(page).tables[0]
+    place = next(place for place, row in enumerate(table) if row[0].startswith("la_tb"))
+    line = dict(zip(table[0][1:], table[place + 2], strict=True))
+    assert line["evaluation"] == "step_000275 on held_out.jsonl, T=1"
+    assert line["accuracy"] == shown([0.60, 0.62, 0.64], 3)
+    assert line["truncated share"] == "0.002 ± 0.000"
+
+
+def test_a_run_without_evaluations_in_training_has_the_line_of_its_evaluation_alone(tmp_path):
+    runs = [make_run(tmp_path / name, seed=0, preset=name, evaluated=False) for name in ("la_tb", "rl_token")]
+    make_evaluation(runs[0] / "evaluation", accuracy=0.7, model="step_000275")
+    make_evaluation(runs[0] / "step_300", accuracy=0.1, model="step_000300")  # a later name; not the run's own
+    out = tmp_path / "out"
+    rows = Tables(page_of(runs, out)).tables[0]
+    assert [row[1] for row in rows[1:]] == ["step_000275 on held_out.jsonl, T=1", "not evaluated"]
+    assert rows[1][2].startswith("0.700 ± ")
+    assert (out / "accuracy_against_length.png").is_file()
+
+
+def test_an_evaluation_of_the_base_model_is_in_no_row_of_the_trained_arm(tmp_path):
+    """`powerflow evaluate --reference` writes the base model's path."""
+    run = make_run(tmp_path / "run", seed=0, evaluated=False, hf_path="/models/toy-base")
+    base = make_evaluation(run / "evaluation", accuracy=0.4, model="/models/toy-base")
+    page = page_of([run], tmp_path / "out")
+    assert [row[1] for row in Tables(page).tables[0][1:]] == ["not evaluated"]
+    assert "an evaluation of the base model; it is in no row of the trained arm" in page
+    assert [arm.label for arm in arms_of(run, base)] == ["la_tb α=4", "toy-base T=1"]
+
+
 def test_evaluations_alone_are_arms_by_model_and_temperature(tmp_path):
     one = make_evaluation(tmp_path / "a", accuracy=0.4, seed=0)
     other_seed = make_evaluation(tmp_path / "b", accuracy=0.5, seed=1)
@@ -176,7 +208,7 @@ def test_evaluations_alone_are_arms_by_model_and_temperature(tmp_path):
 def test_the_last_evaluation_of_a_run_is_the_one_with_the_highest_step(tmp_path):
     run = make_run(tmp_path / "run", seed=0)
     for step, accuracy in ((9, 0.2), (100, 0.7), (20, 0.3)):
-        make_evaluation(run / f"step_{step}", accuracy=accuracy)
+        make_evaluation(run / f"step_{step}", accuracy=accuracy, model=f"step_{step}")
     (arm,) = arms_of(run)
     assert arm.files_on("held_out.jsonl")[0].overall.values["accuracy"] == 0.7
     assert sorted(["s10", "s9", "s²", ""], key=natural) == ["", "s9", "s10", "s²"]
@@ -214,9 +246,9 @@ def test_a_missing_metric_leaves_its_panel_out_and_is_named(tmp_path):
         del line["grad_norm"]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = page_of([run], tmp_path / "out")
-    assert "no run has grad_norm: its panel is left out" in page
-    assert "no run has loss" not in page
-    assert "No picture: no folder has evaluations.jsonl" in page
+    assert "no run has the panel Gradient norm, grad_norm in metrics.jsonl" in page
+    assert "no run has the panel Loss" not in page
+    assert "No picture: no folder has evaluations with an accuracy" in page
 
 
 def test_alarms_are_shown_by_their_names(tmp_path):
@@ -282,7 +314,7 @@ def test_nothing_is_cut_at_the_edge_of_a_picture_with_many_long_names(tmp_path):
 
 def test_a_run_inside_a_run_is_another_run(tmp_path):
     outer = make_run(tmp_path / "outer", seed=0, evaluated=False)
-    make_evaluation(make_run(outer / "inner", seed=1, evaluated=False) / "evaluation", accuracy=0.5)
+    make_evaluation(make_run(outer / "inner", seed=1, evaluated=False) / "evaluation", accuracy=0.5, model="step_275")
     assert not arms_of(outer)[0].members[0].files
     assert arms_of(outer / "inner")[0].members[0].files
 
