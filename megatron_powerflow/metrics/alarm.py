@@ -80,10 +80,11 @@ def _lengths(verb: str, before: float, now: float) -> str:
 
 
 def _loss(lines: Lines, thresholds: Thresholds) -> str | None:
-    """The median of the last steps against the least of the first ones at the same alpha.
+    """The median of the last steps against the median of the first ones at the same alpha.
 
-    The least, because a learning rate that is far too large spoils every step but the first. Only the squared residual
-    has a scale: a rival's surrogate loss crosses 0, and no alarm of it exists.
+    Where the first steps themselves are so much above the very first, that is what counts: a learning rate that is far
+    too large spoils every step behind it. Not the least of the first: of ten noisy losses one is a fifth of the others.
+    Only the squared residual has a scale: a rival's surrogate loss crosses 0, and no alarm of it exists.
     """
     if not lines or "residual_std" not in lines[-1]:
         return None
@@ -92,7 +93,8 @@ def _loss(lines: Lines, thresholds: Thresholds) -> str | None:
     first, recent = own[:-LOSS_RECENT_STEPS][:LOSS_BASELINE_STEPS], own[-LOSS_RECENT_STEPS:]
     if not first:
         return None
-    was, now = max(min(first), LOSS_FLOOR), statistics.median(recent)
+    usual, now = statistics.median(first), statistics.median(recent)
+    was = max(first[0] if usual > thresholds.loss_growth * first[0] else usual, LOSS_FLOOR)
     return f"loss rose from {was:.3g} to {now:.3g}" if now > thresholds.loss_growth * was else None
 
 

@@ -109,3 +109,25 @@ def test_one_prompt_a_step_has_no_test_on_lengths():
     lines = simulated(0, 60, num_prompts=1, drift=0.1, begins=20)
     assert ring_at(lines) is None
     assert "truncated_fraction_error" not in lines[-1]
+
+
+def losses(values) -> list[dict[str, float]]:
+    return [{"num_rollouts_kept": 4.0, "residual_std": 1.0, "loss": float(value), "alpha": 4.0} for value in values]
+
+
+def test_a_noisy_loss_rings_in_less_than_one_run_of_a_hundred():
+    """A standard deviation of .8 in its logarithm, as at a high rate: of ten steps the least is a fifth of the rest."""
+    runs = np.exp(0.8 * np.random.default_rng(0).normal(size=(300, 60)))
+    rang = [any("loss" in ringing(losses(run[:length]), DEFAULTS) for length in range(1, 61)) for run in runs]
+    assert np.mean(rang) < 0.01
+
+
+def test_a_loss_that_the_first_update_spoils_rings():
+    assert "loss" in ringing(losses([1.0, *[50.0] * 9]), DEFAULTS)
+    assert "loss" not in ringing(losses([1.0, *[5.0] * 9]), DEFAULTS)
+
+
+def test_a_loss_is_compared_at_its_own_alpha():
+    """Where alpha rises from 1 the loss begins at nothing."""
+    rising = [line | {"alpha": 1.0 + step / 10} for step, line in enumerate(losses(np.linspace(0.001, 1.0, 30)))]
+    assert "loss" not in ringing([*rising, *losses([1.0] * 30)], DEFAULTS)
