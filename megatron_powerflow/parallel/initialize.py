@@ -74,7 +74,8 @@ def read_job() -> Job | None:
 
 def settings_that_count() -> dict[str, str]:
     """Environment variables of other libraries that change where a run takes place, those that are set."""
-    names = ("CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "HF_HOME")
+    names = ("CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS")
+    names += ("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
@@ -154,9 +155,19 @@ def _init_process_group(launch: Launch, backend: str) -> None:
     elif launch.launcher == "torchrun":
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
-        host, port = _srun_rendezvous()
-        store = dist.TCPStore(host, port, launch.world_size, is_master=launch.rank == 0, timeout=TIMEOUT)
+        store = rendezvous(launch, TIMEOUT)
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT)
+
+
+def rendezvous(launch: Launch, timeout: timedelta):
+    """A key-value store of all processes. Under srun it is the main process's, and lasts as long as that one holds it."""
+    import torch.distributed as dist
+
+    if launch.launcher == "torchrun":
+        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
+        return store
+    host, port = _srun_rendezvous()
+    return dist.TCPStore(host, port, launch.world_size, is_master=launch.rank == 0, timeout=timeout)
 
 
 def _groups(launch: Launch, layout: Layout, device):
