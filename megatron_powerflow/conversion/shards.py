@@ -137,9 +137,9 @@ def export_to_hf(
     """Write `out`, a plain HF folder, in the dtype of the parameters. Collective over all ranks.
 
     companions: folder whose config, tokenizer, generation config and chat template go along. source: what the mark says
-    that it is an export of. more: texts by file name, on the main rank, that go along. The folder appears
-    under its name only when it is complete; an older export there is replaced. Raises UserError when something else is there, another process writes it or the disk fills up; nothing of
-    `out` is lost then.
+    that it is an export of. more: texts by file name, on the main rank, that go along. The folder appears under its
+    name only when it is complete; an older export there is replaced. Raises UserError when something else is there,
+    another process writes it or the disk fills up; nothing of `out` is lost then.
     """
     target = export_target(out)
     dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")

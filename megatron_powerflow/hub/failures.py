@@ -19,7 +19,7 @@ def failures() -> tuple[type[Exception], ...]:
     return OSError, ValueError, RuntimeError, errors.HTTPError, errors.EntryNotFoundError, xet
 
 
-def reason_of(error: Exception, name: HubName, revision: str | None) -> str:
+def reason_of(error: Exception, name: HubName) -> str:
     """Why the hub did not say which commit a name stands for."""
     from huggingface_hub import constants, errors
 
@@ -28,11 +28,11 @@ def reason_of(error: Exception, name: HubName, revision: str | None) -> str:
         return f"its owner asks for consent; agree at {hub}/{name.id} and log in with `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"nothing of this name is on this disk, and {hub} shows no {what} {name.repository}; mend the name, or log in "
-            "with `hf auth login` if it is private"
+            f"nothing of this name is on this disk, and {hub} shows no {what} {name.repository}; mend the name, or log "
+            "in with `hf auth login` if it is private"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"the {what} {name.repository} has no branch, tag or commit {revision}"
+        return f"the {what} {name.repository} has no branch, tag or commit {name.revision}"
     return f"{hub} did not say what it is ({one_line(error)})"
 
 
@@ -42,7 +42,7 @@ def one_line(error: Exception) -> str:
 
 
 def quiet(*, bars: bool = True) -> None:
-    """huggingface_hub's warnings stay off the screen: what goes wrong is said by us. bars: whether downloads show one."""
+    """huggingface_hub's warnings stay off the screen: we say what goes wrong. bars: whether a download shows one."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()

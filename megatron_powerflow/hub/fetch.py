@@ -1,8 +1,8 @@
 """Where on this disk is what a user named, and which commit of the hub is it?
 
-Names of the hub (`names.py`) become snapshot folders in huggingface_hub's cache, HF_HOME. The main process asks the hub,
-once and before any process group, and fetches. The others are told the commit: where the main process's folder is on
-their disk too, as with an HF_HOME that all nodes share, they read it there; elsewhere they fetch that very commit.
+Names on the hub (`names.py`) become snapshot folders in huggingface_hub's cache, HF_HOME. The main process asks the
+hub, once and before any process group, and fetches. The others are told the commit. Where the main process's folder is
+on their disk too, as with an HF_HOME that all nodes share, they read it there; elsewhere they fetch that very commit.
 
     of a model      the files of its top folder: safetensors, config, tokenizer, licence, README
     of a data set   the file that is named; those of a known benchmark; else its one data file, or the parts of one
@@ -19,7 +19,7 @@ import glob
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,59 +27,17 @@ from megatron_powerflow.conversion.hf_config import read_json
 from megatron_powerflow.conversion.hf_files import INDEX_NAME, SINGLE_NAME
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hub.failures import failures, one_line, quiet, reason_of
-from megatron_powerflow.hub.names import BENCHMARK_FILES, COMMIT, DATA_ENDINGS, PREFIX, HubName, Kind, hub_name
+from megatron_powerflow.hub.located import AS_NAMED, Fetched, Located, Wanted
+from megatron_powerflow.hub.names import BENCHMARK_FILES, COMMIT, DATA_ENDINGS, PREFIX, HubName, hub_name
 from megatron_powerflow.parallel.agreement import main_first
 from megatron_powerflow.parallel.initialize import Launch
 
+CONFIG_NAME = "config.json"
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
 FOLDERS = ("*/*",)
 ANSWER_SECONDS = 10  # that the hub may take to say which commit a name stands for
 SHOWN_FILES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a user named. label: how messages call the place where it was named, such as --model."""
-
-    kind: Kind
-    text: str
-    label: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """One name of the hub, on this disk. revision: the commit, 40 hexadecimal digits. files: relative to `folder`, all
-    there. missing: weights that were not asked for and are not there."""
-
-    id: str
-    revision: str
-    folder: str
-    files: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Located:
-    """What a command's names are on this disk. A text that is not among `fetched` is a path."""
-
-    fetched: Mapping[tuple[Kind, str], Fetched] = field(default_factory=dict)
-
-    def folder(self, model: str | Path) -> Path:
-        found = self.fetched.get(("model", str(model)))
-        return Path(found.folder) if found else Path(model)
-
-    def files(self, data: str | Path) -> tuple[Path, ...]:
-        found = self.fetched.get(("dataset", str(data)))
-        return tuple(Path(found.folder, file) for file in found.files) if found else (Path(data),)
-
-    def model(self, text: str) -> Fetched | None:
-        """None: a path."""
-        return self.fetched.get(("model", text))
-
-    @property
-    def revisions(self) -> dict[str, str]:
-        """Name on the hub -> commit."""
-        return {found.id: found.revision for found in self.fetched.values()}
+PART_NUMBER = re.compile(r"-\d{5}(?=-of-\d{5})")
 
 
 def locate(
@@ -98,7 +56,7 @@ def locate(
     """
     names = {(item.kind, item.text): (item, name) for item in wanted if (name := hub_name(item.text, item.kind))}
     if not names:
-        return Located()
+        return AS_NAMED
 
     def find() -> str:
         quiet()
@@ -126,33 +84,37 @@ def _on_this_disk(item: Wanted, found: Fetched) -> Fetched:
     if all(Path(found.folder, file).is_file() for file in found.files):
         return found
     quiet(bars=False)
-    name = hub_name(item.text, item.kind)
-    return replace(found, folder=str(_download(item, name, found.revision, found.files)))
+    folder = _download(item, _commit_of(item, found), [glob.escape(file) for file in found.files])
+    return replace(found, folder=str(folder))
 
 
 def _fetch(item: Wanted, name: HubName, recorded: str | None) -> Fetched:
-    revision = name.revision or recorded
-    if name.kind == "model":
-        folder = _snapshot(item, name, revision, SMALL_FILES, lambda _: True)
-        small = [path.name for pattern in SMALL_FILES for path in folder.glob(pattern)]
-        shards = _shards(folder)
-        there = [file for file in shards if (folder / file).is_file()]
-        missing = [file for file in shards if file not in there]
-        return Fetched(name.id, folder.name, str(folder), tuple(sorted({*small, *there})), tuple(missing))
-    files = (name.file,) if name.file else BENCHMARK_FILES.get(name.repository) or _data_files(item, name, revision)
-    folder = _snapshot(item, name, revision, files, lambda folder: all((folder / file).is_file() for file in files))
-    if absent := [file for file in files if not (folder / file).is_file()]:
-        raise UserError(f"{_named(item)}: the data set {name.repository} has no file {absent[0]}; mend the name")
-    return Fetched(name.id, folder.name, str(folder), tuple(files))
+    """All but a model's weights; these too where the cache holds them."""
+    name = replace(name, revision=name.revision or recorded)
+    if name.kind == "dataset":
+        files = (name.file,) if name.file else BENCHMARK_FILES.get(name.repository) or _data_files(item, name)
+        folder = _snapshot(item, name, [glob.escape(file) for file in files], files)
+        if absent := [file for file in files if not (folder / file).is_file()]:
+            raise UserError(f"{item}: the data set {name.repository} has no file {absent[0]}; mend the name")
+        return Fetched(name.id, folder.name, str(folder), tuple(files))
+    folder = _snapshot(item, name, SMALL_FILES, (CONFIG_NAME,))
+    small = {path.name for pattern in SMALL_FILES for path in folder.glob(pattern)}
+    shards = _shards(folder)
+    there = {file for file in shards if (folder / file).is_file()}
+    missing = tuple(file for file in shards if file not in there)
+    return Fetched(name.id, folder.name, str(folder), tuple(sorted(small | there)), missing)
 
 
 def _with_weights(item: Wanted, found: Fetched) -> Fetched:
     if not found.missing:
         return found
-    name = hub_name(item.text, item.kind)
-    folder = _download(item, name, found.revision, found.missing)
-    there = [file for file in found.missing if (folder / file).is_file()]  # what is not is said where it is opened
+    folder = _download(item, _commit_of(item, found), [glob.escape(file) for file in found.missing])
+    there = [file for file in found.missing if (folder / file).is_file()]  # whoever opens them says what is not
     return replace(found, files=(*found.files, *there), missing=())
+
+
+def _commit_of(item: Wanted, found: Fetched) -> HubName:
+    return HubName(item.kind, found.id.removeprefix("datasets/"), found.revision)
 
 
 def _shards(folder: Path) -> list[str]:
@@ -164,94 +126,82 @@ def _shards(folder: Path) -> list[str]:
     return sorted({name for name in names if isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)})
 
 
-def _snapshot(
-    item: Wanted, name: HubName, revision: str | None, patterns: Sequence[str], whole: Callable[[Path], bool]
-) -> Path:
-    """The snapshot folder with the files that match. revision: None is the default branch's newest commit.
-
-    whole: whether a folder of the cache has everything, where the hub is not asked.
-    """
-    cached = _cached(name, revision)
-    known = cached is not None and whole(cached)
+def _snapshot(item: Wanted, name: HubName, patterns: Sequence[str], needed: Sequence[str]) -> Path:
+    """The snapshot folder with the files that match `patterns`. needed: what a cache must hold to do without a hub."""
+    cached = _cached(name, needed)
     if _offline():
-        if known:
-            return cached
-        raise UserError(
-            f"{_named(item)}: HF_HUB_OFFLINE is set, and the cache {_cache()} does not hold it; "
-            f"{_instead(item)}, or fetch it where there is a network: {_download_command(name, revision)}"
-        )
+        if cached is None:
+            raise UserError(_not_cached(item, name))
+        return cached
     try:
-        _info(name, revision)
+        _ask(name)
     except failures() as error:
-        if known and COMMIT.fullmatch(revision or ""):  # a commit does not change
+        if cached is not None and COMMIT.fullmatch(name.revision or ""):  # a commit does not change
             return cached
-        hint = "; HF_HUB_OFFLINE=1 takes the commit that the cache holds" if known else ""
-        raise UserError(f"{_named(item)}: {reason_of(error, name, revision)}; {_instead(item)}{hint}") from None
-    return _download(item, name, revision, patterns, plain=False)
+        hint = "" if cached is None else "; HF_HUB_OFFLINE=1 takes the commit that the cache holds"
+        raise UserError(f"{item}: {reason_of(error, name)}; {item.instead}{hint}") from None
+    return _download(item, name, patterns)
 
 
-def _download(
-    item: Wanted, name: HubName, revision: str | None, files: Sequence[str], *, plain: bool = True
-) -> Path:
-    """plain: `files` are names and not patterns."""
+def _download(item: Wanted, name: HubName, patterns: Sequence[str]) -> Path:
+    """The snapshot folder, with what matches of the revision's newest commit."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
             name.repository,
             repo_type=name.kind,
-            revision=revision,
-            allow_patterns=[glob.escape(file) for file in files] if plain else list(files),
+            revision=name.revision,
+            allow_patterns=list(patterns),
             ignore_patterns=FOLDERS if name.kind == "model" else None,
         )
     except failures() as error:
         raise UserError(
-            f"{_named(item)}: not everything of it could be fetched ({one_line(error)}); the same command goes on with "
-            "what is missing"
+            f"{item}: not everything of it could be fetched ({one_line(error)}); the same command goes on with what is "
+            f"missing, or {item.instead}"
         ) from None
+    if not COMMIT.fullmatch(Path(folder).name):
+        raise UserError(f"{item}: the hub names no commit of it but {Path(folder).name!r}; {item.instead}")
     return Path(folder)
 
 
-def _info(name: HubName, revision: str | None) -> Any:
-    """What the hub says of the repository. Raises one of `failures()`, after ANSWER_SECONDS at the latest."""
+def _ask(name: HubName) -> Any:
+    """What the hub says of the repository. Raises one of `failures()`, after ANSWER_SECONDS at the latest: the question
+    that huggingface_hub itself asks before a download waits without end."""
     from huggingface_hub import HfApi
 
-    return HfApi().repo_info(name.repository, repo_type=name.kind, revision=revision, timeout=ANSWER_SECONDS)
+    return HfApi().repo_info(name.repository, repo_type=name.kind, revision=name.revision, timeout=ANSWER_SECONDS)
 
 
-def _data_files(item: Wanted, name: HubName, revision: str | None) -> tuple[str, ...]:
-    """The one data file of a data set, or the numbered parts of one. Raises UserError where there are several."""
-    cached = _cached(name, revision)
-    if _offline() and cached is not None:
-        there = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
-    elif _offline():
-        there = []
-    else:
-        try:
-            there = [sibling.rfilename for sibling in _info(name, revision).siblings or ()]
-        except failures() as error:
-            raise UserError(f"{_named(item)}: {reason_of(error, name, revision)}; {_instead(item)}") from None
-    data = sorted(file for file in there if file.lower().endswith(DATA_ENDINGS))
-    if len(data) == 1 or (data and len({re.sub(r"-\d{5}(?=-of-\d{5})", "", file) for file in data}) == 1):
+def _data_files(item: Wanted, name: HubName) -> tuple[str, ...]:
+    """The one data file of a data set, or the numbered parts of one. Raises UserError where there are others."""
+    if _offline():
+        raise UserError(f"{item}: HF_HUB_OFFLINE is set; name the file, as {PREFIX}{name.repository}/FILE")
+    try:
+        siblings = _ask(name).siblings or ()
+    except failures() as error:
+        raise UserError(f"{item}: {reason_of(error, name)}; {item.instead}") from None
+    data = sorted(one.rfilename for one in siblings if one.rfilename.lower().endswith(DATA_ENDINGS))
+    if not data:
+        raise UserError(f"{item}: the data set {name.repository} has no file of {', '.join(DATA_ENDINGS)}")
+    if len({PART_NUMBER.sub("", file) for file in data}) == 1:
         return tuple(data)
-    if _offline() and not data:
-        raise UserError(f"{_named(item)}: HF_HUB_OFFLINE is set, and the cache {_cache()} does not hold it; {_instead(item)}")
     some = ", ".join(data[:SHOWN_FILES]) + (", ..." if len(data) > SHOWN_FILES else "")
     raise UserError(
-        f"{_named(item)}: the data set {name.repository} has {len(data)} data files ({some or 'of ' + ', '.join(DATA_ENDINGS)}); "
-        f"name one, as {PREFIX}{name.repository}/{data[0] if data else 'FILE'}"
+        f"{item}: the data set {name.repository} has {len(data)} data files ({some}); name one, as "
+        f"{PREFIX}{name.repository}/{data[0]}"
     )
 
 
-def _cached(name: HubName, revision: str | None) -> Path | None:
-    """The snapshot folder in the cache, whether or not everything is in it."""
-    from huggingface_hub import snapshot_download
+def _cached(name: HubName, needed: Sequence[str]) -> Path | None:
+    """The snapshot folder in the cache that holds these files."""
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return Path(snapshot_download(name.repository, repo_type=name.kind, revision=revision, local_files_only=True))
-    except failures() as error:
-        incomplete = getattr(error, "snapshot_path", None)
-        return Path(incomplete) if incomplete else None
+    for file in needed:
+        found = try_to_load_from_cache(name.repository, file, revision=name.revision, repo_type=name.kind)
+        if not isinstance(found, str):
+            return None
+    return Path(found).parents[file.count("/")]
 
 
 def _offline() -> bool:
@@ -260,23 +210,13 @@ def _offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def _cache() -> str:
+def _not_cached(item: Wanted, name: HubName) -> str:
     from huggingface_hub import constants
 
-    return constants.HF_HUB_CACHE
-
-
-def _named(item: Wanted) -> str:
-    return f"{item.label}={item.text!r}" if "." in item.label else f"{item.label} {item.text}"
-
-
-def _instead(item: Wanted) -> str:
-    return "give a local Hugging Face folder" if item.kind == "model" else "give a local file"
-
-
-def _download_command(name: HubName, revision: str | None) -> str:
-    """What fetches it elsewhere, into the cache that HF_HOME names."""
-    words = ["hf download", name.repository, *((name.file,) if name.file else ())]
-    words += ["--repo-type dataset"] if name.kind == "dataset" else []
-    words += [f"--revision {revision}"] if revision else []
-    return " ".join(words)
+    words = ["hf", "download", name.repository, *((name.file,) if name.file else ())]
+    words += ["--repo-type", "dataset"] if name.kind == "dataset" else []
+    words += ["--revision", name.revision] if name.revision else []
+    return (
+        f"{item}: HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} does not hold it; {item.instead}, or "
+        f"fill the cache where there is a network: {' '.join(words)}"
+    )

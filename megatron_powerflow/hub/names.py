@@ -3,7 +3,7 @@
     OWNER/NAME                      where neither this path nor a folder OWNER is on this disk
     OWNER/NAME@REVISION             a branch, a tag or a commit of it
     hf://OWNER/NAME[@REVISION]      always the hub's
-    hf://OWNER/NAME[@REVISION]/FILE a file of a data set; hf://datasets/OWNER/NAME/FILE too, as huggingface_hub spells it
+    hf://OWNER/NAME[@REVISION]/FILE a file of a data set; hf://datasets/OWNER/NAME/FILE, as huggingface_hub says, too
 
 A folder OWNER on this disk makes a path of OWNER/NAME: who mistypes models/mine is not sent a stranger's model.
 
@@ -55,7 +55,7 @@ SPELLED = {
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """repository: OWNER/NAME. revision: None where the user leaves it open. file: of a data set; None: see `fetch.py`."""
+    """repository: OWNER/NAME. revision: None where the user leaves it open. file: of a data set, where one is named."""
 
     kind: Kind
     repository: str

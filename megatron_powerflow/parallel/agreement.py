@@ -1,7 +1,7 @@
 """How do processes agree before there are process groups? The main one finds out, and the others take it up.
 
-For what one process is to ask of a network and all have to know: which commit a name on the hub stands for. They meet in
-a key-value store, which is torchrun's, or the main process's own under srun.
+For what one process is to ask of a network and all have to know: which commit a name on the hub stands for. They meet
+in a key-value store, which is torchrun's, or the main process's own under srun.
 
 Left out: process groups (`initialize.py`).
 """

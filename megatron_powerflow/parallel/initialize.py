@@ -36,6 +36,9 @@ class Launch:
         return self.rank == 0
 
 
+ALONE = Launch("alone", 0, 1, 0, 1)
+
+
 def read_launch() -> Launch:
     """torchrun's variables first, then srun's; without either this process is alone."""
     env = os.environ
@@ -55,7 +58,7 @@ def read_launch() -> Launch:
             int(env["SLURM_LOCALID"]),
             int(env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
         )
-    return Launch("alone", 0, 1, 0, 1)
+    return ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +163,7 @@ def _init_process_group(launch: Launch, backend: str) -> None:
 
 
 def rendezvous(launch: Launch, timeout: timedelta):
-    """A key-value store of all processes. Under srun it is the main process's, and lasts as long as that one holds it."""
+    """A key-value store of all processes. Under srun it is the main process's, and ends with its hold of it."""
     import torch.distributed as dist
 
     if launch.launcher == "torchrun":
