@@ -40,8 +40,8 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     hf_path: str = Field(
-        description="Hugging Face folder, converted checkpoint, or OWNER/NAME[@REVISION] on the hub, the run starts from; "
-        "also the frozen reference"
+        description="what the run starts from: Hugging Face folder, converted checkpoint or OWNER/NAME[@REVISION] on "
+        "the hub; also the frozen reference"
     )
     reference: Literal["resident", "swap"] = Field(
         "resident", description="second copy on the device, or one set of weights swapped with host memory"

@@ -80,8 +80,8 @@ def _judge(repository: str, private: bool, made_by: str) -> Push:
         info = None
     except failures() as error:
         raise UserError(
-            f"{name}: {hub} did not say whether it is there ({one_line(error)}); leave {OPTION} out and push the folder "
-            "later, where there is a network"
+            f"{name}: {hub} did not say whether it is there ({one_line(error)}); leave {OPTION} out and push the "
+            "folder later, where there is a network"
         ) from None
     try:
         role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")

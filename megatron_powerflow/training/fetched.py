@@ -1,7 +1,7 @@
 """Which names in a run's config are the hub's, and which commit of each does the run take?
 
-A run that begins takes the newest. One that goes on takes that of its checkpoint's inputs.json, wherever the branch is by
-then. A revision that the config names counts before both. Everything else is judged before weights are fetched.
+A run that begins takes the newest. One that goes on takes that of its checkpoint's inputs.json, wherever the branch is
+by then. A revision that the config names counts before both. Everything else is judged before weights are fetched.
 
 Left out: the hub (`hub/fetch.py`).
 """
