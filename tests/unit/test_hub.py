@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -17,6 +18,7 @@ from megatron_powerflow.checkpoint.ranks import Ranks
 from megatron_powerflow.config import parse_config
 from megatron_powerflow.conversion_tools import locate_models
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hub import fetch
 from megatron_powerflow.hub.fetch import locate
 from megatron_powerflow.hub.located import Fetched, Located, Wanted
 from megatron_powerflow.inference import SCORE_KEYS, open_named
@@ -103,6 +105,19 @@ def test_a_recorded_commit_counts_though_the_branch_moved_or_the_hub_is_gone(hub
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     found = model("owner/tiny", recorded=recorded)
     assert (found.revision, Path(found.folder, "model.safetensors").read_bytes()) == (first, b"1")
+
+
+def test_a_node_that_has_not_the_main_processs_cache_fetches_the_same_commit(hub, tmp_path):
+    commit = hub.add("owner/tiny", {"config.json": b'{"a": 1}', "model.safetensors": b"1"})
+    hub.add("owner/tiny", {"config.json": b'{"a": 2}', "model.safetensors": b"2"})
+    files = ("config.json", "model.safetensors")
+    told = Fetched("owner/tiny", commit, "/on/another/node", files)
+    there = fetch._on_this_disk(Wanted("model", "owner/tiny", "--model"), told)
+    assert there == replace(told, folder=str(tmp_path / "cache" / "models--owner--tiny" / "snapshots" / commit))
+    assert Path(there.folder, "model.safetensors").read_bytes() == b"1"
+    hub.asked.clear()
+    assert fetch._on_this_disk(Wanted("model", "owner/tiny", "--model"), there) == there
+    assert not hub.asked
 
 
 def test_what_the_hub_does_not_have_is_said_with_what_to_do(hub):
