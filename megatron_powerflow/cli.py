@@ -354,6 +354,7 @@ def export(
     asked = judge_push(push_to_hub, private, export_target(out), launch) if push_to_hub is not None else None
     export_file(opened, out, launch, Console())
     if asked is not None and launch.is_main:
+        print(f"pushing {out} to {asked.repository}", flush=True)
         print(f"pushed {push(out, asked)}")
 
 

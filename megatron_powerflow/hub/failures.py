@@ -19,6 +19,13 @@ def failures() -> tuple[type[Exception], ...]:
     return OSError, ValueError, RuntimeError, errors.HTTPError, errors.EntryNotFoundError, xet
 
 
+def answered(error: Exception) -> bool:
+    """Whether a hub said so, and not the network in between."""
+    from huggingface_hub import errors
+
+    return isinstance(error, errors.HfHubHTTPError)
+
+
 def reason_of(error: Exception, name: HubName) -> str:
     """Why the hub did not say which commit a name stands for."""
     from huggingface_hub import constants, errors
@@ -28,12 +35,11 @@ def reason_of(error: Exception, name: HubName) -> str:
         return f"its owner asks for consent; agree at {hub}/{name.id} and log in with `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"nothing of this name is on this disk, and {hub} shows no {what} {name.repository}; mend the name, or log "
-            "in with `hf auth login` if it is private"
+            f"{hub} shows no {what} {name.repository}; mend the name, or log in with `hf auth login` if it is private"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the {what} {name.repository} has no branch, tag or commit {name.revision}"
-    return f"{hub} did not say what it is ({one_line(error)})"
+    return f"{hub} could not be asked for it ({one_line(error)})"
 
 
 def one_line(error: Exception) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 from megatron_powerflow.conversion.hf_config import read_json
 from megatron_powerflow.conversion.hf_files import INDEX_NAME, SINGLE_NAME
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.hub.failures import failures, one_line, quiet, reason_of
+from megatron_powerflow.hub.failures import answered, failures, one_line, quiet, reason_of
 from megatron_powerflow.hub.located import AS_NAMED, Fetched, Located, Wanted
 from megatron_powerflow.hub.names import BENCHMARK_FILES, COMMIT, DATA_ENDINGS, PREFIX, HubName, hub_name
 from megatron_powerflow.parallel.agreement import main_first
@@ -108,7 +108,10 @@ def _fetch(item: Wanted, name: HubName, recorded: str | None) -> Fetched:
 def _with_weights(item: Wanted, found: Fetched) -> Fetched:
     if not found.missing:
         return found
-    folder = _download(item, _commit_of(item, found), [glob.escape(file) for file in found.missing])
+    name = _commit_of(item, found)
+    if _offline():
+        raise UserError(_not_cached(item, name))
+    folder = _download(item, name, [glob.escape(file) for file in found.missing])
     there = [file for file in found.missing if (folder / file).is_file()]  # whoever opens them says what is not
     return replace(found, files=(*found.files, *there), missing=())
 
@@ -139,7 +142,7 @@ def _snapshot(item: Wanted, name: HubName, patterns: Sequence[str], needed: Sequ
         if cached is not None and COMMIT.fullmatch(name.revision or ""):  # a commit does not change
             return cached
         hint = "" if cached is None else "; HF_HUB_OFFLINE=1 takes the commit that the cache holds"
-        raise UserError(f"{item}: {reason_of(error, name)}; {item.instead}{hint}") from None
+        raise UserError(_refusal(item, name, error) + hint) from None
     return _download(item, name, patterns)
 
 
@@ -180,7 +183,7 @@ def _data_files(item: Wanted, name: HubName) -> tuple[str, ...]:
     try:
         siblings = _ask(name).siblings or ()
     except failures() as error:
-        raise UserError(f"{item}: {reason_of(error, name)}; {item.instead}") from None
+        raise UserError(_refusal(item, name, error)) from None
     data = sorted(one.rfilename for one in siblings if one.rfilename.lower().endswith(DATA_ENDINGS))
     if not data:
         raise UserError(f"{item}: the data set {name.repository} has no file of {', '.join(DATA_ENDINGS)}")
@@ -210,13 +213,23 @@ def _offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
+def _refusal(item: Wanted, name: HubName, error: Exception) -> str:
+    here = "" if item.text.startswith(PREFIX) else "it is not on this disk, and "
+    elsewhere = "" if answered(error) else f", or {_fill_the_cache(name)}"
+    return f"{item}: {here}{reason_of(error, name)}; {item.instead}{elsewhere}"
+
+
 def _not_cached(item: Wanted, name: HubName) -> str:
     from huggingface_hub import constants
 
+    return (
+        f"{item}: HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} does not hold all of it; "
+        f"{item.instead}, or {_fill_the_cache(name)}"
+    )
+
+
+def _fill_the_cache(name: HubName) -> str:
     words = ["hf", "download", name.repository, *((name.file,) if name.file else ())]
     words += ["--repo-type", "dataset"] if name.kind == "dataset" else []
     words += ["--revision", name.revision] if name.revision else []
-    return (
-        f"{item}: HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} does not hold it; {item.instead}, or "
-        f"fill the cache where there is a network: {' '.join(words)}"
-    )
+    return f"fill the cache where there is a network: {' '.join(words)}"

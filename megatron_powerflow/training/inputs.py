@@ -30,6 +30,7 @@ from pathlib import Path
 from megatron_powerflow.checkpoint.folder import INPUTS_NAME
 from megatron_powerflow.conversion.hf_files import companion_files, weights_files
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hub.names import COMMIT
 from megatron_powerflow.records import Prompt
 
 FORMAT = 1
@@ -69,6 +70,8 @@ def read_inputs(folder: Path) -> Inputs | None:
         date.fromisoformat(found.today)
         maps = (found.digests, found.paths, found.replay, found.versions, found.revisions)
         if not known or not all(isinstance(item, str) for texts in maps for pair in texts.items() for item in pair):
+            raise ValueError
+        if not all(COMMIT.fullmatch(revision) for revision in found.revisions.values()):
             raise ValueError
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path}: says not what the run began with; continue from another checkpoint") from None

@@ -123,7 +123,7 @@ def test_a_node_that_has_not_the_main_processs_cache_fetches_the_same_commit(hub
 def test_what_the_hub_does_not_have_is_said_with_what_to_do(hub):
     hub.add("owner/tiny", {"config.json": b"{}"})
     text = refusal(model, "owner/nothing")
-    assert text.startswith(f"--model owner/nothing: nothing of this name is on this disk, and {hub.url} shows no model")
+    assert text.startswith(f"--model owner/nothing: it is not on this disk, and {hub.url} shows no model")
     assert "mend the name" in text
     assert "give a local Hugging Face folder" in text
     assert "no branch, tag or commit v7" in refusal(model, "owner/tiny@v7")
@@ -136,8 +136,10 @@ def test_without_a_network_the_error_is_quick_and_says_what_was_tried(hub, monke
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     started = perf_counter()
     text = refusal(model, "owner/other")
-    assert "http://127.0.0.1:9 did not say what it is (ConnectError" in text
-    assert text.endswith("give a local Hugging Face folder")
+    assert "it is not on this disk, and http://127.0.0.1:9 could not be asked for it (ConnectError" in text
+    assert text.endswith(
+        "give a local Hugging Face folder, or fill the cache where there is a network: hf download owner/other"
+    )
     assert refusal(model, "owner/tiny").endswith("HF_HUB_OFFLINE=1 takes the commit that the cache holds")
     assert "give a local file" in refusal(data, "owner/questions")
     assert perf_counter() - started < 5
@@ -147,6 +149,8 @@ def test_offline_the_cache_is_taken_and_nothing_is_asked(hub, monkeypatch):
     commit = hub.add("owner/tiny", {"config.json": b"{}", "model.safetensors": b"1"})
     hub.add("datasets/owner/questions", {"train.jsonl": PROMPTS})
     model("owner/tiny")
+    hub.add("owner/light", {"config.json": b"{}", "model.safetensors": b"1"})
+    model("owner/light", weights=False)
     data("hf://owner/questions/train.jsonl")
     hub.asked.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -156,6 +160,7 @@ def test_offline_the_cache_is_taken_and_nothing_is_asked(hub, monkeypatch):
     assert "HF_HUB_OFFLINE is set" in text
     assert text.endswith("hf download owner/other")
     assert "hf download a/b x.csv --repo-type dataset" in refusal(data, "hf://a/b/x.csv")
+    assert "does not hold all of it" in refusal(model, "owner/light")
     assert "name the file, as hf://owner/questions/FILE" in refusal(data, "owner/questions")
     assert not hub.asked
 
@@ -244,7 +249,9 @@ def test_check_without_a_network_exits_with_2_and_one_sentence(hub, tmp_path, mo
         cli.exit_codes(lambda: cli.app(["check", str(path)], standalone_mode=False))
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: model.hf_path='owner/tiny': http://127.0.0.1:9 did not say what it is")
+    assert line.startswith(
+        "error: model.hf_path='owner/tiny': it is not on this disk, and http://127.0.0.1:9 could not be"
+    )
 
 
 def test_a_conversion_of_a_name_says_which_commit_it_is_of(hub, folder, tmp_path):
