@@ -30,9 +30,9 @@ run: {{num_steps: 1, output_dir: {run}}}
 """
 
 
-def environment(hub, cache: Path, **more: str) -> dict[str, str]:
+def environment(hub, cache: Path) -> dict[str, str]:
     settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), **settings, **more}
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "0", **settings}
 
 
 @pytest.mark.slow
