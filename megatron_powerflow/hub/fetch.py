@@ -60,8 +60,11 @@ def locate(
 
     def find() -> str:
         quiet()
-        commits = recorded()
-        found = {key: _fetch(item, name, commits.get(name.id)) for key, (item, name) in names.items()}
+        commits, found = dict(recorded()), {}
+        for key, (item, name) in names.items():
+            found[key] = _fetch(item, name, commits.get(name.id))
+            if name.revision is None:
+                commits[name.id] = found[key].revision  # of its other files too
         if weights and any(one.missing for one in found.values()):
             if judge is not None:
                 judge(Located(found))

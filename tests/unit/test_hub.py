@@ -195,6 +195,13 @@ def test_data_is_one_file_a_benchmark_or_the_parts_of_one(hub):
         locate([Wanted("dataset", "owner/parts", "--data")], ALONE).file("owner/parts")
 
 
+def test_files_of_one_data_set_are_of_one_commit(hub):
+    first = hub.add("datasets/owner/two", {"a.jsonl": b"1", "b.jsonl": b"1"})
+    wanted = [Wanted("dataset", f"hf://owner/two/{name}.jsonl", "prompts.path") for name in "ab"]
+    assert locate(wanted, ALONE).revisions == {"datasets/owner/two": first}
+    assert hub.asked.count("GET /api/datasets/owner/two") == 1  # the second is of the commit that the first was of
+
+
 def test_a_path_asks_nobody(hub, folder, tmp_path):
     assert locate([Wanted("model", str(folder), "--model")], ALONE) == Located()
     assert not hub.asked
