@@ -6,7 +6,7 @@
 #   MODEL=/models/Qwen2.5-1.5B-Instruct PROCESSES=8 bash examples/sweep_alpha.sh run.num_steps=100 parallel.tp=2
 #
 #   ALPHAS      powers to train towards            0.25 0.5 2 4
-#   MODEL       Hugging Face folder                the example model, fetched when it is not there
+#   MODEL       Hugging Face folder or hub name    the example model, fetched when it is not there
 #   HELD_OUT    prompts to evaluate on             examples/prompts/held_out.jsonl
 #   RESPONSES   responses per held-out prompt      64
 #   PROCESSES   processes (GPUs) of this node      1

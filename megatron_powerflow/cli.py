@@ -20,7 +20,7 @@ from megatron_powerflow import __version__
 from megatron_powerflow.config import load_config
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_USER_ERROR, RequeueRequested, UserError
-from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
+from megatron_powerflow.parallel.initialize import ALONE, prepare_imports, read_launch
 
 app = typer.Typer(
     name="powerflow",
@@ -29,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+MODEL_HELP = "HF folder, run folder, checkpoint or converted one, or OWNER/NAME[@REVISION] on the hub"
 A_BENCHMARK = "HuggingFaceH4/MATH-500"
 
 
@@ -74,9 +75,11 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
     """
     launch = read_launch()
     settings = load_config(config, overrides or ())
+    from megatron_powerflow.training.fetched import fetch_inputs
     from megatron_powerflow.training.plan import make_plan
 
-    plan = make_plan(settings, launch.world_size)
+    located = fetch_inputs(settings, launch, world_size=launch.world_size)
+    plan = make_plan(settings, launch.world_size, located=located)
     console = make_console()
     if launch.is_main:
         from megatron_powerflow.training.plan import describe
@@ -103,13 +106,18 @@ def check(
 ) -> None:
     """Say everything that is wrong with a run, without GPUs or processes; or print its layout.
 
+    Of a model on the hub it fetches config and tokenizer only, and says what it could not look at.
+
     Example: powerflow check examples/configs/local.yaml parallel.tp=3 --world-size 6
     """
     settings = load_config(config, overrides or ())
+    from megatron_powerflow.training.fetched import fetch_inputs
     from megatron_powerflow.training.plan import describe, make_plan
 
     parallel = settings.parallel
-    plan = make_plan(settings, world_size or parallel.tp * parallel.cp * parallel.pp, weights=False)
+    world_size = world_size or parallel.tp * parallel.cp * parallel.pp
+    located = fetch_inputs(settings, read_launch(), world_size=world_size, weights=False)
+    plan = make_plan(settings, world_size, weights=False, located=located)
     from megatron_powerflow.run_folder import holder_of
 
     if held := holder_of(plan.run_folder):
@@ -179,14 +187,19 @@ def prepare(
 
     Example: powerflow prepare numina.parquet --out prompts.parquet --against HuggingFaceH4/MATH-500
     """
+    from megatron_powerflow.hub.fetch import locate
+    from megatron_powerflow.hub.located import Wanted
     from megatron_powerflow.prepare import lines_of
     from megatron_powerflow.prepare import prepare as run
 
+    wanted = [Wanted("dataset", name, "DATA") for name in data]
+    wanted += [Wanted("dataset", name, "--against") for name in against or ()]
     report = run(
         data,
         out,
         against=against or (),
         held_out=held_out,
+        located=locate(wanted, ALONE),
         console=make_console(),
         max_answer=max_answer,
         max_solution=max_solution,
@@ -196,8 +209,8 @@ def prepare(
 
 @app.command()
 def score(
-    model: Annotated[Path, typer.Option(help="HF folder, run folder, checkpoint or converted one")],
-    data: Annotated[Path, typer.Option(help="JSONL or parquet: a prompt and response or response_token_ids per line")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    data: Annotated[str, typer.Option(help="JSONL or parquet: a prompt and response or response_token_ids per line")],
     out: Annotated[Path, typer.Option(help="JSONL: id, log_probs, sequence_log_prob")],
     overrides: Overrides = None,
 ) -> None:
@@ -207,9 +220,9 @@ def score(
     """
     launch = read_launch()
     prepare_imports()
-    from megatron_powerflow.inference import SCORE_KEYS, open_model, score_file
+    from megatron_powerflow.inference import SCORE_KEYS, open_named, score_file
 
-    opened = open_model(model, overrides or (), SCORE_KEYS, launch.world_size)
+    opened = open_named(model, overrides or (), SCORE_KEYS, launch, data={"--data": [data]})
     score_file(opened, data, out, launch, make_console())
 
 
@@ -223,8 +236,8 @@ class Decoding(StrEnum):
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Option(help="HF folder, run folder, checkpoint or converted one")],
-    prompts: Annotated[Path, typer.Option(help="JSONL or parquet, as for training")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    prompts: Annotated[str, typer.Option(help="JSONL or parquet, as for training; a file, or hf://OWNER/NAME/FILE")],
     out: Annotated[Path, typer.Option(help="JSONL: id, response_index, text, response_token_ids, log_probs, ...")],
     num_responses: Annotated[int, typer.Option(min=1, help="responses per prompt")] = 1,
     greedy: Annotated[bool, typer.Option("--greedy", help="always the most likely token")] = False,
@@ -253,11 +266,11 @@ def generate(
     launch = read_launch()
     prepare_imports()
     from megatron_powerflow import decoding as rivals
-    from megatron_powerflow.inference import GENERATE_KEYS, generate_file, open_model
+    from megatron_powerflow.inference import GENERATE_KEYS, generate_file, open_named
 
     console = make_console()
     allowed = rivals.POWER_SAMPLING_KEYS if decoding is Decoding.power_sampling else GENERATE_KEYS
-    opened = open_model(model, overrides or (), allowed, launch.world_size)
+    opened = open_named(model, overrides or (), allowed, launch, data={"--prompts": [prompts]})
     if decoding is Decoding.power_sampling:
         recipe = rivals.PowerSampling(
             alpha=4.0 if alpha is None else alpha,
@@ -275,7 +288,7 @@ def generate(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Option(help="HF folder, run folder, checkpoint or converted one")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     data: Annotated[list[str], typer.Option(help="JSONL, JSON, CSV, parquet or a benchmark's hub name; repeatable")],
     out: Annotated[Path, typer.Option(help="folder for responses.jsonl and evaluation.json; continued if begun")],
     num_responses: Annotated[int, typer.Option(min=1, help="responses per question")] = 1,
@@ -302,7 +315,7 @@ def evaluate(
     from megatron_powerflow.evaluation.evaluate import Request
     from megatron_powerflow.evaluation.evaluate import evaluate as run
     from megatron_powerflow.evaluation.judge import make_judge
-    from megatron_powerflow.inference import GENERATE_KEYS, open_model
+    from megatron_powerflow.inference import GENERATE_KEYS, open_named
 
     request = Request(
         data=tuple(data),
@@ -314,7 +327,9 @@ def evaluate(
         diversity=diversity,
         judge=make_judge(judge_url, judge_model, judge_key_file),
     )
-    opened = open_model(model, overrides or (), GENERATE_KEYS, launch.world_size, reference=reference)
+    opened = open_named(
+        model, overrides or (), GENERATE_KEYS, launch, reference=reference, data={"--data": request.data}
+    )
     run(opened, request, out, launch, make_console(), command=_command())
 
 
@@ -322,6 +337,10 @@ def evaluate(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="run folder (its latest), checkpoint or converted one")],
     out: Annotated[Path, typer.Option(help="Hugging Face folder to write")],
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="OWNER/NAME: push it there when it is written", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="make the new repository a private one")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Write a training checkpoint as a plain Hugging Face folder, through the loaded model, spread over any layout.
@@ -331,14 +350,24 @@ def export(
     tools/convert_megatron_to_hf.py writes the same tensors without building the model: in little memory, without GPUs,
     from any step, with a proof (--verify).
 
-    Example: powerflow export runs/local --out exported
+    --push-to-hub writes a new or empty repository, or one that an export was pushed to. A push that fails leaves the
+    folder, and says how to push it later.
+
+    Example: powerflow export runs/local --out exported --push-to-hub me/my-model --private
     """
+    _refuse_options({"--private": private or None}, push_to_hub is None, "no --push-to-hub")
     launch = read_launch()
     prepare_imports()
+    from megatron_powerflow.hub.push import judge_push, push
     from megatron_powerflow.inference import COMMON_KEYS, export_file, open_model
+    from megatron_powerflow.targets import export_target
 
     opened = open_model(checkpoint, overrides or (), COMMON_KEYS, launch.world_size)
+    asked = judge_push(push_to_hub, private, export_target(out), launch) if push_to_hub is not None else None
     export_file(opened, out, launch, make_console(), command=_command())
+    if asked is not None and launch.is_main:
+        print(f"pushing {out} to {asked.repository}", flush=True)
+        print(f"pushed {push(out, asked)}")
 
 
 @app.command()

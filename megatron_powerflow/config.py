@@ -40,7 +40,8 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     hf_path: str = Field(
-        description="Hugging Face folder or converted checkpoint the run starts from; also the frozen reference"
+        description="what the run starts from: Hugging Face folder, converted checkpoint or OWNER/NAME[@REVISION] on "
+        "the hub; also the frozen reference"
     )
     reference: Literal["resident", "swap"] = Field(
         "resident", description="second copy on the device, or one set of weights swapped with host memory"
@@ -75,7 +76,8 @@ class PrecisionSection(Section):
 
 class PromptsSection(Section):
     path: str | list[str] = Field(
-        description="JSONL, JSON, CSV or parquet, also .gz; one file or a list: prompt, messages, question, ... per row"
+        description="JSONL, JSON, CSV or parquet, also .gz, here or on the hub (hf://OWNER/NAME/FILE); one or a list: "
+        "prompt, messages, question, ... per row"
     )
     written: Literal["given", "chat", "text"] = Field(
         "given", alias="as", description="chat: texts become the user's message; text: its lone message becomes a text"

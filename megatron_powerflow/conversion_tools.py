@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +20,8 @@ from megatron_powerflow.checkpoint.convert import Request, hf_to_megatron, megat
 from megatron_powerflow.checkpoint.model_folders import open_model_folder, total_bytes
 from megatron_powerflow.checkpoint.ranks import Ranks
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hub.fetch import locate
+from megatron_powerflow.hub.located import Located, Wanted
 from megatron_powerflow.parallel.initialize import Launch, cpu_group, prepare_imports
 from megatron_powerflow.targets import require
 
@@ -37,6 +39,11 @@ def parse_size(text: str) -> int:
     if match is None or float(match[1]) * UNITS[match[2]] < 1:
         raise UserError(f"--max-shard-size {text!r}: not a size; write it like 5GB or 500MB")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def locate_models(names: Mapping[str, str], launch: Launch) -> Located:
+    """Models by the option that they were given to: paths, or names on the hub, which are fetched."""
+    return locate([Wanted("model", name, option) for option, name in names.items()], launch)
 
 
 def convert(request: Request, launch: Launch, console: Console, *, to_hf: bool) -> None:

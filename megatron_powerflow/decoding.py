@@ -49,7 +49,7 @@ POWER_SAMPLING_KEYS = (*(key for key in GENERATE_KEYS if key not in _NOT_HERE), 
 
 def power_sample_file(
     opened: Opened,
-    prompts_path: Path,
+    prompts_name: str | Path,
     out: Path,
     num_responses: int,
     recipe: PowerSampling,
@@ -61,7 +61,7 @@ def power_sample_file(
     require(output_refusals(out, *BY_GENERATE))
     max_tokens = opened.config.rollout.max_response_tokens
     num_moves = len(block_limits(max_tokens, recipe.num_blocks)) * recipe.num_moves
-    prompts = load_generation_prompts(opened, prompts_path, launch, console)
+    prompts = load_generation_prompts(opened, prompts_name, launch, console)
     sampling = sampling_params(opened, responses_per_prompt=1, temperature=1 / recipe.alpha)
     with initialized(opened.layout, launch, seed=sampling.seed) as groups:
         chunks = load_chunks(opened, groups)
@@ -133,7 +133,7 @@ class VerbalizedSampling:
 
 
 def verbalize_file(
-    opened: Opened, prompts_path: Path, out: Path, recipe: VerbalizedSampling, launch: Launch, console: Console
+    opened: Opened, prompts_name: str | Path, out: Path, recipe: VerbalizedSampling, launch: Launch, console: Console
 ) -> None:
     """One line per verbalized response: id, response_index, text, probability (as stated, not renormalised).
 
@@ -141,7 +141,7 @@ def verbalize_file(
     """
     require(output_refusals(out, *BY_GENERATE))
     rewrite = partial(verbalized_row, num_responses=recipe.num_responses, target_words=recipe.target_words)
-    prompts = load_generation_prompts(opened, prompts_path, launch, console, rewrite)
+    prompts = load_generation_prompts(opened, prompts_name, launch, console, rewrite)
     sampling = sampling_params(opened, responses_per_prompt=1, temperature=recipe.temperature)
     failures: Counter[str] = Counter()
     with initialized(opened.layout, launch, seed=sampling.seed) as groups:

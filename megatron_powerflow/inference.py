@@ -7,7 +7,7 @@ Left out: how the lines come into their file (`output_lines.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from megatron_powerflow.data.prompts import Rewrite, check_token_ids, load_promp
 from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hub.fetch import locate
+from megatron_powerflow.hub.located import AS_NAMED, Located, Wanted
 from megatron_powerflow.model.build import build_chunks, transformer_config
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import require_fp8_support
@@ -47,6 +49,7 @@ from megatron_powerflow.rollout.in_step import largest
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 from megatron_powerflow.targets import export_target, require
 from megatron_powerflow.training.forward_step import Scorer
+from megatron_powerflow.training.inputs import read_inputs
 from megatron_powerflow.training.plan import stop_token_ids_of
 from megatron_powerflow.training.score import score
 from megatron_powerflow.training.setup import alignment
@@ -89,22 +92,59 @@ class Opened:
     hf_folder: Path  # config and tokenizer; the weights too, unless there is a checkpoint
     checkpoint: Path | None
     keeps: Keeps  # what a command that reads this model may not replace
+    located: Located = AS_NAMED  # the command's names on the hub
+
+
+def open_named(
+    model: str,
+    overrides: Sequence[str],
+    allowed: Sequence[str],
+    launch: Launch,
+    *,
+    reference: bool = False,
+    data: Mapping[str, Sequence[str]] | None = None,
+) -> Opened:
+    """`open_model` of a path or of a name on the hub, which is fetched; so is what of `data` is the hub's.
+
+    data: names of data by the option that they were given to. Collective where a name is the hub's; UserErrors of its
+    part are raised on all processes alike.
+    """
+    wanted, recorded = [Wanted("model", model, "--model")], {}
+    wanted += [Wanted("dataset", name, option) for option, names in (data or {}).items() for name in names]
+    checkpoint = find_checkpoint(Path(model)) if reference and Path(model).is_dir() else None
+    if checkpoint is not None and not is_converted(checkpoint):
+        wanted.append(Wanted("model", load_config(checkpoint / CONFIG_NAME).model.hf_path, "--reference"))
+        began = read_inputs(checkpoint)
+        recorded = began.revisions if began else {}
+
+    def opened(located: Located) -> Opened:
+        return open_model(model, overrides, allowed, launch.world_size, reference=reference, located=located)
+
+    return opened(locate(wanted, launch, recorded=lambda: recorded, judge=opened))
 
 
 def open_model(
-    folder: Path, overrides: Sequence[str], allowed: Sequence[str], world_size: int, *, reference: bool = False
+    model: str | Path,
+    overrides: Sequence[str],
+    allowed: Sequence[str],
+    world_size: int,
+    *,
+    reference: bool = False,
+    located: Located = AS_NAMED,
 ) -> Opened:
     """An HF folder, a run's folder (its latest checkpoint), a checkpoint or a converted one.
 
     Raises UserError with every violation. Numbers default to what the folder says: the run's precision, temperature and
     lengths, or config.json's dtype.
-    reference: not the run's policy but the base model that it started from, with the run's numbers.
+    reference: not the run's policy but the base model that it started from, with the run's numbers. located: what
+    `locate` found; by default every name is a path.
     """
     foreign = [item for item in overrides if "=" in item and item.split("=", 1)[0] not in allowed]
     if foreign:
         raise UserError(
             [f"{item.split('=', 1)[0]} has no effect here; known: {', '.join(allowed)}" for item in foreign]
         )
+    folder = located.folder(model)
     checkpoint = find_checkpoint(folder) if folder.is_dir() else None
     if reference and (checkpoint is None or is_converted(checkpoint)):
         raise UserError(f"{folder}: --reference asks for the base model of a run, and this is no run's folder")
@@ -112,7 +152,7 @@ def open_model(
     keeps = keeps_of(folder)
     run = load_config(checkpoint / CONFIG_NAME) if of_a_run else None
     if reference:
-        folder = Path(run.model.hf_path)
+        folder = located.folder(run.model.hf_path)
         checkpoint = folder if is_converted(folder) else None
     hf_folder = checkpoint / HF_NAME if checkpoint else folder
     architecture, family = read_architecture(hf_folder, FAMILIES)
@@ -133,13 +173,15 @@ def open_model(
     config = parse_config(values, overrides)
     require_fp8_support(config.precision, architecture, config.parallel.cp)
     layout = inference_layout(config.parallel, architecture, world_size)
-    return Opened(config, layout, architecture, family, load_tokenizer(hf_folder), hf_folder, checkpoint, keeps)
+    tokenizer = load_tokenizer(hf_folder)
+    return Opened(config, layout, architecture, family, tokenizer, hf_folder, checkpoint, keeps, located)
 
 
-def score_file(opened: Opened, data: Path, out: Path, launch: Launch, console: Console) -> None:
-    """One line per row of `data`: id, log_probs (one per response token, natural logarithm), sequence_log_prob."""
+def score_file(opened: Opened, data: str | Path, out: Path, launch: Launch, console: Console) -> None:
+    """One line per row of `data`, a file or one on the hub: id, log_probs (one per response token, natural logarithm),
+    sequence_log_prob."""
     require(output_refusals(out, SCORED))
-    rows = read_scored_rows(data, opened)
+    rows = read_scored_rows(opened.located.file(data), opened)
     with initialized(opened.layout, launch, seed=0) as groups:
         chunks = load_chunks(opened, groups)
         scorer = Scorer(
@@ -194,11 +236,11 @@ def log_probs_by_slot(
 
 
 def generate_file(
-    opened: Opened, prompts_path: Path, out: Path, num_responses: int, greedy: bool, launch: Launch, console: Console
+    opened: Opened, prompts: str | Path, out: Path, num_responses: int, greedy: bool, launch: Launch, console: Console
 ) -> None:
     """One line per response: id, response_index, text, response_token_ids, log_probs, finish_reason."""
     require(output_refusals(out, *BY_GENERATE))
-    prompts = load_generation_prompts(opened, prompts_path, launch, console)
+    asked = load_generation_prompts(opened, prompts, launch, console)
     temperature = 0.0 if greedy else opened.config.rollout.temperature
     sampling = sampling_params(opened, responses_per_prompt=num_responses, temperature=temperature)
     with initialized(opened.layout, launch, seed=opened.config.run.seed) as groups:
@@ -212,17 +254,18 @@ def generate_file(
             )
 
         per_round = prompts_per_round(opened, num_responses)
-        write_rounds(list(enumerate(prompts)), one_round, per_round, out, groups, console, "powerflow generate")
+        write_rounds(list(enumerate(asked)), one_round, per_round, out, groups, console, "powerflow generate")
 
 
 def load_generation_prompts(
-    opened: Opened, path: Path, launch: Launch, console: Console, rewrite: Rewrite | None = None
+    opened: Opened, name: str | Path, launch: Launch, console: Console, rewrite: Rewrite | None = None
 ) -> tuple[Prompt, ...]:
-    """The prompts to answer; UserError where they, or the model, have no room for what is asked."""
+    """The prompts to answer; UserError where they, or the model, have no room for what is asked. name: a file, or data
+    on the hub."""
     check_room(opened)
     rollout = opened.config.rollout
     prompts = load_prompts(
-        path,
+        opened.located.files(name),
         opened.tokenizer,
         vocab_size=opened.architecture.vocab_size,
         max_prompt_tokens=rollout.max_prompt_tokens,

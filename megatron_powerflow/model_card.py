@@ -21,18 +21,22 @@ from megatron_powerflow.config import Config, load_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME, provenance
 from megatron_powerflow.metrics.writers import read_metrics
+from megatron_powerflow.training.plan import Plan
 
 CARD_NAME, PROVENANCE_NAME = "README.md", "provenance.json"
 LAST_STEPS = 10
 LICENCE = re.compile(r"^license:\s*['\"]?([\w.+-]+)['\"]?\s*$", re.MULTILINE)
 
 
-def card_files(run: Path, step: int, command: str) -> dict[str, str]:
+def card_files(plan: Plan, step: int, command: str) -> dict[str, str]:
     """File name -> text, of a run's policy after `step` steps. command: what exports it."""
+    run = plan.run_folder
     config = load_config(run / CONFIG_NAME)
+    on_hub = plan.located.model(config.model.hf_path)
     lines = [line for line in read_metrics(run) if line.get("step", step) < step]
     facts = {
         "base": config.model.hf_path,
+        "base_revision": on_hub.revision if on_hub else None,
         "objective": config.objective.model_dump(exclude_none=True),
         "steps": step,
         "rollouts": step * config.rollout.prompts_per_step * config.rollout.responses_per_prompt,
@@ -45,12 +49,12 @@ def card_files(run: Path, step: int, command: str) -> dict[str, str]:
         "export": provenance(command),
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    return {CARD_NAME: _card(config, facts), PROVENANCE_NAME: text + "\n"}
+    base = on_hub.id if on_hub else Path(config.model.hf_path).name
+    return {CARD_NAME: _card(config, facts, base, _licence(plan.model_folder)), PROVENANCE_NAME: text + "\n"}
 
 
-def _card(config: Config, facts: Mapping[str, Any]) -> str:
-    base, objective = Path(facts["base"]).name, config.objective
-    licence = _licence(Path(facts["base"]))
+def _card(config: Config, facts: Mapping[str, Any], base: str, licence: str | None) -> str:
+    objective, revision = config.objective, facts["base_revision"]
     head = ["---", f"base_model: {base}", *([f"license: {licence}"] if licence else []), "library_name: transformers"]
     head += ["tags:", "- powerflow", "---", "", f"# {base}, {_what(config)}", ""]
     body = [
@@ -59,7 +63,7 @@ def _card(config: Config, facts: Mapping[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| base model | {base} |",
+        f"| base model | {base}{f' at commit {revision}' if revision else ''} |",
         *([f"| alpha, asked | {objective.alpha:g} |"] if objective.alpha is not None else []),
         *_realised_rows(facts["realised"]),
         f"| steps; rollouts | {facts['steps']}; {facts['rollouts']:,} |",

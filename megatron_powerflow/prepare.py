@@ -27,7 +27,8 @@ from megatron_powerflow.data.overlap import Overlap
 from megatron_powerflow.data.preparation import REASONS, Preparation, is_held_out, prepared
 from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.evaluation.questions import load_questions, local_files
+from megatron_powerflow.evaluation.questions import load_questions
+from megatron_powerflow.hub.located import AS_NAMED, Located
 from megatron_powerflow.output_lines import progress_bar
 from megatron_powerflow.targets import file_refusals, require, write_file
 
@@ -57,18 +58,28 @@ class Outputs:
 
 
 def prepare(
-    data: Sequence[str], out: Path, *, against: Sequence[str], held_out: float, console: Console, **limits: int
+    data: Sequence[str],
+    out: Path,
+    *,
+    against: Sequence[str],
+    held_out: float,
+    located: Located = AS_NAMED,
+    console: Console,
+    **limits: int,
 ) -> dict[str, Any]:
-    """Write the prompts of `data`, files or hub names; returns the report. Raises UserError."""
+    """Write the prompts of `data`; returns the report. Raises UserError.
+
+    located: which of `data` and `against` are names on the hub, and where their files are.
+    """
     outputs = Outputs(out)
     require(outputs.refusals())
-    questions = load_questions(against).questions if against else ()
+    questions = load_questions(against, located=located).questions if against else ()
     judge = Preparation(Overlap((f"{q.task}/{q.id}", _text(q.prompt)) for q in questions), **limits)
     counts: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     kept: list[dict[str, str]] = []
     violations: list[str] = []
-    files = [path for name in data for path in local_files(name)]
+    files = [path for name in data for path in located.files(name)]
     with progress_bar(console, True) as bar:
         task = bar.add_task("reading", total=len(files))
         for path in files:
@@ -93,6 +104,7 @@ def prepare(
         "made_by": "powerflow prepare",
         "data": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "against": list(against),
+        **({"revisions": located.revisions} if located.revisions else {}),
         "kept": len(kept),
         "held_out": len(parts[True]),
         "fell_out": {reason: counts[reason] for reason in REASONS if counts[reason]},

@@ -54,6 +54,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
                 command=command,
                 first_step=session.progress.step,
                 world_size=groups.world_size,
+                revisions=plan.located.revisions,
             )
         with RunOutput(plan, session, console) as output, StopSignal(plan.run_folder, owner, groups) as stop:
             progress = run_steps(plan, session, output, stop)
@@ -68,7 +69,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
                         companions=plan.hf_folder,
                         out=plan.run_folder / EXPORT_NAME,
                         source=plan.run_folder,
-                        more=card_files(plan.run_folder, progress.step, command) if groups.is_main else None,
+                        more=card_files(plan, progress.step, command) if groups.is_main else None,
                     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from tests.gloo_workers import GlooWorkers
+from tests.hub_server import serving
 from tests.tiny_models import make_tiny_model
 
 settings.register_profile("shared_machine", deadline=None)  # a busy machine is no failure
@@ -66,3 +67,21 @@ def run_cli(*arguments: str, num_processes: int = 1, timeout: float = 600, **pop
     return subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, **popen
     )
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine, a cache of its own, and no token: what HF_ENDPOINT, HF_HUB_CACHE and so on would set."""
+    from huggingface_hub import constants
+
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub

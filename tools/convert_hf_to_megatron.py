@@ -18,7 +18,7 @@ from megatron_powerflow.parallel.initialize import read_launch
 
 
 def main(
-    hf: Annotated[Path, typer.Option(help="Hugging Face folder (safetensors)")],
+    hf: Annotated[str, typer.Option(help="Hugging Face folder (safetensors), or OWNER/NAME[@REVISION] on the hub")],
     out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
     dtype: Annotated[Literal["bf16", "fp32", "fp16"] | None, typer.Option(help="default: as it is")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="read it back and compare every bit")] = False,
@@ -32,11 +32,20 @@ def main(
     Example: python tools/convert_hf_to_megatron.py --hf models/SmolLM2-135M-Instruct --out smollm2-megatron --verify
     """
     from megatron_powerflow.checkpoint.convert import Request
-    from megatron_powerflow.conversion_tools import convert
+    from megatron_powerflow.conversion_tools import convert, locate_models
 
-    command = shlex.join(["python", *sys.argv])
-    request = Request(hf, out, dtype, overwrite=overwrite, verify=verify, command=command)
-    convert(request, read_launch(), make_console(), to_hf=False)
+    launch, command = read_launch(), shlex.join(["python", *sys.argv])
+    located = locate_models({"--hf": hf}, launch)
+    request = Request(
+        located.folder(hf),
+        out,
+        dtype,
+        overwrite=overwrite,
+        verify=verify,
+        command=command,
+        revisions=located.revisions,
+    )
+    convert(request, launch, make_console(), to_hf=False)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from megatron_powerflow.parallel.initialize import read_launch
 
 
 def main(
-    a: Annotated[Path, typer.Argument(help="Hugging Face folder, run folder, checkpoint or converted checkpoint")],
-    b: Annotated[Path, typer.Argument(help="the other one")],
+    a: Annotated[
+        str, typer.Argument(help="Hugging Face folder, run folder, checkpoint, converted one, or OWNER/NAME on the hub")
+    ],
+    b: Annotated[str, typer.Argument(help="the other one")],
     text: Annotated[Path | None, typer.Option(help="lines to score; default: three short ones")] = None,
     card: Annotated[Path | None, typer.Option(help="JSON to write; default: ./conversion_card.json")] = None,
     no_log_probs: Annotated[bool, typer.Option("--no-log-probs", help="compare tensors only")] = False,
@@ -32,7 +34,7 @@ def main(
 
     Example: python tools/verify_conversion.py models/SmolLM2-135M-Instruct smollm2-megatron
     """
-    from megatron_powerflow.conversion_tools import TEXT, verify
+    from megatron_powerflow.conversion_tools import TEXT, locate_models, verify
 
     if text is not None and no_log_probs:
         raise UserError("--text has no effect with --no-log-probs; remove one of them")
@@ -42,8 +44,10 @@ def main(
             texts = tuple(line for line in text.read_text(encoding="utf-8").splitlines() if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--text {text}: cannot be read: {error}") from None
-    command = shlex.join(["python", *sys.argv])
-    verify(a, b, None if no_log_probs else texts, card, read_launch(), make_console(), command)
+    launch, command = read_launch(), shlex.join(["python", *sys.argv])
+    located = locate_models({"A": a, "B": b}, launch)
+    folders = located.folder(a), located.folder(b)
+    verify(*folders, None if no_log_probs else texts, card, launch, make_console(), command)
 
 
 if __name__ == "__main__":

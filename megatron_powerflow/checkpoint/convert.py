@@ -15,9 +15,9 @@ Left out: going on with a conversion that was killed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -57,7 +57,8 @@ def _untold(num_bytes: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of a conversion. dtype: fp32, bf16, fp16, or None: as it is in the source."""
+    """What is asked of a conversion. dtype: fp32, bf16, fp16, or None: as it is in the source. revisions: name on the
+    hub -> commit, of a source that came from there."""
 
     source: Path
     out: Path
@@ -67,6 +68,7 @@ class Request:
     overwrite: bool = False
     verify: bool = False
     command: str = ""
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
 
 def hf_to_megatron(
@@ -237,7 +239,7 @@ def _published(request: Request, model: Model, ranks: Ranks, num_bytes: int) -> 
                     family=model.family.model_type,
                     dtype=request.dtype or "as in the source",
                     num_bytes=num_bytes,
-                    **provenance(request.command),
+                    **provenance(request.command, request.revisions),
                 )
 
         ranks.together(finish)

@@ -180,9 +180,12 @@ def _violations(model: MegatronModel, shapes: dict[str, tuple[int, ...]]) -> lis
 
 
 def refuse_links_outside(folder: Path, paths: Sequence[Path]) -> None:
-    """Raises UserError for links that leave the folder, but for those into the blobs of Hugging Face's own cache."""
+    """Raises UserError for links that leave the folder, but for those into the blobs of Hugging Face's own cache: the
+    repository's, and since huggingface_hub 2 those of all repositories."""
     real = folder.resolve()
     allowed = [real, real.parent.parent / "blobs"]
+    if real.parent.name == "snapshots":
+        allowed.append(real.parent.parent.parent / "blobs")
     outside = [path for path in paths if path.is_symlink() and not any(map(path.resolve().is_relative_to, allowed))]
     if outside:
         raise UserError([f"{path}: a link that leads out of the folder; put the file itself there" for path in outside])

@@ -72,7 +72,10 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
     """Read `folder/config.json`. Raises UserError with every setting that cannot be mapped."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"model.hf_path={str(folder)!r}: no such folder; give a local Hugging Face folder")
+        raise UserError(
+            f"model.hf_path={str(folder)!r}: no such folder; give a local Hugging Face folder, or "
+            "OWNER/NAME of one on the hub"
+        )
     raw = read_json(folder / "config.json", "the model's config.json")
     model_type = raw.get("model_type")
     if model_type not in families:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,13 @@ def evaluate(
     """Leave responses.jsonl and evaluation.json in `out`. Collective over all ranks; the main one writes and prints."""
     say = console.print if launch.is_main else lambda *_, **__: None
     _check(opened, request)
-    loaded = load_questions(request.data, format=request.format, suffix=request.suffix, prompt_as=request.prompt_as)
+    loaded = load_questions(
+        request.data,
+        format=request.format,
+        suffix=request.suffix,
+        prompt_as=request.prompt_as,
+        located=opened.located,
+    )
     if loaded.num_left_out:
         say(f"{loaded.num_left_out} rows left out: proofs, pictures, solutions without a box")
     if request.judge is not None:
@@ -78,7 +84,8 @@ def evaluate(
                 remove_unanswered(out)
             raise
         if launch.is_main:
-            report(request, [question for _, question, _ in asked], settings, out, console, command)
+            questions = [question for _, question, _ in asked]
+            report(request, questions, settings, out, console, command, opened.located.revisions)
 
 
 def _check(opened: Opened, request: Request) -> None:
@@ -113,9 +120,15 @@ def describe_settings(opened: Opened, request: Request, questions: Sequence[Ques
 
 
 def report(
-    request: Request, questions: Sequence[Question], settings: Line, out: Path, console: Console, command: str
+    request: Request,
+    questions: Sequence[Question],
+    settings: Line,
+    out: Path,
+    console: Console,
+    command: str,
+    revisions: Mapping[str, str],
 ) -> None:
-    """evaluation.json and the table, from responses.jsonl. The main rank's."""
+    """evaluation.json and the table, from responses.jsonl. The main rank's. revisions: name on the hub -> commit."""
     lines = read_responses(out)
     diversity: dict = {}
     if request.diversity:
@@ -123,7 +136,7 @@ def report(
         with progress_bar(console, True) as bar:
             task = bar.add_task("diversity", total=len(groups))
             diversity = measure_diversity(groups, load_encoder(), lambda: bar.advance(task))
-    results = describe_results(settings, lines, diversity, command)
+    results = describe_results(settings, lines, diversity, command, revisions)
     path = write_results(out, results)
     console.print(table_title(results))
     console.print(results_table(results))

@@ -1,4 +1,4 @@
-"""Which questions is a model to be asked? Data files or hub names in, questions with gold answers out.
+"""Which questions is a model to be asked? Data files in, questions with gold answers out.
 
 The format of a file is detected by its columns or named; every bad row is reported by its place before anything
 starts.
@@ -17,8 +17,8 @@ from megatron_powerflow.data.prompt_rows import ASKED, GIVEN, answer_of, prompt_
 from megatron_powerflow.data.prompts import first_violations, text_field
 from megatron_powerflow.data.rows import Row, read_file
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.evaluation.hub import fetch, is_hub_name
 from megatron_powerflow.evaluation.readers import BENCHMARKS
+from megatron_powerflow.hub.located import AS_NAMED, Located
 
 OWN = "prompts"
 GENERIC = "math"  # its task is called as the file is
@@ -48,13 +48,19 @@ class Questions:
 
 
 def load_questions(
-    data: Sequence[str], *, format: str | None = None, suffix: str | None = None, prompt_as: PromptAs | None = None
+    data: Sequence[str],
+    *,
+    format: str | None = None,
+    suffix: str | None = None,
+    prompt_as: PromptAs | None = None,
+    located: Located = AS_NAMED,
 ) -> Questions:
-    """Questions of files, or of data sets by hub name, in their order. Raises UserError with every bad row.
+    """Questions of files, in their order. Raises UserError with every bad row.
 
-    format: one of FORMATS for all of `data`; None detects. suffix: appended to a benchmark's questions; None is the
-    format's own, "" nothing. prompt_as: a benchmark's question as the one user message of the model's chat template
-    (None too), or as bare text. Prompts of our own are taken as they are.
+    located: which of `data` are names on the hub, and where their files are. format: one of FORMATS for all of `data`;
+    None detects. suffix: appended to a benchmark's questions; None is the format's own, "" nothing. prompt_as: a
+    benchmark's question as the one user message of the model's chat template (None too), or as bare text. Prompts of
+    our own are taken as they are.
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"--format {format}: unknown; known are {', '.join(FORMATS)}")
@@ -62,7 +68,7 @@ def load_questions(
     questions: list[Question] = []
     used: set[str] = set()
     num_left_out = 0
-    for path in [path for name in data for path in local_files(name)]:
+    for path in [path for name in data for path in located.files(name)]:
         rows = list(read_file(path, violations))
         if not rows:
             violations += [] if violations else [f"{path}: no rows in it"]
@@ -92,13 +98,6 @@ def load_questions(
     if violations:
         raise UserError(first_violations(violations))
     return Questions(tuple(questions), num_left_out)
-
-
-def local_files(name: str) -> list[Path]:
-    """The file itself, or those of a data set on the hub, fetched."""
-    if Path(name).exists() or not is_hub_name(name):
-        return [Path(name)]
-    return fetch(name)
 
 
 def _detect(path: Path, rows: Sequence[tuple[int, Row]]) -> str:

@@ -1,12 +1,12 @@
 """What did an evaluation find? OUT/evaluation.json, and a table for people.
 
     {"model", "data", "num_responses", "temperature", "seed", "tasks": {task: row}, "all": row,
-     "mean_over_tasks": {...}, "diversity": {...}, "command", "versions", "git_commit"}
+     "mean_over_tasks": {...}, "diversity": {...}, "command", "versions", "git_commit", "revisions"}
 
 A row is what `summarize` of metrics/counts.py returns: its num_responses counts all responses of the task, the one
 beside `model` those of a question. `all` weighs questions alike, so that a large benchmark rules; `mean_over_tasks`
 (num_tasks, avg, avg_se) weighs benchmarks alike, as the paper's Avg does. `diversity` is empty where it was not asked
-for; `judge`, by kind of judgement, is there where a judge was asked.
+for; `judge`, by kind of judgement, is there where a judge was asked, and `revisions` where a name was the hub's.
 
 Left out: plots and comparisons of several evaluations.
 """
@@ -14,7 +14,7 @@ Left out: plots and comparisons of several evaluations.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -40,8 +40,14 @@ def count_questions(lines: Sequence[Line]) -> list[QuestionCounts]:
     ]
 
 
-def describe_results(settings: Line, lines: Sequence[Line], diversity: dict, command: str) -> dict:
-    """The content of evaluation.json."""
+def describe_results(
+    settings: Line,
+    lines: Sequence[Line],
+    diversity: dict,
+    command: str,
+    revisions: Mapping[str, str] | None = None,
+) -> dict:
+    """The content of evaluation.json. revisions: name on the hub -> commit."""
     tasks, everything = summarize_tasks(count_questions(lines))
     named = {name: settings[name] for name in ("model", "data", "num_responses", "temperature", "seed")}
     return {
@@ -50,7 +56,7 @@ def describe_results(settings: Line, lines: Sequence[Line], diversity: dict, com
         "all": everything,
         "mean_over_tasks": mean_over_tasks(tasks),
         "diversity": diversity,
-        **provenance(command),
+        **provenance(command, revisions),
     }
 
 

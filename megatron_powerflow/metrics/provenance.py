@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,20 @@ LAUNCHES_NAME = "launches.jsonl"
 PACKAGES = ("torch", "megatron-core", "transformers", "mpmath")
 
 
-def provenance(command: str) -> dict[str, Any]:
-    """command, versions {package: version}, git_commit (None for an installed package, or without git)."""
+def provenance(command: str, revisions: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """command, versions {package: version}, git_commit (None for an installed package, or without git); and revisions
+    {name on the hub: commit}, where anything came from there."""
     versions = {"python": platform.python_version(), "megatron_powerflow": megatron_powerflow.__version__}
     versions |= {name: metadata.version(name) for name in PACKAGES}
-    return {"command": command, "versions": versions, "git_commit": _git_commit()}
+    found = {"command": command, "versions": versions, "git_commit": _git_commit()}
+    return found | ({"revisions": dict(revisions)} if revisions else {})
 
 
-def note_launch(folder: Path, *, command: str, first_step: int, world_size: int) -> None:
+def note_launch(
+    folder: Path, *, command: str, first_step: int, world_size: int, revisions: Mapping[str, str] | None = None
+) -> None:
     """Add a line to launches.jsonl: a run has one per start, the steps before first_step being of earlier ones."""
-    line = {"first_step": first_step, "world_size": world_size, **provenance(command)}
+    line = {"first_step": first_step, "world_size": world_size, **provenance(command, revisions)}
     with (folder / LAUNCHES_NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

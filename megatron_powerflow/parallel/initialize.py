@@ -37,6 +37,9 @@ class Launch:
         return self.rank == 0
 
 
+ALONE = Launch("alone", 0, 1, 0, 1)
+
+
 def read_launch() -> Launch:
     """torchrun's variables first, then srun's; without either this process is alone."""
     env = os.environ
@@ -56,7 +59,7 @@ def read_launch() -> Launch:
             int(env["SLURM_LOCALID"]),
             int(env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
         )
-    return Launch("alone", 0, 1, 0, 1)
+    return ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,8 @@ def read_job() -> Job | None:
 
 def settings_that_count() -> dict[str, str]:
     """Environment variables of other libraries that change where a run takes place, those that are set."""
-    names = ("CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "HF_HOME")
+    names = ("CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS")
+    names += ("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
@@ -154,31 +158,56 @@ def _init_process_group(launch: Launch, backend: str) -> None:
     if launch.launcher == "alone":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    host, port = _rendezvous(launch)
-    if (interface := interface_towards(host)) is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    _bind_interface(launch)
     try:
         if launch.launcher == "torchrun":
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
-            store = dist.TCPStore(host, port, launch.world_size, is_master=launch.rank == 0, timeout=TIMEOUT)
+            store = rendezvous(launch, TIMEOUT)
             dist.init_process_group(
                 backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
             )
     except (RuntimeError, ValueError) as error:  # of torch's store and of gloo: no classes of their own
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"rank {launch.rank} does not find the other processes at MASTER_ADDR={host}, port {port} ({reason}); see "
-            "that all of them run, that this node reaches that address, and that GLOO_SOCKET_IFNAME="
-            f"{os.environ.get('GLOO_SOCKET_IFNAME', '')} names the interface that leads there"
-        ) from None
+        raise _not_found(launch, error) from None
 
 
-def _rendezvous(launch: Launch) -> tuple[str, int | str]:
+def _bind_interface(launch: Launch) -> None:
+    """gloo takes the interface that leads to rank 0, unless the user named another."""
+    interface = interface_towards(_address(launch)[0])
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _address(launch: Launch) -> tuple[str, int | str]:
     """Where rank 0 is to be found."""
     if launch.launcher == "srun":
         return _srun_rendezvous()
     return os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "")
+
+
+def _not_found(launch: Launch, error: Exception) -> UserError:
+    host, port = _address(launch)
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    return UserError(
+        f"rank {launch.rank} does not find the other processes at MASTER_ADDR={host}, port {port} "
+        f"({' '.join(str(error).split())[:300]}); see that all of them run, that this node reaches that address, and "
+        f"that GLOO_SOCKET_IFNAME={interface} names the interface that leads there"
+    )
+
+
+def rendezvous(launch: Launch, timeout: timedelta):
+    """A key-value store of all processes. Under srun it is the main process's, and ends with its hold of it. Raises
+    UserError where that one is not found."""
+    import torch.distributed as dist
+
+    try:
+        if launch.launcher == "torchrun":
+            store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
+            return store
+        host, port = _srun_rendezvous()
+        return dist.TCPStore(host, port, launch.world_size, is_master=launch.rank == 0, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise _not_found(launch, error) from None
 
 
 def _groups(launch: Launch, layout: Layout, device):

@@ -1,7 +1,8 @@
 """Is a run that goes on fed with what it began with? Content counts, and not how a path is spelt.
 
     RUN/inputs.json, and one in each checkpoint:
-    {"format": 1, "today": "2026-11-26", "paths": {...}, "digests": {...}, "replay": {file: digest}, "versions": {...}}
+    {"format": 1, "today": "2026-11-26", "paths": {...}, "digests": {...}, "replay": {file: digest}, "versions": {...},
+     "revisions": {name on the hub: commit}}
 
     weights       sizes and sampled blocks of every weights file: other weights differ in nearly every block
     tokenizer     what turns text into ids, as it stands in the folder
@@ -10,7 +11,8 @@
     evaluation    the same of the evaluation prompts
     replay        of each file of saved rollouts
 
-`today` is the date of the run's first start, which chat templates are told at every later one.
+`today` is the date of the run's first start, which chat templates are told at every later one; `revisions` are what a
+run that goes on takes of the hub.
 
 Left out: settings (`plan.py` compares the configs). Imports no torch.
 """
@@ -28,6 +30,7 @@ from pathlib import Path
 from megatron_powerflow.checkpoint.folder import INPUTS_NAME
 from megatron_powerflow.conversion.hf_files import companion_files, weights_files
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hub.names import COMMIT
 from megatron_powerflow.records import Prompt
 
 FORMAT = 1
@@ -39,13 +42,15 @@ LIBRARIES = ("tokenizers", "transformers")
 
 @dataclass(frozen=True)
 class Inputs:
-    """digests: by what is read. paths: where it was, for messages. replay: by the name of the file."""
+    """digests: by what is read. paths: where it was, for messages. replay: by the name of the file. revisions: 40
+    hexadecimal digits, by the name on the hub; data sets' begin with datasets/."""
 
     today: str
     digests: Mapping[str, str]
     paths: Mapping[str, str]
     replay: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         partial = folder / (INPUTS_NAME + ".partial")
@@ -63,8 +68,10 @@ def read_inputs(folder: Path) -> Inputs | None:
         known = values.pop("format") == FORMAT
         found = Inputs(**values)
         date.fromisoformat(found.today)
-        maps = (found.digests, found.paths, found.replay, found.versions)
+        maps = (found.digests, found.paths, found.replay, found.versions, found.revisions)
         if not known or not all(isinstance(item, str) for texts in maps for pair in texts.items() for item in pair):
+            raise ValueError
+        if not all(COMMIT.fullmatch(revision) for revision in found.revisions.values()):
             raise ValueError
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path}: says not what the run began with; continue from another checkpoint") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 from megatron_powerflow.checkpoint.first_files import CONFIG_MARK, holds_a_run, holds_a_step, not_ours
@@ -30,6 +31,7 @@ from megatron_powerflow.data.prompt_format import PromptFormat
 from megatron_powerflow.data.prompts import PromptFile, load_prompts
 from megatron_powerflow.data.tokenizer import Conversation, Tokenizer, load_tokenizer
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hub.located import AS_NAMED, Located
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Architecture, Prompt
 from megatron_powerflow.rollout.saved import Wanted, find_rollouts, replay_violations
@@ -51,8 +53,9 @@ CHANGEABLE_SECTIONS = frozenset({"alarm", "parallel", "checkpoint", "evaluation"
 @dataclass(frozen=True)
 class Plan:
     """A run that has been found possible. resume_from: the checkpoint it continues, or None; replay_from: the folder of
-    step files it trains on instead of sampling, or None; on_policy: a step's rollouts are by the policy that it trains,
-    sampled, or replayed from a run of this very config. notices: what a user should know before it starts."""
+    step files it trains on instead of sampling, or None; located: where the config's names on the hub are; on_policy: a
+    step's rollouts are by the policy that it trains, sampled, or replayed from a run of this very config. notices: what
+    a user should know before it starts."""
 
     config: Config
     layout: Layout
@@ -66,6 +69,7 @@ class Plan:
     resume_from: Path | None
     replay_from: Path | None
     inputs: Inputs
+    located: Located = AS_NAMED
     on_policy: bool = True
     notices: tuple[str, ...] = ()
 
@@ -79,8 +83,13 @@ class Plan:
         return Path(self.config.run.output_dir)
 
     @property
+    def model_folder(self) -> Path:
+        """model.hf_path on this disk."""
+        return self.located.folder(self.config.model.hf_path)
+
+    @property
     def hf_folder(self) -> Path:
-        return hf_folder_of(Path(self.config.model.hf_path))
+        return hf_folder_of(self.model_folder)
 
     def share_of(self, prompts: Sequence[Prompt], dp_rank: int) -> list[tuple[int, Prompt]]:
         """(slot, prompt) pairs of one data-parallel rank: equal, contiguous shares of the step's prompts, cut so
@@ -90,15 +99,16 @@ class Plan:
         return [(slot, prompt) for slot, prompt in enumerate(prompts) if slot % per_update // per_rank == dp_rank]
 
 
-def make_plan(config: Config, world_size: int, *, weights: bool = True) -> Plan:
+def make_plan(config: Config, world_size: int, *, weights: bool = True, located: Located = AS_NAMED) -> Plan:
     """Raises UserError with every violation that can be found, not just the first.
 
     weights: False where the model's folder may be one without weights, as on a login node: then a notice says what was
-    not looked at.
+    not looked at. located: what `fetch_inputs` found; by default every name is a path.
     """
     violations: list[str] = []
     notices: list[str] = []
-    start = Path(config.model.hf_path)
+    start = located.folder(config.model.hf_path)
+    on_hub = located.model(config.model.hf_path)
     hf_folder = hf_folder_of(start)
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
     resume_from = _collect(violations, lambda: find_resume(config))
@@ -113,6 +123,10 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True) -> Plan:
         layout = _collect(violations, lambda: plan_layout(config, architecture, world_size))
         if is_converted(start):
             pass
+        elif on_hub and on_hub.missing:
+            notices.append(
+                f"the weights of {config.model.hf_path} stay on the hub: that they fit config.json was not looked at"
+            )
         elif weights or SafetensorsFolder.is_there(start):
             _collect(violations, lambda: open_checked(start, architecture, family))
         else:
@@ -122,13 +136,14 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True) -> Plan:
             replay_from = _collect(violations, lambda: _check_replay(config, architecture, resume_from))
     if model is not None and tokenizer is not None:
         stop_token_ids = _collect(violations, lambda: stop_token_ids_of(config, hf_folder, tokenizer, model[0]))
-        prompt_file = _collect(violations, lambda: _read_prompts(config, config.prompts.paths, tokenizer, model[0]))
+        read = partial(_read_prompts, config, located, tokenizer, model[0])
+        prompt_file = _collect(violations, lambda: read(config.prompts.paths))
         if prompt_file is not None:
             violations += _answer_violations(config, prompt_file)
         if path := config.evaluation.prompts:
-            evaluation_file = _collect(violations, lambda: _read_prompts(config, [path], tokenizer, model[0]))
+            evaluation_file = _collect(violations, lambda: read([path]))
     if not violations:
-        inputs = _inputs_of(config, today, prompt_file, evaluation_file, replay_from)
+        inputs = _inputs_of(config, located, today, prompt_file, evaluation_file, replay_from)
         violations += changes(before, inputs) if before else []
     if violations:
         raise UserError(violations)
@@ -146,7 +161,8 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True) -> Plan:
         evaluation_prompts=evaluation_file.prompts[: config.evaluation.num_prompts] if evaluation_file else (),
         resume_from=resume_from,
         replay_from=replay_from,
-        on_policy=replay_from is None or is_own_run(config, replay_from),
+        located=located,
+        on_policy=replay_from is None or is_own_run(config, replay_from, revisions=located.revisions),
         notices=(*notices, *tokenizer.notices),
     )
 
@@ -164,6 +180,7 @@ def describe(plan: Plan) -> str:
             f"model     {architecture.family}, {architecture.num_layers} layers, hidden {architecture.hidden_size}, "
             f"{num_parameters(architecture) / 1e6:,.1f} M parameters{experts}, {config.precision.dtype}",
             f"prompts   {len(plan.prompts)} from {', '.join(config.prompts.paths)}{dropped}",
+            *(f"hub       {name} at commit {revision}" for name, revision in plan.located.revisions.items()),
             f"step      {config.rollout.prompts_per_step} prompts x {config.rollout.responses_per_prompt} responses = "
             f"{rollouts} rollouts, {config.optimizer.updates_per_rollout} update(s)",
             f"objective {config.objective.preset}, alpha {config.objective.alpha}, log Z' {config.objective.log_z}",
@@ -203,13 +220,16 @@ def _collect(violations: list[str], function: Callable):
 
 def _inputs_of(
     config: Config,
+    located: Located,
     today: date,
     prompts: PromptFile,
     evaluation: PromptFile | None,
     replay_from: Path | None,
 ) -> Inputs:
-    start = Path(config.model.hf_path)
+    start, on_hub = located.folder(config.model.hf_path), located.model(config.model.hf_path)
     digests = model_digests(hf_folder_of(start), start) | {"prompts": prompt_digest(prompts.prompts)}
+    if on_hub and on_hub.missing:
+        digests.pop("weights", None)  # of the files that are there already
     if evaluation is not None:
         digests["evaluation"] = prompt_digest(evaluation.prompts)
     paths = {
@@ -219,7 +239,7 @@ def _inputs_of(
         "evaluation": config.evaluation.prompts or "",
     }
     replay = {path.name: sampled(path) for path in sorted(replay_from.glob("step_*.jsonl"))} if replay_from else {}
-    return Inputs(today.isoformat(), digests, paths, replay)
+    return Inputs(today.isoformat(), digests, paths, replay, revisions=located.revisions)
 
 
 def conversation_of(config: Config, today: date) -> Conversation:
@@ -257,10 +277,12 @@ def _answer_violations(config: Config, prompt_file: PromptFile) -> list[str]:
     ]
 
 
-def _read_prompts(config: Config, paths: Sequence[str], tokenizer: Tokenizer, architecture: Architecture) -> PromptFile:
+def _read_prompts(
+    config: Config, located: Located, tokenizer: Tokenizer, architecture: Architecture, names: Sequence[str]
+) -> PromptFile:
     section = config.prompts
     return load_prompts(
-        paths,
+        [path for name in names for path in located.files(name)],
         tokenizer,
         form=PromptFormat(section.written, section.system, section.suffix),
         tasks=section.tasks,

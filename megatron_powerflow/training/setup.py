@@ -90,9 +90,10 @@ def bin_rule(layout: Layout, config: Config) -> BinRule:
 def build_session(plan: Plan, groups: Groups) -> Session:
     """Collective over all ranks. Loads the checkpoint to continue from, if the plan names one."""
     config, architecture = plan.config, plan.architecture
+    model = config.model.model_copy(update={"hf_path": str(plan.model_folder)})
 
     def policy() -> list[PolicyModel]:
-        return build_policy(architecture, plan.family, plan.layout, config.model, config.precision, groups)
+        return build_policy(architecture, plan.family, plan.layout, model, config.precision, groups)
 
     chunks = policy()
     reference = SwapReference(chunks) if config.model.reference == "swap" else ResidentReference(policy())

@@ -11,29 +11,34 @@ Left out: the arithmetic (`objective/`), reading rollouts (`rollout/saved.py`). 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME
 from megatron_powerflow.config import Config, ObjectiveSection, load_config
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.training.inputs import read_inputs
 
 _WEIGHT_KEYS = ("ratio", "clip", "clip_epsilon")
 
 
-def is_own_run(config: Config, replay_from: Path) -> bool:
+def is_own_run(config: Config, replay_from: Path, *, revisions: Mapping[str, str] | None = None) -> bool:
     """Whether the run that saved these rollouts trained as `config` says, so that its policy at each step is ours.
 
     replay_from: RUN/rollouts. Compared is what the weights depend on beside the rollouts; layouts and micro-batches
-    change them by rounding only. Without a config that can be read they are another policy's.
+    change them by rounding only. Without a config that can be read they are another policy's. revisions: of the hub,
+    by name; a model of another commit is another policy.
     """
     path = replay_from.parent / CONFIG_NAME
     if not path.is_file():
         return False
     try:
-        theirs = load_config(path)
+        theirs, inputs = load_config(path), read_inputs(path.parent)
     except UserError:
         return False
-    return _trains(theirs) == _trains(config)
+    before = inputs.revisions if inputs else {}
+    moved = {name for name, revision in (revisions or {}).items() if before.get(name, revision) != revision}
+    return all(name.startswith("datasets/") for name in moved) and _trains(theirs) == _trains(config)
 
 
 def _trains(config: Config) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_powerflow.config import dump_config, parse_config
+from megatron_powerflow.training.inputs import Inputs
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
 from tests.unit.test_config import MINIMAL
 
@@ -41,6 +42,14 @@ def test_another_training_is_another_policy(saved, override):
     config = replaying(saved, override)
     assert not is_own_run(config, saved)
     assert objective_of(config, False).ratio == "seq"
+
+
+def test_another_commit_of_the_model_is_another_policy_and_of_the_prompts_is_not(saved):
+    before = Inputs("2026-11-26", {}, {}, revisions={"owner/tiny": "1" * 40, "datasets/owner/questions": "1" * 40})
+    before.write(saved.parent)
+    config, moved = replaying(saved), {"datasets/owner/questions": "2" * 40}
+    assert is_own_run(config, saved, revisions=before.revisions | moved)
+    assert not is_own_run(config, saved, revisions=before.revisions | {"owner/tiny": "2" * 40})
 
 
 def test_rollouts_without_a_config_are_another_policys(saved):

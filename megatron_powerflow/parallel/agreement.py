@@ -1,0 +1,62 @@
+"""How do processes agree before there are process groups? The main one finds out, and the others take it up.
+
+For what one process is to ask of a network and all have to know: which commit a name on the hub stands for. They meet
+in a key-value store, which is torchrun's, or the main process's own under srun.
+
+Left out: process groups (`initialize.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.initialize import Launch, rendezvous
+
+LONGEST_WAIT = timedelta(hours=12)  # of the others, while the main process downloads a model
+T = TypeVar("T")
+
+
+def main_first(launch: Launch, name: str, find: Callable[[], str], take_up: Callable[[str], T]) -> T:
+    """`take_up(text)` of every process, the text being what `find` returned on the main one. Collective.
+
+    A UserError of any process is raised on all of them. name: of this agreement; a process makes each one once.
+    """
+    if launch.world_size == 1:
+        return take_up(find())
+    store = rendezvous(launch, LONGEST_WAIT)
+    found, taken, verdict, heard = (f"{name}/{key}" for key in ("found", "taken", "verdict", "heard"))
+    if launch.is_main:
+        try:
+            text, violations = _tried(find)
+        except BaseException:
+            store.set(found, json.dumps([None, ["the main process failed; its own message says at what"]]))
+            raise
+        store.set(found, json.dumps([text, violations]))
+    text, violations = json.loads(store.get(found))
+    value = None
+    if not violations:
+        value, violations = _tried(lambda: take_up(text))
+    store.set(f"{taken}/{launch.rank}", json.dumps(violations))
+    if launch.is_main:
+        everything = [text for rank in range(launch.world_size) for text in json.loads(store.get(f"{taken}/{rank}"))]
+        store.set(verdict, json.dumps(list(dict.fromkeys(everything))))
+    violations = json.loads(store.get(verdict))
+    if store.add(heard, 1) == launch.world_size:
+        store.set(f"{heard}/by_all", "")
+    if launch.is_main:
+        store.wait([f"{heard}/by_all"])  # under srun the store ends with the main process's hold of it
+    if violations:
+        raise UserError(violations)
+    return value
+
+
+def _tried(function: Callable[[], T]) -> tuple[T | None, Sequence[str]]:
+    """The function's value, or what its UserError says."""
+    try:
+        return function(), ()
+    except UserError as error:
+        return None, error.violations

@@ -1,0 +1,39 @@
+"""Which names in a run's config are the hub's, and which commit of each does the run take?
+
+A run that begins takes the newest. One that goes on takes that of its checkpoint's inputs.json, wherever the branch is
+by then. A revision that the config names counts before both. Everything else is judged before weights are fetched.
+
+Left out: the hub (`hub/fetch.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_powerflow.config import Config
+from megatron_powerflow.hub.fetch import locate
+from megatron_powerflow.hub.located import Located, Wanted
+from megatron_powerflow.parallel.initialize import Launch
+from megatron_powerflow.training.inputs import read_inputs
+from megatron_powerflow.training.plan import find_resume, make_plan
+
+
+def fetch_inputs(config: Config, launch: Launch, *, world_size: int, weights: bool = True) -> Located:
+    """What `make_plan` is to be told. Collective where a name is the hub's. Raises UserError on all processes alike.
+
+    weights: False for a check, which leaves them on the hub. world_size: of the run.
+    """
+    wanted = [Wanted("model", config.model.hf_path, "model.hf_path")]
+    wanted += [Wanted("dataset", path, "prompts.path") for path in config.prompts.paths]
+    if config.evaluation.prompts is not None:
+        wanted.append(Wanted("dataset", config.evaluation.prompts, "evaluation.prompts"))
+
+    def recorded() -> Mapping[str, str]:
+        checkpoint = find_resume(config)
+        before = read_inputs(checkpoint) if checkpoint else None
+        return before.revisions if before else {}
+
+    def judge(located: Located) -> None:
+        make_plan(config, world_size, weights=False, located=located)
+
+    return locate(wanted, launch, weights=weights, recorded=recorded, judge=judge)
