@@ -50,14 +50,19 @@ Overrides = Annotated[
 ]
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", help="say the version and exit", is_eager=True)] = False,
-) -> None:
-    """PowerFlow on Megatron-Core: sharpen or flatten a language model without labels."""
-    if version:
+def _say_version(asked: bool) -> None:
+    if asked:
         print(f"powerflow {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="say the version and exit", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    """PowerFlow on Megatron-Core: sharpen or flatten a language model without labels."""
 
 
 class PromptAs(StrEnum):

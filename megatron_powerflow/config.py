@@ -108,10 +108,10 @@ class PromptsSection(Section):
 
 class RolloutSection(Section):
     engine: Literal["megatron"] = Field("megatron", description="who samples: the live weights, in-process")
-    prompts_per_step: PositiveInt = 32
-    responses_per_prompt: PositiveInt = 16
-    max_prompt_tokens: PositiveInt = 1024
-    max_response_tokens: PositiveInt = 3072
+    prompts_per_step: PositiveInt = Field(32, description="prompts of one step")
+    responses_per_prompt: PositiveInt = Field(16, description="responses to each of them: a group")
+    max_prompt_tokens: PositiveInt = Field(1024, description="longest prompt; see prompts.too_long")
+    max_response_tokens: PositiveInt = Field(3072, description="a response that is longer is cut here")
     temperature: PositiveFloat = Field(1.0, description="of sampler and scorer alike")
     top_p: float = Field(1.0, description="only 1.0: truncated sampling does not train")
     top_k: int = Field(0, description="only 0: truncated sampling does not train")
@@ -184,16 +184,20 @@ class ObjectiveSection(Section):
 
 
 class OptimizerSection(Section):
-    lr: NonNegativeFloat = 1e-6
+    lr: NonNegativeFloat = Field(1e-6, description="AdamW's learning rate of the policy")
     log_z_lr: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="share of the mean residual that an update takes out of a learned log Z'; default 0.5"
     )
     min_lr: NonNegativeFloat | None = Field(None, description="what lr decays to; default 0")
-    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: NonNegativeInt = 0
-    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+    lr_decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how lr falls to min_lr over the run"
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="steps over which lr rises from 0")
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.95], description="decay rates of AdamW's two moments"
+    )
+    eps: PositiveFloat = Field(1e-8, description="added to the root of AdamW's second moment")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's, decoupled")
     clip_grad: PositiveFloat = Field(1.0, description="maximum global gradient norm")
     updates_per_rollout: PositiveInt = Field(1, description="optimizer updates made of one step's rollouts")
     distributed: bool = Field(False, description="Megatron's distributed optimizer (ZeRO-1 over dp)")
@@ -254,8 +258,8 @@ class AlarmSection(Section):
 class RunSection(Section):
     output_dir: str = Field(description="everything the run writes; a run has a folder of its own")
     name: str | None = Field(None, description="what reports and wandb call it; default: what is special about it")
-    num_steps: PositiveInt = 500
-    seed: NonNegativeInt = 0
+    num_steps: PositiveInt = Field(500, description="steps of the whole run; more may be asked for later")
+    seed: NonNegativeInt = Field(0, description="of sampling, the order of prompts, and all else that is drawn")
     export: bool = Field(True, description="write the policy as a Hugging Face folder at the end")
     stop_at_alpha: PositiveFloat | None = Field(
         None, description="end the run when the policy is this power of the base model: see alpha_realised"

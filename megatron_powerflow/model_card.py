@@ -20,37 +20,42 @@ from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME
 from megatron_powerflow.config import Config, load_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME, provenance
+from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME
 from megatron_powerflow.metrics.writers import read_metrics
-from megatron_powerflow.training.plan import Plan
 
 CARD_NAME, PROVENANCE_NAME = "README.md", "provenance.json"
 LAST_STEPS = 10
 LICENCE = re.compile(r"^license:\s*['\"]?([\w.+-]+)['\"]?\s*$", re.MULTILINE)
 
 
-def card_files(plan: Plan, step: int, command: str) -> dict[str, str]:
-    """File name -> text, of a run's policy after `step` steps. command: what exports it."""
-    run = plan.run_folder
+def card_files(run: Path, step: int, command: str, base_folder: Path | None = None) -> dict[str, str]:
+    """File name -> text, of a run's policy after `step` steps. command: what exports it. base_folder: where the base
+    model lies, to ask for its licence; None: where the run's config says. Raises UserError for a damaged file."""
     config = load_config(run / CONFIG_NAME)
-    on_hub = plan.located.model(config.model.hf_path)
     lines = [line for line in read_metrics(run) if line.get("step", step) < step]
+    inputs, base = _json(run / INPUTS_NAME), config.model.hf_path
+    revisions = inputs.get("revisions", {}) if isinstance(inputs, dict) else {}
+    on_hub = base.removeprefix("hf://").partition("@")[0]
     facts = {
-        "base": config.model.hf_path,
-        "base_revision": on_hub.revision if on_hub else None,
+        "base": base,
+        "base_revision": revisions.get(on_hub),
         "objective": config.objective.model_dump(exclude_none=True),
         "steps": step,
         "rollouts": step * config.rollout.prompts_per_step * config.rollout.responses_per_prompt,
         "temperature": config.rollout.temperature,
         "prompts": config.prompts.paths,
         "realised": _realised(lines),
-        "evaluation": _last_line(run / "evaluations.jsonl", step),
-        "inputs": _json(run / INPUTS_NAME),
+        "evaluation": _last_line(run / EVALUATIONS_NAME, step),
+        "inputs": inputs,
         "launches": _json_lines(run / LAUNCHES_NAME),
         "export": provenance(command),
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    base = on_hub.id if on_hub else Path(config.model.hf_path).name
-    return {CARD_NAME: _card(config, facts, base, _licence(plan.model_folder)), PROVENANCE_NAME: text + "\n"}
+    name = on_hub if on_hub in revisions else Path(base).name
+    return {
+        CARD_NAME: _card(config, facts, name, _licence(base_folder or Path(base))),
+        PROVENANCE_NAME: text + "\n",
+    }
 
 
 def _card(config: Config, facts: Mapping[str, Any], base: str, licence: str | None) -> str:

@@ -69,7 +69,9 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
                         companions=plan.hf_folder,
                         out=plan.run_folder / EXPORT_NAME,
                         source=plan.run_folder,
-                        more=card_files(plan, progress.step, command) if groups.is_main else None,
+                        more=card_files(plan.run_folder, progress.step, command, plan.model_folder)
+                        if groups.is_main
+                        else None,
                     )
 
 

@@ -88,9 +88,9 @@ def make_sparse_model(folder: Path, name: str) -> Path:
     config = COMMON | SHAPES[name]
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     write_byte_tokenizer(folder)
-    shards = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for number, (tensor, shape) in enumerate(tensors_of(config)):
-        shards[f"model-0000{1 + number % 2}-of-00002.safetensors"][tensor] = shape
+        shards.setdefault(f"model-{number // 24 + 1:05d}.safetensors", {})[tensor] = shape
     for file, tensors in shards.items():
         write_holes(folder / file, tensors)
     weight_map = {tensor: file for file, tensors in shards.items() for tensor in tensors}
@@ -138,14 +138,14 @@ def write_holes(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
 
 
 def write_byte_tokenizer(folder: Path) -> None:
-    """256 bytes and an end token."""
+    """256 bytes and <|endoftext|>, which transformers' own tokenizers of both families know."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -61,7 +61,8 @@ class SafetensorsFolder:
         for file_name, expected in self._shard_files().items():
             path = self.folder / file_name
             try:
-                handle = safe_open(path, framework="pt")
+                # numpy's way maps the file as it is; torch's asks for as much memory as it has bytes
+                handle = safe_open(path, framework="np")
             except FileNotFoundError:
                 violations.append(f"{path}: no such file, but {INDEX_NAME} names it; copy the folder again")
                 continue
@@ -132,10 +133,18 @@ class SafetensorsFolder:
         return value
 
     def _open(self, file_name: str) -> Any:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if self._mapped is None or self._mapped[0] != file_name or self._bytes_read > MAPPED_BYTES:
-            self._mapped = file_name, safe_open(self.folder / file_name, framework="pt")
+            path = self.folder / file_name
+            try:
+                self._mapped = file_name, safe_open(path, framework="pt")
+            except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch finds no memory to map it
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"{path}: a file of {path.stat().st_size / 2**30:.1f} GiB cannot be read here ({reason}); use a "
+                    "machine with more memory, or save the model again in smaller shards"
+                ) from None
             self._bytes_read = 0
         return self._mapped[1]
 

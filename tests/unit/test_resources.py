@@ -30,7 +30,7 @@ def test_how_many_checkpoints_stand_at_one_time(tmp_path, settings, number):
 
 def test_a_disk_that_is_too_small_is_said_with_the_sizes(tmp_path):
     (violation,) = resource_violations(config(tmp_path, "checkpoint.interval=1", "checkpoint.keep=2"), HUGE)
-    assert "3 checkpoint(s) and the export take 41," in violation
+    assert "3 checkpoint(s) and the export take 40,978,193.3 GiB" in violation
     assert "are free there" in violation
     assert resource_violations(config(tmp_path), 1000) == []
     assert resource_violations(config(tmp_path), None) == []
