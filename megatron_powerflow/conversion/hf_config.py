@@ -78,11 +78,24 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
         )
     raw = read_json(folder / "config.json", "the model's config.json")
     model_type = raw.get("model_type")
-    if model_type not in families:
+    if not isinstance(model_type, str) or model_type not in families:
         raise UserError(
             f"{folder / 'config.json'}: model_type={model_type!r} is not supported; supported: {', '.join(families)}"
         )
-    family = families[model_type]
+    try:
+        return _mapped(folder, raw, families[model_type])
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, ZeroDivisionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{folder / 'config.json'}: a value is not of its field's kind ({reason}); copy the file from its source"
+        ) from None
+
+
+def _mapped(folder: Path, raw: Mapping[str, Any], family: Family) -> tuple[Architecture, Family]:
+    """Values of the wrong kind raise whatever they raise."""
+    model_type = family.model_type
     fields = {**family.defaults, **raw}  # a null in the file stays null: for Mistral it means "no window"
     mapped = {*family.defaults, *family.reads, *family.sizes}
     must_be = {key: value for key, value in COMPUTING.items() if key not in mapped} | dict(family.must_be)

@@ -10,17 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_powerflow.errors import UserError
+
 SAMPLES_NAME = "samples.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
 
 
 def read_step_log(path: Path) -> list[dict[str, Any]]:
     """Lines, each with a `step`. samples.jsonl: id, question, prompt, response, answer, finish_reason,
-    num_response_tokens. evaluations.jsonl: see `training/held_out.py`. Empty where there is no file."""
+    num_response_tokens. evaluations.jsonl: see `training/held_out.py`. Empty where there is no file. Raises UserError
+    for a damaged one."""
     if not path.is_file():
         return []
-    # not splitlines(): it also splits at U+2028, U+0085 and the like, which an answer may hold
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    try:
+        # not splitlines(): it also splits at U+2028, U+0085 and the like, which an answer may hold
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if not all(isinstance(line, dict) and isinstance(line["step"], int) for line in lines):
+            raise ValueError("a line without a step")
+    except (ValueError, KeyError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); move it away, and the run goes on with a new one") from None
+    return lines
 
 
 def write_step_log(path: Path, step: int, lines: Sequence[dict[str, Any]]) -> None:

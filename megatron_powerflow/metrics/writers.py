@@ -48,11 +48,14 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(values, dict):
+            break
+        lines.append(values)
     return lines
 
 
