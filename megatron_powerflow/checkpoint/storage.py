@@ -128,7 +128,7 @@ def read_progress(checkpoint: Path) -> Progress:
     path = checkpoint / PROGRESS_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); is {checkpoint} a checkpoint of this program?") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{path}: not a progress file of format {FORMAT}")

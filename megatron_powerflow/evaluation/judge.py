@@ -138,7 +138,7 @@ def _content(body: bytes) -> str:
     """Text of the first choice. Raises ValueError for anything that is not a chat completion."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError, RecursionError):
         raise ValueError("not a chat completion") from None
     if not isinstance(content, str):
         raise ValueError("a chat completion without text")

@@ -112,7 +112,7 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             values = json.loads(file.readline())
         header = Header(**values)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: no rollouts that can be read ({' '.join(str(error).split())})") from None
     if header.format != FORMAT:
         raise UserError(f"{path}: of format {header.format!r}; this program reads format {FORMAT}")
@@ -131,7 +131,7 @@ def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
         rollouts = [rollout for line in body.decode().split("\n") if line for rollout in _rollouts_of(json.loads(line))]
         tokens = [token for rollout in rollouts for token in rollout.prompt.token_ids + rollout.response_token_ids]
         outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not rollouts as this program writes them ({error!r}); sample them again") from None
     if outside is not None:
         raise UserError(f"{path}: token {outside} is outside the model's vocabulary of {vocab_size}")
