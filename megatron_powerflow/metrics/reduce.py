@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_powerflow.metrics.prompt_statistics import length_statistics
 from megatron_powerflow.metrics.realised_alpha import realised_alpha
+from megatron_powerflow.metrics.tilt import energy_per_token
 from megatron_powerflow.metrics.trap import has_loop, trap_metrics
 from megatron_powerflow.records import ROLLOUT_COLUMNS
 
@@ -142,8 +143,7 @@ def _realised_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, 
     lengths, added = kept["num_response_tokens"], np.zeros(len(kept["kept"]))
     counted = lengths if target.tilt_cap is None else np.minimum(lengths, target.tilt_cap)
     if target.alpha is not None:
-        # where there is no residual the reward is the policy's own log-ratio to the target, no energy
-        added = target.alpha * kept["psi"] + np.where(np.isfinite(kept["residual"]), kept["reward"], 0.0)
+        added = energy_per_token(kept, target.alpha)
         added = added * counted if target.energy_per_token else added
     return realised_alpha(kept["old_sequence_log_prob"], kept["ref_sequence_log_prob"], counted, kept["prompt"], added)
 

@@ -19,6 +19,7 @@ Left out: the margin, and what to report where the estimate is worth nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,12 @@ class PromptTilts(NamedTuple):
     prompt: np.ndarray
     lam: np.ndarray
     effective: np.ndarray
+
+
+def energy_per_token(columns: Mapping[str, np.ndarray], alpha: float) -> np.ndarray:
+    """[B] alpha psi + reward. columns: ROLLOUT_COLUMNS, [B] each. Where there is no residual, as in rl_token, `reward`
+    is the policy gradient's own, the log-ratio of target and policy, and no energy."""
+    return alpha * columns["psi"] + np.where(np.isfinite(columns["residual"]), columns["reward"], 0.0)
 
 
 def prompt_tilts(

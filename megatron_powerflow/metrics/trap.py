@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from megatron_powerflow.metrics.loops import min_loop_tokens
-from megatron_powerflow.metrics.tilt import PromptTilts, prompt_tilts
+from megatron_powerflow.metrics.tilt import PromptTilts, energy_per_token, prompt_tilts
 
 MIN_EFFECTIVE_SAMPLES = 2.0  # of a prompt, for its lambda to count: below, one rollout decides
 MIN_PROMPT_SHARE = 0.5  # of the prompts, for anything to be said of lambda
@@ -42,7 +42,7 @@ def trap_metrics(
     """
     lengths = columns["num_response_tokens"]
     counted = lengths if tilt_cap is None else np.minimum(lengths, tilt_cap)
-    bonus = alpha * columns["psi"] + columns["reward"]
+    bonus = energy_per_token(columns, alpha)
     energy = alpha * columns["ref_sequence_log_prob"] + bonus * counted
     kept, looping = columns["kept"] > 0, has_loop(columns["loop_tokens"], max_response_tokens)
     prompt = columns["rollout_index"] // responses_per_prompt

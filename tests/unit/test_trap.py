@@ -240,3 +240,19 @@ def test_the_root_is_found_wherever_it_is(lam):
 def test_the_margin_is_estimated_where_the_fixed_point_has_a_tilt_and_nowhere_else():
     """p_base^alpha exp(-lambda n) is where these end (tests/distributed/test_exact_optimum.py)."""
     assert {name for name, form in PRESETS.items() if form.tilts} == {"la_tb", "tb_token_score", "flow_rl", "rl_token"}
+
+
+def test_the_reward_of_a_policy_gradient_is_no_energy():
+    """rl_token has the target of la_tb; its reward is the log-ratio of target and policy, and its residual is none."""
+    ref, lengths = base_log_probs().numpy(), LENGTHS.numpy()
+    lam = root(ALPHA * ref, lengths)
+    log_probs = ALPHA * ref - lam * lengths
+    drawn = np.random.default_rng(3).choice(len(ref), size=8 * GROUP, p=np.exp(log_probs))
+    rows = table(
+        old_sequence_log_prob=log_probs[drawn],
+        ref_sequence_log_prob=ref[drawn],
+        num_response_tokens=lengths[drawn].astype(float),
+        residual=np.nan,
+        reward=(ALPHA * ref[drawn] - log_probs[drawn]) / lengths[drawn],
+    )
+    assert reported(rows, ALPHA)["trap_lambda"] == pytest.approx(lam, abs=1e-6)
