@@ -25,6 +25,7 @@ FAMILY = Family(
     overrides=lambda fields: {"sliding_window": fields["sliding_window"]},
     layer_ops=(*(op for op in LAYER_OPS if op.megatron not in (QKV.megatron, GATE_UP.megatron)), QKV, GATE_UP),
     model_ops=MODEL_OPS,
+    nullable=("num_key_value_heads",),
     partial_rotary=True,
     rope_types=("default", "longrope"),
 )
