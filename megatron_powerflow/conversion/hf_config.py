@@ -63,7 +63,7 @@ class Family:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file, or a UserError that names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_said_once)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what} is needed") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -71,6 +71,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: {what} must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def _said_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. One that names a field twice is refused, where Python would take the last value."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"{key} is there twice, as {found[key]!r} and as {value!r}; take one away")
+    return found
 
 
 def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tuple[Architecture, Family]:
@@ -220,19 +229,22 @@ def _attention_violations(architecture: Architecture, layer_types: Any) -> list[
     pairs = rope.rotated(rotated_dim) // 2
     if rope.rotated(rotated_dim) % 2 or not pairs:
         found.append(
-            f"partial_rotary_factor={rope.fraction} of {rotated_dim} dimensions is {rope.rotated(rotated_dim)}; "
-            "dimensions are rotated in pairs"
+            f"head_dim={rotated_dim} with partial_rotary_factor={rope.fraction} rotates {rope.rotated(rotated_dim)} "
+            "dimensions; it must be an even number of them"
         )
     if rope.scaling == "longrope" and len(rope.factors) != pairs:
-        found.append(f"longrope's short_factor has {len(rope.factors)} numbers; {pairs} are needed")
+        found.append(
+            f"longrope's short_factor has {len(rope.factors)} numbers; head_dim={rotated_dim} with num_attention_heads="
+            f"{architecture.num_attention_heads} needs {pairs}"
+        )
     if window is not None and window < 1:
         found.append(f"sliding_window={window!r}; it must be a whole number of tokens, at least 1, or null")
-    for field, cap in (
+    for name, cap in (
         ("attn_logit_softcapping", architecture.attention_softcap),
         ("final_logit_softcapping", architecture.logit_softcap),
     ):
         if cap is not None and not is_number(cap, above=0.0):
-            found.append(f"{field}={cap!r}; it must be a number above 0, or null")
+            found.append(f"{name}={cap!r}; it must be a number above 0, or null")
     layers = architecture.windowed_layers or (window is not None,) * architecture.num_layers
     computed = ["sliding_attention" if here else "full_attention" for here in layers]
     if layer_types is not None and len(layer_types) != len(computed):

@@ -48,7 +48,9 @@ def read_rope(raw: Mapping[str, Any], fields: Mapping[str, Any], family: Family)
     kind = _rope_type(scaling)
     if kind not in family.rope_types:
         known = ", ".join(family.rope_types)
-        found.append(f"rope scaling type {kind!r} is not supported for {family.model_type}; supported: {known}")
+        found.append(
+            f"{place}: rope scaling type {kind!r} is not supported for {family.model_type}; supported: {known}"
+        )
         return Rope(DEFAULT_THETA), found
     found += [
         f"{place}.{key}={scaling.get(key)!r}; rope scaling type {kind!r} needs a number above 0"

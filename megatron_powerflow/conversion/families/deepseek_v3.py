@@ -119,15 +119,16 @@ def _violations(fields):
     dense, layers = fields["first_k_dense_replace"], fields["num_hidden_layers"]
     if not 0 <= dense < layers:
         found.append(
-            f"first_k_dense_replace={dense!r} leaves no layer of {layers} with experts; it must be 0 to {layers - 1}"
+            f"first_k_dense_replace={dense!r} leaves no layer of num_hidden_layers={layers} with experts; it must be "
+            f"0 to {layers - 1}"
         )
     scaling = fields["routed_scaling_factor"]
     if not scaling > 0:
         found.append(f"routed_scaling_factor={scaling!r} is not supported; it must be a number above 0")
     if not 1 <= best <= groups or experts % groups or experts // groups < 2:
         found.append(
-            f"n_group={groups} with topk_group={best} does not divide {experts} experts into groups of two or more, of "
-            "which some are chosen"
+            f"n_group={groups} with topk_group={best} does not divide n_routed_experts={experts} into groups of two or "
+            "more, of which some are chosen"
         )
     elif best < groups and not (per_token // best == 2 and per_token <= best * (experts // groups)):
         found.append(

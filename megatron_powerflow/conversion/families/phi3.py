@@ -20,6 +20,7 @@ FAMILY = Family(
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
         "sliding_window": None,
+        "pad_token_id": 32000,
     },
     must_be={"hidden_act": "silu", "full_attn_mod": 1, "interpolate_factor": 1},
     overrides=lambda fields: {"sliding_window": fields["sliding_window"]},
