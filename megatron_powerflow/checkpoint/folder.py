@@ -41,7 +41,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     pointer = run / CHECKPOINTS_NAME / LATEST_NAME
     if not pointer.is_file():
         return None
-    name = pointer.read_text(encoding="utf-8").strip()
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"step_\d{6,}", name) or not (pointer.parent / name).is_dir():
         known = [path.name for path in checkpoints_of(run)]
         raise UserError(f"{pointer}: names {name!r}, which is not there; write one of {known} into it")
