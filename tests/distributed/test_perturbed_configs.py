@@ -99,6 +99,7 @@ def test_a_change_is_refused_by_name_or_computed_as_transformers_does(judges, it
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_change_is_refused_by_name_or_computed_as_transformers_does(judges, family):
     faults = {}
