@@ -44,6 +44,15 @@ COMPUTING = {
     "attention_chunk_size": None,
     "no_rope_layers": [],
     "use_bidirectional_attention": False,
+    "is_causal": True,  # false: every token sees those behind it as well
+    "is_encoder_decoder": False,
+    "return_dict": True,  # false: no model of transformers 5 runs
+    "hidden_activation": None,  # another name of hidden_act, or of nothing
+    "per_layer_config": None,  # fields that some layers have otherwise
+    "text_config": None,
+    "configuration_files": None,  # another file in the place of config.json
+    "transformers_weights": None,  # another file in the place of model.safetensors
+    "fusion_config": None,
     "use_mrope": False,
     "rope_interleaved": False,
     "rope_local_base_freq": None,
@@ -95,7 +104,6 @@ BOOKKEEPING = frozenset(
         "problem_type",
         "id2label",
         "label2id",
-        "return_dict",
         "output_attentions",
         "output_hidden_states",
         "chunk_size_feed_forward",  # the MLP in parts, the same numbers

@@ -13,14 +13,15 @@ Left out: the tensors (`hf_files.py`) and their layout (`ops.py`).
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.conversion.config_fields import BOOKKEEPING, COMPUTING, READ
+from megatron_powerflow.conversion.config_kinds import is_number, wrong_kinds
+from megatron_powerflow.conversion.hf_rope import read_rope
 from megatron_powerflow.conversion.ops import Op
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Architecture, Experts, Rope
@@ -39,7 +40,9 @@ class Family:
     reads: fields that `overrides` maps, or that do nothing in this family whatever they say.
     partial_rotary: partial_rotary_factor counts here; elsewhere only 1.0 is accepted.
     rope_types: ways of stretching rotation that we compute for it.
-    violations: what else of the fields, all of them there, cannot be computed.
+    nullable: fields that may be null here and not in every family.
+    synonyms: other name of a field -> the name by which it is read.
+    violations: what else of the fields, all of them there and of the right kind, cannot be computed.
     """
 
     model_type: str
@@ -52,13 +55,15 @@ class Family:
     reads: tuple[str, ...] = ()
     partial_rotary: bool = False
     rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    nullable: tuple[str, ...] = ()
+    synonyms: Mapping[str, str] = field(default_factory=dict)
     violations: Callable[[Mapping[str, Any]], list[str]] = lambda fields: []
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file, or a UserError that names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_said_once)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what} is needed") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -66,6 +71,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: {what} must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def _said_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. One that names a field twice is refused, where Python would take the last value."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"{key} is there twice, as {found[key]!r} and as {value!r}; take one away")
+    return found
 
 
 def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tuple[Architecture, Family]:
@@ -96,38 +110,69 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
 def _mapped(folder: Path, raw: Mapping[str, Any], family: Family) -> tuple[Architecture, Family]:
     """Values of the wrong kind raise whatever they raise."""
     model_type = family.model_type
+    kinds = wrong_kinds(raw, family.nullable)
+    raw, violations = _one_name_each(raw, {"torch_dtype": "dtype", **family.synonyms})
     fields = {**family.defaults, **raw}  # a null in the file stays null: for Mistral it means "no window"
     mapped = {*family.defaults, *family.reads, *family.sizes}
     must_be = {key: value for key, value in COMPUTING.items() if key not in mapped} | dict(family.must_be)
-    violations = [
-        f"{folder / 'config.json'}: {key}={fields[key]!r} is not supported for {model_type}; only {value!r} is"
+    violations += [
+        f"{key}={fields[key]!r} is not supported for {model_type}; only {value!r} is"
         for key, value in must_be.items()
         if (fields.get(key, value) or None) != (value or None)
     ]
     _mention_unknown_fields(raw, mapped | must_be.keys(), folder / "config.json")
-    if fields.get("quantization_config"):
-        violations.append(
-            f"{folder / 'config.json'}: the weights are quantized (quantization_config); "
-            "give the folder of the unquantized model"
-        )
-    if not isinstance(fields.get("layer_types"), list | None):
-        violations.append(f"{folder / 'config.json'}: layer_types={fields['layer_types']!r} is not a list")
+    if fields.get("quantization_config") is not None:
+        violations.append("the weights are quantized (quantization_config); give the folder of the unquantized model")
     missing = [key for key in (*_REQUIRED, *family.sizes) if type(fields.get(key)) is not int or fields[key] < 1]
-    violations += [f"{folder / 'config.json'}: {key} is missing or not a whole number above 0" for key in missing]
-    violations += [f"{folder / 'config.json'}: {text}" for text in _rope_said_twice(raw)]
-    rope = _read_rope(fields, family, folder / "config.json", violations)
+    spelled = {name: f"{name} (or {other})" for other, name in family.synonyms.items()}
+    violations += [f"{spelled.get(key, key)} is missing or not a whole number above 0" for key in missing]
+    violations += kinds
     if "num_hidden_layers" not in missing and fields["num_hidden_layers"] > MOST_LAYERS:  # before lists are that long
-        number = fields["num_hidden_layers"]
-        raise UserError(f"{folder / 'config.json'}: num_hidden_layers={number}; no model has over {MOST_LAYERS}")
-    if not missing:
-        violations += [f"{folder / 'config.json'}: {violation}" for violation in family.violations(fields)]
+        violations.append(f"num_hidden_layers={fields['num_hidden_layers']}; no model has over {MOST_LAYERS}")
+    elif not missing and not kinds:
+        rope, wrong = read_rope(raw, fields, family)
+        violations += [*wrong, *_value_violations(fields), *family.violations(fields)]
     if violations:
-        raise UserError(violations)
+        raise UserError([f"{folder / 'config.json'}: {violation}" for violation in violations])
     architecture = _architecture(fields, family, rope, folder / "config.json")
     found = _expert_violations(architecture.experts) + _attention_violations(architecture, fields.get("layer_types"))
     if found:
         raise UserError([f"{folder / 'config.json'}: {violation}" for violation in found])
     return architecture, family
+
+
+def _one_name_each(raw: Mapping[str, Any], synonyms: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The fields under the names that are read here, and a sentence for each that two names give different values."""
+    found, violations = dict(raw), []
+    for other, name in synonyms.items():
+        if other not in found:
+            continue
+        value = found.pop(other)
+        if found.setdefault(name, value) != value:
+            violations.append(
+                f"{other}={value!r} stands beside {name}={found[name]!r}, another name of it; take away what is not "
+                "the model's"
+            )
+    return found, violations
+
+
+def _value_violations(fields: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the numbers that every family has; all are of the right kind."""
+    found = []
+    heads, groups, vocab_size = (
+        fields.get(key) for key in ("num_attention_heads", "num_key_value_heads", "vocab_size")
+    )
+    if groups is not None and (groups < 1 or heads % groups):
+        found.append(f"num_key_value_heads={groups}; it must divide num_attention_heads={heads}")
+    if (head_dim := fields.get("head_dim")) is not None and head_dim < 1:
+        found.append(f"head_dim={head_dim}; it must be at least 1")
+    if not is_number(fields["rms_norm_eps"]) or fields["rms_norm_eps"] >= 1:
+        found.append(f"rms_norm_eps={fields['rms_norm_eps']!r}; it must be at least 0.0 and below 1.0")
+    if not 0 <= fields.get("initializer_range", 0.0) <= 1:
+        found.append(f"initializer_range={fields['initializer_range']!r}; it must be from 0.0 to 1.0")
+    if (pad := fields.get("pad_token_id")) is not None and not -vocab_size <= pad < vocab_size:
+        found.append(f"pad_token_id={pad} is none of the model's {vocab_size} tokens; mend it or say null")
+    return found
 
 
 def _mention_unknown_fields(raw: Mapping[str, Any], known: set[str], path: Path) -> None:
@@ -153,6 +198,7 @@ _REQUIRED = (
     "intermediate_size",
     "num_attention_heads",
     "vocab_size",
+    "max_position_embeddings",
 )
 
 
@@ -186,7 +232,7 @@ def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: P
 def _expert_violations(experts: Experts | None) -> list[str]:
     if experts is None:
         return []
-    if not isinstance(experts.num, int) or not 1 <= experts.per_token <= experts.num:
+    if not 1 <= experts.per_token <= experts.num:
         return [f"num_experts_per_tok={experts.per_token} of {experts.num} experts; it must be 1 to {experts.num}"]
     if experts.normalized and experts.per_token == 1:
         return ["num_experts_per_tok=1 with normalized router weights is not supported: every weight is 1"]
@@ -195,17 +241,26 @@ def _expert_violations(experts: Experts | None) -> list[str]:
 
 def _attention_violations(architecture: Architecture, layer_types: Any) -> list[str]:
     found, window, rope = [], architecture.sliding_window, architecture.rope
-    pairs = rope.rotated(architecture.head_dim) // 2
+    rotated_dim = architecture.mla.rope_head_dim if architecture.mla else architecture.head_dim
+    pairs = rope.rotated(rotated_dim) // 2
+    if rope.rotated(rotated_dim) % 2 or not pairs:
+        found.append(
+            f"head_dim={rotated_dim} with partial_rotary_factor={rope.fraction} rotates {rope.rotated(rotated_dim)} "
+            "dimensions; it must be an even number of them"
+        )
     if rope.scaling == "longrope" and len(rope.factors) != pairs:
-        found.append(f"longrope's short_factor has {len(rope.factors)} numbers; {pairs} are needed")
-    if window is not None and (not isinstance(window, int) or window < 1):
+        found.append(
+            f"longrope's short_factor has {len(rope.factors)} numbers; head_dim={rotated_dim} with num_attention_heads="
+            f"{architecture.num_attention_heads} needs {pairs}"
+        )
+    if window is not None and window < 1:
         found.append(f"sliding_window={window!r}; it must be a whole number of tokens, at least 1, or null")
-    for field, cap in (
+    for name, cap in (
         ("attn_logit_softcapping", architecture.attention_softcap),
         ("final_logit_softcapping", architecture.logit_softcap),
     ):
-        if cap is not None and (not isinstance(cap, int | float) or cap <= 0):
-            found.append(f"{field}={cap!r}; it must be a number above 0, or null")
+        if cap is not None and not is_number(cap, above=0.0):
+            found.append(f"{name}={cap!r}; it must be a number above 0, or null")
     layers = architecture.windowed_layers or (window is not None,) * architecture.num_layers
     computed = ["sliding_attention" if here else "full_attention" for here in layers]
     if layer_types is not None and len(layer_types) != len(computed):
@@ -225,119 +280,6 @@ def windows_by_layer(window: int | None, layer_types: Any, default: Sequence[boo
     if window is None or not any(layers):
         return {}
     return {"sliding_window": window, "windowed_layers": None if all(layers) else layers}
-
-
-def _rope_said_twice(raw: Mapping[str, Any]) -> list[str]:
-    """What the file says of the rotation in two places, and differently."""
-    places = {name: raw[name] for name in ("rope_parameters", "rope_scaling") if isinstance(raw.get(name), dict)}
-    found = []
-    if len(places) == 2:
-        new, old = ({**place, "rope_type": _rope_type(place)} for place in places.values())
-        differ = [key for key in sorted(new.keys() & old.keys()) if new[key] != old[key]]
-        only = [key for key in sorted(old.keys() ^ new.keys()) if key not in ("type", "rope_theta")]
-        if differ or only:
-            found.append(f"rope_parameters and rope_scaling differ in {', '.join(differ + only)}")
-    for name, place in places.items():
-        if place.get("type", place.get("rope_type")) != place.get("rope_type", place.get("type")):
-            found.append(f"{name} has type={place['type']!r} and rope_type={place['rope_type']!r}")
-        for key in ("rope_theta", "partial_rotary_factor"):
-            if None not in (raw.get(key), place.get(key)) and raw[key] != place[key]:
-                found.append(f"{key}={raw[key]!r} stands beside {name}.{key}={place[key]!r}")
-    return [f"{text}; take away what the model was not trained with" for text in found]
-
-
-def _rope_type(scaling: Mapping[str, Any]) -> str:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return "longrope" if kind == "su" else kind  # its name in the first Phi-3
-
-
-def _read_rope(fields: Mapping[str, Any], family: Family, path: Path, violations: list[str]) -> Rope:
-    """transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters; both are read."""
-    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 10000.0)
-    kind = _rope_type(scaling)
-    fraction = float(fields.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0)
-    if fraction != 1.0 and not family.partial_rotary:
-        violations.append(f"{path}: partial_rotary_factor is not supported for {family.model_type}; only 1.0 is")
-    if kind not in family.rope_types:
-        violations.append(
-            f"{path}: rope scaling type {kind!r} is not supported for {family.model_type}; supported: "
-            + ", ".join(family.rope_types)
-        )
-        return Rope(theta)
-    if kind == "default":
-        return Rope(theta, fraction=fraction)
-    if kind == "linear":
-        return Rope(theta, "linear", float(scaling["factor"]))
-    if kind == "longrope":
-        return _longrope(scaling, fields, theta, fraction, path, violations)
-    if kind == "yarn":
-        return _read_yarn(theta, scaling, path, violations)
-    assert kind == "llama3", kind
-    return Rope(
-        theta,
-        "llama3",
-        float(scaling["factor"]),
-        float(scaling["low_freq_factor"]),
-        float(scaling["high_freq_factor"]),
-        int(scaling["original_max_position_embeddings"]),
-    )
-
-
-def _read_yarn(theta: float, scaling: Mapping[str, Any], path: Path, violations: list[str]) -> Rope:
-    if scaling.get("truncate") is False:
-        violations.append(f"{path}: truncate=False of rope scaling type 'yarn' is not supported; only True is")
-    missing = [key for key in ("factor", "original_max_position_embeddings") if not scaling.get(key)]
-    if missing:
-        violations.append(f"{path}: rope scaling type 'yarn' without {' and '.join(missing)}")
-        return Rope(theta)
-    factor, mscale, mscale_all_dim = float(scaling["factor"]), scaling.get("mscale"), scaling.get("mscale_all_dim")
-
-    def concentration(mscale: float) -> float:  # the temperature of YaRN, arXiv 2309.00071, as DeepSeek weighs it
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None and mscale and mscale_all_dim:
-        attention_factor = concentration(mscale) / concentration(mscale_all_dim)
-    elif attention_factor is None:
-        attention_factor = concentration(1.0)
-    return Rope(
-        theta,
-        "yarn",
-        factor,
-        original_max_positions=int(scaling["original_max_position_embeddings"]),
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
-        attention_factor=float(attention_factor),
-        mscale_all_dim=float(mscale_all_dim or 0.0),
-    )
-
-
-def _longrope(scaling, fields, theta: float, fraction: float, path: Path, violations: list[str]) -> Rope:
-    """Of sequences up to original_max_position_embeddings: the short factors. Beyond, other factors hold for the whole
-    sequence, so that its first tokens would change with its length: there the model ends for us."""
-    limit = fields["original_max_position_embeddings"]  # goes before the one in the scaling
-    factors, stretch = scaling.get("short_factor"), scaling.get("factor")
-    if not isinstance(limit, int) or not isinstance(factors, list):
-        violations.append(f"{path}: longrope needs short_factor, a list, and original_max_position_embeddings")
-        return Rope(theta)
-    if (other := scaling.get("original_max_position_embeddings", limit)) != limit:
-        violations.append(f"{path}: original_max_position_embeddings is {limit}, and {other} in the rope scaling")
-    longest = fields["max_position_embeddings"] / limit
-    if stretch is not None and stretch != longest:
-        violations.append(
-            f"{path}: longrope with factor={stretch} is not supported; only max_position_embeddings / "
-            f"original_max_position_embeddings = {longest} is"
-        )
-    default = math.sqrt(1 + math.log(longest) / math.log(limit)) if longest > 1 else 1.0
-    return Rope(
-        theta,
-        "longrope",
-        original_max_positions=limit,
-        factors=tuple(map(float, factors)),
-        attention_factor=float(scaling.get("attention_factor") or default),
-        fraction=fraction,
-    )
 
 
 def read_stop_token_ids(folder: str | Path, tokenizer_eos: int | None, vocab_size: int) -> frozenset[int]:

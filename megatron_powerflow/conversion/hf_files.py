@@ -96,10 +96,11 @@ class SafetensorsFolder:
             files: dict[str, set[str] | None] = {}
             for tensor, file_name in weight_map.items():
                 files.setdefault(file_name, set()).add(tensor)
-            if (self.folder / SINGLE_NAME).is_file() and SINGLE_NAME not in files:
+            if (self.folder / SINGLE_NAME).is_file() and (others := files.keys() - {SINGLE_NAME}):
                 raise UserError(
                     f"{self.folder}: holds two sets of weights, {SINGLE_NAME} and those of {INDEX_NAME} "
-                    f"({min(files)}, ...); transformers reads the first. Take away the one that is not the model"
+                    f"({min(others)}, ...); transformers reads the first alone. Take away the one that is not the "
+                    "model, or save it again"
                 )
             return files
         if (self.folder / SINGLE_NAME).is_file():

@@ -54,7 +54,7 @@ def impossible_sizes(architecture: Architecture, num_tensors: int) -> list[str]:
     """Counts of config.json that no folder of so many tensors can have: found before so many of anything are made."""
     counts = {"num_hidden_layers": architecture.num_layers}
     if architecture.experts is not None:
-        counts["the number of experts"] = architecture.experts.num
+        counts["num_experts (num_local_experts, n_routed_experts)"] = architecture.experts.num
     return [
         f"config.json says {name}={count}, but there are only {num_tensors} tensors; copy the folder again"
         for name, count in counts.items()

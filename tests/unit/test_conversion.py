@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_powerflow.conversion.checked import open_checked
 from megatron_powerflow.conversion.families import FAMILIES
 from megatron_powerflow.conversion.hf_config import read_architecture, read_stop_token_ids
 from megatron_powerflow.conversion.hf_files import (
@@ -118,6 +119,8 @@ def test_a_silent_config_means_what_transformers_takes_it_to_mean(tmp_path, fami
     }
     if family == "deepseek_v3":  # its transformers model only runs with as many, and is silent about another number
         sizes["num_key_value_heads"] = 32
+    if family == "phi3":  # its padding would be outside so small a vocabulary
+        sizes["pad_token_id"] = None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
     ours, _ = read_architecture(tmp_path, FAMILIES)
     theirs = CONFIG_MAPPING[family](**sizes)
@@ -218,7 +221,11 @@ def test_what_cannot_be_computed_is_refused_by_name(tiny_model, tmp_path, change
         ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, ["num_experts_per_tok=1 with normalized"]),
         ("qwen3_moe", {"moe_intermediate_size": "wide"}, ["moe_intermediate_size is missing or not a whole number"]),
         ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise=0.1"]),
-        ("mixtral", {"num_local_experts": None}, ["num_local_experts is missing or not a whole number"]),
+        (
+            "mixtral",
+            {"num_local_experts": None},
+            ["num_local_experts (or num_experts) is missing or not a whole number"],
+        ),
         ("mistral", {"sliding_window": 0}, ["sliding_window=0; it must be a whole number of tokens, at least 1"]),
         ("mistral", {"layer_types": ["sliding_attention"] * 4}, ["layer_types=['sliding_attention', ", "only ['full_"]),
         ("qwen2", {"layer_types": ["sliding_attention"] * 4}, ["layer_types", "sliding_window=None"]),
@@ -226,23 +233,27 @@ def test_what_cannot_be_computed_is_refused_by_name(tiny_model, tmp_path, change
         ("phi3", {"resid_pdrop": 0.1, "full_attn_mod": 2}, ["resid_pdrop=0.1", "full_attn_mod=2"]),
         ("phi3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["rope scaling type 'yarn'"]),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["longrope needs short_factor"]),
-        ("phi3", {"rope_parameters": LONGROPE | {"short_factor": [1.0]}}, ["short_factor has 1 numbers; 6 are needed"]),
+        (
+            "phi3",
+            {"rope_parameters": LONGROPE | {"short_factor": [1.0]}},
+            ["1 numbers in short_factor and 6 in long_factor"],
+        ),
         ("phi3", {"rope_parameters": LONGROPE | {"factor": 8.0}}, ["factor=8.0 is not supported", "= 4.0 is"]),
         ("olmo2", {"clip_qkv": 8.0}, ["clip_qkv=8.0"]),
         ("olmo2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "olmo2"]),
         ("gemma2", {"hidden_activation": "gelu"}, ["hidden_activation='gelu'", "only 'gelu_pytorch_tanh'"]),
         ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention=True"]),
-        ("gemma2", {"attn_logit_softcapping": -1}, ["attn_logit_softcapping=-1; it must be a number above 0"]),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, ["attn_logit_softcapping=-1.0; it must be a number above 0"]),
         ("gemma2", {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar is missing or not a whole number above 0"]),
         ("gemma2", {"layer_types": ["full_attention"]}, ["layer_types has 1 entries"]),
-        ("qwen2", {"layer_types": 5}, ["layer_types=5 is not a list"]),
+        ("qwen2", {"layer_types": 5}, ["layer_types=5; it must be a list or null"]),
         ("gemma2", {"layer_types": ["chunked_attention"] * 4}, ["chunked_attention"]),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps=1e-05", "only 1e-06"]),
         ("deepseek_v3", {"rope_interleave": False}, ["rope_interleave=False"]),
         ("deepseek_v3", {"norm_topk_prob": False}, ["norm_topk_prob=False"]),
         ("deepseek_v3", {"scoring_func": "softmax"}, ["scoring_func='softmax'"]),
         ("deepseek_v3", {"num_experts_per_tok": 6}, ["ranks groups by their best 3 experts, DeepSeek by their best 2"]),
-        ("deepseek_v3", {"n_group": 3}, ["n_group=3 with topk_group=2 does not divide 8 experts"]),
+        ("deepseek_v3", {"n_group": 3}, ["n_group=3 with topk_group=2 does not divide n_routed_experts=8"]),
         ("deepseek_v3", {"n_group": None}, ["n_group is missing or not a whole number"]),
         ("deepseek_v3", {"num_key_value_heads": 2}, ["num_key_value_heads=2"]),
         ("deepseek_v3", {"first_k_dense_replace": 4}, ["first_k_dense_replace=4 leaves no layer"]),
@@ -252,7 +263,7 @@ def test_what_cannot_be_computed_is_refused_by_name(tiny_model, tmp_path, change
         (
             "deepseek_v3",
             {"rope_parameters": {"rope_type": "yarn", "truncate": False}},
-            ["truncate=False", "without factor and original_max_position_embeddings"],
+            ["truncate=False", "factor=None", "original_max_position_embeddings=None"],
         ),
     ],
 )
@@ -266,7 +277,7 @@ def test_what_a_family_cannot_compute_is_refused_by_name(tiny_model, tmp_path, f
 
 def test_unknown_fields_are_named_and_harmless_ones_are_not(tiny_model, tmp_path):
     config = json.loads((tiny_model("llama") / "config.json").read_text())
-    notes = {"is_llama_config": True, "pretraining_tp": 2, "_name_or_path": "x", "torch_dtype": "float16", "odd": False}
+    notes = {"is_llama_config": True, "pretraining_tp": 2, "_name_or_path": "x", "torch_dtype": "float32", "odd": False}
     (tmp_path / "config.json").write_text(json.dumps(config | notes))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -402,6 +413,49 @@ def test_experts_in_one_tensor_are_named_with_the_way_out(tiny_model, tmp_path, 
         check_tensor_names(SafetensorsFolder(tmp_path / "False"), expected_tensors(architecture, family))
 
 
+def shards_of(folder, parts: dict[str, list[str]], factor: float) -> None:
+    """Write the model's tensors, times factor, as an index and its files: file -> names."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    for file_name, names in parts.items():
+        save_file({name: tensors[name] * factor for name in names}, folder / file_name, metadata={"format": "pt"})
+    weight_map = {name: file_name for file_name, names in parts.items() for name in names}
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_an_index_of_other_weights_beside_model_safetensors_is_refused(folder):
+    """transformers reads model.safetensors alone, whatever the index says: other weights, or only a part of them."""
+    names = sorted(SafetensorsFolder(folder).names())
+    for first in ("model-00001-of-00002.safetensors", "model.safetensors"):
+        shards_of(folder, {first: names[::2], "model-00002-of-00002.safetensors": names[1::2]}, 0.5)
+        with pytest.raises(UserError, match=r"two sets of weights, model\.safetensors and those of .*-of-00002"):
+            checked(folder)
+
+
+def test_an_index_of_model_safetensors_alone_is_read(folder):
+    names = SafetensorsFolder(folder).names()
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    checked(folder)
+
+
+def test_an_output_weight_of_its_own_beside_tied_embeddings_is_refused(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    embedding = SafetensorsFolder(folder).read("model.embed_tokens.weight")
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    open_checked(folder, *read_architecture(folder, FAMILIES))
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": embedding * 2}))
+    with pytest.raises(UserError, match=r"tie_word_embeddings=true, and lm_head\.weight is not model\.embed_tokens"):
+        open_checked(folder, *read_architecture(folder, FAMILIES))
+
+
+def test_a_field_that_the_file_names_twice_is_refused(tiny_model, tmp_path):
+    text = (tiny_model("llama") / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace("{", '{"rms_norm_eps": 1e-05,', 1))
+    with pytest.raises(UserError, match="rms_norm_eps is there twice, as 1e-05 and as 1e-06; take one away"):
+        read_architecture(tmp_path, FAMILIES)
+
+
 def test_only_safetensors_are_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="only safetensors"):
@@ -419,6 +473,10 @@ def test_an_index_cannot_point_outside_its_folder_or_at_nothing(folder):
     weights.rename(folder / "model.safetensors")
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     with pytest.raises(UserError, match="lacks"):
+        SafetensorsFolder(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(UserError, match=r"gone\.safetensors: no such file"):
         SafetensorsFolder(folder)
     (folder / INDEX_NAME).write_text("{}")
     with pytest.raises(UserError, match="weight_map"):

@@ -104,30 +104,31 @@ def _violations(fields):
     found = []
     experts, per_token = fields["n_routed_experts"], fields["num_experts_per_tok"]
     groups, best = fields["n_group"], fields["topk_group"]
-    if not isinstance(fields["q_lora_rank"], int | None):
-        found.append(f"q_lora_rank={fields['q_lora_rank']!r} is neither null nor a whole number")
     nope, rope = fields["qk_nope_head_dim"], fields["qk_rope_head_dim"]
     if fields.get("qk_head_dim") not in (None, nope + rope):
         found.append(f"qk_head_dim={fields['qk_head_dim']} is not qk_nope_head_dim + qk_rope_head_dim = {nope + rope}")
-    if fields["qk_rope_head_dim"] % 2:
-        found.append(f"qk_rope_head_dim={fields['qk_rope_head_dim']} is odd; dimensions are rotated in pairs")
+    if fields.get("head_dim", rope) != rope:  # transformers rotates so many, and fails
+        found.append(f"head_dim={fields['head_dim']} is not qk_rope_head_dim={rope}; take head_dim away")
+    if rope % 2:
+        found.append(f"qk_rope_head_dim={rope} is odd; dimensions are rotated in pairs")
     if fields["num_key_value_heads"] not in (None, fields["num_attention_heads"]):
         found.append(
             f"num_key_value_heads={fields['num_key_value_heads']} is not supported; latent attention makes keys and "
             f"values for each of the num_attention_heads={fields['num_attention_heads']} heads"
         )
     dense, layers = fields["first_k_dense_replace"], fields["num_hidden_layers"]
-    if type(dense) is not int or not 0 <= dense < layers:
+    if not 0 <= dense < layers:
         found.append(
-            f"first_k_dense_replace={dense!r} leaves no layer of {layers} with experts; it must be 0 to {layers - 1}"
+            f"first_k_dense_replace={dense!r} leaves no layer of num_hidden_layers={layers} with experts; it must be "
+            f"0 to {layers - 1}"
         )
     scaling = fields["routed_scaling_factor"]
-    if not isinstance(scaling, int | float) or not scaling > 0:
+    if not scaling > 0:
         found.append(f"routed_scaling_factor={scaling!r} is not supported; it must be a number above 0")
     if not 1 <= best <= groups or experts % groups or experts // groups < 2:
         found.append(
-            f"n_group={groups} with topk_group={best} does not divide {experts} experts into groups of two or more, of "
-            "which some are chosen"
+            f"n_group={groups} with topk_group={best} does not divide n_routed_experts={experts} into groups of two or "
+            "more, of which some are chosen"
         )
     elif best < groups and not (per_token // best == 2 and per_token <= best * (experts // groups)):
         found.append(
@@ -182,6 +183,8 @@ FAMILY = Family(
         "v_head_dim",
     ),
     reads=("qk_head_dim", "num_nextn_predict_layers", "aux_loss_alpha", "seq_aux", "ep_size"),
+    nullable=("num_key_value_heads",),
+    synonyms={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
     rope_types=("default", "yarn"),
     violations=_violations,
     overrides=_overrides,

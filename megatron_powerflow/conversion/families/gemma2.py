@@ -4,10 +4,10 @@ layer.
 Oddities: norms multiply by 1 + weight; the MLP's gate is a GELU (tanh); embeddings are multiplied by sqrt(hidden_size),
 rounded to their dtype; scores are scaled by query_pre_attn_scalar, whatever head_dim is, and capped, as the logits are;
 the first, third, ... layers have the sliding window where the file has no layer_types; embeddings are tied.
-hidden_activation counts, hidden_act does not.
+hidden_activation counts, and hidden_act, which released files have as well, must agree.
 """
 
-from megatron_powerflow.conversion.families.llama import DEFAULTS, LAYER_OPS, MODEL_OPS
+from megatron_powerflow.conversion.families.llama import DEFAULTS, LAYER_OPS, MODEL_OPS, heads_divide
 from megatron_powerflow.conversion.hf_config import Family, windows_by_layer
 from megatron_powerflow.conversion.ops import Replicated
 
@@ -18,6 +18,14 @@ NORMS = (
     Replicated("pre_mlp_layernorm.weight", LAYER + "pre_feedforward_layernorm.weight"),
     Replicated("mlp_bda.norm.weight", LAYER + "post_feedforward_layernorm.weight"),
 )
+
+
+def _violations(fields):
+    found = heads_divide(fields)
+    if fields["sliding_window"] is None:  # transformers asks for one even where no layer has it
+        found.append("sliding_window=None is not supported for gemma2; say a number of tokens")
+    return found
+
 
 FAMILY = Family(
     model_type="gemma2",
@@ -32,7 +40,7 @@ FAMILY = Family(
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    must_be={"hidden_activation": "gelu_pytorch_tanh"},
+    must_be={"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh"},
     overrides=lambda fields: {
         "post_norm": True,
         "zero_centered_norms": True,
@@ -50,5 +58,5 @@ FAMILY = Family(
     layer_ops=(*(op for op in LAYER_OPS if "layernorm" not in op.megatron), *NORMS),
     model_ops=MODEL_OPS,
     sizes=("query_pre_attn_scalar",),
-    reads=("hidden_act",),
+    violations=_violations,
 )

@@ -4,6 +4,9 @@ Oddities: 3.1 and later stretch long rope wavelengths (`rope_type: llama3`); 3.2
 `attention_bias` and `mlp_bias` exist in the config and in no released model: refused.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from megatron_powerflow.conversion.hf_config import Family
 from megatron_powerflow.conversion.ops import GateUp, Qkv, Replicated, Rows, VocabRows
 
@@ -28,6 +31,14 @@ MODEL_OPS = (
     Replicated("decoder.final_layernorm.weight", "model.norm.weight"),
     VocabRows("output_layer.weight", "lm_head.weight"),
 )
+
+
+def heads_divide(fields: Mapping[str, Any]) -> list[str]:
+    """transformers 5 asks it of Llama and Gemma 2, whatever head_dim says."""
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    return [f"num_attention_heads={heads} does not divide hidden_size={hidden}"] if hidden % heads else []
+
+
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048}
 
 FAMILY = Family(
@@ -37,4 +48,6 @@ FAMILY = Family(
     overrides=lambda fields: {},
     layer_ops=LAYER_OPS,
     model_ops=MODEL_OPS,
+    nullable=("num_key_value_heads", "head_dim"),
+    violations=heads_divide,
 )

@@ -13,4 +13,5 @@ FAMILY = Family(
     overrides=lambda fields: {"sliding_window": fields["sliding_window"]},
     layer_ops=LAYER_OPS,
     model_ops=MODEL_OPS,
+    nullable=("head_dim",),
 )

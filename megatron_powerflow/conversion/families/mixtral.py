@@ -43,4 +43,6 @@ FAMILY = Family(
     },
     layer_ops=expert_ops("block_sparse_moe", "w1", "w3", "w2"),
     model_ops=MODEL_OPS,
+    nullable=("head_dim",),
+    synonyms={"num_experts": "num_local_experts"},
 )

@@ -22,4 +22,5 @@ FAMILY = Family(
     overrides=lambda fields: {"qk_norm": True, "qk_norm_over_heads": True, "pre_norm": False, "post_norm": True},
     layer_ops=(*(op for op in LAYER_OPS if "layernorm" not in op.megatron), *NORMS),
     model_ops=MODEL_OPS,
+    nullable=("num_key_value_heads",),
 )

@@ -20,11 +20,13 @@ FAMILY = Family(
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
         "sliding_window": None,
+        "pad_token_id": 32000,
     },
     must_be={"hidden_act": "silu", "full_attn_mod": 1, "interpolate_factor": 1},
     overrides=lambda fields: {"sliding_window": fields["sliding_window"]},
     layer_ops=(*(op for op in LAYER_OPS if op.megatron not in (QKV.megatron, GATE_UP.megatron)), QKV, GATE_UP),
     model_ops=MODEL_OPS,
+    nullable=("num_key_value_heads",),
     partial_rotary=True,
     rope_types=("default", "longrope"),
 )

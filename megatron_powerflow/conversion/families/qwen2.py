@@ -31,4 +31,5 @@ FAMILY = Family(
     overrides=lambda fields: {"qkv_bias": True, **windows_of(fields)},
     layer_ops=(*LAYER_OPS, BIAS),
     model_ops=MODEL_OPS,
+    nullable=("num_key_value_heads",),
 )

@@ -21,4 +21,5 @@ FAMILY = Family(
     overrides=lambda fields: {"qk_norm": True, **windows_of(fields)},
     layer_ops=LAYER_OPS + NORMS,
     model_ops=MODEL_OPS,
+    nullable=("num_key_value_heads",),
 )

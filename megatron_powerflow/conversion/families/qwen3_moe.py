@@ -31,13 +31,14 @@ FAMILY = Family(
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
-    reads=("num_local_experts", "sliding_window"),  # the latter counts only with use_sliding_window
+    reads=("sliding_window",),  # counts only with use_sliding_window
+    synonyms={"num_local_experts": "num_experts"},
     sizes=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
     overrides=lambda fields: {
         "qk_norm": True,
         "ffn_hidden_size": fields["moe_intermediate_size"],
         "experts": Experts(
-            fields.get("num_local_experts") or fields["num_experts"],
+            fields["num_experts"],
             fields["num_experts_per_tok"],
             bool(fields["norm_topk_prob"]),
         ),
