@@ -37,8 +37,11 @@ class PromptTilts(NamedTuple):
 
 
 def energy_per_token(columns: Mapping[str, np.ndarray], alpha: float) -> np.ndarray:
-    """[B] alpha psi + reward. columns: ROLLOUT_COLUMNS, [B] each. Where there is no residual, as in rl_token, `reward`
-    is the policy gradient's own, the log-ratio of target and policy, and no energy."""
+    """[B] alpha psi + reward, nats per counted token. columns: ROLLOUT_COLUMNS, [B] each.
+
+    Where there is no residual, as in rl_token, `reward` is the policy gradient's own, the log-ratio of target and
+    policy, and no energy.
+    """
     return alpha * columns["psi"] + np.where(np.isfinite(columns["residual"]), columns["reward"], 0.0)
 
 

@@ -230,7 +230,7 @@ def _latent_attention_without_te() -> None:
 SHIMS: tuple[Shim, ...] = (
     Shim(
         "compiler",
-        "torch.compile as a decorator of the fused kernels (megatron.core.jit), none of which a CPU run calls",
+        "torch.compile as a decorator of the fused kernels (megatron.core.jit), which a CPU run computes as written",
         "no error: decorating alone loads torch's compiler, 3 of the 8 seconds that each process takes to start",
         "torch.compile loads its compiler when a function is first called",
         _compiler,
