@@ -140,12 +140,20 @@ def _compare(folder: Path, ours: Any, theirs: Any) -> tuple[str, ...]:
         return ()
     written, built = json.loads(ours.to_str()), json.loads(backend.to_str())
     own, other = ours.get_vocab(with_added_tokens=True), theirs.get_vocab()
-    moved = sorted(token for token, place in other.items() if own.get(token) != place)
+    # of a token that tokenizer.json lacks only these count: they stop a response, or stand before a text
+    boundaries = {theirs.bos_token, theirs.eos_token}
+    moved = sorted(
+        token
+        for token, place in other.items()
+        if own.get(token) != place and (token in own or token in boundaries)
+    )
     if moved:
         raise UserError(
             f"{folder}: {len(moved)} tokens have other ids by tokenizer_config.json than in tokenizer.json "
             f"({moved[0]!r:.40}: {other[moved[0]]} and {own.get(moved[0])}); save the tokenizer again"
         )
+    more = sorted(other.keys() - own.keys())
+    notices = (_more_tokens(more),) if more else ()
     around, expected = (_around(encode) for encode in (_plain(ours), _through(theirs)))
     if around != expected:
         raise UserError(
@@ -154,12 +162,20 @@ def _compare(folder: Path, ours: Any, theirs: Any) -> tuple[str, ...]:
         )
     parts = [part for part in ("normalizer", "pre_tokenizer", "decoder") if written.get(part) != built.get(part)]
     if not parts:
-        return ()
+        return notices
     import transformers
 
     return (
+        *notices,
         f"tokenizer.json is followed. transformers {transformers.__version__} builds another {' and '.join(parts)} for "
         f"this folder: what loads the tokenizer through it, a server for one, may give a text other ids",
+    )
+
+
+def _more_tokens(more: Sequence[str]) -> str:
+    return (
+        f"tokenizer.json is followed. transformers adds {len(more)} tokens that it does not hold, such as {more[0]!r:.40}: "
+        f"what loads the tokenizer through it gives a text with these words other ids"
     )
 
 
