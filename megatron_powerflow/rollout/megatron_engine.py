@@ -10,8 +10,7 @@ the stages, so that none waits idle:
 
 Left out: engines in other processes; CUDA graphs and Megatron's dynamic engine. On a GPU a small batch waits for kernel
 launches, some dozen a layer, which a graph of one decoding pass would save: shapes change only when rows join or leave
-and when attention grows past `max_length`, so one graph per (rows, length rounded up) would do. Not written, because
-it has not been run: this engine has been measured on CPU only.
+and when attention grows past `max_length`, so one graph per (rows, max_length) would do.
 """
 
 from __future__ import annotations
@@ -67,6 +66,7 @@ class MegatronEngine:
         training = [chunk.training for chunk in self._chunks]
         for chunk in self._chunks:
             chunk.eval()
+            chunk.set_is_first_microbatch()  # Transformer Engine: FP8 copies of the weights are made anew, then kept
         lanes = self._lanes(prompts, sampling)
         total = len(prompts) * sampling.responses_per_prompt
         with decode_weights(self._chunks, sampling.max_response_tokens):
