@@ -64,8 +64,9 @@ def run_cli(*arguments: str, num_processes: int = 1, timeout: float = 600, **pop
     else:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         command = [*launcher, str(num_processes), "-m", "megatron_powerflow.cli"]
+    text = {"text": True, "errors": "replace"}  # whatever libraries of C++ print
     return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, **popen
+        [*command, *map(str, arguments)], capture_output=True, timeout=timeout, cwd=REPOSITORY, **text, **popen
     )
 
 

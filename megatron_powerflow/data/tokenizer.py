@@ -143,9 +143,7 @@ def _compare(folder: Path, ours: Any, theirs: Any) -> tuple[str, ...]:
     # of a token that tokenizer.json lacks only these count: they stop a response, or stand before a text
     boundaries = {theirs.bos_token, theirs.eos_token}
     moved = sorted(
-        token
-        for token, place in other.items()
-        if own.get(token) != place and (token in own or token in boundaries)
+        token for token, place in other.items() if own.get(token) != place and (token in own or token in boundaries)
     )
     if moved:
         raise UserError(
@@ -174,8 +172,8 @@ def _compare(folder: Path, ours: Any, theirs: Any) -> tuple[str, ...]:
 
 def _more_tokens(more: Sequence[str]) -> str:
     return (
-        f"tokenizer.json is followed. transformers adds {len(more)} tokens that it does not hold, such as {more[0]!r:.40}: "
-        f"what loads the tokenizer through it gives a text with these words other ids"
+        f"tokenizer.json is followed. transformers adds {len(more)} tokens that it does not hold, such as "
+        f"{more[0]!r:.40}: what loads the tokenizer through it gives a text with these words other ids"
     )
 
 

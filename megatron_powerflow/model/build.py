@@ -36,7 +36,12 @@ from megatron_powerflow.model.attention import SdpaCoreAttention
 from megatron_powerflow.model.latent_attention import LatentAttention
 from megatron_powerflow.model.norm import KeyNormOverHeads, NormThenAdd, QueryNormOverHeads, RMSNorm
 from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.model.precision import needs_own_layers, transformer_config_fields, use_transformer_engine
+from megatron_powerflow.model.precision import (
+    needs_own_layers,
+    params_dtype,
+    transformer_config_fields,
+    use_transformer_engine,
+)
 from megatron_powerflow.parallel.layout import Layout, padded_vocab_size
 from megatron_powerflow.records import Architecture
 
@@ -90,7 +95,7 @@ def transformer_config(
         overlap_p2p_comm=layout.vpp is not None,
         batch_p2p_comm=layout.vpp is None,
         moe_token_dispatcher_type="alltoall",  # read even without experts, and the default refuses variable lengths
-        **_expert_fields(architecture),
+        **_expert_fields(architecture, precision),
         **_latent_fields(architecture),
         # gradients are sums: the loss already carries 1 / rollouts of the global batch
         calculate_per_token_loss=True,
@@ -112,7 +117,7 @@ def transformer_config(
     return config
 
 
-def _expert_fields(architecture: Architecture) -> dict:
+def _expert_fields(architecture: Architecture, precision: PrecisionSection) -> dict:
     """Megatron's words for the mixture. No token is dropped; nothing is added to the loss to balance the experts."""
     experts = architecture.experts
     if experts is None:
@@ -125,7 +130,10 @@ def _expert_fields(architecture: Architecture) -> dict:
         # softmax over all experts, then the choice; or the choice, then softmax over the chosen: the normalized weights
         "moe_router_pre_softmax": not experts.normalized,
         "moe_router_load_balancing_type": "none",
-        "moe_router_dtype": "fp32",  # a choice between near-equal experts should not hang on bf16 rounding
+        # A choice between near-equal experts should not hang on rounding: bf16 products are summed in fp32. Of fp32
+        # numbers Transformer Engine, where it is installed, multiplies in TF32 (log-probs off by 6e-4 on an H100);
+        # Megatron asks it for nothing in fp64.
+        "moe_router_dtype": "fp64" if params_dtype(precision) is torch.float32 else "fp32",
         "moe_router_score_function": experts.score,
         "moe_router_num_groups": experts.num_groups if experts.num_groups > 1 else None,
         "moe_router_group_topk": experts.groups_per_token if experts.num_groups > 1 else None,

@@ -5,7 +5,7 @@ memory. MKL does that faster from [in, out] than from PyTorch's [out, in]: SmolL
 products of a pass in 107 ms instead of 161. The copies are the parameters for as long as responses are written:
 Megatron's modules run as they are, whatever the layout, and the parameters come back untouched.
 
-Left out, both never measured: GPUs, and bf16 on a CPU. Nothing is copied there.
+Left out: GPUs, and bf16 on a CPU, which was not measured. Nothing is copied there.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def pieces_of(stream: Stream, cp_group: dist.ProcessGroup) -> Pieces:
 
 def thd_of(stream: Stream) -> PackedSeqParams | None:
     """For Transformer Engine, which splits over cp as `Stream` says and rotates by cu_seqlens itself. None: rows.
-    Written after Megatron's own use of it and not yet run on a GPU."""
+    Written after Megatron's own use of it."""
     if stream.cu_seqlens is None:
         return None
     return PackedSeqParams(

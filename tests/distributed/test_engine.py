@@ -27,6 +27,7 @@ def generate(
     prompts=PROMPTS,
     step: int = 0,
     at_pass=None,
+    prepare=None,
 ):
     """[(slot, response_index, token ids, log-probs, finish reason)] on every rank."""
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
@@ -45,6 +46,8 @@ def generate(
     precision = PrecisionSection(dtype="fp32")
     with initialized(layout, launch, seed=0) as groups:
         chunks = build_policy(architecture, family, layout, ModelSection(hf_path=model), precision, groups)
+        if prepare is not None:
+            prepare(chunks[0])
         if at_pass is not None:
             chunks[0].register_forward_hook(at_pass)
         engine = MegatronEngine(
@@ -180,3 +183,28 @@ def test_samples_follow_the_distribution_they_claim(gloo, tiny_model):
     for token in frequent:
         deviation = abs(counts[token] / 2000 - claimed[token])
         assert deviation < 4 * (claimed[token] / 2000) ** 0.5
+
+
+def generate_with_flags(model: str) -> list[bool]:
+    """What a layer of Transformer Engine's would see at each pass of a rollout: is this the first of these weights?"""
+    seen = []
+
+    def look(chunk, *_):
+        linear = chunk.decoder.layers[0].self_attention.linear_qkv
+        seen.append(linear.is_first_microbatch)
+        linear.is_first_microbatch = False
+
+    def prepare(chunk):
+        chunk.config.fp8 = "hybrid"  # what Megatron asks before it says anything; its layers were built without
+        chunk.decoder.layers[0].self_attention.linear_qkv.is_first_microbatch = False
+
+    generate(model, 1, 1, max_tokens=4, at_pass=look, prepare=prepare)
+    return seen
+
+
+def test_a_rollout_begins_with_new_copies_of_the_weights(gloo, tiny_model):
+    """FP8 copies are kept until a pass is said to be the first; only Megatron's schedules say so."""
+    (seen,) = gloo.run(1, generate_with_flags, str(tiny_model("llama")))
+    assert seen[0]
+    assert len(seen) > 1
+    assert not any(seen[1:])

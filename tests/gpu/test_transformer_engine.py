@@ -1,6 +1,6 @@
 """On a CUDA GPU: Transformer Engine layers in bf16 and FP8 train, sample and agree with the fp32 scorer.
 
-Written without a GPU at hand: the first machine that runs them decides what they are worth.
+Run on an H100 with torch 2.11, Transformer Engine 2.20.2 and Megatron-Core 0.19.2.
 """
 
 from __future__ import annotations
