@@ -45,8 +45,6 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
         with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
             session = build_session(plan, groups)
         if groups.is_main:
-            for notice in plan.notices:
-                console.print(f"notice: {notice}")
             write_config(plan)
             plan.inputs.write(plan.run_folder)
             note_launch(

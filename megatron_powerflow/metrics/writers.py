@@ -151,7 +151,7 @@ class ConsoleWriter:
             f"step {self._done}/{self._num_steps}",
             f"loss {value['loss']:.4g}" if "loss" in value else "loss -",
             f"log Z' {value['log_z_mean']:+.3f}" if "log_z_mean" in value else "log Z' -",
-            *([f"alpha {value['alpha_realised']:.2f}"] if "alpha_realised" in value else []),
+            *([f"realised alpha {value['alpha_realised']:.2f}"] if "alpha_realised" in value else []),
             f"length {value['response_length_mean']:.1f}",
             f"truncated {value['truncated_fraction']:.1%}",
             f"grad {value['grad_norm']:.3g}" if "grad_norm" in value else "grad -",
