@@ -1,4 +1,4 @@
-"""Every refusal that guards config.json lets the published models through, and their shapes add up to what they have."""
+"""Every refusal that guards config.json lets the published models through; their shapes add up to what they have."""
 
 from __future__ import annotations
 
