@@ -179,7 +179,14 @@ def env() -> None:
 
 @app.command()
 def prepare(
-    data: Annotated[list[str], typer.Argument(help="files, or hub names: hf://AI-MO/NuminaMath-CoT/data/train-...")],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="numina, with files of its kind or else the published ones from the hub; creative, with the three "
+            "options below; or files and hub names alone, read like numina's",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="prompts to write: .parquet; the held-out ones and a report beside it")],
     against: Annotated[
         list[str] | None, typer.Option(help="evaluation sets that no prompt may be of: files or hub names; repeatable")
@@ -187,23 +194,31 @@ def prepare(
     held_out: Annotated[float, typer.Option(min=0, max=0.5, help="share kept apart for evaluation")] = 0.01,
     max_answer: Annotated[int, typer.Option(min=1, help="characters of the longest answer")] = 60,
     max_solution: Annotated[int, typer.Option(min=1, help="characters of the longest solution")] = 9000,
+    poems: Annotated[list[str] | None, typer.Option(help="creative: files of poems, to be continued")] = None,
+    stories: Annotated[
+        list[str] | None, typer.Option(help="creative: files of stories, whose beginnings count")
+    ] = None,
+    jokes: Annotated[list[str] | None, typer.Option(help="creative: files of jokes, to be finished")] = None,
+    each: Annotated[int, typer.Option(min=1, help="creative: prompts of each of the three at most")] = 100,
 ) -> None:
-    """Make prompts of a published file: what has no short answer, is too long, leaks or comes twice falls out.
+    """Make prompts of published files: what has no short answer, is too long, leaks or comes twice falls out.
 
-    Example: powerflow prepare numina.parquet --out prompts.parquet --against HuggingFaceH4/MATH-500
+    Example: powerflow prepare numina --out prompts.parquet --against HuggingFaceH4/MATH-500
     """
     from megatron_powerflow.hub.fetch import locate
     from megatron_powerflow.hub.located import Wanted
-    from megatron_powerflow.prepare import lines_of
+    from megatron_powerflow.prepare import lines_of, named_files
     from megatron_powerflow.prepare import prepare as run
 
-    wanted = [Wanted("dataset", name, "DATA") for name in data]
+    files = named_files(data, {"poem": poems or (), "story": stories or (), "joke": jokes or ()})
+    wanted = [Wanted("dataset", name, "DATA") for names in files.values() for name in names]
     wanted += [Wanted("dataset", name, "--against") for name in against or ()]
     report = run(
-        data,
+        files,
         out,
         against=against or (),
         held_out=held_out,
+        each=each,
         located=locate(wanted, ALONE),
         console=make_console(),
         max_answer=max_answer,

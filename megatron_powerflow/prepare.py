@@ -1,39 +1,58 @@
-"""`powerflow prepare`: a published file in, prompts for training and held-out ones out, with a report of what fell out.
+"""`powerflow prepare`: published files in, prompts for training and held-out ones out, with a report of what fell out.
 
-    OUT                 parquet: id, task, question, answer, source
-    OUT's name -held_out    the held-out share, the same columns
-    OUT's name .report.json counts by reason, and the first rows of each
+    OUT                         parquet: id, task, question, answer, source
+    OUT's name -held_out        the held-out share, the same columns
+    OUT's name .report.json     counts by reason, and the first rows of each
+    OUT's name .fell_out.jsonl  every row that fell out: where it stands, the reason, what exactly
+    OUT's name .partial.json    while it runs: what the files that are done have given
 
-Input files are read one after the other; each that is done is kept beside OUT until the end, so that a command that was
-stopped goes on with the next file.
+Input files are read one after the other. A command that was stopped goes on behind the last file that was done, if its
+arguments and the files' contents are the same; else it starts anew.
 
-Left out: the rules (`data/preparation.py`).
+Left out: the rules (`data/preparation.py`, `data/creative_preparation.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
+from megatron_powerflow.data.creative_preparation import ASKS, CreativePreparation
 from megatron_powerflow.data.overlap import Overlap
-from megatron_powerflow.data.preparation import REASONS, Preparation, is_held_out, prepared
+from megatron_powerflow.data.preparation import REASONS, Preparation, content_key, is_held_out
 from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import load_questions
 from megatron_powerflow.hub.located import AS_NAMED, Located
 from megatron_powerflow.output_lines import progress_bar
-from megatron_powerflow.targets import file_refusals, require, write_file
+from megatron_powerflow.targets import file_refusals, require, starts_with_line_of, write_file
 
+NUMINA = tuple(f"hf://AI-MO/NuminaMath-CoT/data/train-{part:05}-of-00005.parquet" for part in range(5))
+EACH = 100  # of poems, stories and jokes; the paper has 300 prompts
 EXAMPLES = 3  # rows named in the report, of each reason
+MADE_BY = "powerflow prepare"
 REPORT_START = b'{\n  "made_by": "powerflow prepare"'
+FALLEN = ("row", "reason", "detail")  # row: file:number, counted as `read_file` does
+PARTIAL_START = b'{"made_by": "powerflow prepare"'
+
+
+class Judge(Protocol):
+    """Of rows. judge: ("kept", "") or (a reason of REASONS, what exactly); prepared: what a kept row becomes."""
+
+    seen: set[bytes]
+
+    def judge(self, row: Mapping[str, Any]) -> tuple[str, str]: ...
+
+    def prepared(self, row: Mapping[str, Any]) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -50,72 +69,193 @@ class Outputs:
     def report(self) -> Path:
         return self.prompts.with_name(f"{self.prompts.stem}.report.json")
 
+    @property
+    def fell_out(self) -> Path:
+        return self.prompts.with_name(f"{self.prompts.stem}.fell_out.jsonl")
+
+    @property
+    def partial(self) -> Path:
+        return self.prompts.with_name(f"{self.prompts.stem}.partial.json")
+
     def refusals(self) -> list[str]:
         if self.prompts.suffix != ".parquet":
             return [f"--out {self.prompts}: must end in .parquet"]
-        found = [text for path in (self.prompts, self.held_out) for text in file_refusals(path, _is_parquet)]
-        return found + file_refusals(self.report, lambda start: start.startswith(REPORT_START))
+        if importlib.util.find_spec("pyarrow") is None:
+            return [f"--out {self.prompts}: writing parquet needs pyarrow; pip install pyarrow"]
+        found = []
+        for path in (self.prompts, self.held_out):
+            found += file_refusals(path, lambda start, path=path: start.startswith(b"PAR1") and _is_ours(path))
+        found += file_refusals(self.report, lambda start: start.startswith(REPORT_START))
+        found += file_refusals(self.fell_out, starts_with_line_of(FALLEN))
+        return found + file_refusals(self.partial, lambda start: start.startswith(PARTIAL_START))
+
+
+@dataclass
+class Found:
+    """What has been read so far. done: SHA-256 of the files, in order; fallen: as in OUT's name .fell_out.jsonl."""
+
+    done: list[str] = field(default_factory=list)
+    kept: list[dict[str, str]] = field(default_factory=list)
+    fallen: list[dict[str, str]] = field(default_factory=list)
+
+    def fell_out(self, row: str, reason: str, detail: str = "") -> None:
+        self.fallen.append({"row": row, "reason": reason, "detail": detail})
+
+    def counts(self) -> dict[str, int]:
+        """By reason, in the order of REASONS."""
+        counts = Counter(row["reason"] for row in self.fallen)
+        return {reason: counts[reason] for reason in REASONS if counts[reason]}
+
+    def examples(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {reason: [] for reason in self.counts()}
+        for row in self.fallen:
+            if len(found[row["reason"]]) < EXAMPLES:
+                found[row["reason"]].append(": ".join(filter(None, (row["row"], row["detail"]))))
+        return found
 
 
 def prepare(
-    data: Sequence[str],
+    data: Mapping[str, Sequence[str]],
     out: Path,
     *,
     against: Sequence[str],
     held_out: float,
+    each: int = EACH,
     located: Located = AS_NAMED,
     console: Console,
     **limits: int,
 ) -> dict[str, Any]:
     """Write the prompts of `data`; returns the report. Raises UserError.
 
-    located: which of `data` and `against` are names on the hub, and where their files are.
+    data: names of files by their task, "reasoning" or those of ASKS. each: prompts of one kind that a creative set
+    keeps at most. located: which of `data` and `against` are names on the hub, and where their files are.
     """
     outputs = Outputs(out)
     require(outputs.refusals())
     questions = load_questions(against, located=located).questions if against else ()
-    judge = Preparation(Overlap((f"{q.task}/{q.id}", _text(q.prompt)) for q in questions), **limits)
-    counts: Counter[str] = Counter()
-    examples: dict[str, list[str]] = {}
-    kept: list[dict[str, str]] = []
-    violations: list[str] = []
-    files = [path for name in data for path in located.files(name)]
+    judges = _judges(Overlap((f"{q.task}/{q.id}", _text(q.prompt)) for q in questions), limits)
+    files = [(task, path) for task, names in data.items() for name in names for path in located.files(name)]
+    digests = {path: _digest(path) for _, path in files}
+    key = hashlib.sha256(repr((list(digests.values()), [q.prompt for q in questions], limits)).encode()).hexdigest()
+    found = _continued(outputs.partial, key)
+    if found.done:
+        console.print(f"goes on behind {len(found.done)} of {len(files)} files that were done ({outputs.partial})")
+    for row in found.kept:
+        judges[row["task"]].seen.add(bytes.fromhex(row["id"]))
     with progress_bar(console, True) as bar:
-        task = bar.add_task("reading", total=len(files))
-        for path in files:
-            for number, row in read_file(path, violations):
-                reason, detail = judge.judge(row)
-                counts[reason] += 1
-                if reason == "kept":
-                    kept.append(prepared(row))
-                elif len(examples.setdefault(reason, [])) < EXAMPLES:
-                    examples[reason].append(f"{path.name}:{number}" + (f": {detail}" if detail else ""))
-            bar.advance(task)
-    counts["unreadable"] += len(violations)
-    examples.setdefault("unreadable", []).extend(violations[:EXAMPLES])
+        task_bar = bar.add_task("reading", total=len(files), completed=len(found.done))
+        for task, path in files[len(found.done) :]:
+            _read(path, judges[task], found)
+            found.done.append(digests[path])
+            if len(found.done) < len(files):
+                state = {"made_by": MADE_BY, "key": key, **vars(found)}
+                write_file(outputs.partial, json.dumps(state, ensure_ascii=False).encode())
+            bar.advance(task_bar)
+    kept = _chosen(found, each)
     if not kept:
-        raise UserError([f"{', '.join(data)}: no row is left", *_reasons(counts)])
-    parts = {True: [], False: []}
+        named = [name for names in data.values() for name in names]
+        raise UserError([f"{', '.join(named)}: no row is left", *_reasons(found.counts())])
+    parts: dict[bool, list[dict[str, str]]] = {True: [], False: []}
     for row in kept:
         parts[is_held_out(row["question"], held_out)].append(row)
     _write(outputs.prompts, parts[False])
     _write(outputs.held_out, parts[True])
     report = {
-        "made_by": "powerflow prepare",
-        "data": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "made_by": MADE_BY,
+        "data": {str(path): digest for path, digest in digests.items()},
         "against": list(against),
         **({"revisions": located.revisions} if located.revisions else {}),
         "kept": len(kept),
         "held_out": len(parts[True]),
-        "fell_out": {reason: counts[reason] for reason in REASONS if counts[reason]},
-        "examples": {reason: found for reason, found in examples.items() if found},
+        "fell_out": found.counts(),
+        "examples": found.examples(),
     }
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.fallen)
+    write_file(outputs.fell_out, "".join(lines).encode())
     write_file(outputs.report, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    outputs.partial.unlink(missing_ok=True)
     return report
 
 
-def _is_parquet(start: bytes) -> bool:
-    return start.startswith(b"PAR1")
+def named_files(data: Sequence[str], creative: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Names of files by task, of the command's words. creative: those given as poems, stories and jokes, by task."""
+    first, *others = data
+    given = {task: names for task, names in creative.items() if names}
+    if first == "creative":
+        if others:
+            raise UserError(f"creative: what is in {', '.join(others)}? Give files by --poems, --stories and --jokes")
+        if not given:
+            raise UserError("creative: no files; give some by --poems, --stories or --jokes")
+        return given
+    if given:
+        raise UserError("--poems, --stories and --jokes belong to: powerflow prepare creative --out OUT.parquet")
+    if first == "numina":
+        return {"reasoning": others or NUMINA}
+    return {"reasoning": data}
+
+
+def _judges(against: Overlap, limits: Mapping[str, int]) -> dict[str, Judge]:
+    creative: set[bytes] = set()
+    found: dict[str, Judge] = {task: CreativePreparation(task, against, creative) for task in ASKS}
+    return found | {"reasoning": Preparation(against, **limits)}
+
+
+def _read(path: Path, judge: Judge, found: Found) -> None:
+    violations: list[str] = []
+    for number, row in read_file(path, violations):
+        reason, detail = judge.judge(row)
+        if reason == "kept":
+            found.kept.append(judge.prepared(row))
+        else:
+            found.fell_out(f"{path.name}:{number}", reason, detail)
+    for violation in violations:  # which begins with file and row
+        found.fell_out(violation, "unreadable")
+
+
+def _chosen(found: Found, each: int) -> list[dict[str, str]]:
+    """All of reasoning, `each` of every other kind: those whose ids, which follow from their words, come first."""
+    taken: list[dict[str, str]] = []
+    for task in ("reasoning", *ASKS):
+        rows = [row for row in found.kept if row["task"] == task]
+        if task != "reasoning" and len(rows) > each:
+            rows.sort(key=lambda row: row["id"])
+            for row in rows[each:]:
+                found.fell_out(row["id"], "surplus", row["question"][:80])
+            rows = rows[:each]
+        taken += rows
+    return taken
+
+
+def _continued(path: Path, key: str) -> Found:
+    """What a try of the same command left, or nothing."""
+    try:
+        state = json.loads(path.read_bytes())
+        if state["key"] != key:
+            return Found()
+        found = Found(state["done"], state["kept"], state["fallen"])
+        tasks = ("reasoning", *ASKS)
+        whole = all(content_key(row["question"]).hex() == row["id"] and row["task"] in tasks for row in found.kept)
+        whole = whole and all(tuple(row) == FALLEN and row["reason"] in REASONS for row in found.fallen)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return Found()
+    return found if whole else Found()
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _is_ours(path: Path) -> bool:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return (parquet.read_schema(path).metadata or {}).get(b"made_by") == MADE_BY.encode()
+    except (ArrowException, OSError, ValueError):
+        return False
 
 
 def _text(prompt: dict[str, Any]) -> str:
@@ -124,22 +264,24 @@ def _text(prompt: dict[str, Any]) -> str:
 
 def lines_of(report: dict[str, Any]) -> list[str]:
     """A report for people."""
-    kept = f"{report['kept']} prompts kept, {report['held_out']} of them held out"
-    return [kept, *_reasons(report["fell_out"])]
+    lines = [f"{report['kept']} prompts kept, {report['held_out']} of them held out", *_reasons(report["fell_out"])]
+    if not report["against"]:
+        lines.append("no evaluation set was given: that no prompt is of one was not looked at (--against)")
+    return lines
 
 
 def _reasons(counts: Mapping[str, int]) -> list[str]:
-    return [f"{counts[reason]} rows fell out: {words}" for reason, words in REASONS.items() if counts.get(reason)]
+    return [
+        f"{count} {'row' if count == 1 else 'rows'} fell out: {REASONS[reason]}" for reason, count in counts.items()
+    ]
 
 
 def _write(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: writing parquet needs pyarrow; pip install pyarrow") from None
+    import pyarrow
+    from pyarrow import parquet
+
     buffer = io.BytesIO()
     names = ("id", "task", "question", "answer", "source")
     table = pyarrow.table({name: pyarrow.array([row.get(name) for row in rows], pyarrow.string()) for name in names})
-    parquet.write_table(table, buffer)
+    parquet.write_table(table.replace_schema_metadata({"made_by": MADE_BY}), buffer)
     write_file(path, buffer.getvalue())

@@ -1,10 +1,7 @@
 """Which rows of a published file become prompts, and why do the others fall out?
 
-    reasoning   NuminaMath-CoT and files like it: a question, a solution that ends in a box
-    creative    poems to go on with, openings of stories, kinds of jokes
-
-A row falls out for the first of these that holds (the paper filters "over-long responses and answer leakage" and gives
-no numbers; the limits are ours):
+NuminaMath-CoT and files like it have a question and a solution that ends in a box. A row falls out for the first of
+these that holds (the paper filters "over-long responses and answer leakage" and gives no numbers; the limits are ours):
 
     no_question       no text to ask
     no_answer         no gold answer and no box in the solution: proofs, most of them
@@ -17,7 +14,7 @@ no numbers; the limits are ours):
 
 Train and held-out part are told apart by the question's content, so that a row falls on the same side in every file.
 
-Left out: reading and writing files (`prepare.py`).
+Left out: poems, stories and jokes (`creative_preparation.py`); reading and writing files (`prepare.py`).
 """
 
 from __future__ import annotations
@@ -38,6 +35,8 @@ MAX_ANSWER = 60
 MAX_SOLUTION = 9_000  # characters: some 3,000 tokens, the recipes' longest response
 REASONS = {
     "no_question": "no question in it",
+    "no_text": "no poem, story or joke in it",
+    "too_short": "nothing is left to write after its beginning",
     "no_answer": "no answer and no box in the solution (a proof, most often)",
     "many_answers": "the solution boxes different answers",
     "long_answer": "the answer is no short one",
@@ -45,6 +44,7 @@ REASONS = {
     "answer_in_prompt": "the question says its answer",
     "leaked": "the question is one of an evaluation set",
     "duplicate": "the question has been there before",
+    "surplus": "more of its kind than --each asks for; which ones stay follows from their content",
     "unreadable": "a field that cannot be read",
 }
 _SAYS_ANSWER = re.compile(r"\\boxed|\bthe answer is\b|\banswer\s*[:=]", re.IGNORECASE)
@@ -57,7 +57,7 @@ class Preparation:
     against: Overlap
     max_answer: int = MAX_ANSWER
     max_solution: int = MAX_SOLUTION
-    _seen: set[bytes] = field(default_factory=set)
+    seen: set[bytes] = field(default_factory=set)
 
     def judge(self, row: Mapping[str, Any]) -> tuple[str, str]:
         """("kept", "") or (a reason of REASONS, what exactly)."""
@@ -83,18 +83,17 @@ class Preparation:
         if (name := self.against.with_which(question)) is not None:
             return "leaked", name
         key = content_key(question)
-        if key in self._seen:
+        if key in self.seen:
             return "duplicate", ""
-        self._seen.add(key)
+        self.seen.add(key)
         return "kept", ""
 
-
-def prepared(row: Mapping[str, Any]) -> dict[str, str]:
-    """What a kept row becomes."""
-    question = _question(row)
-    found = {"id": content_key(question).hex(), "task": "reasoning", "question": question, "answer": answer_of(row)}
-    source = row.get("source")
-    return found | ({"source": source} if isinstance(source, str) else {})
+    def prepared(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """What a kept row becomes."""
+        question = _question(row)
+        found = {"id": content_key(question).hex(), "task": "reasoning", "question": question, "answer": answer_of(row)}
+        source = row.get("source")
+        return found | ({"source": source} if isinstance(source, str) else {})
 
 
 def content_key(question: str) -> bytes:

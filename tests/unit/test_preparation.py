@@ -6,14 +6,16 @@ import json
 import random
 from collections import Counter
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from rich.console import Console
 
 from megatron_powerflow.data.overlap import Overlap
 from megatron_powerflow.data.prompts import load_prompts
 from megatron_powerflow.data.tokenizer import load_tokenizer
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.prepare import Outputs, lines_of, prepare
+from megatron_powerflow.prepare import NUMINA, Outputs, lines_of, named_files, prepare
 from tests.tiny_models import write_tokenizer
 
 LEAKED = (
@@ -59,7 +61,8 @@ def files(tmp_path):
 
 def run(folder, **changes) -> dict:
     arguments = {"against": [str(folder / "evaluation.jsonl")], "held_out": 0.1, "console": Console(quiet=True)}
-    return prepare([str(folder / "numina.jsonl")], folder / "prompts.parquet", **arguments | changes)
+    data = {"reasoning": [str(folder / "numina.jsonl")]}
+    return prepare(data, folder / "prompts.parquet", **arguments | changes)
 
 
 def test_exactly_the_rows_that_must_fall_out_do_and_the_report_says_why(files):
@@ -73,6 +76,11 @@ def test_exactly_the_rows_that_must_fall_out_do_and_the_report_says_why(files):
         for example in examples:
             assert int(example.split(":")[1]) in places[reason]
     assert any("evaluation" in example for example in report["examples"]["leaked"])
+    fallen = [json.loads(line) for line in Outputs(folder / "prompts.parquet").fell_out.read_text().splitlines()]
+    found: dict[str, set[int]] = {}
+    for row in fallen:
+        found.setdefault(row["reason"], set()).add(int(row["row"].split(":")[1]))
+    assert found == {reason: rows for reason, rows in places.items() if reason != "kept"}
     assert lines_of(report)[0] == f"440 prompts kept, {report['held_out']} of them held out"
     assert json.loads(Outputs(folder / "prompts.parquet").report.read_text()) == report
 
@@ -104,6 +112,12 @@ def test_only_what_this_command_wrote_is_replaced(files):
     folder, _ = files
     run(folder)
     run(folder)
+    foreign = folder / "prompts-held_out.parquet"
+    parquet.write_table(pyarrow.table({"mine": [1, 2]}), foreign)
+    with pytest.raises(UserError, match="this command did not write it"):
+        run(folder)
+    assert parquet.read_table(foreign).column_names == ["mine"]
+    foreign.unlink()
     report = folder / "prompts.report.json"
     report.write_text('{"mine": true}')
     with pytest.raises(UserError, match="this command did not write it"):
@@ -111,7 +125,11 @@ def test_only_what_this_command_wrote_is_replaced(files):
     assert json.loads(report.read_text()) == {"mine": True}
     with pytest.raises(UserError, match=r"must end in \.parquet"):
         prepare(
-            [str(folder / "numina.jsonl")], folder / "p.json", against=(), held_out=0.0, console=Console(quiet=True)
+            {"reasoning": [str(folder / "numina.jsonl")]},
+            folder / "p.json",
+            against=(),
+            held_out=0.0,
+            console=Console(quiet=True),
         )
 
 
@@ -126,3 +144,106 @@ def test_copies_differ_in_spacing_case_and_latex_and_neighbours_are_no_copies():
         is None
     )
     assert Counter(map(overlap.with_which, [""])) == {None: 1}
+
+
+POEM = "\n".join(f"Line {n} of a poem about the sea" for n in range(6))
+CREATIVE = {
+    "poem": [{"poem": POEM}, {"content": POEM}, {"text": "Roses are red,\nviolets are blue."}, {"author": "nobody"}],
+    "story": [
+        {"snippet": "The train had left. Nobody waved. " + "It rained on and on. " * 40},
+        {"snippet": "One sentence and no more."},
+        {"text": "'Who is there?' she asked. Nobody answered, for the house had been empty for years."},
+    ],
+    "joke": [
+        {"title": "Why did the scarecrow win a prize?", "selftext": "He was outstanding in his field."},
+        {"joke": "I only know 25 letters of the alphabet. I don't know y."},
+        {"joke": "No point here"},
+    ],
+}
+
+
+def creative_files(folder, rows=CREATIVE) -> dict[str, list[str]]:
+    for task, given in rows.items():
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    return {task: [str(folder / f"{task}.jsonl")] for task in rows}
+
+
+def test_poems_stories_and_jokes_become_prompts_that_leave_something_to_write(tmp_path):
+    quiet = Console(quiet=True)
+    report = prepare(creative_files(tmp_path), tmp_path / "c.parquet", against=(), held_out=0.0, console=quiet)
+    found = parquet.read_table(tmp_path / "c.parquet").to_pylist()
+    asked = {task: [row["question"] for row in found if row["task"] == task] for task in CREATIVE}
+    assert asked["poem"] == ["Continue this poem:\n\n" + "\n".join(POEM.splitlines()[:4])]
+    assert len(asked["story"]) == 2
+    assert "Write a story that begins so: 'Who is there?' she asked." in asked["story"]
+    assert all(len(question.split()) < 70 for question in asked["story"])
+    assert set(asked["joke"]) == {
+        "Finish this joke: Why did the scarecrow win a prize?",
+        "Finish this joke: I only know 25 letters of the alphabet.",
+    }
+    assert report["fell_out"] == {"no_text": 1, "too_short": 3, "duplicate": 1}
+    assert all(row["answer"] is None for row in found)
+    assert lines_of(report)[-1].startswith("no evaluation set was given")
+
+
+def test_each_kind_keeps_so_many_whatever_the_order_of_the_rows(tmp_path):
+    jokes = [{"setup": f"What is number {n}?", "punchline": "It."} for n in range(30)]
+    chosen = []
+    for rows in (jokes, jokes[::-1]):
+        data = creative_files(tmp_path, {"joke": rows})
+        quiet = Console(quiet=True)
+        report = prepare(data, tmp_path / "c.parquet", against=(), held_out=0.0, each=10, console=quiet)
+        assert report["fell_out"] == {"surplus": 20}
+        chosen.append({row["id"] for row in parquet.read_table(tmp_path / "c.parquet").to_pylist()})
+    assert len(chosen[0]) == 10
+    assert chosen[0] == chosen[1]
+
+
+def test_a_command_that_was_stopped_goes_on_behind_the_files_that_were_done(tmp_path, monkeypatch):
+    from megatron_powerflow import prepare as module
+
+    rows, _ = made_rows()
+    names = []
+    for part in range(3):
+        names.append(tmp_path / f"part{part}.jsonl")
+        names[-1].write_text("".join(json.dumps(row) + "\n" for row in rows[part * 170 : part * 170 + 170]))
+    arguments = {"against": (), "held_out": 0.1, "console": Console(quiet=True)}
+    data = {"reasoning": list(map(str, names))}
+    whole = prepare(data, tmp_path / "whole.parquet", **arguments)
+    read, opened = module.read_file, []
+
+    def until_the_third(path, violations):
+        opened.append(path.name)
+        if path.name == "part2.jsonl" and len(opened) == 3:
+            raise KeyboardInterrupt
+        return read(path, violations)
+
+    monkeypatch.setattr(module, "read_file", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data, tmp_path / "p.parquet", **arguments)
+    assert not (tmp_path / "p.parquet").exists()
+    assert prepare(data, tmp_path / "p.parquet", **arguments) == whole
+    assert opened == ["part0.jsonl", "part1.jsonl", "part2.jsonl", "part2.jsonl"]
+    assert not (tmp_path / "p.partial.json").exists()
+    assert parquet.read_table(tmp_path / "p.parquet").equals(parquet.read_table(tmp_path / "whole.parquet"))
+    # changed files are read anew; what is not of this command is left alone
+    opened.clear()
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data, tmp_path / "p.parquet", **arguments)
+    names[0].write_text(json.dumps(numina("What is 1 + 1?", "\\boxed{2}")) + "\n")
+    prepare(data, tmp_path / "p.parquet", **arguments)
+    assert opened[3:] == ["part0.jsonl", "part1.jsonl", "part2.jsonl"]
+    (tmp_path / "p.partial.json").write_text("mine")
+    with pytest.raises(UserError, match="did not write it"):
+        prepare(data, tmp_path / "p.parquet", **arguments)
+
+
+def test_the_commands_words_say_what_is_in_the_files():
+    none = {"poem": (), "story": (), "joke": ()}
+    assert named_files(["numina"], none) == {"reasoning": NUMINA}
+    assert named_files(["numina", "a.jsonl"], none) == {"reasoning": ["a.jsonl"]}
+    assert named_files(["a.jsonl", "b.jsonl"], none) == {"reasoning": ["a.jsonl", "b.jsonl"]}
+    assert named_files(["creative"], none | {"joke": ["j.csv"]}) == {"joke": ["j.csv"]}
+    for words, given in ((["creative"], none), (["creative", "a.csv"], none), (["a.csv"], none | {"joke": ["j.csv"]})):
+        with pytest.raises(UserError, match="--poems"):
+            named_files(words, given)

@@ -1,0 +1,113 @@
+"""Which poems, stories and jokes become prompts for creative writing, and what is asked with each?
+
+The paper names its sources (poems of PoemHunter to go on with, stories of BookMIA, jokes of r/DadJokes; 300 prompts)
+and not its words. These are ours:
+
+    poem    Continue this poem: and its first POEM_LINES lines
+    story   Write a story that begins so: and its first sentences, up to STORY_WORDS words and half of the text
+    joke    Finish this joke: and its first sentence, what comes before the point
+
+A row falls out for the first of these that holds:
+
+    no_text      no text in it
+    too_short    nothing is left to write after the beginning: a poem of POEM_LINES lines, a joke of one sentence
+    leaked       the beginning stands in an evaluation set
+    duplicate    the beginning has been there before
+
+What is left is cut to so many of each kind, chosen by content: the same ones in whatever order the files come.
+
+Left out: reading and writing files (`prepare.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_powerflow.data.overlap import Overlap
+from megatron_powerflow.data.preparation import content_key
+from megatron_powerflow.data.text_fields import text_of
+from megatron_powerflow.errors import UserError
+
+POEM_LINES = 4
+STORY_WORDS = 60
+ASKS = {
+    "poem": "Continue this poem:\n\n{}",
+    "story": "Write a story that begins so: {}",
+    "joke": "Finish this joke: {}",
+}
+# where published files have the text; of a joke the first is what comes before the point
+COLUMNS = {
+    "poem": ("poem", "content", "text"),
+    "story": ("story", "snippet", "text"),
+    "joke": ("setup", "title", "joke", "text"),
+}
+POINTS = ("punchline", "selftext", "body")  # of a joke, in a column of its own
+_SENTENCE = re.compile(r".*?[.!?…][\"'”’)]*(?=\s|$)", re.DOTALL)
+
+
+@dataclass
+class CreativePreparation:
+    """Judges rows of one kind. against: beginnings that no prompt may have. seen: shared over the kinds of a set."""
+
+    task: str
+    against: Overlap
+    seen: set[bytes] = field(default_factory=set)
+
+    def judge(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """("kept", "") or (a reason, what exactly)."""
+        try:
+            text = self._text(row)
+        except UserError as error:
+            return "unreadable", str(error)
+        if text is None:
+            return "no_text", f"none of {', '.join(COLUMNS[self.task])} holds a text"
+        if not self._start(row):
+            return "too_short", text[:80]
+        question = self._question(row)
+        if (name := self.against.with_which(question)) is not None:
+            return "leaked", name
+        key = content_key(question)
+        if key in self.seen:
+            return "duplicate", ""
+        self.seen.add(key)
+        return "kept", ""
+
+    def prepared(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """What a kept row becomes."""
+        question = self._question(row)
+        return {"id": content_key(question).hex(), "task": self.task, "question": question}
+
+    def _question(self, row: Mapping[str, Any]) -> str:
+        return ASKS[self.task].format(self._start(row))
+
+    def _text(self, row: Mapping[str, Any]) -> str | None:
+        found = (text_of(row.get(name), name) for name in COLUMNS[self.task])
+        return next((text.strip() for text in found if text is not None and text.strip()), None)
+
+    def _start(self, row: Mapping[str, Any]) -> str:
+        """The beginning that is shown, or "" where nothing is left to write after it."""
+        text = self._text(row) or ""
+        if self.task == "poem":
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            return "\n".join(lines[:POEM_LINES]) if len(lines) > POEM_LINES else ""
+        if self.task == "story":
+            start = _sentences(text, min(STORY_WORDS, len(text.split()) // 2))
+            return start if len(start) < len(text) else ""
+        if any(text_of(row.get(name), name) for name in POINTS):
+            return text
+        start = _sentences(text, 1)
+        return start if len(start) < len(text) else ""
+
+
+def _sentences(text: str, num_words: int) -> str:
+    """Whole sentences from the start, the first in any case, then those that keep within num_words."""
+    taken, words = 0, 0
+    for match in _SENTENCE.finditer(text):
+        words += len(match.group().split())
+        if taken and words > num_words:
+            break
+        taken = match.end()
+    return " ".join(text[:taken].split())
