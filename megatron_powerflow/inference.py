@@ -180,6 +180,7 @@ def open_model(
 def score_file(opened: Opened, data: str | Path, out: Path, launch: Launch, console: Console) -> None:
     """One line per row of `data`, a file or one on the hub: id, log_probs (one per response token, natural logarithm),
     sequence_log_prob."""
+    say_notices(opened, launch, console)
     require(output_refusals(out, SCORED))
     rows = read_scored_rows(opened.located.file(data), opened)
     with initialized(opened.layout, launch, seed=0) as groups:
@@ -257,11 +258,19 @@ def generate_file(
         write_rounds(list(enumerate(asked)), one_round, per_round, out, groups, console, "powerflow generate")
 
 
+def say_notices(opened: Opened, launch: Launch, console: Console) -> None:
+    """What the tokenizer's files leave open, before any text is read by them."""
+    if launch.is_main:
+        for notice in opened.tokenizer.notices:
+            console.print(f"notice: {notice}")
+
+
 def load_generation_prompts(
     opened: Opened, name: str | Path, launch: Launch, console: Console, rewrite: Rewrite | None = None
 ) -> tuple[Prompt, ...]:
     """The prompts to answer; UserError where they, or the model, have no room for what is asked. name: a file, or data
     on the hub."""
+    say_notices(opened, launch, console)
     check_room(opened)
     rollout = opened.config.rollout
     prompts = load_prompts(

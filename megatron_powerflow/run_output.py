@@ -79,7 +79,8 @@ class RunOutput:
         for writer in self._writers:
             writer.close()
         if self._session.groups.is_main and kind is None and self._plan.config.metrics.curves:
-            self._draw(CURVES_NAME, lambda out: draw_curves([self._plan.run_folder], out))
+            later = "; `powerflow curves` draws it from the run's folder"
+            self._draw(CURVES_NAME, lambda out: draw_curves([self._plan.run_folder], out), later)
 
     def show_change(self) -> None:
         """What the run did to its answers to the held-out prompts: a table and a picture, where there are two looks."""
@@ -93,11 +94,11 @@ class RunOutput:
         if self._plan.config.metrics.curves:
             self._draw(CHANGE_NAME, lambda out: draw_change(changes, alpha, out))
 
-    def _draw(self, name: str, draw: Callable[[Path], object]) -> None:
+    def _draw(self, name: str, draw: Callable[[Path], object], later: str = "") -> None:
         try:
             draw(self._plan.run_folder / name)
         except Exception as error:  # whatever is wrong with a picture, the run is finished and saved
-            self._console.print(f"no {name}: {error}; `powerflow curves` draws it from the run's folder")
+            self._console.print(f"no {name}: {error}{later}")
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

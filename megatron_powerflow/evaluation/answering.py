@@ -45,8 +45,7 @@ def tokenize(questions: Sequence[Question], opened: Opened) -> list[Asked]:
         try:
             token_ids = prompt_token_ids(question.prompt, opened.tokenizer, opened.architecture.vocab_size)
         except UserError as error:
-            hint = "; --prompt-as text asks without a template" if "chat template" in str(error) else ""
-            violations.append(f"{question.place}: {error}{hint}")
+            violations.append(f"{question.place}: {error}")
             continue
         if len(token_ids) <= limit:
             slot, text = len(asked), readable(question.prompt)

@@ -33,7 +33,7 @@ from megatron_powerflow.evaluation.responses import (
     remove_unanswered,
 )
 from megatron_powerflow.evaluation.results import describe_results, results_table, table_title, write_results
-from megatron_powerflow.inference import Opened, check_room
+from megatron_powerflow.inference import Opened, check_room, say_notices
 from megatron_powerflow.output_lines import progress_bar
 from megatron_powerflow.parallel.initialize import Launch
 from megatron_powerflow.parallel.owner import Owner
@@ -58,6 +58,7 @@ def evaluate(
 ) -> None:
     """Leave responses.jsonl and evaluation.json in `out`. Collective over all ranks; the main one writes and prints."""
     say = console.print if launch.is_main else lambda *_, **__: None
+    say_notices(opened, launch, console)
     _check(opened, request)
     loaded = load_questions(
         request.data,

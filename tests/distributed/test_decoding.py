@@ -55,7 +55,7 @@ def test_settings_that_would_do_nothing_are_refused(gloo, tiny_model, tmp_path):
     verbalized = ["--decoding", "verbalized", *sizes]
     assert "prompt_token_ids are no conversation" in refusal(*verbalized)
     prompts.write_text('{"prompt": "w5"}\n')
-    assert "no chat template" in refusal(*verbalized)
+    assert "over rollout.max_prompt_tokens=8" in refusal(*verbalized)
 
 
 def verbalize(model: str, prompts: str, out: str, num_responses: int, overrides: tuple) -> str:

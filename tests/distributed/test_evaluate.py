@@ -190,14 +190,16 @@ def test_other_settings_and_foreign_lines_are_refused_on_every_rank(gloo, alone,
         assert "--greedy with --num-responses 8" in found[0]
 
 
-def test_questions_without_a_template_are_refused_with_the_option_that_helps(gloo, model, tmp_path):
+def test_a_model_without_a_template_is_asked_in_the_plain_form_which_is_said(gloo, model, tmp_path):
     data = tmp_path / "mine.jsonl"
     data.write_text('{"question": "w4 w8", "answer": "1"}\n')
-    ((found,),) = gloo.run(1, refused, str(model), str(data), str(tmp_path / "out"))
-    assert found.startswith(f"{data}:1: ")
-    assert "--prompt-as text" in found
+    room = ("rollout.max_prompt_tokens=16",)
+    (shown,) = gloo.run(1, evaluate_to, str(model), str(data), str(tmp_path / "plain"), room)
+    assert "notice: the model has no chat template: conversations are written as Question: ... Answer:" in shown
     gloo.run(1, evaluate_to, str(model), str(data), str(tmp_path / "out"), prompt_as="text", suffix="w8")
-    assert [line["task"] for line in lines_of(tmp_path / "out")] == ["mine"] * 8
+    for out in ("plain", "out"):
+        assert [line["task"] for line in lines_of(tmp_path / out)] == ["mine"] * 8
+    assert lines_of(tmp_path / "plain")[0]["text"] != lines_of(tmp_path / "out")[0]["text"]
 
 
 def test_greedy_asks_once_and_a_checkpoint_is_a_model(gloo, model, questions, tmp_path):

@@ -42,7 +42,8 @@ run: {{num_steps: 1, output_dir: {tmp_path / "run"}}}
 
 def started(config: Path, run: Path) -> subprocess.Popen:
     """A run that goes on, after its first step."""
-    command = [sys.executable, "-m", "megatron_powerflow.cli", "train", str(config), "run.num_steps=100000"]
+    command = [sys.executable, "-m", "megatron_powerflow.cli", "train", str(config)]
+    command += ["run.num_steps=100000", "checkpoint.keep=2"]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -160,6 +161,7 @@ def test_a_start_that_was_killed_before_its_first_step_gives_way_to_other_settin
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "inputs.json",
         "launches.jsonl",
         "metrics.jsonl",
     ]

@@ -46,7 +46,7 @@ def test_a_finished_run_says_what_to_do_next_whatever_its_folder_is_called(confi
     done = run_cli("train", config, f"run.output_dir={run}", env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert "no curves.png: half an installation; `powerflow curves` draws it from metrics.jsonl" in lines
+    assert "no curves.png: half an installation; `powerflow curves` draws it from the run's folder" in lines
     first = next(place for place, line in enumerate(lines) if line.startswith("done: "))
     assert lines[first] == f"done: {run}, latest checkpoint {run / 'checkpoints' / 'step_000001'}"
     commands = [shlex.split(line.strip().split("   ", 1)[1]) for line in lines[first + 1 :]]
