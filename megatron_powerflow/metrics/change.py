@@ -86,7 +86,8 @@ def change_table(changes: Changes, alpha: float | None) -> Table:
         title_justify="left",
     )
     for column in ("", f"step {first['step']}", f"step {last['step']}", "difference"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+        # where there is little room names take two lines; a number cut short says nothing
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     for change in changes.quantities:
         table.add_row(
             label(change.name),

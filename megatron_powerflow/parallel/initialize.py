@@ -89,7 +89,8 @@ def prepare_imports() -> None:
     import torch
 
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for library in ("megatron", "torch.utils.cpp_extension"):  # the latter: no GPU beside a CUDA compiler
+        logging.getLogger(library).setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         from megatron_powerflow.parallel import cpu_gloo
 

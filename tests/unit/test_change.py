@@ -49,9 +49,10 @@ def test_table_and_picture_say_what_changed(tmp_path):
     first = line(0, alpha_realised=1.0, alpha_realised_low=1.0, alpha_realised_high=1.0)
     last = line(8, shift=0.5, alpha_realised=1.31, alpha_realised_low=1.2, alpha_realised_high=1.42)
     changes = changes_of([first, last])
-    console = Console(width=120, record=True)
+    console = Console(width=80, record=True)
     console.print(change_table(changes, 2.0))
     text = console.export_text()
+    assert "…" not in text
     for words in ("6 held-out prompts x 4", "objective.alpha=2", "step 0", "step 8", "+0.487", "1.31 [1.20, 1.42]"):
         assert words in text
     out = draw_change(changes, 2.0, tmp_path / "before_after.png")
