@@ -21,3 +21,9 @@ def end_at_share(axis: Axes, *, x: bool = False) -> None:
     (axis.set_xlim if x else axis.set_ylim)(max(low, 0.0), min(high, 1.0))
     for line in axis.lines:
         line.set_clip_on(False)  # a marker at 0 or 1 is drawn whole
+
+
+def make_room_above(axis: Axes, share: float) -> None:
+    """For a legend that would hide lines: a part of the axis's height, above all that is drawn."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + (high - low) * share)

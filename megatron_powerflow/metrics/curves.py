@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CURVES_NAME = "curves.png"  # in a run's folder
+LEGEND_LINE = 0.1  # of a panel's height
 TITLE = "powerflow curves"  # in the picture, so that it is known again
 COLUMNS = 3
 
@@ -98,7 +99,7 @@ def draw_curves(runs: Sequence[Path], out: Path) -> Path:
 
 
 def _draw(axis: Axes, panel: Panel, lines: dict[Path, Lines]) -> None:
-    from megatron_powerflow.metrics.axes import end_at_share, step_axis
+    from megatron_powerflow.metrics.axes import end_at_share, make_room_above, step_axis
 
     styles = iter(line_styles(len(lines) * len(panel.lines)))
     bands = []
@@ -117,12 +118,16 @@ def _draw(axis: Axes, panel: Panel, lines: dict[Path, Lines]) -> None:
         _shade(axis, style, of_run, *panel.band)
     if panel.band:
         axis.set_ylim(limits)  # an interval may be wide where little is known: the lines say how high the panel is
-    if all(METRICS[name].share for name in panel.lines):
+    shares = all(METRICS[name].share for name in panel.lines)
+    if shares:
         end_at_share(axis)
     axis.set_title(panel.heading)
     step_axis(axis)
     if len(axis.lines) > 1:
-        axis.legend(fontsize=9, frameon=True, framealpha=0.8, edgecolor="none")
+        if not shares:
+            make_room_above(axis, LEGEND_LINE * len(axis.lines))
+        place = "best" if shares else "upper left"
+        axis.legend(loc=place, fontsize=9, frameon=True, framealpha=0.8, edgecolor="none")
 
 
 def _label(panel: Panel, run: Path, name: str, num_runs: int) -> str:
