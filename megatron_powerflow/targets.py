@@ -128,6 +128,8 @@ class Target:
         self._judge_again()
         self._write_mark(files=[MARK_NAME, *(name for name in _names(self.partial) if name != MARK_NAME)], **about)
         for path in (*self.partial.rglob("*"), self.partial):
+            if path.is_file():
+                give_usual_mode(path)
             sync(path)
         if self.is_there():
             self.real.rename(self.old)
@@ -237,13 +239,19 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(partial, 0o666 & ~mask)  # mkstemp's own is for secrets
+        give_usual_mode(Path(partial))  # mkstemp's own is for secrets
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)
         raise
+
+
+def give_usual_mode(path: Path) -> None:
+    """What a file has that is opened and written: the umask's mode. safetensors leaves files that their owner alone can
+    read, which a server under another user then cannot serve."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def sync(path: Path) -> None:

@@ -25,6 +25,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from examples.dual_nature import corpus
 from examples.dual_nature import vocabulary as v
+from megatron_powerflow.targets import give_usual_mode
 
 NUM_TRAIN = 4000
 MARKED_IN_PRETRAINING = 0.5  # the few subtractions are as hard to learn as the many additions
@@ -159,6 +160,8 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
         bos_token_id=v.BOS, eos_token_id=v.EOS, pad_token_id=v.PAD, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
     )
     model.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        give_usual_mode(path)
     v.write_tokenizer(folder)
 
 

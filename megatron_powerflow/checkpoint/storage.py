@@ -43,6 +43,7 @@ from megatron_powerflow.conversion.hf_files import copy_companions
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.collectives import any_rank, first_failure, gather_to_main
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.targets import give_usual_mode
 
 HEAD_FILE = "log_z_head.safetensors"
 PROGRESS_FILE = "progress.json"
@@ -250,6 +251,7 @@ def _load_optimizer(trainable: Trainable, state: dict) -> None:
 def _save_head(path: Path, trainable: Trainable) -> None:
     tensors = {f"head.{name}": value.contiguous() for name, value in trainable.head.state_dict().items()}
     save_file(tensors, path)
+    give_usual_mode(path)
 
 
 def _load_head(path: Path, trainable: Trainable) -> None:

@@ -43,8 +43,13 @@ def test_a_finished_run_says_what_to_do_next_whatever_its_folder_is_called(confi
     (tmp_path / "broken" / "matplotlib").mkdir(parents=True)
     (tmp_path / "broken" / "matplotlib" / "__init__.py").write_text("raise RuntimeError('half an installation')")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'broken'}:{REPOSITORY}"}
-    done = run_cli("train", config, f"run.output_dir={run}", env=env)
+    done = run_cli("train", config, f"run.output_dir={run}", "objective.log_z=mlp", env=env)
     assert done.returncode == 0, done.stdout + done.stderr
+    mask = os.umask(0)
+    os.umask(mask)
+    written = {path: path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
+    assert {path.name for path in written} >= {"model.safetensors", "log_z_head.safetensors", "README.md"}
+    assert [path for path, mode in written.items() if mode != 0o666 & ~mask] == []  # others may read what is served
     lines = done.stdout.splitlines()
     assert "no curves.png: half an installation; `powerflow curves` draws it from the run's folder" in lines
     first = next(place for place, line in enumerate(lines) if line.startswith("done: "))
