@@ -19,12 +19,14 @@ import numpy as np
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME
 from megatron_powerflow.config import Config, load_config
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.names import METRICS, label
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME, provenance
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME
 from megatron_powerflow.metrics.writers import read_metrics
 
 CARD_NAME, PROVENANCE_NAME = "README.md", "provenance.json"
 LAST_STEPS = 10
+PLAIN = re.compile(r"\w[\w./-]*")  # as YAML
 LICENCE = re.compile(r"^license:\s*['\"]?([\w.+-]+)['\"]?\s*$", re.MULTILINE)
 
 
@@ -45,7 +47,7 @@ def card_files(run: Path, step: int, command: str, base_folder: Path | None = No
         "temperature": config.rollout.temperature,
         "prompts": config.prompts.paths,
         "realised": _realised(lines),
-        "evaluation": _last_line(run / EVALUATIONS_NAME, step),
+        "evaluations": _evaluations(run / EVALUATIONS_NAME, step),
         "inputs": inputs,
         "launches": _json_lines(run / LAUNCHES_NAME),
         "export": provenance(command),
@@ -60,7 +62,8 @@ def card_files(run: Path, step: int, command: str, base_folder: Path | None = No
 
 def _card(config: Config, facts: Mapping[str, Any], base: str, licence: str | None) -> str:
     objective, revision = config.objective, facts["base_revision"]
-    head = ["---", f"base_model: {base}", *([f"license: {licence}"] if licence else []), "library_name: transformers"]
+    named = base if PLAIN.fullmatch(base) else json.dumps(base)
+    head = ["---", f"base_model: {named}", *([f"license: {licence}"] if licence else []), "library_name: transformers"]
     head += ["tags:", "- powerflow", "---", "", f"# {base}, {_what(config)}", ""]
     body = [
         f"Trained by PowerFlow (arXiv 2603.18363, `objective.preset={objective.preset}`) from {base}, without labels: "
@@ -77,12 +80,32 @@ def _card(config: Config, facts: Mapping[str, Any], base: str, licence: str | No
         f"| licence | {licence or 'that of the base model, which its folder does not state'} |",
         "",
     ]
-    evaluation = {key: value for key, value in (facts["evaluation"] or {}).items() if isinstance(value, float)}
-    if evaluation:
-        body += ["On the run's held-out prompts, at the end:", "", "| | |", "|---|---|"]
-        body += [f"| {key} | {value:.4g} |" for key, value in evaluation.items()] + [""]
+    body += _evaluation_table(facts["evaluations"])
     body.append(f"How it came about, to the command and the versions: `{PROVENANCE_NAME}`.")
     return "\n".join([*head, *body]) + "\n"
+
+
+def _evaluation_table(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of the run's own looks at its held-out prompts: the first and the last."""
+    if not lines:
+        return []
+    shown = [lines[0], lines[-1]] if len(lines) > 1 else [lines[-1]]
+    names = [name for name in METRICS if isinstance(shown[-1].get(name), float)]
+    return [
+        "On the run's held-out prompts:",
+        "",
+        "| | " + " | ".join(f"step {line['step']}" for line in shown) + " |",
+        "|---" * (1 + len(shown)) + "|",
+        *("| " + " | ".join([label(name), *(_value(line, name) for line in shown)]) + " |" for name in names),
+        "",
+    ]
+
+
+def _value(line: Mapping[str, Any], name: str) -> str:
+    value, error = line.get(name), line.get(f"{name}_se")
+    if not isinstance(value, float):
+        return ""
+    return f"{value:.4g}" + (f" +- {error:.2g}" if isinstance(error, float) and error else "")
 
 
 def _what(config: Config) -> str:
@@ -122,9 +145,17 @@ def _licence(base: Path) -> str | None:
     return found[1] if found else None
 
 
-def _last_line(path: Path, step: int) -> dict[str, Any] | None:
-    found = [line for line in _json_lines(path) if line.get("step") == step]
-    return found[-1] if found else None
+def _evaluations(path: Path, step: int) -> list[dict[str, Any]]:
+    """Of the policy that is exported and those before it, the last line of each step; none where it was not looked at.
+    Values of single prompts stay in the run's folder."""
+    by_step = {line["step"]: line for line in _json_lines(path) if isinstance(line.get("step"), int)}
+    if step not in by_step:
+        return []
+    return [
+        {name: value for name, value in by_step[at].items() if name != "by_prompt"}
+        for at in sorted(by_step)
+        if at <= step
+    ]
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

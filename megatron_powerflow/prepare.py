@@ -82,6 +82,8 @@ class Outputs:
             return [f"--out {self.prompts}: must end in .parquet"]
         if importlib.util.find_spec("pyarrow") is None:
             return [f"--out {self.prompts}: writing parquet needs pyarrow; pip install pyarrow"]
+        if not self.prompts.parent.is_dir():
+            return [f"--out {self.prompts}: {self.prompts.parent} is no folder; make it first, or write elsewhere"]
         found = []
         for path in (self.prompts, self.held_out):
             found += file_refusals(path, lambda start, path=path: start.startswith(b"PAR1") and _is_ours(path))
@@ -154,7 +156,8 @@ def prepare(
     kept = _chosen(found, each)
     if not kept:
         named = [name for names in data.values() for name in names]
-        raise UserError([f"{', '.join(named)}: no row is left", *_reasons(found.counts())])
+        where = [f"such as {shown[0]}" for shown in found.examples().values()]
+        raise UserError([f"{', '.join(named)}: no row is left", *_reasons(found.counts()), *where])
     parts: dict[bool, list[dict[str, str]]] = {True: [], False: []}
     for row in kept:
         parts[is_held_out(row["question"], held_out)].append(row)

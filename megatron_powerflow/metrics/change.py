@@ -80,11 +80,9 @@ def _comparable(line: Mapping[str, Any]) -> bool:
 def change_table(changes: Changes, alpha: float | None) -> Table:
     """For the console: before, after, difference +- its standard error; the realised alpha with its 95 % interval."""
     first, last = changes.first, changes.last
-    asked = "" if alpha is None else f", objective.alpha={alpha:g}"
-    table = Table(
-        title=f"{last['num_prompts']} held-out prompts x {last['num_responses']} responses, same random numbers{asked}",
-        title_justify="left",
-    )
+    asked = "" if alpha is None else f", alpha {alpha:g}"
+    responses = f"{last['num_prompts']} held-out prompts x {last['num_responses']} responses"
+    table = Table(title=f"means of {responses}, same random numbers{asked}", title_justify="left")
     for column in ("", f"step {first['step']}", f"step {last['step']}", "difference"):
         # where there is little room names take two lines; a number cut short says nothing
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))

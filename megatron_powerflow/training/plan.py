@@ -114,7 +114,9 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
     resume_from = _collect(violations, lambda: find_resume(config))
     before = _collect(violations, lambda: read_inputs(resume_from)) if resume_from else None
     today = date.fromisoformat(before.today) if before else date.today()
-    tokenizer = _collect(violations, lambda: load_tokenizer(hf_folder, conversation_of(config, today)))
+    tokenizer = None
+    if Path(hf_folder).is_dir():  # else that was said
+        tokenizer = _collect(violations, lambda: load_tokenizer(hf_folder, conversation_of(config, today)))
     violations += _export_violations(config, start)
     violations += resource_violations(config, num_parameters(model[0]) if model else None)
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None

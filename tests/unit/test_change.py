@@ -53,7 +53,14 @@ def test_table_and_picture_say_what_changed(tmp_path):
     console.print(change_table(changes, 2.0))
     text = console.export_text()
     assert "…" not in text
-    for words in ("6 held-out prompts x 4", "objective.alpha=2", "step 0", "step 8", "+0.487", "1.31 [1.20, 1.42]"):
+    for words in (
+        "means of 6 held-out prompts x 4",
+        "alpha 2",
+        "step 0",
+        "step 8",
+        "+0.487",
+        "1.31 [1.20, 1.42]",
+    ):
         assert words in text
     out = draw_change(changes, 2.0, tmp_path / "before_after.png")
     assert out.read_bytes().startswith(b"\x89PNG")

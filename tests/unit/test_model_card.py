@@ -30,7 +30,10 @@ def run(tmp_path):
         for step in range(20)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    evaluations = [{"step": step, "accuracy": 0.25 + step / 100} for step in (0, 10, 20)]
+    evaluations = [
+        {"step": step, "accuracy": 0.25 + step / 100, "accuracy_se": 0.01, "by_prompt": {"id": ["a"]}}
+        for step in (0, 10, 20)
+    ]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
     return folder
 
@@ -46,17 +49,21 @@ def test_it_says_base_method_alpha_steps_and_evaluation(run):
         "| alpha, realised (last 10 steps) | 1.73 [1.00, 2.00] |",  # the mean of steps 10 to 19
         "| steps; rollouts | 20; 640 |",
         "| prompts | prompts.jsonl |",
-        "| accuracy | 0.45 |",
+        "| | step 0 | step 20 |",
+        "| accuracy | 0.25 +- 0.01 | 0.45 +- 0.01 |",
     ):
         assert words in card
     provenance = json.loads(files["provenance.json"])
     assert provenance["export"]["command"] == "powerflow train x.yaml"
     assert provenance["objective"]["alpha"] == 2.0
+    assert [line["step"] for line in provenance["evaluations"]] == [0, 10, 20]
+    assert "by_prompt" not in files["provenance.json"]
 
 
 def test_an_earlier_step_is_described_by_what_was_known_then(run):
     card = card_files(run, 10, "powerflow export")["README.md"]
-    assert "| accuracy | 0.35 |" in card
+    assert "| accuracy | 0.25 +- 0.01 | 0.35 +- 0.01 |" in card
+    assert "0.45" not in card
     assert "| alpha, realised (last 10 steps) | 1.23" in card
 
 
