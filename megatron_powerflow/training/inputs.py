@@ -4,8 +4,9 @@
     {"format": 1, "today": "2026-11-26", "paths": {...}, "digests": {...}, "replay": {file: digest}, "versions": {...},
      "revisions": {name on the hub: commit}}
 
-    weights       sizes and sampled blocks of every weights file: other weights differ in nearly every block
-    tokenizer     what turns text into ids, as it stands in the folder
+    weights       of each tensor its name, dtype, shape and bytes, in whatever files they lie: all bytes of a model of
+                  up to WHOLE_BYTES, of a larger one NUM_BLOCKS blocks of each tensor, which any training changes
+    tokenizer     what turns text into ids, as it stands in the folder; the layout of a JSON file says nothing
     prompts       ids, token ids, answers and tasks of all prompts: a file that was reformatted is the same one, and one
                   that a newer tokenizers library reads otherwise is not
     evaluation    the same of the evaluation prompts
@@ -19,13 +20,15 @@ Left out: settings (`plan.py` compares the configs). Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 from megatron_powerflow.checkpoint.folder import INPUTS_NAME
 from megatron_powerflow.conversion.hf_files import companion_files, weights_files
@@ -34,7 +37,10 @@ from megatron_powerflow.hub.names import COMMIT
 from megatron_powerflow.records import Prompt
 
 FORMAT = 1
-BLOCK, NUM_BLOCKS = 4096, 16  # of a file that is sampled: from its start, its end and evenly between
+WHOLE_BYTES = 2**30
+PIECE = 2**24  # bytes read at a time
+MAX_HEADER_BYTES = 10**8  # safetensors' own limit
+BLOCK, NUM_BLOCKS = 4096, 16  # of what is sampled: from its start, its end and evenly between
 KEY_OF = {"weights": "model.hf_path", "tokenizer": "model.hf_path", "prompts": "prompts.path"}
 KEY_OF |= {"evaluation": "evaluation.prompts"}
 LIBRARIES = ("tokenizers", "transformers")
@@ -82,22 +88,65 @@ def model_digests(hf_folder: Path, weights_folder: Path) -> dict[str, str]:
     """Of the weights, where there are any, and of the tokenizer."""
     files = weights_files(weights_folder)
     tokenizer = [path for path in companion_files(hf_folder) if path.name not in ("generation_config.json", "LICENSE")]
-    found = {"tokenizer": digest(f"{path}\0{_of_bytes((hf_folder / path).read_bytes())}" for path in tokenizer)}
-    return found | ({"weights": digest(sampled(path) for path in files)} if files else {})
+    found = {"tokenizer": digest(f"{path}\0{_of_text(hf_folder / path)}" for path in tokenizer)}
+    return found | ({"weights": weights_digest(files)} if files else {})
 
 
 def prompt_digest(prompts: Sequence[Prompt]) -> str:
     return digest(json.dumps([p.id, p.token_ids, p.answer, p.task]) for p in prompts)
 
 
-def sampled(path: Path) -> str:
-    """Of the size and some blocks of a file, of all of a small one."""
+def file_digest(path: Path) -> str:
+    """Of all bytes of a file of up to WHOLE_BYTES, of blocks of a larger one."""
     size = path.stat().st_size
-    found = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        for number in range(NUM_BLOCKS):
-            file.seek((size - BLOCK) * number // (NUM_BLOCKS - 1) if size > BLOCK * NUM_BLOCKS else number * BLOCK)
-            found.update(file.read(BLOCK))
+        return _blocks(file, 0, size, size <= WHOLE_BYTES)
+
+
+def weights_digest(files: Sequence[Path]) -> str:
+    """Of what the files hold together. Files that are no safetensors, or are damaged, count as they are."""
+    whole = sum(path.stat().st_size for path in files) <= WHOLE_BYTES
+    return digest(sorted(part for path in files for part in _parts(path, whole)))
+
+
+def _parts(path: Path, whole: bool) -> Iterator[str]:
+    tensors = _tensors(path) if path.suffix == ".safetensors" else None
+    with path.open("rb") as file:
+        if tensors is None:
+            yield f"{path.name}\0{_blocks(file, 0, path.stat().st_size, whole)}"
+            return
+        for name, dtype, shape, start, end in tensors:
+            yield f"{name}\0{dtype}\0{shape}\0{_blocks(file, start, end, whole)}"
+
+
+def _tensors(path: Path) -> list[tuple[str, str, list[int], int, int]] | None:
+    """(name, dtype, shape, first byte, byte behind the last) of each; None where the header cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(MAX_HEADER_BYTES, path.stat().st_size):
+                return None
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found = [
+            (name, str(one["dtype"]), list(one["shape"]), *(8 + length + int(at) for at in one["data_offsets"]))
+            for name, one in header.items()
+        ]
+        return found if all(0 <= start <= end for *_, start, end in found) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _blocks(file: IO[bytes], start: int, end: int, whole: bool) -> str:
+    found, size = hashlib.sha256(str(end - start).encode()), end - start
+    if whole or size <= BLOCK * NUM_BLOCKS:
+        places, length = range(start, end, PIECE), PIECE
+    else:
+        places = [start + (size - BLOCK) * number // (NUM_BLOCKS - 1) for number in range(NUM_BLOCKS)]
+        length = BLOCK
+    for place in places:
+        file.seek(place)
+        found.update(file.read(min(length, end - place)))
     return found.hexdigest()
 
 
@@ -108,7 +157,12 @@ def digest(parts: Iterable[str]) -> str:
     return found.hexdigest()
 
 
-def _of_bytes(content: bytes) -> str:
+def _of_text(path: Path) -> str:
+    """Of a small file: what a JSON file says, or the bytes."""
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.dumps(json.loads(content), sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
 
 

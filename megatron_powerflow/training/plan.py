@@ -36,7 +36,7 @@ from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Architecture, Prompt
 from megatron_powerflow.rollout.saved import Wanted, find_rollouts, replay_violations
 from megatron_powerflow.targets import export_target
-from megatron_powerflow.training.inputs import Inputs, changes, model_digests, prompt_digest, read_inputs, sampled
+from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
 from megatron_powerflow.training.resources import resource_violations
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
 
@@ -240,7 +240,7 @@ def _inputs_of(
         "prompts": ", ".join(config.prompts.paths),
         "evaluation": config.evaluation.prompts or "",
     }
-    replay = {path.name: sampled(path) for path in sorted(replay_from.glob("step_*.jsonl"))} if replay_from else {}
+    replay = {path.name: file_digest(path) for path in sorted(replay_from.glob("step_*.jsonl"))} if replay_from else {}
     return Inputs(today.isoformat(), digests, paths, replay, revisions=located.revisions)
 
 

@@ -10,7 +10,14 @@ import pytest
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Prompt
-from megatron_powerflow.training.inputs import Inputs, changes, model_digests, prompt_digest, read_inputs, sampled
+from megatron_powerflow.training.inputs import (
+    Inputs,
+    changes,
+    model_digests,
+    prompt_digest,
+    read_inputs,
+    weights_digest,
+)
 
 NOW = {"tokenizers": "1", "transformers": "5"}
 
@@ -85,13 +92,54 @@ def test_weights_are_told_apart_wherever_they_lie(tiny_model, tmp_path):
     assert model_digests(moved, moved)["tokenizer"] != digests["tokenizer"]
 
 
-@pytest.mark.parametrize("place", [0, 100_000, 199_999])
-def test_a_sampled_digest_looks_at_start_middle_and_end(tmp_path, place):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(200_000))
-    before = sampled(path)
-    content = bytearray(200_000)
-    for near in range(max(place - 8192, 0), min(place + 8192, 200_000)):
-        content[near] = 1  # other weights differ in nearly every block
-    path.write_bytes(bytes(content))
-    assert sampled(path) != before
+def test_weights_are_the_same_in_other_files_and_other_by_one_byte_anywhere(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {f"layer.{n}": torch.arange(40_000.0).view(200, 200) + n for n in range(3)}
+    (one, two) = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    save_file(tensors, one / "model.safetensors", metadata={"format": "pt"})
+    save_file({"layer.0": tensors["layer.0"]}, two / "model-00001-of-00002.safetensors")
+    save_file({name: tensors[name] for name in ("layer.2", "layer.1")}, two / "model-00002-of-00002.safetensors")
+    same = weights_digest(list(one.iterdir()))
+    assert weights_digest(list(two.iterdir())) == same
+    content = (one / "model.safetensors").read_bytes()
+    for place in (-1, -160_000 - 5, -77_777):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        (one / "model.safetensors").write_bytes(bytes(changed))
+        assert weights_digest([one / "model.safetensors"]) != same
+
+
+@pytest.mark.parametrize("name", ["layer.0", "norm"])
+def test_of_a_large_model_every_tensor_is_looked_at(tmp_path, monkeypatch, name):
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_powerflow.training import inputs as module
+
+    monkeypatch.setattr(module, "WHOLE_BYTES", 1000)
+    path, tensors = tmp_path / "model.safetensors", {"layer.0": torch.ones(300, 300), "norm": torch.ones(64)}
+    save_file(tensors, path)
+    before = weights_digest([path])
+    save_file(tensors | {name: tensors[name] + 1e-3}, path)
+    assert weights_digest([path]) != before
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x10" + bytes(7) + b"{" * 16])
+def test_a_damaged_file_counts_as_it_is(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    before = weights_digest([path])
+    path.write_bytes(content + b"1")
+    assert weights_digest([path]) != before
+
+
+def test_the_layout_of_a_tokenizers_file_says_nothing(tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model("llama"), tmp_path / "one"))
+    before = model_digests(model, model)
+    path = model / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+    assert model_digests(model, model) == before
