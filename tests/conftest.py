@@ -18,6 +18,14 @@ settings.load_profile("shared_machine")
 
 REPOSITORY = Path(__file__).parent.parent
 SMOLLM2 = REPOSITORY / "models" / "SmolLM2-135M-Instruct"
+# those that take minutes, the longest first
+LONG_FILES = ("test_slurm", "test_run_local", "test_experts", "test_exact_optimum", "test_resume", "test_cpu_gloo")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: begun last, one would run on alone while the other process has nothing left to do."""
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -14,4 +14,4 @@ source tools/environment.sh dev
 "$python" -m ruff check .
 "$python" -m ruff format --check --quiet .
 "$python" tools/fetch_example_model.py --out models/SmolLM2-135M-Instruct
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

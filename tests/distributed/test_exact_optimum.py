@@ -73,8 +73,6 @@ IN_CI = (
     *REALISED,
     "la_tb-mlp-2",
     "la_tb-group-0.5",
-    "la_tb-tilt_cap-4",
-    "tb_token_score-2",
 )
 
 
