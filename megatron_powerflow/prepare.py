@@ -138,7 +138,8 @@ def prepare(
     judges = _judges(Overlap((f"{q.task}/{q.id}", _text(q.prompt)) for q in questions), limits)
     files = [(task, path) for task, names in data.items() for name in names for path in located.files(name)]
     digests = {path: _digest(path) for _, path in files}
-    key = hashlib.sha256(repr((list(digests.values()), [q.prompt for q in questions], limits)).encode()).hexdigest()
+    read = [(task, digests[path]) for task, path in files]
+    key = hashlib.sha256(repr((read, [q.prompt for q in questions], limits)).encode()).hexdigest()
     found = _continued(outputs.partial, key)
     if found.done:
         console.print(f"goes on behind {len(found.done)} of {len(files)} files that were done ({outputs.partial})")
@@ -158,26 +159,32 @@ def prepare(
         named = [name for names in data.values() for name in names]
         where = [f"such as {shown[0]}" for shown in found.examples().values()]
         raise UserError([f"{', '.join(named)}: no row is left", *_reasons(found.counts()), *where])
-    parts: dict[bool, list[dict[str, str]]] = {True: [], False: []}
-    for row in kept:
-        parts[is_held_out(row["question"], held_out)].append(row)
-    _write(outputs.prompts, parts[False])
-    _write(outputs.held_out, parts[True])
     report = {
         "made_by": MADE_BY,
         "data": {str(path): digest for path, digest in digests.items()},
         "against": list(against),
         **({"revisions": located.revisions} if located.revisions else {}),
         "kept": len(kept),
-        "held_out": len(parts[True]),
+        "held_out": sum(is_held_out(row["question"], held_out) for row in kept),
         "fell_out": found.counts(),
         "examples": found.examples(),
     }
+    _write_all(outputs, kept, held_out, found, report)
+    return report
+
+
+def _write_all(
+    outputs: Outputs, kept: Sequence[dict[str, str]], held_out: float, found: Found, report: dict[str, Any]
+) -> None:
+    parts: dict[bool, list[dict[str, str]]] = {True: [], False: []}
+    for row in kept:
+        parts[is_held_out(row["question"], held_out)].append(row)
+    _write(outputs.prompts, parts[False])
+    _write(outputs.held_out, parts[True])
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.fallen)
     write_file(outputs.fell_out, "".join(lines).encode())
     write_file(outputs.report, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     outputs.partial.unlink(missing_ok=True)
-    return report
 
 
 def named_files(data: Sequence[str], creative: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_powerflow.data.overlap import Overlap
-from megatron_powerflow.data.preparation import content_key
+from megatron_powerflow.data.preparation import content_key, judge_question
 from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.errors import UserError
 
@@ -59,21 +59,14 @@ class CreativePreparation:
     def judge(self, row: Mapping[str, Any]) -> tuple[str, str]:
         """("kept", "") or (a reason, what exactly)."""
         try:
-            text = self._text(row)
+            text, start = self._text(row), self._start(row)
         except UserError as error:
             return "unreadable", str(error)
         if text is None:
             return "no_text", f"none of {', '.join(COLUMNS[self.task])} holds a text"
-        if not self._start(row):
+        if not start:
             return "too_short", text[:80]
-        question = self._question(row)
-        if (name := self.against.with_which(question)) is not None:
-            return "leaked", name
-        key = content_key(question)
-        if key in self.seen:
-            return "duplicate", ""
-        self.seen.add(key)
-        return "kept", ""
+        return judge_question(self._question(row), self.against, self.seen)
 
     def prepared(self, row: Mapping[str, Any]) -> dict[str, str]:
         """What a kept row becomes."""

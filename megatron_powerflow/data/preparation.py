@@ -80,13 +80,7 @@ class Preparation:
             return "long_solution", f"{len(solution)} characters"
         if _SAYS_ANSWER.search(question):
             return "answer_in_prompt", ""
-        if (name := self.against.with_which(question)) is not None:
-            return "leaked", name
-        key = content_key(question)
-        if key in self.seen:
-            return "duplicate", ""
-        self.seen.add(key)
-        return "kept", ""
+        return judge_question(question, self.against, self.seen)
 
     def prepared(self, row: Mapping[str, Any]) -> dict[str, str]:
         """What a kept row becomes."""
@@ -94,6 +88,17 @@ class Preparation:
         found = {"id": content_key(question).hex(), "task": "reasoning", "question": question, "answer": answer_of(row)}
         source = row.get("source")
         return found | ({"source": source} if isinstance(source, str) else {})
+
+
+def judge_question(question: str, against: Overlap, seen: set[bytes]) -> tuple[str, str]:
+    """The last of the reasons: "leaked", "duplicate" or "kept", and then it is added to `seen`."""
+    if (name := against.with_which(question)) is not None:
+        return "leaked", name
+    key = content_key(question)
+    if key in seen:
+        return "duplicate", ""
+    seen.add(key)
+    return "kept", ""
 
 
 def content_key(question: str) -> bytes:

@@ -158,6 +158,7 @@ CREATIVE = {
         {"title": "Why did the scarecrow win a prize?", "selftext": "He was outstanding in his field."},
         {"joke": "I only know 25 letters of the alphabet. I don't know y."},
         {"joke": "No point here"},
+        {"title": "What is this?", "selftext": ["no text"]},
     ],
 }
 
@@ -181,7 +182,7 @@ def test_poems_stories_and_jokes_become_prompts_that_leave_something_to_write(tm
         "Finish this joke: Why did the scarecrow win a prize?",
         "Finish this joke: I only know 25 letters of the alphabet.",
     }
-    assert report["fell_out"] == {"no_text": 1, "too_short": 3, "duplicate": 1}
+    assert report["fell_out"] == {"no_text": 1, "too_short": 3, "duplicate": 1, "unreadable": 1}
     assert all(row["answer"] is None for row in found)
     assert lines_of(report)[-1].startswith("no evaluation set was given")
 
@@ -247,3 +248,25 @@ def test_the_commands_words_say_what_is_in_the_files():
     for words, given in ((["creative"], none), (["creative", "a.csv"], none), (["a.csv"], none | {"joke": ["j.csv"]})):
         with pytest.raises(UserError, match="--poems"):
             named_files(words, given)
+
+
+def test_the_same_files_read_as_something_else_start_anew(tmp_path, monkeypatch):
+    from megatron_powerflow import prepare as module
+
+    names = [tmp_path / f"{part}.jsonl" for part in range(2)]
+    for part, path in enumerate(names):
+        path.write_text(json.dumps({"text": f"One line of {part}. And a second one.\n" * 6}) + "\n")
+    arguments = {"against": (), "held_out": 0.0, "console": Console(quiet=True)}
+    read = module.read_file
+
+    def stopped_at_the_second(path, violations):
+        if path == names[1]:
+            raise KeyboardInterrupt
+        return read(path, violations)
+
+    monkeypatch.setattr(module, "read_file", stopped_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        prepare({"poem": list(map(str, names))}, tmp_path / "c.parquet", **arguments)
+    monkeypatch.setattr(module, "read_file", read)
+    prepare({"joke": list(map(str, names))}, tmp_path / "c.parquet", **arguments)
+    assert {row["task"] for row in parquet.read_table(tmp_path / "c.parquet").to_pylist()} == {"joke"}
