@@ -113,6 +113,7 @@ def test_fp8_without_cuda_is_refused_with_the_reason(config):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -174,6 +175,7 @@ def test_the_layout_and_the_length_of_a_run_may_change(gloo, config):
     assert plan.resume_from.name == "step_000001"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(gloo, config, tmp_path, num_processes):
     """A limit on the size of files stands for the disk: writing fails in the middle, on every rank that writes."""
@@ -196,6 +198,7 @@ def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(gloo, config, tm
     assert (checkpoints / "latest").read_text().strip() == "step_000004"
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_exporting_keeps_the_previous_export(gloo, config, tmp_path):
     gloo.run(1, run_training, config)
     export = tmp_path / "run" / "hf_export"

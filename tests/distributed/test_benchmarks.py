@@ -3,6 +3,8 @@ loss and gradient norm of its plain counterpart. The speeds are not looked at.""
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks import conversion, rollout, step
 
 TEXTS = ("w5 w6 w7 w8", "w9", "w10 w11 w12")
@@ -44,6 +46,7 @@ def test_both_sides_write_the_same_number_of_tokens(gloo, tiny_model):
     assert "HF generate" in printed
 
 
+@pytest.mark.slow
 def test_the_conversion_benchmark_converts_both_ways(tmp_path):
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     printed, _ = conversion.compare(tmp_path / "work", sizes | {"num_key_value_heads": 4, "vocab_size": 300})

@@ -174,6 +174,7 @@ run: {{num_steps: 1, output_dir: {tmp_path / name}}}
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_run_from_a_converted_checkpoint_and_back(gloo, tiny_model, converted, tmp_path, family):
     """The run from it is the run from the folder; its checkpoint, of two stages, converts to the live export."""

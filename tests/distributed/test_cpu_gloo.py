@@ -110,14 +110,14 @@ def continue_without(
     return process.returncode, stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long  # every other test of gloo ranks sees it; this is what those below are compared with
 def test_with_every_shim_the_run_works(started, tmp_path):
     code, stderr = continue_without(started, tmp_path, timeout=600)
     assert code == 0, stderr[-3000:]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_000002"
 
 
-@pytest.mark.long  # that mixtures work is seen in test_experts.py; this is what those below are compared with
+@pytest.mark.long  # that mixtures work is seen in test_experts.py
 def test_with_every_shim_a_mixture_works(with_experts, tmp_path):
     code, stderr = continue_without(with_experts[4], tmp_path, num_processes=4, timeout=600)
     assert code == 0, stderr[-3000:]
@@ -134,6 +134,7 @@ def test_without_a_shim_the_run_fails(started, with_experts, tmp_path, shim):
     assert code != 0, f"{shim.name} is not needed any more: remove it"
 
 
+@pytest.mark.long
 def test_without_the_compiler_entry_every_process_loads_a_compiler():
     script = """
 import sys
@@ -171,6 +172,7 @@ def hf_logits(model: str) -> list:
         return AutoModelForCausalLM.from_pretrained(model).eval()(torch.tensor([[5, 6, 7, 8]])).logits.tolist()
 
 
+@pytest.mark.slow
 def test_transformers_loads_models_as_without_the_layer(gloo, tiny_model):
     """The layer wraps torch's factories, which transformers calls under `torch.device("meta")`."""
     model = str(tiny_model("llama"))

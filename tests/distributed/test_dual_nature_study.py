@@ -44,7 +44,7 @@ def base(tmp_path_factory) -> Path:
         RECIPES["g2"] = recipe
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_study_leaves_runs_tables_and_reports_and_finds_them_again(base):
     out = base.parent.parent
     study(out, ["objectives"], 1, make_console(io.StringIO()), SMALL)

@@ -62,6 +62,7 @@ def alone(gloo, tiny_model, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_does_not_depend_on_who_holds_the_experts(
     gloo, tiny_model, prompts, tmp_path, alone, record_property, layout
@@ -148,6 +149,7 @@ def generate_share(model: str, prompts: list, stop: tuple, max_rows: int, **para
         return groups.dp_rank, [(r.slot, r.response_index, r.response_token_ids, r.finish_reason) for r in rollouts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "parallel"),
     [(2, {"ep": 2}), (4, {"ep": 2, "pp": 2}), (4, {"ep": 2, "tp": 2, "sequence_parallel": True})],
@@ -232,6 +234,7 @@ def loaded_state(config_file, *overrides: str) -> dict:
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "before", "after"),
     [
@@ -270,12 +273,13 @@ def unbroken(gloo, tiny_model, tmp_path_factory):
 DISTRIBUTED = ("precision.dtype=fp32", "optimizer.distributed=true", "objective.log_z=group")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((2, ()), (2, ("parallel.ep=2",))),
+        pytest.param((2, ()), (2, ("parallel.ep=2",)), marks=pytest.mark.long),
         ((2, ("parallel.ep=2",)), (2, ())),
-        ((2, ("parallel.ep=2",)), (4, (*SP2, "parallel.ep=2"))),
+        pytest.param((2, ("parallel.ep=2",)), (4, (*SP2, "parallel.ep=2")), marks=pytest.mark.long),
     ],
     ids=["dp2_to_ep2", "ep2_to_dp2", "ep2_to_tp2_sp_ep2"],
 )

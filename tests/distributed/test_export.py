@@ -100,6 +100,7 @@ run: {{num_steps: 1, output_dir: {tmp_path / "run"}}}
     return path
 
 
+@pytest.mark.slow
 def test_an_export_holds_no_head_and_loads_in_transformers(gloo, config, tiny_model, tmp_path):
     """Law 20. bf16 training exports bf16, and config.json says so."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -70,6 +70,7 @@ def test_evaluations_are_written_when_due_and_alike_under_every_layout(gloo, con
             )
 
 
+@pytest.mark.slow
 def test_the_alarm_of_a_resumed_run_is_that_of_its_log(gloo, config, tmp_path):
     """Nothing is trained (lr 0), and the log of the steps before tells of a collapse to cut responses."""
     common = ["optimizer.lr=0", "checkpoint.interval=1", "rollout.prompts_per_step=6"]  # 16 + 8 steps for the test

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_four_implementations_agree(dtype):
     sizes = ["--tokens=64", "--vocabulary=1000", "--hidden=32", f"--dtype={dtype}", "--no-scaling"]

@@ -59,6 +59,7 @@ def num_steps(run: Path) -> int:
     return int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
 
 
+@pytest.mark.slow
 def test_two_starts_in_one_folder(config, tmp_path):
     """The second is refused and says whose it is; the first goes on, and can be asked to stop."""
     run = tmp_path / "run"
@@ -85,6 +86,7 @@ def test_two_starts_in_one_folder(config, tmp_path):
         first.wait()
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_same_command_continues_on_its_own_host(config, tmp_path):
     """There it is seen at once that the owner is gone; another host waits until the lock is old."""
     run = tmp_path / "run"
@@ -167,6 +169,7 @@ def test_a_start_that_was_killed_before_its_first_step_gives_way_to_other_settin
     ]
 
 
+@pytest.mark.slow
 def test_a_config_of_the_users_is_not_taken_for_a_run(config, tmp_path):
     """run.output_dir names the folder that the config file itself lies in."""
     (tmp_path / "prompts.jsonl").rename(tmp_path.parent / "prompts.jsonl")
@@ -207,6 +210,7 @@ def refused_exports(run: str, outs: list[str], work: str) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_an_export_onto_anything_but_an_export_is_refused_before_any_work(gloo, config, tiny_model, tmp_path):
     run, source = tmp_path / "runs" / "a", tmp_path / "models" / "base"
     shutil.copytree(tiny_model("llama"), source)
@@ -254,6 +258,7 @@ def test_an_export_onto_anything_but_an_export_is_refused_before_any_work(gloo, 
     assert sorted(mark["files"]) == sorted(listing(run / "hf_export"))
 
 
+@pytest.mark.slow
 def test_a_run_that_could_not_export_at_its_end_is_refused_at_its_start(config, tmp_path):
     """Somebody keeps notes in its hf_export."""
     run = tmp_path / "run"
@@ -341,6 +346,7 @@ def test_one_command_at_a_time_writes_a_file_of_lines(gloo, tiny_model, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["lines.jsonl"]
 
 
+@pytest.mark.slow
 def test_one_export_at_a_time_writes_a_folder_and_readers_need_no_lock(gloo, config, tmp_path):
     """A run that is held is read all the same: exported elsewhere, and scored."""
     from tests.distributed.test_export import score_to

@@ -54,6 +54,7 @@ def no_engine(config_file, *overrides: str) -> str:
         MegatronEngine.generate = original
 
 
+@pytest.mark.slow
 def test_a_replay_is_the_run_without_its_engine_and_a_crash_loses_no_rollouts(gloo, tiny_model, tmp_path):
     config = write_run(tmp_path, tiny_model("qwen2"))
     gloo.run(2, run_training, config, "rollout.save=true", "evaluation.samples=0")

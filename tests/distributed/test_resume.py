@@ -146,6 +146,7 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert (left / "samples.jsonl").read_text() == (right / "samples.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -174,6 +175,7 @@ def test_a_run_continues_under_another_layout(gloo, config, tmp_path, before, af
     assert theirs["log_z_std"] > 1e-3  # it tells prompts apart
 
 
+@pytest.mark.slow
 def test_a_stop_signal_saves_and_asks_to_be_started_again(gloo, config, tmp_path):
     """SIGUSR1, as SLURM sends it before the limit: exit code 75, and the same command ends as the unbroken run."""
     command = [
@@ -206,6 +208,7 @@ def test_a_stop_signal_saves_and_asks_to_be_started_again(gloo, config, tmp_path
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_stop_file_ends_every_rank_at_the_same_step(config, tmp_path):
     run = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

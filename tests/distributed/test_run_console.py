@@ -37,6 +37,7 @@ run: {{num_steps: 1, output_dir: unused}}
     return path
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_what_to_do_next_whatever_its_folder_is_called(config, tmp_path):
     """Every command can be typed as it stands. With a broken matplotlib the run is done all the same."""
     run = tmp_path / "a [bold]run[/bold] of :smile:" / ("long_name_" * 12)
@@ -67,6 +68,7 @@ def test_a_finished_run_says_what_to_do_next_whatever_its_folder_is_called(confi
     assert (run / "report" / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_with_the_last_checkpoint(config, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(

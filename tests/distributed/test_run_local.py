@@ -1,4 +1,4 @@
-"""The documented command, as documented: examples/run_local.sh, two steps of it."""
+"""The documented command, as documented: examples/run_local.sh, two small steps of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tests.conftest import REPOSITORY
 @pytest.mark.slow
 def test_run_local_trains_exports_and_shows(smollm2, tmp_path):
     run = tmp_path / "run"
-    shorter = ["run.num_steps=2", "evaluation.num_prompts=3"]
+    smaller = {"rollout.prompts_per_step": 2, "rollout.max_response_tokens": 16, "evaluation.num_prompts": 2}
+    shorter = ["run.num_steps=2", *(f"{key}={value}" for key, value in smaller.items())]
     command = ["bash", "examples/run_local.sh", *shorter, f"run.output_dir={run}"]
     first = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=800)
     assert first.returncode == 0, first.stderr[-3000:]

@@ -196,6 +196,7 @@ def test_at_step_0_the_mean_residual_is_0(gloo, tiny_model, prompts, tmp_path):
     assert log_z == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_sampler_and_scorer_agree_on_every_token(gloo, smollm2, tmp_path, record_property):
     """On the real model, in fp32: under 1e-3 a token (measured: about 3e-5)."""
     path = tmp_path / "prompts.jsonl"

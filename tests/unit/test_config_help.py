@@ -18,6 +18,7 @@ def test_every_key_says_what_it_means():
         assert "<" not in key.type, key.name  # the name of a Python class is no word of YAML
 
 
+@pytest.mark.slow
 def test_a_key_names_the_objectives_that_know_it():
     (cap,) = explain("objective.tilt_cap")
     assert "la_tb" in cap.presets
@@ -41,6 +42,7 @@ def test_a_misspelt_key_is_met_with_the_likely_ones():
         explain("temperature")
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_first_hour():
     assert run_cli("--version").stdout.startswith("powerflow ")
     explained = run_cli("config", "objective.alpha")

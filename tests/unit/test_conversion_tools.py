@@ -378,6 +378,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_conversion_that_was_stopped_leaves_nothing_that_looks_whole(tiny_model, tmp_path, how):
     """Both directions, each a real process stopped in the middle of its files; the same command then does its work."""

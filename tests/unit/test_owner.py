@@ -265,6 +265,7 @@ def take_once(run: Path, start, results, number: int) -> None:
     time.sleep(1.5)  # alive until all have tried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stale", [False, True])
 def test_exactly_one_of_many_takes_a_free_folder_or_one_of_the_dead(tmp_path, killed, stale):
     context = multiprocessing.get_context("fork")

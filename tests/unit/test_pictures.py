@@ -80,6 +80,7 @@ def ticks_in_view(axis: Axes) -> list[float]:
     return [tick for tick in axis.get_xticks() if low <= tick <= high]
 
 
+@pytest.mark.slow
 def test_steps_are_whole_numbers(figures):
     over_steps = [axis for axis in axes_of(figures) if axis.get_xlabel() == "step"]
     assert len(over_steps) > 40

@@ -173,6 +173,7 @@ def test_an_evaluation_in_a_run_is_a_line_of_its_arm(folders, page):
     assert line["truncated share"] == "0.002 ± 0.000"
 
 
+@pytest.mark.slow
 def test_a_run_without_evaluations_in_training_has_the_line_of_its_evaluation_alone(tmp_path):
     runs = [make_run(tmp_path / name, seed=0, preset=name, evaluated=False) for name in ("la_tb", "rl_token")]
     make_evaluation(runs[0] / "evaluation", accuracy=0.7, model="step_000275")
@@ -251,6 +252,7 @@ def test_a_missing_metric_leaves_its_panel_out_and_is_named(tmp_path):
     assert "No picture: no folder has evaluations with an accuracy" in page
 
 
+@pytest.mark.slow
 def test_alarms_are_shown_by_their_names(tmp_path):
     """A run of an older version has one alarm without a name: that on lengths."""
     for name, alarms in (
@@ -297,6 +299,7 @@ def test_the_same_runs_give_the_same_bytes(folders, report, tmp_path):
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_nothing_is_cut_at_the_edge_of_a_picture_with_many_long_names(tmp_path):
     made = []
     for place in range(14):
@@ -319,6 +322,7 @@ def test_a_run_inside_a_run_is_another_run(tmp_path):
     assert arms_of(outer / "inner")[0].members[0].files
 
 
+@pytest.mark.slow
 def test_the_command_says_where_the_page_is_and_the_page_which_command_it_was(tmp_path):
     run = make_run(tmp_path / "a run", seed=0, evaluated=False, last=25)
     done = run_cli("report", run, "--out", tmp_path / "out")

@@ -56,6 +56,7 @@ def page(tmp_path_factory) -> Path:
     return build_report(made, root / "report", "powerflow report " + "runs/with_a_long_name " * 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_picture_loads_and_is_large_enough_to_read(browser, page, width):
     browser.open(page, width=width)
