@@ -3,7 +3,7 @@
 # pytest. Each pair has an environment of its own, .venv-py311 and .venv-py312 (5.6 GB: its torch brings CUDA along).
 #
 #   bash tests/run_pair.sh                                       tests/distributed, one pair after the other
-#   bash tests/run_pair.sh -m "not slow"                         of those, the quick ones
+#   bash tests/run_pair.sh -m "not slow and not long"            of those, the quick ones
 #   bash tests/run_pair.sh tests/distributed/test_layouts.py     only what is named
 #
 # Left out: other pairs. pip picks by the interpreter, so a pair is an interpreter.
@@ -42,7 +42,7 @@ trap 'rm -rf "$results"' EXIT
 status=0
 for version in 3.11 3.12; do
     VENV=.venv-py${version/./} PYTHON=${interpreter[$version]} \
-        bash tests/run.sh --junit-xml="$results/$version.xml" "${tests[@]}" "$@" || status=1
+        bash tests/run.sh -m "not long" --junit-xml="$results/$version.xml" "${tests[@]}" "$@" || status=1
 done
 
 for version in 3.11 3.12; do
