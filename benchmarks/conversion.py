@@ -39,10 +39,10 @@ def write_model(folder: Path, sizes: dict[str, int]) -> None:
     """A llama of random bf16 weights, written tensor by tensor."""
     import torch
 
-    from megatron_powerflow.conversion.families import FAMILIES
-    from megatron_powerflow.conversion.hf_config import read_architecture
-    from megatron_powerflow.conversion.shapes import expected_tensors
-    from megatron_powerflow.conversion.shard_files import ShardFile, TensorInfo, plan_files, write_planned_index
+    from megatron_powerflow.hf.config import read_architecture
+    from megatron_powerflow.hf.families import FAMILIES
+    from megatron_powerflow.hf.shapes import expected_tensors
+    from megatron_powerflow.hf.shard_files import ShardFile, TensorInfo, plan_files, write_planned_index
 
     folder.mkdir(parents=True)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", **sizes}

@@ -8,7 +8,7 @@
     (b) Megatron-Core   vocab_parallel_cross_entropy(logits), as installed
     (c) TRL             selective_log_softmax(logits) by its published formula: fp32 logsumexp row by row; bf16
                         log_softmax row by row, in bf16 (huggingface/trl, trl/trainer/utils.py)
-    ours                objective/token_log_probs.py
+    ours                log_probs/token_log_probs.py
 
 Every number is of a fresh process: log-probs, then the gradients of hidden and weight, --repeats times, least taken.
 CPU seconds are the process's own (user + system; with one thread, what an idle machine's clock would show), wall
@@ -198,8 +198,8 @@ def implementation(name: str, vocab_size: int):
     import torch.distributed as dist
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    import megatron_powerflow.objective.token_log_probs_plain as plain
-    from megatron_powerflow.objective.token_log_probs import token_log_probs
+    import megatron_powerflow.log_probs.plain as plain
+    from megatron_powerflow.log_probs.token_log_probs import token_log_probs
 
     def full(hidden, weight, targets):
         return (hidden @ weight.t()).float().log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
@@ -221,7 +221,7 @@ def implementation(name: str, vocab_size: int):
         return token_log_probs(hidden, weight, targets, tp_group=dist.group.WORLD, arithmetic=arithmetic, **sizes)
 
     def ours_triton(hidden, weight, targets):
-        import megatron_powerflow.objective.token_log_probs_triton as in_triton
+        import megatron_powerflow.log_probs.triton as in_triton
 
         return ours(hidden, weight, targets, in_triton)
 

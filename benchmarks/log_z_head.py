@@ -91,7 +91,7 @@ class AdamHead(nn.Module):
 
 
 def our_head(width: int) -> nn.Module:
-    from megatron_powerflow.config import parse_config
+    from megatron_powerflow.config_file import parse_config
     from megatron_powerflow.model.log_z_head import LogZHead
 
     sections = {"model": {"hf_path": "-"}, "prompts": {"path": "-"}, "run": {"output_dir": "-"}}

@@ -57,7 +57,7 @@ def make_rollouts(number: int, vocab_size: int, seed: int = 0) -> list:
 
 
 def config_of(way: str, model: Path, folder: Path, number: int, budget: int):
-    from megatron_powerflow.config import parse_config
+    from megatron_powerflow.config_file import parse_config
 
     rows = budget // (LONGEST + LONGEST_PROMPT)
     parallel = {"max_tokens_per_micro_batch": budget} if way == "packed" else {"micro_batch_size": rows}
@@ -83,8 +83,8 @@ def config_of(way: str, model: Path, folder: Path, number: int, budget: int):
 def batches_of(way: str, rollouts: list, plan, session) -> list:
     """The micro-batches of one update."""
     from megatron_powerflow.data.packing import pack
+    from megatron_powerflow.training.micro_batches import pack_updates
     from megatron_powerflow.training.rewards import annotate
-    from megatron_powerflow.training.setup import pack_updates
 
     if way != "random order":
         (batches,) = pack_updates(rollouts, plan, session)
@@ -124,7 +124,7 @@ def measure(model: Path, folder: Path, number: int, budget: int, rounds: int) ->
     from megatron_powerflow.model.stream import extent
     from megatron_powerflow.parallel.initialize import Launch, initialized
     from megatron_powerflow.training.plan import make_plan
-    from megatron_powerflow.training.setup import build_session
+    from megatron_powerflow.training.session import build_session
 
     plans = {way: make_plan(config_of(way, model, folder, number, budget), 1) for way in WAYS}
     first = plans[WAYS[0]]

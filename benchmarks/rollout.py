@@ -60,13 +60,13 @@ def encode(model: Path, texts: Sequence[str]) -> list[list[int]]:
 @contextlib.contextmanager
 def our_engine(model: Path, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int) -> Iterator[Side]:
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
-    from megatron_powerflow.conversion.families import FAMILIES
-    from megatron_powerflow.conversion.hf_config import read_architecture
+    from megatron_powerflow.hf.config import read_architecture
+    from megatron_powerflow.hf.families import FAMILIES
     from megatron_powerflow.parallel.initialize import initialized, read_launch
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.records import Prompt, SamplingParams
     from megatron_powerflow.rollout.megatron_engine import MegatronEngine
-    from megatron_powerflow.training.setup import build_policy
+    from megatron_powerflow.training.policy import build_policy
 
     architecture, family = read_architecture(str(model), FAMILIES)
     layout = inference_layout(ParallelSection(), architecture, 1)

@@ -41,8 +41,8 @@ class OurStep:
 
         from megatron_powerflow.records import ROLLOUT_COLUMNS
         from megatron_powerflow.train import sampling_params
+        from megatron_powerflow.training.micro_batches import pack_updates
         from megatron_powerflow.training.score import score_reference
-        from megatron_powerflow.training.setup import pack_updates
         from megatron_powerflow.training.update import calibrate_head, update
 
         plan, session, config = self.plan, self.session, self.plan.config
@@ -79,10 +79,10 @@ class Clock:
 def our_step(
     model: Path, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int, micro_batch_size: int
 ) -> Iterator[OurStep]:
-    from megatron_powerflow.config import parse_config
+    from megatron_powerflow.config_file import parse_config
     from megatron_powerflow.parallel.initialize import initialized, read_launch
     from megatron_powerflow.training.plan import make_plan
-    from megatron_powerflow.training.setup import build_session
+    from megatron_powerflow.training.session import build_session
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompts.jsonl"

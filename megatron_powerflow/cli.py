@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from megatron_powerflow import __version__
-from megatron_powerflow.config import load_config
+from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_USER_ERROR, RequeueRequested, UserError
 from megatron_powerflow.parallel.initialize import ALONE, prepare_imports, read_launch
@@ -240,7 +240,8 @@ def score(
     """
     launch = read_launch()
     prepare_imports()
-    from megatron_powerflow.inference import SCORE_KEYS, open_named, score_file
+    from megatron_powerflow.commands.open_model import SCORE_KEYS, open_named
+    from megatron_powerflow.commands.score import score_file
 
     opened = open_named(model, overrides or (), SCORE_KEYS, launch, data={"--data": [data]})
     score_file(opened, data, out, launch, make_console())
@@ -285,23 +286,26 @@ def generate(
         raise UserError(f"--alpha {alpha}: a power is a number above 0")
     launch = read_launch()
     prepare_imports()
-    from megatron_powerflow import decoding as rivals
-    from megatron_powerflow.inference import GENERATE_KEYS, generate_file, open_named
+    from megatron_powerflow.commands.generate import generate_file
+    from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_named
+    from megatron_powerflow.commands.power_sampling import POWER_SAMPLING_KEYS, power_sample_file
+    from megatron_powerflow.commands.verbalized import VerbalizedSampling, verbalize_file
+    from megatron_powerflow.rollout.power_sampling import PowerSampling
 
     console = make_console()
-    allowed = rivals.POWER_SAMPLING_KEYS if decoding is Decoding.power_sampling else GENERATE_KEYS
+    allowed = POWER_SAMPLING_KEYS if decoding is Decoding.power_sampling else GENERATE_KEYS
     opened = open_named(model, overrides or (), allowed, launch, data={"--prompts": [prompts]})
     if decoding is Decoding.power_sampling:
-        recipe = rivals.PowerSampling(
+        recipe = PowerSampling(
             alpha=4.0 if alpha is None else alpha,
             num_blocks=16 if blocks is None else blocks,
             num_moves=10 if moves is None else moves,
         )
-        rivals.power_sample_file(opened, prompts, out, num_responses, recipe, launch, console)
+        power_sample_file(opened, prompts, out, num_responses, recipe, launch, console)
     elif decoding is Decoding.verbalized:
         temperature = 0.0 if greedy else opened.config.rollout.temperature
-        recipe = rivals.VerbalizedSampling(num_responses, target_words, temperature)
-        rivals.verbalize_file(opened, prompts, out, recipe, launch, console)
+        recipe = VerbalizedSampling(num_responses, target_words, temperature)
+        verbalize_file(opened, prompts, out, recipe, launch, console)
     else:
         generate_file(opened, prompts, out, num_responses, greedy, launch, console)
 
@@ -332,10 +336,10 @@ def evaluate(
     """
     launch = read_launch()
     prepare_imports()
+    from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_named
     from megatron_powerflow.evaluation.evaluate import Request
     from megatron_powerflow.evaluation.evaluate import evaluate as run
     from megatron_powerflow.evaluation.judge import make_judge
-    from megatron_powerflow.inference import GENERATE_KEYS, open_named
 
     request = Request(
         data=tuple(data),
@@ -378,8 +382,9 @@ def export(
     _refuse_options({"--private": private or None}, push_to_hub is None, "no --push-to-hub")
     launch = read_launch()
     prepare_imports()
+    from megatron_powerflow.commands.export import export_file
+    from megatron_powerflow.commands.open_model import COMMON_KEYS, open_model
     from megatron_powerflow.hub.push import judge_push, push
-    from megatron_powerflow.inference import COMMON_KEYS, export_file, open_model
     from megatron_powerflow.targets import export_target
 
     opened = open_model(checkpoint, overrides or (), COMMON_KEYS, launch.world_size)
@@ -399,7 +404,7 @@ def curves(
 
     Example: powerflow curves runs/local
     """
-    from megatron_powerflow.metrics.curves import CURVES_NAME, draw_curves
+    from megatron_powerflow.report.curves import CURVES_NAME, draw_curves
 
     print(draw_curves(runs, out or runs[0] / CURVES_NAME))
 

@@ -9,20 +9,11 @@ processes (`parallel/layout.py`, `training/plan.py`). Imports no torch.
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from megatron_powerflow.config_rules import CONDITIONAL, contradictions
-from megatron_powerflow.errors import UserError
-from megatron_powerflow.presets import PRESETS, Balance, EntropyMinimum, PolicyGradient
+from megatron_powerflow.objective.presets import PRESETS, Balance, EntropyMinimum, PolicyGradient
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -137,7 +128,9 @@ class RolloutSection(Section):
 class ObjectiveSection(Section):
     """Where a key says "default ..." it is None until the config is resolved, and stays None where it has no effect."""
 
-    preset: Literal[*PRESETS] = Field("la_tb", description="which loss; presets.py has each one's formula and source")
+    preset: Literal[*PRESETS] = Field(
+        "la_tb", description="which loss; objective/presets.py has each one's formula and source"
+    )
     alpha: PositiveFloat | None = Field(
         None, description="power of the base model, default 4; > 1 sharpens, < 1 flattens"
     )
@@ -291,115 +284,3 @@ class Config(Section):
     metrics: MetricsSection = MetricsSection()
     alarm: AlarmSection = AlarmSection()
     run: RunSection
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, validate. Raises UserError with every violation."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such config file; `powerflow recipes` lists what can be copied")
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # of two foreign readers of a foreign file: assertions and recursion limits, too
-        raise UserError(f"{path}: not a YAML file that can be read: {_one_line(error)}") from None
-    if not OmegaConf.is_dict(loaded):
-        raise UserError(f"{path}: must hold sections ({', '.join(Config.model_fields)}), got {type(loaded).__name__}")
-    return parse_config(loaded, overrides, source=str(path))
-
-
-def parse_config(values: Any, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
-    """`load_config` on values that are already in memory (a dict of sections)."""
-    malformed = [item for item in overrides if not re.match(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+=", item)]
-    if malformed:
-        raise UserError([f"override {item!r} is not of the form section.key=value" for item in malformed])
-    try:
-        merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
-        _refuse_resolvers(OmegaConf.to_container(merged, resolve=False), source)
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"{source}: {_one_line(error)}") from None
-    return _validate(plain)
-
-
-def dump_config(config: Config) -> str:
-    """The resolved config as YAML; `load_config` of it gives an equal config."""
-    return yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
-
-
-def config_keys() -> list[str]:
-    """Every dotted key, in the order of the sections."""
-    return [f"{name}.{key}" for name, field in Config.model_fields.items() for key in _keys_of(field.annotation)]
-
-
-def _validate(plain: dict) -> Config:
-    try:
-        config = Config.model_validate(plain)
-    except ValidationError as error:
-        raise UserError([_sentence(item, plain) for item in error.errors()]) from None
-    violations = []
-    for key, default, applies, why in CONDITIONAL:
-        value = _get(config, key)
-        if applies(config) and value is None:
-            config = _with(config, key, default(config) if callable(default) else default)
-        elif not applies(config) and value is not None:
-            violations.append(f"{key}={value!r} has no effect because {why}; remove it")
-    violations += contradictions(config)
-    if violations:
-        raise UserError(violations)
-    return config
-
-
-def _with(config: Config, key: str, value: Any) -> Config:
-    section, name = key.split(".")
-    return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
-
-
-def _sentence(item: Any, plain: dict) -> str:
-    """One pydantic error as: key, what was got, what holds, what to do."""
-    path = [str(part) for part in item["loc"]]
-    key, kind, got = ".".join(path), item["type"], item["input"]
-    if kind == "extra_forbidden":
-        siblings = list(Config.model_fields) if len(path) == 1 else _keys_of(Config.model_fields[path[0]].annotation)
-        close = difflib.get_close_matches(path[-1], siblings, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{key}={got!r}: unknown key; {hint}known: {', '.join(siblings)}"
-    if kind == "missing":
-        return (
-            f"{key}: missing; it has no default ({_description(path)})" if len(path) > 1 else f"{key}: section missing"
-        )
-    if kind == "literal_error":
-        return f"{key}={got!r}: must be one of {item['ctx']['expected']}"
-    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{key}={got!r}: {message}"
-
-
-def _description(path: list[str]) -> str:
-    section = Config.model_fields[path[0]].annotation
-    fields = {field.alias or name: field for name, field in section.model_fields.items()}
-    return fields[path[1]].description or path[1]
-
-
-def _keys_of(annotation: Any) -> list[str]:
-    section = annotation if isinstance(annotation, type) else get_args(annotation)[0]
-    return [field.alias or name for name, field in section.model_fields.items()]
-
-
-def _get(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
-
-
-def _refuse_resolvers(value: Any, source: str) -> None:
-    """Interpolation of other keys is welcome; resolvers (`${oc.env:..}`) read what is not in the file."""
-    if isinstance(value, dict):
-        for item in value.values():
-            _refuse_resolvers(item, source)
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_resolvers(item, source)
-    elif isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
-        raise UserError(f"{source}: {value!r} calls a resolver; only ${{section.key}} is allowed; write the value out")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_powerflow.config import Config, parse_config
+from megatron_powerflow.config import Config
+from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.config_rules import CONDITIONAL
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.presets import PRESETS
+from megatron_powerflow.objective.presets import PRESETS
 
 SMALLEST = {"model": {"hf_path": "model"}, "prompts": {"path": "prompts"}, "run": {"output_dir": "run"}}
 

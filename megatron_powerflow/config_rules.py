@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from megatron_powerflow.presets import Balance, EntropyMinimum, PolicyGradient
+from megatron_powerflow.objective.presets import Balance, EntropyMinimum, PolicyGradient
 
 if TYPE_CHECKING:
     from megatron_powerflow.config import Config

@@ -3,7 +3,7 @@
 Written of what the run's folder says; nothing is asked of the network. A licence that the base's own card does not
 state is not made up.
 
-Left out: the weights (`conversion/shards.py`).
+Left out: the weights (`hf/live_weights.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME
-from megatron_powerflow.config import Config, load_config
+from megatron_powerflow.config import Config
+from megatron_powerflow.config_file import load_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.names import METRICS, label
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME, provenance

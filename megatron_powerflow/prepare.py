@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from megatron_powerflow.commands.rounds import progress_bar
 from megatron_powerflow.data.creative_preparation import ASKS, CreativePreparation
 from megatron_powerflow.data.overlap import Overlap
 from megatron_powerflow.data.preparation import REASONS, Preparation, content_key, is_held_out
@@ -33,7 +34,6 @@ from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import load_questions
 from megatron_powerflow.hub.located import AS_NAMED, Located
-from megatron_powerflow.output_lines import progress_bar
 from megatron_powerflow.targets import file_refusals, require, starts_with_line_of, write_file
 
 NUMINA = tuple(f"hf://AI-MO/NuminaMath-CoT/data/train-{part:05}-of-00005.parquet" for part in range(5))

@@ -6,7 +6,6 @@ Only the main rank writes; collective parts run on every rank alike.
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,25 +16,22 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
-from megatron_powerflow.checkpoint.folder import STOP_NAME
 from megatron_powerflow.checkpoint.state import Progress
 from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, ringing
 from megatron_powerflow.metrics.alarm_words import ADVICE, ends_run, thresholds_of
 from megatron_powerflow.metrics.change import change_table, changes_of
-from megatron_powerflow.metrics.change_picture import CHANGE_NAME, draw_change
-from megatron_powerflow.metrics.curves import CURVES_NAME, draw_curves
 from megatron_powerflow.metrics.realised_alpha import alpha_reached
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, read_step_log, write_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, read_metrics
-from megatron_powerflow.parallel.collectives import any_rank, on_main
-from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.owner import Owner
+from megatron_powerflow.parallel.collectives import any_rank
 from megatron_powerflow.records import Purpose, SamplingParams, StepMetrics
-from megatron_powerflow.training.held_out import evaluate_held_out
+from megatron_powerflow.report.change_picture import CHANGE_NAME, draw_change
+from megatron_powerflow.report.curves import CURVES_NAME, draw_curves
+from megatron_powerflow.training.in_training_evaluation import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
-from megatron_powerflow.training.setup import Session
+from megatron_powerflow.training.session import Session
 from megatron_powerflow.training.update import Updated
 
 
@@ -249,33 +245,3 @@ def announced(what: str, console: Console | None) -> Iterator[None]:
     yield
     if console is not None:
         console.print(f"  took {time.monotonic() - start:.1f} s")
-
-
-class StopSignal:
-    """Asked at the end of each step: SIGTERM, SIGUSR1 (SLURM's warning) or a file RUN/stop, on any rank.
-
-    All ranks agree, so all of them save the same step.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self, folder: Path, owner: Owner, groups: Groups) -> None:
-        self._file, self._owner, self._groups = folder / STOP_NAME, owner, groups
-        self._received = False
-
-    def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def requested(self) -> bool:
-        """Collective; the same answer everywhere. Raises UserError when the folder has another owner by now."""
-        on_main(self._owner.confirm, self._groups)
-        asked = self._received or (self._groups.is_main and self._file.exists())
-        return any_rank(asked, self._groups)
-
-    def _note(self, number: int, frame) -> None:
-        self._received = True

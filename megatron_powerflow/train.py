@@ -15,9 +15,9 @@ from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import EXPORT_NAME
 from megatron_powerflow.checkpoint.state import Progress
 from megatron_powerflow.config import ObjectiveSection
-from megatron_powerflow.conversion.shards import export_to_hf
 from megatron_powerflow.data.prompts import PromptStream
 from megatron_powerflow.errors import RequeueRequested, UserError
+from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.model_card import card_files
@@ -25,12 +25,14 @@ from megatron_powerflow.parallel.collectives import on_main
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.records import SamplingParams
 from megatron_powerflow.run_folder import run_folder, take_run_folder
-from megatron_powerflow.run_output import RunOutput, StopSignal, announced
+from megatron_powerflow.run_output import RunOutput, announced
+from megatron_powerflow.training.micro_batches import pack_updates
 from megatron_powerflow.training.optimizer import set_learning_rates
 from megatron_powerflow.training.plan import Plan, write_config
 from megatron_powerflow.training.score import score_reference
-from megatron_powerflow.training.setup import Session, build_session, pack_updates
+from megatron_powerflow.training.session import Session, build_session
 from megatron_powerflow.training.step_rollouts import step_rollouts
+from megatron_powerflow.training.stop_signal import StopSignal
 from megatron_powerflow.training.update import calibrate_head, update
 
 

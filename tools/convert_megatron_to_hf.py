@@ -33,8 +33,8 @@ def main(
 
     Example: python tools/convert_megatron_to_hf.py --checkpoint runs/local --out exported --verify
     """
-    from megatron_powerflow.checkpoint.convert import Request
-    from megatron_powerflow.conversion_tools import convert, parse_size
+    from megatron_powerflow.converter.commands import convert, parse_size
+    from megatron_powerflow.converter.convert import Request
 
     request = Request(
         checkpoint,

@@ -24,7 +24,7 @@ def main(
 
     Example: python tools/inspect_checkpoint.py runs/local
     """
-    from megatron_powerflow.checkpoint.inspect import describe, inspect
+    from megatron_powerflow.converter.inspect import describe, inspect
 
     found = inspect(folder, step)
     if read_launch().is_main:

@@ -34,7 +34,7 @@ def main(
 
     Example: python tools/verify_conversion.py models/SmolLM2-135M-Instruct smollm2-megatron
     """
-    from megatron_powerflow.conversion_tools import TEXT, locate_models, verify
+    from megatron_powerflow.converter.commands import TEXT, locate_models, verify
 
     if text is not None and no_log_probs:
         raise UserError("--text has no effect with --no-log-probs; remove one of them")

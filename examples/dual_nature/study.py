@@ -32,7 +32,7 @@ from examples.dual_nature.arms import GROUPS, STANDARD_GROUPS, Arm, Measured, Pl
 from examples.dual_nature.corpus import MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS
 from examples.dual_nature.pretrain import NUM_TRAIN, make_base
 from examples.dual_nature.results import write_results
-from megatron_powerflow.config import load_config
+from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
 from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
 from megatron_powerflow.report.page import build_report
@@ -195,8 +195,8 @@ def train(job: Job, arm: Arm) -> None:
 
 def examine(job: Job, model: Path, folder: Path, *overrides: str) -> None:
     """`powerflow evaluate` on the held-out questions, in this process."""
+    from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
     from megatron_powerflow.evaluation.evaluate import Request, evaluate
-    from megatron_powerflow.inference import GENERATE_KEYS, open_model
 
     opened = open_model(model, (f"rollout.max_concurrent_rows={WAVE}", *overrides), GENERATE_KEYS, 1)
     request = Request((str(job.out / "bases" / "examined.jsonl"),), num_responses=job.plan.examined_responses)

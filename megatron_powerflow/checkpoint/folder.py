@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_powerflow.config import load_config
+from megatron_powerflow.config_file import load_config
 from megatron_powerflow.errors import UserError
 
 CHECKPOINTS_NAME = "checkpoints"

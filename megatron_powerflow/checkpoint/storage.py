@@ -39,8 +39,8 @@ from megatron_powerflow.checkpoint.folder import (
 )
 from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
 from megatron_powerflow.checkpoint.state import FORMAT, Progress, Trainable
-from megatron_powerflow.conversion.hf_files import copy_companions
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.files import copy_companions
 from megatron_powerflow.parallel.collectives import any_rank, first_failure, gather_to_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.targets import give_usual_mode

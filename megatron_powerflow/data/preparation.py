@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_powerflow.data.answers import same_answer
+from megatron_powerflow.data.boxes import all_boxed
 from megatron_powerflow.data.overlap import Overlap, words_of
 from megatron_powerflow.data.prompt_rows import answer_of, prompt_of
-from megatron_powerflow.data.response_format import all_boxed
 from megatron_powerflow.errors import UserError
 
 MAX_ANSWER = 60

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_powerflow.data.answers import same_answer
-from megatron_powerflow.data.response_format import last_boxed
+from megatron_powerflow.data.boxes import last_boxed
 from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.errors import UserError
 

@@ -12,20 +12,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_powerflow.data.answers import extract_answer
-from megatron_powerflow.data.grading import grade
+from megatron_powerflow.commands.generate import prompts_per_round, sampling_params
+from megatron_powerflow.commands.open_model import Opened, build_engine, load_chunks
+from megatron_powerflow.commands.rounds import blocks, progress_bar
+from megatron_powerflow.data.answers import extract_answer, grade
 from megatron_powerflow.data.prompts import first_violations, prompt_token_ids, readable
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import Question
 from megatron_powerflow.evaluation.responses import Key, Line, append_responses, check_settings, open_responses
-from megatron_powerflow.inference import (
-    Opened,
-    build_engine,
-    load_chunks,
-    prompts_per_round,
-    sampling_params,
-)
-from megatron_powerflow.output_lines import blocks, progress_bar
 from megatron_powerflow.parallel.collectives import broadcast_object, gather_to_main, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized

@@ -18,6 +18,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_powerflow.commands.generate import check_room
+from megatron_powerflow.commands.open_model import Opened, say_notices
+from megatron_powerflow.commands.rounds import progress_bar
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.answering import answer_questions, tokenize
 from megatron_powerflow.evaluation.diversity import check_packages, load_encoder, measure_diversity
@@ -33,8 +36,6 @@ from megatron_powerflow.evaluation.responses import (
     remove_unanswered,
 )
 from megatron_powerflow.evaluation.results import describe_results, results_table, table_title, write_results
-from megatron_powerflow.inference import Opened, check_room, say_notices
-from megatron_powerflow.output_lines import progress_bar
 from megatron_powerflow.parallel.initialize import Launch
 from megatron_powerflow.parallel.owner import Owner
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_powerflow.commands.rounds import progress_bar
 from megatron_powerflow.data.prompts import readable
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation import rubrics
@@ -22,7 +23,6 @@ from megatron_powerflow.evaluation.judge import Judge, ask_all
 from megatron_powerflow.evaluation.questions import Question
 from megatron_powerflow.evaluation.responses import JUDGEMENTS_NAME, Key, Line
 from megatron_powerflow.metrics.counts import mean, standard_error
-from megatron_powerflow.output_lines import progress_bar
 
 JOKES = ("joke", "jokes")
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_powerflow.data.response_format import last_boxed
+from megatron_powerflow.data.boxes import last_boxed
 from megatron_powerflow.data.rows import Row
 from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.errors import UserError

@@ -23,9 +23,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_powerflow.conversion.hf_config import read_json
-from megatron_powerflow.conversion.hf_files import INDEX_NAME, SINGLE_NAME
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.config import read_json
+from megatron_powerflow.hf.files import INDEX_NAME, SINGLE_NAME
 from megatron_powerflow.hub.failures import answered, failures, one_line, quiet, reason_of
 from megatron_powerflow.hub.located import AS_NAMED, Fetched, Located, Wanted
 from megatron_powerflow.hub.names import BENCHMARK_FILES, COMMIT, DATA_ENDINGS, PREFIX, HubName, hub_name

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_powerflow.conversion.hf_files import SafetensorsFolder
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.files import SafetensorsFolder
 from megatron_powerflow.hub.failures import failures, one_line, quiet
 from megatron_powerflow.hub.names import is_repository
 from megatron_powerflow.parallel.agreement import main_first

@@ -18,8 +18,8 @@ EVALUATIONS_NAME = "evaluations.jsonl"
 
 def read_step_log(path: Path) -> list[dict[str, Any]]:
     """Lines, each with a `step`. samples.jsonl: id, question, prompt, response, answer, finish_reason,
-    num_response_tokens. evaluations.jsonl: see `training/held_out.py`. Empty where there is no file. Raises UserError
-    for a damaged one."""
+    num_response_tokens. evaluations.jsonl: see `training/in_training_evaluation.py`. Empty where there is no file.
+    Raises UserError for a damaged one."""
     if not path.is_file():
         return []
     try:

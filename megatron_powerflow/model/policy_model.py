@@ -1,7 +1,7 @@
 """The decoder itself: Megatron's GPTModel, ending at the final hidden states.
 
 Logits are never built here. The last stage hands out hidden states and its output weight, and one kernel
-(`objective/token_log_probs.py`) turns both into log-probs for old, reference and current alike.
+(`log_probs/token_log_probs.py`) turns both into log-probs for old, reference and current alike.
 """
 
 from __future__ import annotations

@@ -146,3 +146,17 @@ def gather_to_main(value, groups: Groups) -> list | None:
     everything = [None] * groups.world_size if groups.is_main else None
     dist.gather_object(value, everything, dst=0, group=groups.control)
     return everything
+
+
+def largest(number: int, groups: Groups) -> int:
+    """The largest of the numbers that the ranks of this expert-parallel group give."""
+    if groups.ep_size == 1:
+        return number
+    value = torch.tensor([number])
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=groups.ep_control)
+    return int(value.item())
+
+
+def anyone(has_tokens: bool, groups: Groups) -> bool:
+    """Whether another pass is to be made: on every rank of the group alike."""
+    return bool(largest(int(has_tokens), groups))

@@ -13,9 +13,9 @@ from matplotlib.lines import Line2D
 
 from megatron_powerflow.metrics.axes import end_at_share, step_axis
 from megatron_powerflow.metrics.names import METRICS, heading, label
-from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.arms import Arm
 from megatron_powerflow.report.pictures import GREY, Cast, Picture, draw_band, finish, in_style, panels
+from megatron_powerflow.report.plot_style import LineStyle
 from megatron_powerflow.report.seeds import band, error_lengths
 
 KL = "kl_per_response"  # of metrics.jsonl; the others are of evaluations.jsonl

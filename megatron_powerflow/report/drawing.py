@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from matplotlib.markers import MarkerStyle
 
-from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.accuracy_and_length import (
     draw_accuracy_against_length,
     draw_accuracy_by_step,
@@ -20,6 +19,7 @@ from megatron_powerflow.report.frontier import draw_frontier
 from megatron_powerflow.report.log_z_curves import draw_log_z, draw_residual_fan
 from megatron_powerflow.report.pass_at_k import draw_pass_at_k
 from megatron_powerflow.report.pictures import Cast, Picture, cast
+from megatron_powerflow.report.plot_style import LineStyle
 from megatron_powerflow.report.training_curves import draw_training_curves
 
 # (anchor, title, pictures, what has to be there for one)

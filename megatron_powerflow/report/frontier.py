@@ -15,10 +15,10 @@ from matplotlib.lines import Line2D
 
 from megatron_powerflow.metrics.axes import end_at_share
 from megatron_powerflow.metrics.names import METRICS, label
-from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.accuracy_and_length import END, START
 from megatron_powerflow.report.arms import Arm, estimate_of
 from megatron_powerflow.report.pictures import GREY, Cast, Picture, finish, in_style, panels
+from megatron_powerflow.report.plot_style import LineStyle
 from megatron_powerflow.report.runs import Evaluation
 from megatron_powerflow.report.seeds import Estimate, error_lengths, estimate
 

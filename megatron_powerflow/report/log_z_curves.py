@@ -15,7 +15,6 @@ from matplotlib.lines import Line2D
 from megatron_powerflow.metrics.alarm import ALARMS
 from megatron_powerflow.metrics.axes import step_axis
 from megatron_powerflow.metrics.names import METRICS
-from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.arms import Arm
 from megatron_powerflow.report.pictures import (
     Cast,
@@ -29,6 +28,7 @@ from megatron_powerflow.report.pictures import (
     wrapped,
     zero_line,
 )
+from megatron_powerflow.report.plot_style import LineStyle
 from megatron_powerflow.report.runs import Run
 from megatron_powerflow.report.seeds import Band, band
 

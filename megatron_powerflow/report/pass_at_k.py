@@ -13,9 +13,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from megatron_powerflow.metrics.axes import end_at_share
 from megatron_powerflow.metrics.names import label
-from megatron_powerflow.metrics.plot_style import LineStyle
 from megatron_powerflow.report.arms import Arm, estimate_pass_at
 from megatron_powerflow.report.pictures import GREY, Cast, Picture, finish, in_style, panels, wrapped
+from megatron_powerflow.report.plot_style import LineStyle
 from megatron_powerflow.report.runs import Evaluation
 from megatron_powerflow.report.seeds import error_lengths
 

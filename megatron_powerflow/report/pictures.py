@@ -21,8 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from megatron_powerflow.metrics.names import heading
-from megatron_powerflow.metrics.plot_style import STYLE, LineStyle, line_styles
 from megatron_powerflow.report.arms import Arm
+from megatron_powerflow.report.plot_style import STYLE, LineStyle, line_styles
 from megatron_powerflow.report.seeds import Band, band
 
 WIDTH = 11.0  # inches; CSS_WIDTH pixels on the page where there is room

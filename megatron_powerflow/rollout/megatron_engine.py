@@ -2,11 +2,11 @@
 
 A prompt is prefilled once for all its responses. Each pipeline stage runs its part of a token and hands the hidden
 states on; the last stage samples and tells the other stages the tokens. Groups wait until there are rows for them, and
-take those of finished responses (`lane.py`). With pp > 1 the rows are split into lanes that follow each other through
+take those of finished responses (`decode_batch.py`). With pp > 1 the rows are split into decode batches that follow each other through
 the stages, so that none waits idle:
 
-    stage 0   lane 0 t0 | lane 1 t0 | lane 0 t1 | lane 1 t1 | ...
-    stage 1             | lane 0 t0 | lane 1 t0 | lane 0 t1 | ...
+    stage 0   batch 0 t0 | batch 1 t0 | batch 0 t1 | batch 1 t1 | ...
+    stage 1             | batch 0 t0 | batch 1 t0 | batch 0 t1 | ...
 
 Left out: engines in other processes; CUDA graphs and Megatron's dynamic engine. On a GPU a small batch waits for kernel
 launches, some dozen a layer, which a graph of one decoding pass would save: shapes change only when rows join or leave
@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_powerflow.log_probs.plain import make_logits
 from megatron_powerflow.model.decode_weights import decode_weights
-from megatron_powerflow.objective.token_log_probs_plain import make_logits
+from megatron_powerflow.parallel.collectives import anyone, largest
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
+from megatron_powerflow.rollout.decode_batch import DecodeBatch
 from megatron_powerflow.rollout.engine import Progress
-from megatron_powerflow.rollout.in_step import anyone, largest
-from megatron_powerflow.rollout.lane import Lane
 from megatron_powerflow.rollout.sampling import sample_tokens
 
 if TYPE_CHECKING:
@@ -67,66 +67,66 @@ class MegatronEngine:
         for chunk in self._chunks:
             chunk.eval()
             chunk.set_is_first_microbatch()  # Transformer Engine: FP8 copies of the weights are made anew, then kept
-        lanes = self._lanes(prompts, sampling)
+        batches = self._decode_batches(prompts, sampling)
         total = len(prompts) * sampling.responses_per_prompt
         with decode_weights(self._chunks, sampling.max_response_tokens):
-            self._run(lanes, sampling, total, progress)
+            self._run(batches, sampling, total, progress)
         for chunk, was_training in zip(self._chunks, training, strict=True):
             chunk.train(was_training)
         order = {slot: place for place, (slot, _) in enumerate(prompts)}
-        rollouts = [rollout for lane in lanes for rollout in lane.rollouts]
+        rollouts = [rollout for batch in batches for rollout in batch.rollouts]
         return sorted(rollouts, key=lambda rollout: (order[rollout.slot], rollout.response_index))
 
-    def _lanes(self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> list[Lane]:
-        """Up to pp lanes, which share the groups that may have rows at a time as evenly as they come; as many as those
+    def _decode_batches(self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> list[DecodeBatch]:
+        """Up to pp decode batches, which share the groups that may have rows at a time as evenly as they come; as many as those
         of any rank that shares experts with this one, if need be without a group."""
         waiting = deque(prompts)
         at_a_time = min(len(prompts), max(1, self._max_rows // sampling.responses_per_prompt))
-        num_lanes = largest(min(self._groups.pp_size, at_a_time), self._groups)
+        num_batches = largest(min(self._groups.pp_size, at_a_time), self._groups)
         longest = max((len(prompt.token_ids) for _, prompt in prompts), default=0)
         tp_size, device = self._groups.tp_size, self._groups.device
         return [
-            Lane(
+            DecodeBatch(
                 waiting,
-                at_a_time * (place + 1) // num_lanes - at_a_time * place // num_lanes,
+                at_a_time * (place + 1) // num_batches - at_a_time * place // num_batches,
                 longest,
                 sampling,
                 self._chunks,
                 tp_size,
                 device,
             )
-            for place in range(num_lanes)
+            for place in range(num_batches)
         ]
 
-    def _run(self, lanes: list[Lane], sampling: SamplingParams, total: int, progress: Progress | None) -> None:
-        """Decode the lanes to their ends, one token of one lane after the other."""
-        running = deque(lanes)
+    def _run(self, batches: list[DecodeBatch], sampling: SamplingParams, total: int, progress: Progress | None) -> None:
+        """Decode the batches to their ends, one token of one batch after the other."""
+        running = deque(batches)
         while running:
-            lane = running.popleft()
-            lane.take_tokens()  # of the previous round, from the last stage
-            if progress is not None and (lane is lanes[0] or lane.finished):
-                progress(sum(len(lane.rollouts) for lane in lanes), total)
-            if not anyone(not lane.finished, self._groups):
+            batch = running.popleft()
+            batch.take_tokens()  # of the previous round, from the last stage
+            if progress is not None and (batch is batches[0] or batch.finished):
+                progress(sum(len(batch.rollouts) for batch in batches), total)
+            if not anyone(not batch.finished, self._groups):
                 continue
-            if lane.finished:
+            if batch.finished:
                 self._idle_pass()
             else:
-                hidden = self._forward(lane)
-                lane.exchange(self._sample(lane, hidden, sampling), self._groups)
-            running.append(lane)
+                hidden = self._forward(batch)
+                batch.exchange(self._sample(batch, hidden, sampling), self._groups)
+            running.append(batch)
         while self._sends:
             self._sends.popleft()[0].wait()
 
-    def _forward(self, lane: Lane) -> Tensor | None:
-        """One pass of the lane's coming tokens through this rank's chunks; hidden states on the last stage."""
-        tokens = lane.coming_tokens()
+    def _forward(self, batch: DecodeBatch) -> Tensor | None:
+        """One pass of the batch's coming tokens through this rank's chunks; hidden states on the last stage."""
+        tokens = batch.coming_tokens()
         padding = -len(tokens) % self._alignment  # repeats of the last token: computed, stored nowhere, ignored
         tokens = torch.from_numpy(np.pad(tokens, (0, padding), mode="edge")).to(self._groups.device)
         hidden = None
         for place, chunk in enumerate(self._chunks):
             if not chunk.pre_process:
                 chunk.set_input_tensor(self._receive(len(tokens)))
-            with lane.entering(place, chunk, padding):
+            with batch.entering(place, chunk, padding):
                 hidden = chunk(tokens[None], None, None)
             if not chunk.post_process:
                 self._send(hidden)
@@ -143,8 +143,10 @@ class MegatronEngine:
             if not chunk.post_process:
                 self._send(hidden)
 
-    def _sample(self, lane: Lane, hidden: Tensor | None, sampling: SamplingParams) -> tuple[Tensor, Tensor] | None:
-        """(tokens [rows] int64, log-probs [rows] fp32) of the lane on the last stage; None on the others."""
+    def _sample(
+        self, batch: DecodeBatch, hidden: Tensor | None, sampling: SamplingParams
+    ) -> tuple[Tensor, Tensor] | None:
+        """(tokens [rows] int64, log-probs [rows] fp32) of the batch on the last stage; None on the others."""
         if hidden is None:
             return None
         if self._config.sequence_parallel:
@@ -155,12 +157,12 @@ class MegatronEngine:
         first = self._groups.tp_rank * weight.shape[0]
         softcap = self._chunks[-1].logit_softcap
         # at temperature 0 the most likely token is the same at any other
-        logits = make_logits(lane.predicting(hidden), weight, sampling.temperature or 1.0, softcap, torch.float32)
+        logits = make_logits(batch.predicting(hidden), weight, sampling.temperature or 1.0, softcap, torch.float32)
         if first + weight.shape[0] > self._vocab_size:
             logits[:, max(self._vocab_size - first, 0) :] = -torch.inf
-        if lane.draws_each > 1:
-            logits = logits.repeat_interleave(lane.draws_each, dim=0)
-        return sample_tokens(logits, lane.uniform(), tp_group=self._groups.tp, first=first)
+        if batch.draws_each > 1:
+            logits = logits.repeat_interleave(batch.draws_each, dim=0)
+        return sample_tokens(logits, batch.uniform(), tp_group=self._groups.tp, first=first)
 
     def _neighbour(self, step: int) -> int:
         return dist.get_global_rank(self._groups.pp, (self._groups.pp_rank + step) % self._groups.pp_size)

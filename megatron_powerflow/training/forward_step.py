@@ -16,11 +16,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from megatron_powerflow.log_probs.kernel_choice import LogProbKernel
+from megatron_powerflow.log_probs.token_log_probs import TokenStatistics
 from megatron_powerflow.model.log_z_head import pool_prompt
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.stream import chosen, extent, model_tokens, pool_prompts, to_rows
-from megatron_powerflow.objective.log_prob_kernel import LogProbKernel
-from megatron_powerflow.objective.token_log_probs import TokenStatistics
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import MicroBatch
 

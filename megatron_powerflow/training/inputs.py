@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import IO
 
 from megatron_powerflow.checkpoint.folder import INPUTS_NAME
-from megatron_powerflow.conversion.hf_files import companion_files, weights_files
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.files import companion_files, weights_files
 from megatron_powerflow.hub.names import COMMIT
 from megatron_powerflow.records import Prompt
 

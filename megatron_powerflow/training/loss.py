@@ -14,11 +14,12 @@ from megatron_powerflow.metrics.loops import MIN_TURNS, find_loop
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.objective.policy_gradient import kl_terms, surrogate_terms
+from megatron_powerflow.objective.presets import Balance, PolicyGradient
 from megatron_powerflow.objective.trajectory_balance import balance_loss, token_spread
-from megatron_powerflow.presets import Balance, PolicyGradient
 from megatron_powerflow.records import ANNOTATION_COLUMNS, ROLLOUT_COLUMNS, MicroBatch
 from megatron_powerflow.training.forward_step import Scorer
-from megatron_powerflow.training.group_values import partial_of, residual_weight, weight_of, with_log_z
+from megatron_powerflow.training.group_baseline import with_log_z
+from megatron_powerflow.training.residual import partial_of, residual_weight, weight_of
 
 Columns = dict[str, Tensor]
 

@@ -22,19 +22,21 @@ from megatron_powerflow.checkpoint.folder import (
     is_converted,
     latest_checkpoint,
 )
-from megatron_powerflow.config import Config, ObjectiveSection, dump_config, load_config
-from megatron_powerflow.conversion.checked import open_checked
-from megatron_powerflow.conversion.families import FAMILIES
-from megatron_powerflow.conversion.hf_config import Family, read_architecture, read_stop_token_ids
-from megatron_powerflow.conversion.hf_files import SafetensorsFolder
+from megatron_powerflow.config import Config, ObjectiveSection
+from megatron_powerflow.config_file import dump_config, load_config
 from megatron_powerflow.data.prompt_format import PromptFormat
 from megatron_powerflow.data.prompts import PromptFile, load_prompts
 from megatron_powerflow.data.tokenizer import Conversation, Tokenizer, load_tokenizer
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.checked import open_checked
+from megatron_powerflow.hf.config import read_architecture, read_stop_token_ids
+from megatron_powerflow.hf.families import FAMILIES
+from megatron_powerflow.hf.family import Family
+from megatron_powerflow.hf.files import SafetensorsFolder
 from megatron_powerflow.hub.located import AS_NAMED, Located
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Architecture, Prompt
-from megatron_powerflow.rollout.saved import Wanted, find_rollouts, replay_violations
+from megatron_powerflow.rollout.rollout_files import Wanted, find_rollouts, replay_violations
 from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
 from megatron_powerflow.training.resources import resource_violations
@@ -200,7 +202,7 @@ def describe(plan: Plan) -> str:
 
 def num_parameters(architecture: Architecture) -> int:
     """Parameters of the whole model, tied embeddings once."""
-    from megatron_powerflow.conversion.shapes import expected_tensors
+    from megatron_powerflow.hf.shapes import expected_tensors
 
     total = 0
     for shape in expected_tensors(architecture, FAMILIES[architecture.family]).values():

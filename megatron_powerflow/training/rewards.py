@@ -13,10 +13,8 @@ from itertools import groupby
 import torch
 
 from megatron_powerflow.config import ObjectiveSection
-from megatron_powerflow.data.answers import extract_answer
-from megatron_powerflow.data.grading import clusters, verdicts
+from megatron_powerflow.data.answers import clusters, extract_answer, verdicts
 from megatron_powerflow.data.packing import Annotated
-from megatron_powerflow.data.response_format import format_penalty
 from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
 from megatron_powerflow.objective.policy_gradient import group_advantage
@@ -103,3 +101,12 @@ def _energy_rewards(rewards: Sequence[float], rollouts: Sequence[Rollout], objec
 def _token_groups(rollouts: Sequence[Rollout]):
     for slot, members in groupby(rollouts, key=lambda rollout: rollout.slot):
         yield slot, [rollout.response_token_ids for rollout in members]
+
+
+def format_penalty(rollout: Rollout, boxed: bool, *, psi: float, exempt_tasks: Sequence[str]) -> float:
+    """psi without a box, 0 with one; tasks that ask for no box are exempt.
+
+    psi enters the energy per token: a response without \\boxed{} has alpha * psi added to each of its n tokens' share,
+    so psi = -0.5 at alpha = 4 is -2 nats a token.
+    """
+    return 0.0 if boxed or rollout.prompt.task in exempt_tasks else psi

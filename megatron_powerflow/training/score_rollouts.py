@@ -17,7 +17,7 @@ from megatron_powerflow.parallel.collectives import last_stage_rows
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.score import score_reference
-from megatron_powerflow.training.setup import Session
+from megatron_powerflow.training.session import Session
 
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away: replicas have equal shares
 

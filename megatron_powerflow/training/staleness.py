@@ -6,7 +6,7 @@
     replay of this very run         as if sampled: w made of saved log-probs would differ from 1 by the rounding of
                                     kernels, and the replay would not be the run
 
-Left out: the arithmetic (`objective/`), reading rollouts (`rollout/saved.py`). Imports no torch.
+Left out: the arithmetic (`objective/`), reading rollouts (`rollout/rollout_files.py`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME
-from megatron_powerflow.config import Config, ObjectiveSection, load_config
+from megatron_powerflow.config import Config, ObjectiveSection
+from megatron_powerflow.config_file import load_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.training.inputs import read_inputs
 

@@ -6,7 +6,7 @@
 
 In sampling the context-parallel ranks of a replica are replicas of their own: they divide its prompts among them.
 
-Left out: the format (`rollout/saved.py`).
+Left out: the format (`rollout/rollout_files.py`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from megatron_powerflow.parallel.collectives import broadcast_object, every_roll
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import Progress
-from megatron_powerflow.rollout.saved import ROLLOUTS_NAME, read_rollouts, step_file, write_rollouts
+from megatron_powerflow.rollout.rollout_files import ROLLOUTS_NAME, read_rollouts, step_file, write_rollouts
 from megatron_powerflow.training.plan import Plan
-from megatron_powerflow.training.setup import Session
+from megatron_powerflow.training.session import Session
 
 
 def step_rollouts(

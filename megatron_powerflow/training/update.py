@@ -22,9 +22,10 @@ from megatron_powerflow.parallel.collectives import last_stage_rows
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import ROLLOUT_COLUMNS, MicroBatch
 from megatron_powerflow.training.forward_step import Scorer, run_forward, run_forward_backward
-from megatron_powerflow.training.group_values import partial_of, residual_weight, with_group_values
+from megatron_powerflow.training.group_baseline import with_group_values
 from megatron_powerflow.training.loss import micro_batch_loss
 from megatron_powerflow.training.optimizer import Stepped, step_optimizers
+from megatron_powerflow.training.residual import partial_of, residual_weight
 from megatron_powerflow.training.score import score_old, with_saved_old
 
 

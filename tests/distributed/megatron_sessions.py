@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_powerflow.config import parse_config
+from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.parallel.initialize import initialized, read_launch
 
 
@@ -35,7 +35,7 @@ def config_for(model: Path, prompts: Path, out: Path, *overrides: str):
 def opened_session(config) -> Iterator[tuple]:
     """(plan, session) of a config on this rank."""
     from megatron_powerflow.training.plan import make_plan
-    from megatron_powerflow.training.setup import build_session
+    from megatron_powerflow.training.session import build_session
 
     launch = read_launch()
     plan = make_plan(config, launch.world_size)
@@ -47,7 +47,7 @@ def run_training(config_file: Path, *overrides: str) -> str:
     """What `powerflow train` does, on this rank; returns what it printed."""
     import io
 
-    from megatron_powerflow.config import load_config
+    from megatron_powerflow.config_file import load_config
     from megatron_powerflow.console import make_console
     from megatron_powerflow.train import train
     from megatron_powerflow.training.plan import make_plan

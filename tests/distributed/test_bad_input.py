@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_powerflow.config import PrecisionSection, load_config
-from megatron_powerflow.conversion.families import FAMILIES
-from megatron_powerflow.conversion.hf_config import read_architecture
+from megatron_powerflow.config import PrecisionSection
+from megatron_powerflow.config_file import load_config
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.config import read_architecture
+from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.training.plan import make_plan
 from tests.conftest import run_cli

@@ -70,14 +70,14 @@ def test_attention_and_its_gradients_do_not_depend_on_the_split(gloo, cp, packed
 
 def numbers_beside(neighbour: list[int], model, overrides: tuple[str, ...]):
     """(log-probs of a response, its prompt's pool) packed in front of a neighbour and behind another."""
-    from megatron_powerflow.config import parse_config
-    from megatron_powerflow.conversion.families import FAMILIES
-    from megatron_powerflow.conversion.hf_config import read_architecture
+    from megatron_powerflow.config_file import parse_config
     from megatron_powerflow.data.bins import BinRule
     from megatron_powerflow.data.packing import Annotated, pack_streams
+    from megatron_powerflow.hf.config import read_architecture
+    from megatron_powerflow.hf.families import FAMILIES
     from megatron_powerflow.records import Prompt, Rollout
     from megatron_powerflow.training.forward_step import Scorer, run_forward
-    from megatron_powerflow.training.setup import build_policy
+    from megatron_powerflow.training.policy import build_policy
 
     values = {"model": {"hf_path": str(model)}, "precision": {"dtype": "fp32"}, "prompts": {"path": "-"}}
     config = parse_config(values | {"run": {"output_dir": "-"}}, overrides)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_powerflow.checkpoint.convert import Request, hf_to_megatron, megatron_to_hf
 from megatron_powerflow.checkpoint.folder import checkpoints_of
-from megatron_powerflow.checkpoint.inspect import inspect
-from megatron_powerflow.checkpoint.ranks import Ranks
+from megatron_powerflow.converter.convert import Request, hf_to_megatron, megatron_to_hf
+from megatron_powerflow.converter.inspect import inspect
+from megatron_powerflow.converter.ranks import Ranks
 from tests.distributed.megatron_sessions import run_training
 from tests.distributed.test_export import score_to, tensors_of
 from tests.tiny_models import FAMILIES, MIXTURES
@@ -35,11 +35,11 @@ def converted(tiny_model, tmp_path_factory):
 def weights_differ(hf: str, converted: str, **parallel) -> tuple[list[str], int]:
     """Parameters of this rank's policy that are not the same from the folder and from the checkpoint; and how many."""
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
-    from megatron_powerflow.conversion.families import FAMILIES as families
-    from megatron_powerflow.conversion.hf_config import read_architecture
+    from megatron_powerflow.hf.config import read_architecture
+    from megatron_powerflow.hf.families import FAMILIES as families
     from megatron_powerflow.parallel.initialize import initialized, read_launch
     from megatron_powerflow.parallel.layout import inference_layout
-    from megatron_powerflow.training.setup import build_policy
+    from megatron_powerflow.training.policy import build_policy
 
     launch = read_launch()
     architecture, family = read_architecture(hf, families)
@@ -83,11 +83,11 @@ def stock_weights_differ(hf: str, checkpoint: str, tp: int, pp: int) -> list[str
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
-    from megatron_powerflow.conversion.families import FAMILIES as families
-    from megatron_powerflow.conversion.hf_config import read_architecture
+    from megatron_powerflow.hf.config import read_architecture
+    from megatron_powerflow.hf.families import FAMILIES as families
     from megatron_powerflow.parallel.initialize import initialized, read_launch
     from megatron_powerflow.parallel.layout import inference_layout
-    from megatron_powerflow.training.setup import build_policy
+    from megatron_powerflow.training.policy import build_policy
 
     launch = read_launch()
     architecture, family = read_architecture(hf, families)
@@ -199,8 +199,8 @@ def test_a_run_from_a_converted_checkpoint_and_back(gloo, tiny_model, converted,
 
 
 def largest_gap(a: str, b: str) -> float | None:
-    from megatron_powerflow.conversion_tools import TEXT
-    from megatron_powerflow.model_parity import max_log_prob_difference
+    from megatron_powerflow.commands.log_prob_parity import max_log_prob_difference
+    from megatron_powerflow.converter.commands import TEXT
     from megatron_powerflow.parallel.initialize import read_launch
 
     return max_log_prob_difference(Path(a), Path(b), TEXT, read_launch())[0]

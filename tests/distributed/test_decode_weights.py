@@ -16,13 +16,13 @@ def around_an_update(model: str, tp: int, pp: int) -> dict:
     """Tokens and log-probs of each response before and after an update, from copies ("many" tokens) and from the
     parameters themselves ("few"), and what was observed of the parameters."""
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
-    from megatron_powerflow.conversion.families import FAMILIES
-    from megatron_powerflow.conversion.hf_config import read_architecture
+    from megatron_powerflow.hf.config import read_architecture
+    from megatron_powerflow.hf.families import FAMILIES
     from megatron_powerflow.parallel.initialize import initialized, read_launch
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.records import Prompt, SamplingParams
     from megatron_powerflow.rollout.megatron_engine import MegatronEngine
-    from megatron_powerflow.training.setup import build_policy
+    from megatron_powerflow.training.policy import build_policy
 
     launch = read_launch()
     architecture, family = read_architecture(model, FAMILIES)

@@ -60,9 +60,9 @@ def test_settings_that_would_do_nothing_are_refused(gloo, tiny_model, tmp_path):
 
 def verbalize(model: str, prompts: str, out: str, num_responses: int, overrides: tuple) -> str:
     """What `powerflow generate --decoding verbalized` does, on this rank; returns what it printed."""
+    from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
+    from megatron_powerflow.commands.verbalized import VerbalizedSampling, verbalize_file
     from megatron_powerflow.console import make_console
-    from megatron_powerflow.decoding import VerbalizedSampling, verbalize_file
-    from megatron_powerflow.inference import GENERATE_KEYS, open_model
     from megatron_powerflow.parallel.initialize import read_launch
 
     launch = read_launch()

@@ -17,7 +17,7 @@ from examples.dual_nature.pretrain import RECIPES, make_base
 from examples.dual_nature.results import EXAMINED, read_samples
 from examples.dual_nature.study import CONFIG, study
 from examples.dual_nature.target import MARKED, PLAIN, solve_power, solve_target, trap_margin
-from megatron_powerflow.config import load_config
+from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
 
 SMALL = Plan(

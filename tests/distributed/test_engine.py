@@ -31,13 +31,13 @@ def generate(
 ):
     """[(slot, response_index, token ids, log-probs, finish reason)] on every rank."""
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
-    from megatron_powerflow.conversion.families import FAMILIES as families
-    from megatron_powerflow.conversion.hf_config import read_architecture
+    from megatron_powerflow.hf.config import read_architecture
+    from megatron_powerflow.hf.families import FAMILIES as families
     from megatron_powerflow.parallel.initialize import initialized, read_launch
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.records import Prompt, SamplingParams
     from megatron_powerflow.rollout.megatron_engine import MegatronEngine
-    from megatron_powerflow.training.setup import alignment, build_policy
+    from megatron_powerflow.training.policy import alignment, build_policy
 
     launch = read_launch()
     architecture, family = read_architecture(model, families)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_powerflow.config import dump_config
+from megatron_powerflow.config_file import dump_config
 from megatron_powerflow.console import make_console
 from tests.conftest import REPOSITORY, run_cli
 from tests.distributed.megatron_sessions import config_for, run_training
@@ -53,8 +53,8 @@ def questions(tmp_path_factory) -> Path:
 
 
 def evaluate_to(folder: str, data: str, out: str, overrides: tuple = (), num_responses: int = 8, **options) -> str:
+    from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
     from megatron_powerflow.evaluation.evaluate import Request, evaluate
-    from megatron_powerflow.inference import GENERATE_KEYS, open_model
     from megatron_powerflow.parallel.initialize import read_launch
 
     launch = read_launch()

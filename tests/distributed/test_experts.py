@@ -83,11 +83,11 @@ def test_a_step_does_not_depend_on_who_holds_the_experts(
 
 def gradients_by_name(config):
     """HF name -> gradient norm of every tensor after a step's backward pass, on rank 0's share of names."""
-    from megatron_powerflow.conversion.shards import placements
+    from megatron_powerflow.hf.live_weights import placements
     from megatron_powerflow.train import alpha_of_step, sampling_params
+    from megatron_powerflow.training.micro_batches import pack_updates
     from megatron_powerflow.training.optimizer import set_learning_rates
     from megatron_powerflow.training.score import score_reference
-    from megatron_powerflow.training.setup import pack_updates
     from megatron_powerflow.training.update import update
     from tests.distributed.megatron_sessions import opened_session
 
@@ -124,13 +124,13 @@ def test_every_gradient_and_every_updated_weight_is_the_one_of_one_rank(gloo, ti
 def generate_share(model: str, prompts: list, stop: tuple, max_rows: int, **parallel):
     """This data-parallel rank's samples: replica r answers prompts[r]."""
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
-    from megatron_powerflow.conversion.families import FAMILIES
-    from megatron_powerflow.conversion.hf_config import read_architecture
+    from megatron_powerflow.hf.config import read_architecture
+    from megatron_powerflow.hf.families import FAMILIES
     from megatron_powerflow.parallel.initialize import initialized, read_launch
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.records import Prompt, SamplingParams
     from megatron_powerflow.rollout.megatron_engine import MegatronEngine
-    from megatron_powerflow.training.setup import alignment, build_policy
+    from megatron_powerflow.training.policy import alignment, build_policy
 
     launch = read_launch()
     architecture, family = read_architecture(model, FAMILIES)
@@ -156,7 +156,7 @@ def generate_share(model: str, prompts: list, stop: tuple, max_rows: int, **para
     ids=["ep2", "ep2_pp2", "tp2_sp_ep2"],
 )
 def test_replicas_that_share_experts_sample_what_they_would_alone(gloo, tiny_model, num_ranks, parallel):
-    """Five prompts on one replica, one on the other: different numbers of waves and lanes, and of tokens in each."""
+    """Five prompts on one replica, one on the other: different numbers of waves and batches, and of tokens in each."""
     family = "deepseek_v3" if num_ranks == 4 else "mixtral"
     folder, stop = str(tiny_model(family)), tuple(range(2, 30))
     prompts = list(enumerate([[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [20, 21], [30], [40, 41, 42]]))
@@ -218,8 +218,8 @@ def config_file(tiny_model, prompts, tmp_path):
 def loaded_state(config_file, *overrides: str) -> dict:
     """HF names of a parameter -> its fp32 weight, its moments and its count of steps, of the checkpoint that the run
     continues, as this rank has them."""
-    from megatron_powerflow.config import load_config
-    from megatron_powerflow.conversion.shards import placements
+    from megatron_powerflow.config_file import load_config
+    from megatron_powerflow.hf.live_weights import placements
     from tests.distributed.megatron_sessions import opened_session
 
     with opened_session(load_config(config_file, overrides)) as (plan, session):

@@ -14,12 +14,12 @@ from tests.tiny_models import FAMILIES, MIXTURES, OTHER_SHAPES
 
 def export_untrained(model: str, out: str, max_shard_bytes: int = 10**9, **parallel) -> None:
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
-    from megatron_powerflow.conversion.families import FAMILIES as families
-    from megatron_powerflow.conversion.hf_config import read_architecture
-    from megatron_powerflow.conversion.shards import export_to_hf
+    from megatron_powerflow.hf.config import read_architecture
+    from megatron_powerflow.hf.families import FAMILIES as families
+    from megatron_powerflow.hf.live_weights import export_to_hf
     from megatron_powerflow.parallel.initialize import initialized, read_launch
     from megatron_powerflow.parallel.layout import inference_layout
-    from megatron_powerflow.training.setup import build_policy
+    from megatron_powerflow.training.policy import build_policy
 
     launch = read_launch()
     architecture, family = read_architecture(model, families)
@@ -147,8 +147,9 @@ def test_scores_of_checkpoint_and_export_are_one(gloo, config, tiny_model, tmp_p
 def score_to(folder: str, rows: str, out: str, overrides: tuple) -> None:
     import io
 
+    from megatron_powerflow.commands.open_model import SCORE_KEYS, open_model
+    from megatron_powerflow.commands.score import score_file
     from megatron_powerflow.console import make_console
-    from megatron_powerflow.inference import SCORE_KEYS, open_model, score_file
     from megatron_powerflow.parallel.initialize import read_launch
 
     launch = read_launch()
@@ -159,8 +160,9 @@ def score_to(folder: str, rows: str, out: str, overrides: tuple) -> None:
 def generate_to(folder: str, prompts: str, out: str, overrides: tuple, num_responses: int, greedy: bool) -> None:
     import io
 
+    from megatron_powerflow.commands.generate import generate_file
+    from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
     from megatron_powerflow.console import make_console
-    from megatron_powerflow.inference import GENERATE_KEYS, generate_file, open_model
     from megatron_powerflow.parallel.initialize import read_launch
 
     launch = read_launch()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_powerflow.config import load_config
+from megatron_powerflow.config_file import load_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.change import changes_of
 from megatron_powerflow.metrics.step_log import read_step_log

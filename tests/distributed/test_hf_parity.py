@@ -25,14 +25,14 @@ def megatron_logits_and_log_probs(
     import torch.distributed as dist
 
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
-    from megatron_powerflow.conversion.families import FAMILIES as families
-    from megatron_powerflow.conversion.hf_config import read_architecture
     from megatron_powerflow.data.packing import Annotated, pack
+    from megatron_powerflow.hf.config import read_architecture
+    from megatron_powerflow.hf.families import FAMILIES as families
     from megatron_powerflow.parallel.initialize import initialized, read_launch
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.records import Prompt, Rollout
     from megatron_powerflow.training.forward_step import Scorer, run_forward
-    from megatron_powerflow.training.setup import build_policy
+    from megatron_powerflow.training.policy import build_policy
 
     launch = read_launch()
     architecture, family = read_architecture(model, families)

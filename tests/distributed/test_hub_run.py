@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_powerflow.inference import GENERATE_KEYS, open_named
+from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_named
 from megatron_powerflow.parallel.initialize import ALONE
 from tests.conftest import REPOSITORY, run_cli
 from tests.hub_server import TOKEN

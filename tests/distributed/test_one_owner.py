@@ -127,8 +127,8 @@ def test_ranks_refuse_together(gloo, config, tmp_path):
 
 def test_a_start_that_is_refused_while_the_model_is_read_leaves_nothing(gloo, config, tiny_model, tmp_path):
     """A damaged converted model is found only then; the mended command, with other settings too, just runs."""
-    from megatron_powerflow.checkpoint.convert import Request, hf_to_megatron
-    from megatron_powerflow.checkpoint.ranks import Ranks
+    from megatron_powerflow.converter.convert import Request, hf_to_megatron
+    from megatron_powerflow.converter.ranks import Ranks
     from tests.gloo_workers import RankFailed
 
     model = tmp_path / "converted"
@@ -185,7 +185,8 @@ def refused_exports(run: str, outs: list[str], work: str) -> list[str]:
     """What `powerflow export` says of each target, with nothing of torch's processes or of the model touched."""
     import io
 
-    from megatron_powerflow import inference
+    from megatron_powerflow.commands import export
+    from megatron_powerflow.commands.open_model import COMMON_KEYS, open_model
     from megatron_powerflow.console import make_console
     from megatron_powerflow.errors import UserError
     from megatron_powerflow.parallel.initialize import read_launch
@@ -193,19 +194,19 @@ def refused_exports(run: str, outs: list[str], work: str) -> list[str]:
     def too_late(*_, **__):
         raise AssertionError("judged too late")
 
-    before, here, said = (inference.initialized, inference.load_chunks), os.getcwd(), []
-    inference.initialized = inference.load_chunks = too_late
+    before, here, said = (export.initialized, export.load_chunks), os.getcwd(), []
+    export.initialized = export.load_chunks = too_late
     os.chdir(work)
     try:
         for out in outs:
             try:
-                opened = inference.open_model(Path(run), (), inference.COMMON_KEYS, 1)
-                inference.export_file(opened, Path(out), read_launch(), make_console(io.StringIO()))
+                opened = open_model(Path(run), (), COMMON_KEYS, 1)
+                export.export_file(opened, Path(out), read_launch(), make_console(io.StringIO()))
                 said.append("")
             except UserError as error:
                 said.append(str(error))
     finally:
-        inference.initialized, inference.load_chunks = before
+        export.initialized, export.load_chunks = before
         os.chdir(here)
     return said
 
@@ -276,10 +277,10 @@ def test_a_run_that_could_not_export_at_its_end_is_refused_at_its_start(config, 
 def evaluate_refused(model: str, data: str, out: str) -> str:
     import io
 
+    from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
     from megatron_powerflow.console import make_console
     from megatron_powerflow.errors import UserError
     from megatron_powerflow.evaluation.evaluate import Request, evaluate
-    from megatron_powerflow.inference import GENERATE_KEYS, open_model
     from megatron_powerflow.parallel.initialize import read_launch
 
     settings = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6")
@@ -313,10 +314,10 @@ def written_while_written(model: str, out: Path) -> list[str]:
     """What a second command is told that would write the same file of lines, before and while the first one does."""
     import io
 
+    from megatron_powerflow.commands.open_model import SCORE_KEYS, open_model
+    from megatron_powerflow.commands.rounds import SCORED, output_refusals, write_rounds
     from megatron_powerflow.console import make_console
     from megatron_powerflow.errors import UserError
-    from megatron_powerflow.inference import SCORE_KEYS, open_model
-    from megatron_powerflow.output_lines import SCORED, output_refusals, write_rounds
     from megatron_powerflow.parallel.initialize import initialized, read_launch
 
     opened, said = open_model(Path(model), (), SCORE_KEYS, 1), []

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_powerflow.conversion.checked import open_checked
-from megatron_powerflow.conversion.families import FAMILIES as READERS
-from megatron_powerflow.conversion.hf_config import read_architecture
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.checked import open_checked
+from megatron_powerflow.hf.config import read_architecture
+from megatron_powerflow.hf.families import FAMILIES as READERS
 from tests.config_changes import ALL, SIZES, SOME, Changes, changed
 from tests.distributed.test_hf_parity import TOLERANCE, hf_logits_and_log_probs, megatron_logits_and_log_probs
 from tests.tiny_models import FAMILIES

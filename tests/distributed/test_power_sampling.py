@@ -24,9 +24,9 @@ def power_sample(
     model: str, prompts: str, out: str, overrides: tuple, num_responses: int, alpha: float, blocks: int, moves: int
 ) -> None:
     """What `powerflow generate --decoding power_sampling` does, on this rank."""
+    from megatron_powerflow.commands.open_model import open_model
+    from megatron_powerflow.commands.power_sampling import POWER_SAMPLING_KEYS, power_sample_file
     from megatron_powerflow.console import make_console
-    from megatron_powerflow.decoding import POWER_SAMPLING_KEYS, power_sample_file
-    from megatron_powerflow.inference import open_model
     from megatron_powerflow.parallel.initialize import read_launch
     from megatron_powerflow.rollout.power_sampling import PowerSampling
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_powerflow.presets import PRESETS
+from megatron_powerflow.objective.presets import PRESETS
 from tests.distributed.megatron_sessions import config_for
 from tests.distributed.test_training_step import column, loss_of, one_step
 
@@ -87,8 +87,8 @@ def certainties(config):
     from transformers import AutoModelForCausalLM
 
     from megatron_powerflow.train import sampling_params
+    from megatron_powerflow.training.micro_batches import pack_updates
     from megatron_powerflow.training.score import score_certainty
-    from megatron_powerflow.training.setup import pack_updates
     from tests.distributed.megatron_sessions import opened_session
 
     with opened_session(config) as (plan, session):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_powerflow.rollout.saved import read_rollouts
+from megatron_powerflow.rollout.rollout_files import read_rollouts
 from tests.distributed.megatron_sessions import run_training
 from tests.gloo_workers import RankFailed
 

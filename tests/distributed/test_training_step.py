@@ -27,9 +27,9 @@ def prompts(tmp_path):
 def one_step(config, step: int = 0):
     """(rows, grad_norm, log Z' start value) of the first step, on every rank."""
     from megatron_powerflow.train import alpha_of_step, sampling_params
+    from megatron_powerflow.training.micro_batches import pack_updates
     from megatron_powerflow.training.optimizer import set_learning_rates
     from megatron_powerflow.training.score import score_reference
-    from megatron_powerflow.training.setup import pack_updates
     from megatron_powerflow.training.update import calibrate_head, update
 
     with opened_session(config) as (plan, session):
@@ -135,8 +135,8 @@ def test_whole_groups_need_no_forward_pass_of_their_own(gloo, tiny_model, prompt
 def forward_passes_of_an_update(config) -> tuple[int, int]:
     """(calls of the policy in `update`, micro-batches)."""
     from megatron_powerflow.train import sampling_params
+    from megatron_powerflow.training.micro_batches import pack_updates
     from megatron_powerflow.training.score import score_reference
-    from megatron_powerflow.training.setup import pack_updates
     from megatron_powerflow.training.update import update
 
     with opened_session(config) as (plan, session):

@@ -24,7 +24,7 @@ def kernel_on_a_shard(temperature: float, max_logits: int):
     """(log-probs, entropy and certainty, gradient of hidden, gradient of this rank's rows)."""
     import torch.distributed as dist
 
-    from megatron_powerflow.objective.token_log_probs import token_statistics
+    from megatron_powerflow.log_probs.token_log_probs import token_statistics
 
     dist.init_process_group("gloo")
     try:
@@ -79,7 +79,7 @@ def tied_on_a_shard(sequence_parallel: bool):
     import torch.distributed as dist
     from megatron.core import tensor_parallel
 
-    from megatron_powerflow.objective.token_log_probs import token_log_probs
+    from megatron_powerflow.log_probs.token_log_probs import token_log_probs
 
     dist.init_process_group("gloo")
     try:
@@ -124,8 +124,8 @@ def choose_where_one_rank_errs():
 
     import torch.distributed as dist
 
-    import megatron_powerflow.objective.token_log_probs_plain as plain
-    from megatron_powerflow.objective.log_prob_kernel import LogProbKernel
+    import megatron_powerflow.log_probs.plain as plain
+    from megatron_powerflow.log_probs.kernel_choice import LogProbKernel
 
     dist.init_process_group("gloo")
     try:

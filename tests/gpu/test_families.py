@@ -28,10 +28,10 @@ def folder(tmp_path, family, shape):
 
 @contextlib.contextmanager
 def session_of(folder, dtype: str, micro_batches: dict):
-    from megatron_powerflow.config import parse_config
+    from megatron_powerflow.config_file import parse_config
     from megatron_powerflow.parallel.initialize import initialized, prepare_imports, read_launch
     from megatron_powerflow.training.plan import make_plan
-    from megatron_powerflow.training.setup import build_session
+    from megatron_powerflow.training.session import build_session
 
     prepare_imports()
     lengths = {"max_prompt_tokens": 8, "max_response_tokens": 24, "stop_token_ids": [299]}
@@ -92,8 +92,8 @@ def transformers_scores(rollouts, folder) -> torch.Tensor:
 
 
 def grad_norm(rollouts, plan, session) -> float:
+    from megatron_powerflow.training.micro_batches import pack_updates
     from megatron_powerflow.training.score import score_reference
-    from megatron_powerflow.training.setup import pack_updates
     from megatron_powerflow.training.update import update
 
     updates = [score_reference(session.reference, b, session.scorer) for b in pack_updates(rollouts, plan, session)]

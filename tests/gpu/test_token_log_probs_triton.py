@@ -16,16 +16,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import megatron_powerflow.objective.token_log_probs_plain as plain
-from megatron_powerflow.objective.log_prob_kernel import LogProbKernel, disagreement
-from megatron_powerflow.objective.token_log_probs import token_statistics
+import megatron_powerflow.log_probs.plain as plain
+from megatron_powerflow.log_probs.kernel_choice import LogProbKernel, disagreement
+from megatron_powerflow.log_probs.token_log_probs import token_statistics
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("no CUDA GPU, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
-import megatron_powerflow.objective.token_log_probs_triton as in_triton  # noqa: E402
+import megatron_powerflow.log_probs.triton as in_triton  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if INTERPRETED else "cuda"

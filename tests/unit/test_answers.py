@@ -11,8 +11,7 @@ from pathlib import Path
 from hypothesis import given, settings, strategies
 
 from megatron_powerflow.data.answer_reading import read_answer
-from megatron_powerflow.data.answers import cluster_answers, extract_answer, same_answer
-from megatron_powerflow.data.grading import clusters, grade, verdicts
+from megatron_powerflow.data.answers import cluster_answers, clusters, extract_answer, grade, same_answer, verdicts
 
 # of some of these, other graders' verdicts depend on the order, or are not transitive
 NASTY = [

@@ -209,8 +209,8 @@ def test_active_weights_are_those_published(tmp_path, family, values, published,
     """Published figures have the embedding in or not; it is 1 to 2.5 % of them, and a look-up costs no product."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from megatron_powerflow.conversion.families import FAMILIES
-    from megatron_powerflow.conversion.hf_config import read_architecture
+    from megatron_powerflow.hf.config import read_architecture
+    from megatron_powerflow.hf.families import FAMILIES
 
     CONFIG_MAPPING[family](architectures=[ARCHITECTURE_NAMES[family]], **values).save_pretrained(tmp_path)
     architecture, _ = read_architecture(tmp_path, FAMILIES)

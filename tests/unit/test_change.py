@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from megatron_powerflow.metrics.change import QUANTITIES, change_table, changes_of
-from megatron_powerflow.metrics.change_picture import draw_change
+from megatron_powerflow.report.change_picture import draw_change
 
 
 def line(step: int, shift: float = 0.0, num_prompts: int = 6, **changes) -> dict:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_powerflow.config import Config, config_keys, dump_config, load_config, parse_config
+from megatron_powerflow.config import Config
+from megatron_powerflow.config_file import config_keys, dump_config, load_config, parse_config
 from megatron_powerflow.config_rules import CONDITIONAL
 from megatron_powerflow.errors import UserError
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_powerflow.commands.rounds import progress_bar
 from megatron_powerflow.console import Heartbeat, duration, make_console
 from megatron_powerflow.metrics.writers import ConsoleWriter
-from megatron_powerflow.output_lines import progress_bar
 from megatron_powerflow.records import StepMetrics
 from tests.conftest import REPOSITORY
 

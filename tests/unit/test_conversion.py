@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_powerflow.conversion.checked import open_checked
-from megatron_powerflow.conversion.families import FAMILIES
-from megatron_powerflow.conversion.hf_config import read_architecture, read_stop_token_ids
-from megatron_powerflow.conversion.hf_files import (
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.checked import open_checked
+from megatron_powerflow.hf.config import read_architecture, read_stop_token_ids
+from megatron_powerflow.hf.families import FAMILIES
+from megatron_powerflow.hf.files import (
     INDEX_NAME,
     SafetensorsFolder,
     SafetensorsWriter,
@@ -23,9 +24,8 @@ from megatron_powerflow.conversion.hf_files import (
     copy_companions,
     write_index,
 )
-from megatron_powerflow.conversion.ops import ShardShape
-from megatron_powerflow.conversion.shapes import expected_tensors, experts_of, layers_of
-from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.operations import ShardShape
+from megatron_powerflow.hf.shapes import expected_tensors, experts_of, layers_of
 from megatron_powerflow.records import Architecture, Experts, Mla, Rope
 from tests.tiny_models import FAMILIES as FAMILY_NAMES
 from tests.tiny_models import LLAMA3_ROPE, LONGROPE, MIXTURES, OTHER_SHAPES, make_tiny_model

@@ -18,17 +18,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from megatron_powerflow.checkpoint.compare import compare
-from megatron_powerflow.checkpoint.convert import Request, hf_to_megatron, megatron_to_hf
 from megatron_powerflow.checkpoint.folder import find_checkpoint
-from megatron_powerflow.checkpoint.inspect import describe, inspect
-from megatron_powerflow.checkpoint.model_folders import open_model_folder
-from megatron_powerflow.checkpoint.ranks import Ranks
-from megatron_powerflow.checkpoint.torch_dist import TorchDistFolder
 from megatron_powerflow.console import make_console
-from megatron_powerflow.conversion.hf_files import INDEX_NAME, SafetensorsFolder
-from megatron_powerflow.conversion_tools import parse_size, verify
+from megatron_powerflow.converter.commands import parse_size, verify
+from megatron_powerflow.converter.compare import compare
+from megatron_powerflow.converter.convert import Request, hf_to_megatron, megatron_to_hf
+from megatron_powerflow.converter.inspect import describe, inspect
+from megatron_powerflow.converter.model_folders import open_model_folder
+from megatron_powerflow.converter.ranks import Ranks
+from megatron_powerflow.converter.torch_dist import TorchDistFolder
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.files import INDEX_NAME, SafetensorsFolder
 from megatron_powerflow.parallel.initialize import Launch
 from tests.tiny_models import FAMILIES
 
@@ -363,8 +363,8 @@ def test_inspect_lists_every_tensor(tiny_model, converted):
 PAUSED = """
 import sys, time
 from pathlib import Path
-from megatron_powerflow.checkpoint.convert import Request, hf_to_megatron, megatron_to_hf
-from megatron_powerflow.checkpoint.ranks import Ranks
+from megatron_powerflow.converter.convert import Request, hf_to_megatron, megatron_to_hf
+from megatron_powerflow.converter.ranks import Ranks
 total = 0
 def advance(size):
     global total

@@ -232,8 +232,8 @@ def test_pretraining_learns_and_leaves_a_folder_that_everyone_reads(tmp_path, to
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     from examples.dual_nature import pretrain
-    from megatron_powerflow.conversion.families import FAMILIES
-    from megatron_powerflow.conversion.hf_config import read_architecture, read_stop_token_ids
+    from megatron_powerflow.hf.config import read_architecture, read_stop_token_ids
+    from megatron_powerflow.hf.families import FAMILIES
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**pretrain.ARCHITECTURE))

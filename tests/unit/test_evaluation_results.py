@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_powerflow.console import make_console
-from megatron_powerflow.data.grading import Grade, grade
+from megatron_powerflow.data.answers import Grade, grade
 from megatron_powerflow.evaluation.answering import response_lines
 from megatron_powerflow.evaluation.diversity import measure_diversity
 from megatron_powerflow.evaluation.questions import Question

@@ -19,17 +19,17 @@ import yaml
 
 from megatron_powerflow.checkpoint.state import FORMAT
 from megatron_powerflow.checkpoint.storage import read_progress
-from megatron_powerflow.config import load_config
-from megatron_powerflow.conversion.checked import open_checked
-from megatron_powerflow.conversion.families import FAMILIES
-from megatron_powerflow.conversion.hf_config import read_architecture, read_stop_token_ids
+from megatron_powerflow.config_file import load_config
 from megatron_powerflow.data.prompts import load_prompts
 from megatron_powerflow.data.tokenizer import load_tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import load_questions
+from megatron_powerflow.hf.checked import open_checked
+from megatron_powerflow.hf.config import read_architecture, read_stop_token_ids
+from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.report.runs import read_runs
-from megatron_powerflow.rollout.saved import find_rollouts, read_rollouts, step_file, write_rollouts
+from megatron_powerflow.rollout.rollout_files import find_rollouts, read_rollouts, step_file, write_rollouts
 from megatron_powerflow.training.inputs import read_inputs
 from megatron_powerflow.training.plan import find_resume
 
@@ -117,7 +117,7 @@ class World:
 
     def _make_run(self, run: Path) -> None:
         from megatron_powerflow.checkpoint.first_files import CONFIG_MARK
-        from megatron_powerflow.config import dump_config
+        from megatron_powerflow.config_file import dump_config
 
         checkpoint = run / "checkpoints" / "step_000002"
         checkpoint.mkdir(parents=True)

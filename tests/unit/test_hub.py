@@ -13,15 +13,15 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from megatron_powerflow import cli
-from megatron_powerflow.checkpoint.convert import Request, hf_to_megatron
-from megatron_powerflow.checkpoint.ranks import Ranks
-from megatron_powerflow.config import parse_config
-from megatron_powerflow.conversion_tools import locate_models
+from megatron_powerflow.commands.open_model import SCORE_KEYS, open_named
+from megatron_powerflow.config_file import parse_config
+from megatron_powerflow.converter.commands import locate_models
+from megatron_powerflow.converter.convert import Request, hf_to_megatron
+from megatron_powerflow.converter.ranks import Ranks
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hub import fetch
 from megatron_powerflow.hub.fetch import locate
 from megatron_powerflow.hub.located import Fetched, Located, Wanted
-from megatron_powerflow.inference import SCORE_KEYS, open_named
 from megatron_powerflow.parallel.initialize import ALONE
 from megatron_powerflow.training.fetched import fetch_inputs
 from megatron_powerflow.training.plan import make_plan

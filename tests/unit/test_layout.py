@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_powerflow.config import parse_config
+from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Architecture, Experts, Rope

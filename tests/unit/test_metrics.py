@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.metrics.curves import draw_curves
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
 from megatron_powerflow.metrics.step_log import read_step_log, write_step_log
 from megatron_powerflow.metrics.throughput import throughput
 from megatron_powerflow.metrics.writers import JsonlWriter, read_metrics
 from megatron_powerflow.records import ROLLOUT_COLUMNS, StepMetrics
+from megatron_powerflow.report.curves import draw_curves
 
 PROMISED = (
     "loss",

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_powerflow.config import dump_config, parse_config
+from megatron_powerflow.config_file import dump_config, parse_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.model_card import card_files
 

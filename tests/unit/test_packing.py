@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_powerflow.data.bins import BinRule
+from megatron_powerflow.data.boxes import last_boxed
 from megatron_powerflow.data.packing import Annotated, pack, pack_streams, packed_stream, row_stream
-from megatron_powerflow.data.response_format import format_penalty, last_boxed
 from megatron_powerflow.records import Prompt, Rollout
+from megatron_powerflow.training.rewards import format_penalty
 
 CPU = torch.device("cpu")
 

@@ -15,10 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.metrics import curves
 from megatron_powerflow.metrics.axes import step_axis
 from megatron_powerflow.metrics.names import METRICS, heading, label
-from megatron_powerflow.report import accuracy_and_length, log_z_curves, training_curves
+from megatron_powerflow.report import accuracy_and_length, curves, log_z_curves, training_curves
 from megatron_powerflow.report.page import build_report
 from megatron_powerflow.report.seeds import error_lengths
 from tests.report_folders import make_evaluation, make_run

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from megatron_powerflow.metrics.plot_style import line_styles, relative_luminance
+from megatron_powerflow.report.plot_style import line_styles, relative_luminance
 
 # Dichromats' view of linear sRGB, severity 1 (Machado, Oliveira and Fernandes 2009).
 SEEN_BY = {

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from megatron_powerflow.conversion.families import FAMILIES
-from megatron_powerflow.conversion.hf_config import read_architecture
-from megatron_powerflow.conversion.shapes import expected_tensors
+from megatron_powerflow.hf.config import read_architecture
+from megatron_powerflow.hf.families import FAMILIES
+from megatron_powerflow.hf.shapes import expected_tensors
 from tests.published_configs import PUBLISHED
 
 PARAMETERS = {

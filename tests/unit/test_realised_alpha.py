@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_powerflow.config import parse_config
+from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.realised_alpha import alpha_reached, realised_alpha
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts

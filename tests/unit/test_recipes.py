@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_powerflow.config import load_config
+from megatron_powerflow.config_file import load_config
 from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.recipes import HERE, copy, names

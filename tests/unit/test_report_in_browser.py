@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_powerflow.metrics.plot_style import STYLE
 from megatron_powerflow.report.page import build_report
 from megatron_powerflow.report.pictures import WIDTH
+from megatron_powerflow.report.plot_style import STYLE
 from tests.headless_chromium import Browser, why_not
 from tests.report_folders import HOSTILE, make_evaluation, make_run, spoil
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_powerflow.config import parse_config
+from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.training.resources import num_checkpoints, resource_violations
 
 HUGE = 10**15  # parameters: no disk holds one checkpoint

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_powerflow.config import parse_config
+from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Prompt, Rollout
-from megatron_powerflow.rollout.saved import (
+from megatron_powerflow.rollout.rollout_files import (
     Wanted,
     find_rollouts,
     read_rollouts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_powerflow.config import dump_config, parse_config
+from megatron_powerflow.config_file import dump_config, parse_config
 from megatron_powerflow.training.inputs import Inputs
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
 from tests.unit.test_config import MINIMAL

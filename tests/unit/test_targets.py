@@ -231,8 +231,8 @@ def test_a_file_is_written_whole_beside_what_has_its_names(tmp_path):
 
 def test_reports_curves_and_proofs_replace_only_their_like(tmp_path):
     """Each is told by what it writes into itself; a picture or page of the user's that has the name stays."""
-    from megatron_powerflow.checkpoint.compare import card_refusals
-    from megatron_powerflow.metrics.curves import draw_curves
+    from megatron_powerflow.converter.compare import card_refusals
+    from megatron_powerflow.report.curves import draw_curves
     from megatron_powerflow.report.page import build_report
 
     run = tmp_path / "run"

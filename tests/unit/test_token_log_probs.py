@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import megatron_powerflow.objective.token_log_probs_plain as plain_arithmetic
-from megatron_powerflow.objective.log_prob_kernel import LogProbKernel
-from megatron_powerflow.objective.token_log_probs import token_log_probs, token_statistics
+import megatron_powerflow.log_probs.plain as plain_arithmetic
+from megatron_powerflow.log_probs.kernel_choice import LogProbKernel
+from megatron_powerflow.log_probs.token_log_probs import token_log_probs, token_statistics
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
 from megatron_powerflow.metrics.tilt import prompt_tilts
 from megatron_powerflow.metrics.trap import trap_margin
+from megatron_powerflow.objective.presets import PRESETS
 from megatron_powerflow.objective.trajectory_balance import partial_residual
-from megatron_powerflow.presets import PRESETS
 from megatron_powerflow.records import ROLLOUT_COLUMNS
 from tests.unit.test_laws import LENGTHS, RESPONSES, base_log_probs
 

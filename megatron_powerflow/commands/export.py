@@ -1,0 +1,54 @@
+"""How does a checkpoint's policy become a Hugging Face folder? `powerflow export`.
+
+Left out: the order of tensors and the files (`hf/live_weights.py`), the model card (`model_card.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_powerflow.checkpoint import storage
+from megatron_powerflow.checkpoint.folder import (
+    is_converted,
+    run_of,
+)
+from megatron_powerflow.commands.open_model import Opened, load_chunks
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.live_weights import export_to_hf
+from megatron_powerflow.model_card import card_files
+from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.targets import export_target, require
+
+
+def export_file(opened: Opened, out: Path, launch: Launch, console: Console, *, command: str = "") -> None:
+    """A checkpoint's policy as an HF folder, with a model card where it is a run's. Raises UserError for a folder that
+    is no checkpoint."""
+    if opened.checkpoint is None:
+        raise UserError(f"{opened.hf_folder}: no checkpoint of a run; it is a Hugging Face folder already")
+    require(export_target(out).refusals(apart_from=opened.keeps.apart_from, not_over=opened.keeps.not_over))
+    card = None
+    if launch.is_main and not is_converted(opened.checkpoint):
+        card = card_files(run_of(opened.checkpoint), storage.read_progress(opened.checkpoint).step, command)
+    with initialized(opened.layout, launch, seed=0) as groups:
+        chunks = load_chunks(opened, groups)
+        export_to_hf(
+            chunks,
+            opened.architecture,
+            opened.family,
+            groups,
+            companions=opened.hf_folder,
+            out=out,
+            source=opened.checkpoint,
+            more=card,
+        )
+    if launch.is_main:
+        console.print(f"wrote {out}{served_at(opened.config.rollout.temperature)}")
+
+
+def served_at(temperature: float) -> str:
+    """What an export of a run at a temperature other than 1 needs said: no file of it does. "" at 1."""
+    if temperature == 1.0:
+        return ""
+    return f"; it was trained at rollout.temperature={temperature:g} and must be served at that temperature"

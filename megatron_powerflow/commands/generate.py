@@ -1,0 +1,106 @@
+"""How does a model answer a file of prompts? `powerflow generate`, with the engine of training.
+
+Left out: the training-free rivals (`power_sampling.py`, `verbalized.py`), how the lines come into their file
+(`rounds.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_powerflow.commands.open_model import Opened, build_engine, load_chunks, say_notices
+from megatron_powerflow.commands.rounds import BY_GENERATE, ROUND_ROWS, output_refusals, write_rounds
+from megatron_powerflow.data.prompts import Rewrite, load_prompts
+from megatron_powerflow.data.tokenizer import Tokenizer
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.records import Prompt, Purpose, Rollout, SamplingParams
+from megatron_powerflow.targets import require
+from megatron_powerflow.training.plan import stop_token_ids_of
+
+
+def generate_file(
+    opened: Opened, prompts: str | Path, out: Path, num_responses: int, greedy: bool, launch: Launch, console: Console
+) -> None:
+    """One line per response: id, response_index, text, response_token_ids, log_probs, finish_reason."""
+    require(output_refusals(out, *BY_GENERATE))
+    asked = load_generation_prompts(opened, prompts, launch, console)
+    temperature = 0.0 if greedy else opened.config.rollout.temperature
+    sampling = sampling_params(opened, responses_per_prompt=num_responses, temperature=temperature)
+    with initialized(opened.layout, launch, seed=opened.config.run.seed) as groups:
+        engine = build_engine(opened, load_chunks(opened, groups), groups)
+        reports = groups.pp_rank == 0 and groups.tp_rank == 0
+
+        def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
+            rollouts = engine.generate(mine, sampling)
+            return (
+                [(rollout.slot, response_line(rollout, opened.tokenizer)) for rollout in rollouts] if reports else None
+            )
+
+        per_round = prompts_per_round(opened, num_responses)
+        write_rounds(list(enumerate(asked)), one_round, per_round, out, groups, console, "powerflow generate")
+
+
+def load_generation_prompts(
+    opened: Opened, name: str | Path, launch: Launch, console: Console, rewrite: Rewrite | None = None
+) -> tuple[Prompt, ...]:
+    """The prompts to answer; UserError where they, or the model, have no room for what is asked. name: a file, or data
+    on the hub."""
+    say_notices(opened, launch, console)
+    check_room(opened)
+    rollout = opened.config.rollout
+    prompts = load_prompts(
+        opened.located.files(name),
+        opened.tokenizer,
+        vocab_size=opened.architecture.vocab_size,
+        max_prompt_tokens=rollout.max_prompt_tokens,
+        too_long=opened.config.prompts.too_long,
+        rewrite=rewrite,
+    )
+    if prompts.num_too_long and launch.is_main:
+        console.print(f"{prompts.num_too_long} prompts over rollout.max_prompt_tokens dropped")
+    return prompts.prompts
+
+
+def check_room(opened: Opened) -> None:
+    """Raises UserError where the model has no positions for the longest prompt and response."""
+    rollout = opened.config.rollout
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if longest > opened.architecture.max_positions:
+        raise UserError(
+            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's "
+            f"{opened.architecture.positions_field}={opened.architecture.max_positions}; lower one of them"
+        )
+
+
+def sampling_params(opened: Opened, *, responses_per_prompt: int, temperature: float) -> SamplingParams:
+    """Of step 0, to the length limit of the config."""
+    return SamplingParams(
+        responses_per_prompt=responses_per_prompt,
+        max_response_tokens=opened.config.rollout.max_response_tokens,
+        temperature=temperature,
+        stop_token_ids=stop_token_ids_of(opened.config, opened.hf_folder, opened.tokenizer, opened.architecture),
+        seed=opened.config.run.seed,
+        step=0,
+        purpose=Purpose.ANSWERS,
+    )
+
+
+def prompts_per_round(opened: Opened, responses_per_prompt: int) -> int:
+    """Prompts a data-parallel rank answers between two writes."""
+    return max(1, max(ROUND_ROWS, opened.config.rollout.max_concurrent_rows) // responses_per_prompt)
+
+
+def response_line(rollout: Rollout, tokenizer: Tokenizer) -> dict:
+    """What the output file says of a rollout."""
+    return {
+        "id": rollout.prompt.id,
+        "response_index": rollout.response_index,
+        "text": tokenizer.decode(rollout.response_token_ids),
+        "response_token_ids": list(rollout.response_token_ids),
+        "log_probs": list(rollout.rollout_log_probs),
+        "finish_reason": rollout.finish_reason,
+    }

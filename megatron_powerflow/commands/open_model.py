@@ -1,0 +1,205 @@
+"""What does a command outside a run work with? A model, found usable before anything of it is on a device.
+
+An HF folder, a run's folder, a checkpoint of it or a converted checkpoint; by path or by a name on the hub. The model
+code, the scorer and the engine are those of training, under any layout.
+
+Left out: what is done with the model (`score.py`, `generate.py`, `export.py`, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_powerflow.checkpoint import storage
+from megatron_powerflow.checkpoint.folder import (
+    CONFIG_NAME,
+    HF_NAME,
+    Keeps,
+    find_checkpoint,
+    is_converted,
+    keeps_of,
+)
+from megatron_powerflow.config import Config
+from megatron_powerflow.config_file import load_config, parse_config
+from megatron_powerflow.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.checked import open_checked
+from megatron_powerflow.hf.config import read_architecture, read_json
+from megatron_powerflow.hf.families import FAMILIES
+from megatron_powerflow.hf.family import Family
+from megatron_powerflow.hf.live_weights import load_from_hf
+from megatron_powerflow.hub.fetch import locate
+from megatron_powerflow.hub.located import AS_NAMED, Located, Wanted
+from megatron_powerflow.model.build import build_chunks, transformer_config
+from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.model.precision import require_fp8_support
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.initialize import Launch
+from megatron_powerflow.parallel.layout import Layout, inference_layout
+from megatron_powerflow.records import Architecture
+from megatron_powerflow.rollout.megatron_engine import MegatronEngine
+from megatron_powerflow.training.inputs import read_inputs
+from megatron_powerflow.training.policy import alignment
+
+COMMON_KEYS = (
+    *(f"parallel.{key}" for key in ("tp", "pp", "ep", "sequence_parallel")),
+    "precision.dtype",
+    "precision.fp8_recipe",
+)
+
+
+SCORE_KEYS = (*COMMON_KEYS, "parallel.micro_batch_size", "rollout.temperature")
+
+
+GENERATE_KEYS = (
+    *COMMON_KEYS,
+    "rollout.temperature",
+    "rollout.max_prompt_tokens",
+    "rollout.max_response_tokens",
+    "rollout.max_concurrent_rows",
+    "rollout.stop_token_ids",
+    "prompts.too_long",
+    "run.seed",
+)
+
+
+OF_THE_RUN = (
+    "temperature",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "stop_token_ids",
+)  # of `rollout`; what a run's folder stands for
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model folder that has been found usable; nothing of it is on a device yet."""
+
+    config: Config
+    layout: Layout
+    architecture: Architecture
+    family: Family
+    tokenizer: Tokenizer
+    hf_folder: Path  # config and tokenizer; the weights too, unless there is a checkpoint
+    checkpoint: Path | None
+    keeps: Keeps  # what a command that reads this model may not replace
+    located: Located = AS_NAMED  # the command's names on the hub
+
+
+def open_named(
+    model: str,
+    overrides: Sequence[str],
+    allowed: Sequence[str],
+    launch: Launch,
+    *,
+    reference: bool = False,
+    data: Mapping[str, Sequence[str]] | None = None,
+) -> Opened:
+    """`open_model` of a path or of a name on the hub, which is fetched; so is what of `data` is the hub's.
+
+    data: names of data by the option that they were given to. Collective where a name is the hub's; UserErrors of its
+    part are raised on all processes alike.
+    """
+    wanted, recorded = [Wanted("model", model, "--model")], {}
+    wanted += [Wanted("dataset", name, option) for option, names in (data or {}).items() for name in names]
+    checkpoint = find_checkpoint(Path(model)) if reference and Path(model).is_dir() else None
+    if checkpoint is not None and not is_converted(checkpoint):
+        wanted.append(Wanted("model", load_config(checkpoint / CONFIG_NAME).model.hf_path, "--reference"))
+        began = read_inputs(checkpoint)
+        recorded = began.revisions if began else {}
+
+    def opened(located: Located) -> Opened:
+        return open_model(model, overrides, allowed, launch.world_size, reference=reference, located=located)
+
+    return opened(locate(wanted, launch, recorded=lambda: recorded, judge=opened))
+
+
+def open_model(
+    model: str | Path,
+    overrides: Sequence[str],
+    allowed: Sequence[str],
+    world_size: int,
+    *,
+    reference: bool = False,
+    located: Located = AS_NAMED,
+) -> Opened:
+    """An HF folder, a run's folder (its latest checkpoint), a checkpoint or a converted one.
+
+    Raises UserError with every violation. Numbers default to what the folder says: the run's precision, temperature and
+    lengths, or config.json's dtype.
+    reference: not the run's policy but the base model that it started from, with the run's numbers. located: what
+    `locate` found; by default every name is a path.
+    """
+    foreign = [item for item in overrides if "=" in item and item.split("=", 1)[0] not in allowed]
+    if foreign:
+        raise UserError(
+            [f"{item.split('=', 1)[0]} has no effect here; known: {', '.join(allowed)}" for item in foreign]
+        )
+    folder = located.folder(model)
+    checkpoint = find_checkpoint(folder) if folder.is_dir() else None
+    if reference and (checkpoint is None or is_converted(checkpoint)):
+        raise UserError(f"{folder}: --reference asks for the base model of a run, and this is no run's folder")
+    of_a_run = checkpoint is not None and not is_converted(checkpoint)
+    keeps = keeps_of(folder)
+    run = load_config(checkpoint / CONFIG_NAME) if of_a_run else None
+    if reference:
+        folder = located.folder(run.model.hf_path)
+        checkpoint = folder if is_converted(folder) else None
+    hf_folder = checkpoint / HF_NAME if checkpoint else folder
+    architecture, family = read_architecture(hf_folder, FAMILIES)
+    if run:
+        precision = {"dtype": run.precision.dtype, "fp8_recipe": run.precision.fp8_recipe}
+        rollout = {name: value for name in OF_THE_RUN if (value := getattr(run.rollout, name)) is not None}
+    else:
+        raw = read_json(hf_folder / "config.json", "the model's config.json")
+        precision = {"dtype": "fp32" if raw.get("dtype", raw.get("torch_dtype")) in (None, "float32") else "bf16"}
+        rollout = {"temperature": 1.0}
+    values = {
+        "model": {"hf_path": str(hf_folder)},
+        "precision": {key: value for key, value in precision.items() if value is not None},
+        "prompts": {"path": "unused"},
+        "rollout": rollout,
+        "run": {"output_dir": "unused"},
+    }
+    config = parse_config(values, overrides)
+    require_fp8_support(config.precision, architecture, config.parallel.cp)
+    layout = inference_layout(config.parallel, architecture, world_size)
+    tokenizer = load_tokenizer(hf_folder)
+    return Opened(config, layout, architecture, family, tokenizer, hf_folder, checkpoint, keeps, located)
+
+
+def say_notices(opened: Opened, launch: Launch, console: Console) -> None:
+    """What the tokenizer's files leave open, before any text is read by them."""
+    if launch.is_main:
+        for notice in opened.tokenizer.notices:
+            console.print(f"notice: {notice}")
+
+
+def build_engine(opened: Opened, chunks: Sequence[PolicyModel], groups: Groups) -> MegatronEngine:
+    """The engine over these chunks."""
+    return MegatronEngine(
+        chunks,
+        groups,
+        vocab_size=opened.architecture.vocab_size,
+        max_concurrent_rows=opened.config.rollout.max_concurrent_rows,
+        alignment=alignment(opened.layout, opened.config.precision),
+    )
+
+
+def load_chunks(opened: Opened, groups: Groups) -> list[PolicyModel]:
+    """This rank's model chunks, with the folder's weights, for forward passes only."""
+    config, architecture = opened.config, opened.architecture
+    transformer = transformer_config(architecture, opened.layout, config.model, config.precision)
+    chunks = build_chunks(transformer, architecture, opened.layout, config.precision, groups.device)
+    if opened.checkpoint is not None:
+        storage.load_weights(opened.checkpoint, chunks, groups)
+    else:
+        source = open_checked(opened.hf_folder, architecture, opened.family)
+        load_from_hf(chunks, source, architecture, opened.family, groups)
+    for chunk in chunks:
+        chunk.eval().requires_grad_(False)
+    return chunks

@@ -1,0 +1,134 @@
+"""Which log-probs does a model give the responses in a file? `powerflow score`, with the scorer of training.
+
+Left out: how the lines come into their file (`rounds.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_powerflow.commands.open_model import Opened, load_chunks, say_notices
+from megatron_powerflow.commands.rounds import ROUND_ROWS, SCORED, output_refusals, write_rounds
+from megatron_powerflow.data.packing import Annotated, pack
+from megatron_powerflow.data.prompts import check_token_ids, prompt_token_ids
+from megatron_powerflow.data.rows import read_file
+from megatron_powerflow.data.tokenizer import Tokenizer
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.parallel.collectives import largest
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.records import Prompt, Rollout
+from megatron_powerflow.targets import require
+from megatron_powerflow.training.forward_step import Scorer
+from megatron_powerflow.training.policy import alignment
+from megatron_powerflow.training.score import score
+
+FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away
+
+
+def score_file(opened: Opened, data: str | Path, out: Path, launch: Launch, console: Console) -> None:
+    """One line per row of `data`, a file or one on the hub: id, log_probs (one per response token, natural logarithm),
+    sequence_log_prob."""
+    say_notices(opened, launch, console)
+    require(output_refusals(out, SCORED))
+    rows = read_scored_rows(opened.located.file(data), opened)
+    with initialized(opened.layout, launch, seed=0) as groups:
+        chunks = load_chunks(opened, groups)
+        scorer = Scorer(
+            groups, opened.architecture.vocab_size, opened.config.rollout.temperature, opened.layout.sequence_parallel
+        )
+        reports = groups.is_last_stage and groups.tp_rank == 0
+
+        def one_round(mine: Sequence[Rollout]) -> list[tuple[int, dict]] | None:
+            rows = _as_many_as_others(mine, groups)
+            found = score_rollouts(rows, chunks, scorer, opened) if rows else []
+            return [(slot, line) for slot, line in found if slot != FILLER.slot] if reports else None
+
+        write_rounds(rows, one_round, ROUND_ROWS, out, groups, console, "powerflow score")
+
+
+def _as_many_as_others(mine: Sequence[Rollout], groups: Groups) -> list[Rollout]:
+    """Filled up: ranks that share experts make the same number of forward passes."""
+    return [*mine, *[FILLER] * (largest(len(mine), groups) - len(mine))]
+
+
+def score_rollouts(
+    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: Opened
+) -> list[tuple[int, dict]]:
+    """(slot, output line) of each rollout on the last stage, an empty list elsewhere."""
+    by_slot = {rollout.slot: rollout for rollout in rollouts}
+    return [
+        (slot, {"id": by_slot[slot].prompt.id, "log_probs": log_probs, "sequence_log_prob": sum(log_probs)})
+        for slot, log_probs in log_probs_by_slot(rollouts, chunks, scorer, opened).items()
+    ]
+
+
+def log_probs_by_slot(
+    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: Opened
+) -> dict[int, list[float]]:
+    """Log-probs of each rollout's response tokens on the last stage, nothing elsewhere. Slots are unique."""
+    batches = pack(
+        [Annotated(rollout) for rollout in rollouts],
+        micro_batch_size=opened.config.parallel.micro_batch_size,
+        responses_per_prompt=1,
+        drop_truncated=False,
+        multiple=alignment(opened.layout, opened.config.precision),
+        uniform=False,
+        device=scorer.groups.device,
+    )
+    found = {}
+    for batch, scored in zip(batches, score(chunks, batches, scorer), strict=True):
+        if scored is None:
+            continue
+        for row, slot in enumerate(batch.group.tolist()):
+            found[slot] = scored[row][batch.loss_mask[row]].tolist()
+    return found
+
+
+def read_scored_rows(path: Path, opened: Opened) -> list[Rollout]:
+    """Rows to score: a prompt in any of its forms, and `response` (text) or `response_token_ids`.
+
+    A text is scored as it is, without an EOS behind it. Raises UserError with the bad lines.
+    """
+    vocab_size, tokenizer = opened.architecture.vocab_size, opened.tokenizer
+    rows, violations = [], []
+    for number, row in read_file(path, violations):
+        try:
+            prompt = prompt_token_ids(row, tokenizer, vocab_size)
+            response = _response_token_ids(row, tokenizer, vocab_size)
+        except UserError as error:
+            violations.append(f"{path}:{number}: {error}")
+            continue
+        total = len(prompt) + len(response)
+        if total > opened.architecture.max_positions:
+            violations.append(f"{path}:{number}: {total} tokens, over the model's {opened.architecture.max_positions}")
+        identity = str(row.get("id", number - 1))
+        rows.append(
+            Rollout(
+                prompt=Prompt(identity, number - 1, tuple(prompt)),
+                slot=len(rows),
+                response_index=0,
+                response_token_ids=tuple(response),
+                rollout_log_probs=(0.0,) * len(response),
+                finish_reason="eos",
+            )
+        )
+    if violations or not rows:
+        raise UserError(violations or [f"{path}: no rows in it"])
+    return rows
+
+
+def _response_token_ids(row: dict[str, Any], tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    given = [name for name in ("response", "response_token_ids") if row.get(name) is not None]
+    if len(given) != 1:
+        raise UserError(f"needs exactly one of response, response_token_ids; got {given or sorted(row)[:8]}")
+    if given[0] == "response_token_ids":
+        return check_token_ids(row["response_token_ids"], vocab_size, "response_token_ids")
+    if not isinstance(row["response"], str):
+        raise UserError(f"response must be a text, got {row['response']!r:.60}")
+    return check_token_ids(tokenizer.encode_plain(row["response"]), vocab_size, "response (tokenized)")

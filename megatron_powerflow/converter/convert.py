@@ -1,0 +1,278 @@
+"""How does a Hugging Face folder become a torch_dist checkpoint, and back, tensor by tensor?
+
+Both directions play the family's one list of operations (`hf/operations.py`), one parameter at a time, and write
+
+    OUT/latest_checkpointed_iteration.txt   "release": what Megatron-LM's --load looks for
+    OUT/release/                            torch_dist: .metadata, metadata.json, common.pt, __<rank>_0.distcp
+    OUT/hf/                                 the source's config.json, tokenizer, generation config, chat template
+    OUT/conversion.json                     where it came from
+
+or a plain HF folder with a conversion.json in it. Everything happens in OUT.partial, which gets its name when it is
+whole and on the disk (`targets.py`): a conversion that was killed leaves no folder that looks finished.
+
+Left out: going on with a conversion that was killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from megatron_powerflow.checkpoint.folder import HF_NAME, RELEASE_NAME, TRACKER_NAME, keeps_of
+from megatron_powerflow.converter.compare import CARD_NAME, Comparison, compare, write_card
+from megatron_powerflow.converter.model_folders import HfModel, MegatronModel, Model, open_model_folder
+from megatron_powerflow.converter.ranks import Ranks
+from megatron_powerflow.converter.read_ahead import OneAhead
+from megatron_powerflow.converter.torch_dist import Chunk, write_frame, write_tensors
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.config import read_json
+from megatron_powerflow.hf.files import FLOATS, copy_companions
+from megatron_powerflow.hf.shard_files import (
+    PlannedFile,
+    ShardFile,
+    TensorInfo,
+    plan_files,
+    write_planned_index,
+)
+from megatron_powerflow.hf.torch_dist_names import Place, Stored, extra_states, parameter_shape, stored_parameters
+from megatron_powerflow.metrics.provenance import provenance
+from megatron_powerflow.parallel.layout import padded_vocab_size
+from megatron_powerflow.parallel.owner import Owner
+from megatron_powerflow.targets import Target, require
+
+MADE_BY = "conversion"
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what the command lines call them -> safetensors' names
+
+Told = Callable[[int], object]  # told numbers of bytes
+
+
+def _untold(num_bytes: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of a conversion. dtype: fp32, bf16, fp16, or None: as it is in the source. revisions: name on the
+    hub -> commit, of a source that came from there."""
+
+    source: Path
+    out: Path
+    dtype: str | None = None
+    max_shard_bytes: int = 5 * 10**9
+    step: int | None = None
+    overwrite: bool = False
+    verify: bool = False
+    command: str = ""
+    revisions: Mapping[str, str] = field(default_factory=dict)
+
+
+def hf_to_megatron(
+    request: Request, ranks: Ranks, advance: Told = _untold, announce: Told = _untold
+) -> Comparison | None:
+    """Write a torch_dist checkpoint that any layout loads. Collective. Returns what `verify` found.
+
+    announce: told once what this rank will write; advance: each time it has written something.
+    Raises UserError with everything that is wrong with the source, or when the disk cannot take it.
+    """
+    model = ranks.together(lambda: _open_source(request, ranks, HfModel))
+    padded = padded_vocab_size(model.architecture, 1)
+    of_place: dict[Place, Stored] = {}
+    chunks: list[Chunk] = []
+    shape_of: dict[str, tuple[int, ...]] = {}
+    parameters = list(stored_parameters(model.architecture, model.family))
+    for stored in parameters:
+        if stored.op.megatron not in shape_of:
+            shape_of[stored.op.megatron] = parameter_shape(stored, model.architecture, padded)
+        dtype = _torch_dtype(_one_dtype(model, stored, request.dtype))
+        for place in stored.written:
+            of_place[place] = stored
+            chunks.append(Chunk(place, shape_of[stored.op.megatron], dtype))
+    mine = ranks.share(chunks, lambda chunk: chunk.num_bytes)
+    dtype_of = {chunk.place: chunk.dtype for chunk in mine}
+    announce(sum(chunk.num_bytes for chunk in mine))
+
+    def read(place: Place) -> torch.Tensor:
+        return model.parameter(of_place[place], padded).to(dtype_of[place])
+
+    def write(folder: Path) -> None:
+        ahead = OneAhead(read, [chunk.place for chunk in mine])
+
+        def make(place: Place) -> torch.Tensor:
+            tensor = ahead(place)
+            advance(tensor.nbytes)
+            return tensor
+
+        try:
+            write_tensors(folder, mine, make, extra_states(parameters) if ranks.is_main else [], ranks.size)
+        finally:
+            ahead.close()
+
+    with _published(request, model, ranks, sum(chunk.num_bytes for chunk in chunks)) as partial:
+        if ranks.is_main:
+            (partial / RELEASE_NAME).mkdir()
+        ranks.gather(None)
+        _writing(ranks, request.out, lambda: write(partial / RELEASE_NAME))
+        if ranks.is_main:
+            write_frame(partial / RELEASE_NAME)
+            _copy_companions(
+                model,
+                partial / HF_NAME,
+                {_dtype_name(chunk.dtype) for chunk in chunks if not of_place[chunk.place].fp32},
+            )
+            (partial / TRACKER_NAME).write_text("release", encoding="utf-8")
+        return _verify(request, model, partial, ranks)
+
+
+def megatron_to_hf(
+    request: Request, ranks: Ranks, advance: Told = _untold, announce: Told = _untold
+) -> Comparison | None:
+    """Write a plain HF folder. Collective. Returns what `verify` found.
+
+    Each rank writes files of its own. Raises UserError as `hf_to_megatron` does.
+    """
+    model = ranks.together(lambda: _open_source(request, ranks, MegatronModel))
+    parameters = list(stored_parameters(model.architecture, model.family))
+    groups = [
+        {
+            name: TensorInfo(
+                DTYPES["fp32" if stored.fp32 else request.dtype] if request.dtype else info.dtype, info.shape
+            )
+            for name, info in model.info(stored).items()
+        }
+        for stored in parameters
+    ]
+    files = plan_files(groups, request.max_shard_bytes)
+
+    def read(number: int) -> dict[str, torch.Tensor]:
+        tensors = model.read(parameters[number])
+        return {name: tensor.to(_torch_dtype(groups[number][name].dtype)) for name, tensor in tensors.items()}
+
+    def write_file(file: PlannedFile, partial: Path) -> None:
+        shard, ahead = ShardFile(partial / file.name, file.tensors), OneAhead(read, file.groups)
+        try:
+            for number in file.groups:
+                for name, tensor in ahead(number).items():
+                    shard.add(name, tensor)
+                    advance(tensor.nbytes)
+            shard.close()
+        finally:
+            ahead.close()
+            shard.abandon()
+
+    with _published(request, model, ranks, sum(file.num_bytes for file in files)) as partial:
+        mine = ranks.share(files, lambda file: file.num_bytes)
+        announce(sum(file.num_bytes for file in mine))
+        _writing(ranks, request.out, lambda: [write_file(file, partial) for file in mine])
+        if ranks.is_main:
+            usual = [group for stored, group in zip(parameters, groups, strict=True) if not stored.fp32]
+            _copy_companions(model, partial, {info.dtype for group in usual for info in group.values()})
+            write_planned_index(partial, files)
+        return _verify(request, model, partial, ranks)
+
+
+def _open_source(request: Request, ranks: Ranks, kind: type) -> Model:
+    """The source, of the kind that this direction starts from; and a place for `out`."""
+    _check_out(request)
+    model = open_model_folder(request.source, ranks, step=request.step)
+    if isinstance(model, kind):
+        return model
+    if kind is HfModel:
+        raise UserError(f"{request.source}: a Megatron checkpoint already; give a Hugging Face folder")
+    raise UserError(f"{request.source}: a Hugging Face folder already; give a run's folder or a checkpoint")
+
+
+def _check_out(request: Request) -> None:
+    target, keeps = Target(request.out, MADE_BY), keeps_of(request.source, request.step)
+    require(target.refusals(apart_from=(request.source, *keeps.apart_from), not_over=keeps.not_over))
+    if target.is_there() and not request.overwrite:
+        raise UserError(f"--out {request.out}: exists; give another folder, or --overwrite to replace it when done")
+
+
+def _one_dtype(model: HfModel, stored: Stored, dtype: str | None) -> str:
+    """safetensors' name of the dtype that the parameter will have."""
+    if stored.fp32:
+        return DTYPES["fp32"]
+    if dtype is not None:
+        return DTYPES[dtype]
+    found = {name: info.dtype for name, info in model.info(stored).items()}
+    if len(set(found.values())) > 1:
+        raise UserError(f"{model.path}: tensors {found} become one parameter and differ in dtype; give --dtype")
+    return next(iter(found.values()))
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return getattr(torch, FLOATS[name][0])
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name in FLOATS if _torch_dtype(name) is dtype)
+
+
+@contextmanager
+def _published(request: Request, model: Model, ranks: Ranks, num_bytes: int) -> Iterator[Path]:
+    """OUT.partial, made anew; renamed to OUT behind the block, or gone when anything was raised in it. Collective.
+
+    num_bytes: of the tensors, for the mark.
+    """
+    target = Target(request.out, MADE_BY)
+    with ExitStack() as stack:
+        owner = stack.enter_context(Owner(target.out, target.lock, MADE_BY))
+
+        def start() -> None:
+            if ranks.is_main:
+                owner.take()
+                target.begin()
+                stack.callback(target.abandon)  # nothing is left of it behind `publish`
+
+        ranks.together(start)
+        yield target.partial
+
+        def finish() -> None:
+            if ranks.is_main:
+                target.publish(
+                    source=str(request.source.resolve()),
+                    family=model.family.model_type,
+                    dtype=request.dtype or "as in the source",
+                    num_bytes=num_bytes,
+                    **provenance(request.command, request.revisions),
+                )
+
+        ranks.together(finish)
+
+
+def _writing(ranks: Ranks, out: Path, function: Callable[[], object]) -> None:
+    """Run what writes, on every rank; a full disk is the user's to mend."""
+
+    def attempt() -> None:
+        try:
+            function()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{out}: could not be written ({error}); free space on that disk and start again") from None
+
+    ranks.together(attempt)
+
+
+def _copy_companions(model: Model, target: Path, dtypes: set[str]) -> None:
+    """config.json is copied byte by byte unless its dtype is not the tensors' any more."""
+    raw = read_json(model.hf_folder / "config.json", "the model's config.json")
+    stated = raw.get("dtype", raw.get("torch_dtype"))
+    now = {FLOATS[name][0] for name in dtypes}
+    copy_companions(model.hf_folder, target, dtype=None if stated in now or len(now) > 1 else now.pop())
+
+
+def _verify(request: Request, model: Model, partial: Path, ranks: Ranks) -> Comparison | None:
+    """Compare, when asked, and leave the proof beside what was written. Collective."""
+    ranks.gather(None)
+    if not request.verify:
+        return None
+    found = compare(model, ranks.together(lambda: open_model_folder(partial, ranks)), ranks)
+    if found.differences:
+        raise UserError([f"{request.out}: {difference}; nothing was kept" for difference in found.differences])
+    if ranks.is_main:
+        write_card(partial / CARD_NAME, found, a=model.path, b=request.out, command=request.command)
+    return found

@@ -1,0 +1,283 @@
+"""Which computation does a Hugging Face folder ask for? Its config.json read into an `Architecture`.
+
+The JSON itself is read, not a transformers config object: what the file says is what is checked, no code
+of the folder runs, and no import of torch is needed. A setting that changes the computation and is not
+mapped is refused by name. There are three kinds of fields (`config_fields.py`): those that some architecture
+computes with, which every family maps or refuses; those that describe, or act in training or generation only,
+which are passed over; and unknown ones, which are named in a warning: transformers ignores them too, and folders
+carry notes of their own (SmolLM2's released file says is_llama_config), but one may be a newer transformers' switch.
+
+Left out: the tensors (`files.py`), their layout (`operations.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.config_fields import BOOKKEEPING, COMPUTING, READ
+from megatron_powerflow.hf.config_kinds import is_number, wrong_kinds
+from megatron_powerflow.hf.family import Family
+from megatron_powerflow.hf.rope import read_rope
+from megatron_powerflow.records import Architecture, Experts, Rope
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file, or a UserError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_said_once)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {what} is needed") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {what} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {what} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _said_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. One that names a field twice is refused, where Python would take the last value."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"{key} is there twice, as {found[key]!r} and as {value!r}; take one away")
+    return found
+
+
+def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tuple[Architecture, Family]:
+    """Read `folder/config.json`. Raises UserError with every setting that cannot be mapped."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"model.hf_path={str(folder)!r}: no such folder; give a local Hugging Face folder, or "
+            "OWNER/NAME of one on the hub"
+        )
+    raw = read_json(folder / "config.json", "the model's config.json")
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in families:
+        raise UserError(
+            f"{folder / 'config.json'}: model_type={model_type!r} is not supported; supported: {', '.join(families)}"
+        )
+    try:
+        return _mapped(folder, raw, families[model_type])
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, ZeroDivisionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{folder / 'config.json'}: a value is not of its field's kind ({reason}); copy the file from its source"
+        ) from None
+
+
+def _mapped(folder: Path, raw: Mapping[str, Any], family: Family) -> tuple[Architecture, Family]:
+    """Values of the wrong kind raise whatever they raise."""
+    model_type = family.model_type
+    kinds = wrong_kinds(raw, family.nullable)
+    raw, violations = _one_name_each(raw, {"torch_dtype": "dtype", **family.synonyms})
+    fields = {**family.defaults, **raw}  # a null in the file stays null: for Mistral it means "no window"
+    mapped = {*family.defaults, *family.reads, *family.sizes}
+    must_be = {key: value for key, value in COMPUTING.items() if key not in mapped} | dict(family.must_be)
+    violations += [
+        f"{key}={fields[key]!r} is not supported for {model_type}; only {value!r} is"
+        for key, value in must_be.items()
+        if (fields.get(key, value) or None) != (value or None)
+    ]
+    _mention_unknown_fields(raw, mapped | must_be.keys(), folder / "config.json")
+    if fields.get("quantization_config") is not None:
+        violations.append("the weights are quantized (quantization_config); give the folder of the unquantized model")
+    missing = [key for key in (*_REQUIRED, *family.sizes) if type(fields.get(key)) is not int or fields[key] < 1]
+    spelled = {name: f"{name} (or {other})" for other, name in family.synonyms.items()}
+    violations += [f"{spelled.get(key, key)} is missing or not a whole number above 0" for key in missing]
+    violations += kinds
+    if "num_hidden_layers" not in missing and fields["num_hidden_layers"] > MOST_LAYERS:  # before lists are that long
+        violations.append(f"num_hidden_layers={fields['num_hidden_layers']}; no model has over {MOST_LAYERS}")
+    elif not missing and not kinds:
+        rope, wrong = read_rope(raw, fields, family)
+        violations += [*wrong, *_value_violations(fields), *family.violations(fields)]
+    if violations:
+        raise UserError([f"{folder / 'config.json'}: {violation}" for violation in violations])
+    architecture = _architecture(fields, family, rope, folder / "config.json")
+    found = _expert_violations(architecture.experts) + _attention_violations(architecture, fields.get("layer_types"))
+    if found:
+        raise UserError([f"{folder / 'config.json'}: {violation}" for violation in found])
+    return architecture, family
+
+
+def _one_name_each(raw: Mapping[str, Any], synonyms: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The fields under the names that are read here, and a sentence for each that two names give different values."""
+    found, violations = dict(raw), []
+    for other, name in synonyms.items():
+        if other not in found:
+            continue
+        value = found.pop(other)
+        if found.setdefault(name, value) != value:
+            violations.append(
+                f"{other}={value!r} stands beside {name}={found[name]!r}, another name of it; take away what is not "
+                "the model's"
+            )
+    return found, violations
+
+
+def _value_violations(fields: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the numbers that every family has; all are of the right kind."""
+    found = []
+    heads, groups, vocab_size = (
+        fields.get(key) for key in ("num_attention_heads", "num_key_value_heads", "vocab_size")
+    )
+    if groups is not None and (groups < 1 or heads % groups):
+        found.append(f"num_key_value_heads={groups}; it must divide num_attention_heads={heads}")
+    if (head_dim := fields.get("head_dim")) is not None and head_dim < 1:
+        found.append(f"head_dim={head_dim}; it must be at least 1")
+    if not is_number(fields["rms_norm_eps"]) or fields["rms_norm_eps"] >= 1:
+        found.append(f"rms_norm_eps={fields['rms_norm_eps']!r}; it must be at least 0.0 and below 1.0")
+    if not 0 <= fields.get("initializer_range", 0.0) <= 1:
+        found.append(f"initializer_range={fields['initializer_range']!r}; it must be from 0.0 to 1.0")
+    if (pad := fields.get("pad_token_id")) is not None and not -vocab_size <= pad < vocab_size:
+        found.append(f"pad_token_id={pad} is none of the model's {vocab_size} tokens; mend it or say null")
+    return found
+
+
+def _mention_unknown_fields(raw: Mapping[str, Any], known: set[str], path: Path) -> None:
+    unknown = [
+        key
+        for key, value in raw.items()
+        if value and key not in known | READ | BOOKKEEPING and not key.startswith("_")  # false, null, 0: off
+    ]
+    if unknown:
+        warnings.warn(
+            f"{path}: fields unknown to this program change nothing here: "
+            + ", ".join(f"{key}={raw[key]!r}" for key in unknown)
+            + "; if the model computes with one of them, its numbers are not the model's",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+MOST_LAYERS = 10_000
+_REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: Path) -> Architecture:
+    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    own = family.overrides(fields)
+    head_dim = own.get("head_dim") or fields.get("head_dim")
+    if head_dim is None and hidden % heads:
+        raise UserError(f"{path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim")
+    limit = rope.original_max_positions if rope.scaling == "longrope" else fields["max_position_embeddings"]
+    common = {
+        "family": family.model_type,
+        "num_layers": fields["num_hidden_layers"],
+        "hidden_size": hidden,
+        "ffn_hidden_size": fields["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": fields.get("num_key_value_heads") or heads,
+        "head_dim": head_dim or hidden // heads,
+        "vocab_size": fields["vocab_size"],
+        "norm_epsilon": float(fields["rms_norm_eps"]),
+        "rope": rope,
+        "tied_embeddings": bool(fields["tie_word_embeddings"]),
+        "qkv_bias": False,
+        "qk_norm": False,
+        "max_positions": min(fields["max_position_embeddings"], limit),
+        "sliding_window": None,
+    }
+    return Architecture(**{**common, **own})
+
+
+def _expert_violations(experts: Experts | None) -> list[str]:
+    if experts is None:
+        return []
+    if not 1 <= experts.per_token <= experts.num:
+        return [f"num_experts_per_tok={experts.per_token} of {experts.num} experts; it must be 1 to {experts.num}"]
+    if experts.normalized and experts.per_token == 1:
+        return ["num_experts_per_tok=1 with normalized router weights is not supported: every weight is 1"]
+    return []
+
+
+def _attention_violations(architecture: Architecture, layer_types: Any) -> list[str]:
+    found, window, rope = [], architecture.sliding_window, architecture.rope
+    rotated_dim = architecture.mla.rope_head_dim if architecture.mla else architecture.head_dim
+    pairs = rope.rotated(rotated_dim) // 2
+    if rope.rotated(rotated_dim) % 2 or not pairs:
+        found.append(
+            f"head_dim={rotated_dim} with partial_rotary_factor={rope.fraction} rotates {rope.rotated(rotated_dim)} "
+            "dimensions; it must be an even number of them"
+        )
+    if rope.scaling == "longrope" and len(rope.factors) != pairs:
+        found.append(
+            f"longrope's short_factor has {len(rope.factors)} numbers; head_dim={rotated_dim} with num_attention_heads="
+            f"{architecture.num_attention_heads} needs {pairs}"
+        )
+    if window is not None and window < 1:
+        found.append(f"sliding_window={window!r}; it must be a whole number of tokens, at least 1, or null")
+    for name, cap in (
+        ("attn_logit_softcapping", architecture.attention_softcap),
+        ("final_logit_softcapping", architecture.logit_softcap),
+    ):
+        if cap is not None and not is_number(cap, above=0.0):
+            found.append(f"{name}={cap!r}; it must be a number above 0, or null")
+    layers = architecture.windowed_layers or (window is not None,) * architecture.num_layers
+    computed = ["sliding_attention" if here else "full_attention" for here in layers]
+    if layer_types is not None and len(layer_types) != len(computed):
+        found.append(f"layer_types has {len(layer_types)} entries, num_hidden_layers={len(computed)} asks for as many")
+    elif layer_types is not None and list(layer_types) != computed:
+        found.append(
+            f"layer_types={list(layer_types)} is not supported for {architecture.family} with "
+            f"sliding_window={window!r}; only {computed} is"
+        )
+    return found
+
+
+def windows_by_layer(window: int | None, layer_types: Any, default: Sequence[bool]) -> dict[str, Any]:
+    """Architecture fields of a sliding window that only some layers have. layer_types: what the file says, or None;
+    default: which layers have the window where it is silent. What it says wrongly is found by `read_architecture`."""
+    layers = tuple(default) if layer_types is None else tuple(kind == "sliding_attention" for kind in layer_types)
+    if window is None or not any(layers):
+        return {}
+    return {"sliding_window": window, "windowed_layers": None if all(layers) else layers}
+
+
+def read_stop_token_ids(folder: str | Path, tokenizer_eos: int | None, vocab_size: int) -> frozenset[int]:
+    """Token ids that end a response: the union of what generation_config.json, config.json and the tokenizer name, as
+    instruct models spread theirs over all three. vLLM stops at the same ones, apart from config.json's, which it reads
+    where there is no generation_config.json.
+
+    Raises UserError when none is named, so that no response could ever end, or when one is not of the vocabulary.
+    """
+    folder = Path(folder)
+    named = {name: _eos_in(folder / name) for name in ("generation_config.json", "config.json")}
+    named["the tokenizer"] = [] if tokenizer_eos is None else [tokenizer_eos]
+    violations = [
+        f"{folder}: {name} says eos_token_id={token!r}, which is none of the model's {vocab_size} tokens; "
+        "mend it, or name the right ones in rollout.stop_token_ids"
+        for name, tokens in named.items()
+        for token in tokens
+        if type(token) is not int or not 0 <= token < vocab_size
+    ]
+    if violations:
+        raise UserError(violations)
+    found = frozenset(token for tokens in named.values() for token in tokens)
+    if not found:
+        raise UserError(
+            f"{folder}: neither config.json, generation_config.json nor the tokenizer names an eos token; name it in "
+            "rollout.stop_token_ids"
+        )
+    return found
+
+
+def _eos_in(path: Path) -> list[Any]:
+    if not path.is_file():
+        return []
+    value = read_json(path, path.name).get("eos_token_id")
+    return value if isinstance(value, list) else [] if value is None else [value]

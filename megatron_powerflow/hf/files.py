@@ -1,0 +1,309 @@
+"""How are a Hugging Face folder's tensors read by range, and written as they come?
+
+Only safetensors: nothing in the folder is ever executed or unpickled. Reading maps the files and copies
+just the slice that is asked for; writing fills one shard file at a time and puts the index last, in a
+folder that gets its name when it is complete.
+
+Left out: what the tensors mean (`operations.py`), who holds them (`live_weights.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.config import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# safetensors' name of a dtype -> torch's, bytes. What weights that were not quantized come in.
+FLOATS = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
+# Pages of a mapped file count as this process's memory: a file is let go after so many bytes read of it.
+MAPPED_BYTES = 256 * 2**20
+MAX_REPORTED = 20
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# Everything of a folder that is not weights and not code: copied unchanged into an export.
+COMPANION_PATTERNS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+)
+
+
+class SafetensorsFolder:
+    """The tensors of an HF folder. Opening checks every shard's header; a truncated file is found here.
+
+    Raises UserError: no safetensors, an index that names missing files, a file that is cut or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = Path(folder)
+        self._file_of: dict[str, str] = {}
+        self._info: dict[str, tuple[str, tuple[int, ...]]] = {}  # dtype, shape
+        self._mapped: tuple[str, Any] | None = None  # the file that is open for reading
+        self._bytes_read = 0
+        violations = []
+        for file_name, expected in self._shard_files().items():
+            path = self.folder / file_name
+            try:
+                # numpy's way maps the file as it is; torch's asks for as much memory as it has bytes
+                handle = safe_open(path, framework="np")
+            except FileNotFoundError:
+                violations.append(f"{path}: no such file, but {INDEX_NAME} names it; copy the folder again")
+                continue
+            except (SafetensorError, OSError) as error:
+                violations.append(f"{path}: truncated or damaged safetensors file ({error}); copy it again")
+                continue
+            with handle:
+                for name in handle.keys():  # noqa: SIM118
+                    part = handle.get_slice(name)
+                    if name in self._file_of:
+                        violations.append(
+                            f"{path}: tensor {name} is in {self._file_of[name]} as well; save the model again"
+                        )
+                    self._file_of[name] = file_name
+                    self._info[name] = str(part.get_dtype()), tuple(part.get_shape())
+            missing = sorted((expected or set()) - {name for name, file in self._file_of.items() if file == file_name})
+            violations += [f"{path}: lacks tensor {name}, which {INDEX_NAME} places there" for name in missing]
+        if violations:
+            raise UserError(violations)
+
+    def _shard_files(self) -> dict[str, set[str] | None]:
+        """File name -> the tensors the index places there; None where there is no index."""
+        index = self.folder / INDEX_NAME
+        if index.is_file():
+            weight_map = read_json(index, "the safetensors index").get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise UserError(f"{index}: has no weight_map of tensor names to file names")
+            outside = sorted({name for name in weight_map.values() if Path(name).name != name})
+            if outside:
+                raise UserError(f"{index}: names files outside the folder: {outside[:3]}")
+            files: dict[str, set[str] | None] = {}
+            for tensor, file_name in weight_map.items():
+                files.setdefault(file_name, set()).add(tensor)
+            if (self.folder / SINGLE_NAME).is_file() and (others := files.keys() - {SINGLE_NAME}):
+                raise UserError(
+                    f"{self.folder}: holds two sets of weights, {SINGLE_NAME} and those of {INDEX_NAME} "
+                    f"({min(others)}, ...); transformers reads the first alone. Take away the one that is not the "
+                    "model, or save it again"
+                )
+            return files
+        if (self.folder / SINGLE_NAME).is_file():
+            return {SINGLE_NAME: None}
+        raise UserError(
+            f"{self.folder}: no {SINGLE_NAME} and no {INDEX_NAME}; only safetensors weights are read "
+            "(.bin files would run code); save the model again with transformers"
+        )
+
+    @staticmethod
+    def is_there(folder: Path) -> bool:
+        """Whether the folder has weights at all: one for a login node may hold config.json and tokenizer alone."""
+        return (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
+
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._info[name][1]
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name for it: "F32", "BF16", ..."""
+        return self._info[name][0]
+
+    def read(self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Tensor:
+        """The asked slice of a tensor, on CPU, in the file's dtype. Only these bytes are read."""
+        part = self._open(self._file_of[name]).get_slice(name)
+        row_slice = slice(*rows) if rows is not None else slice(None)
+        value = part[row_slice] if columns is None else part[row_slice, slice(*columns)]
+        self._bytes_read += value.nbytes
+        return value
+
+    def _open(self, file_name: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if self._mapped is None or self._mapped[0] != file_name or self._bytes_read > MAPPED_BYTES:
+            path = self.folder / file_name
+            try:
+                self._mapped = file_name, safe_open(path, framework="pt")
+            except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch finds no memory to map it
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"{path}: a file of {path.stat().st_size / 2**30:.1f} GiB cannot be read here ({reason}); use a "
+                    "machine with more memory, or save the model again in smaller shards"
+                ) from None
+            self._bytes_read = 0
+        return self._mapped[1]
+
+
+def tied_twice(folder: SafetensorsFolder, output: str, embedding: str) -> list[str]:
+    """Whether an output weight that should be the embedding's own stands beside it and differs: the refusal, if so.
+    Reads both, a slice at a time."""
+    if not {output, embedding} <= folder.names():
+        return []
+    if folder.shape(output) == folder.shape(embedding) and all(
+        folder.read(output, rows=rows).equal(folder.read(embedding, rows=rows))
+        for rows in _slices(folder.shape(output)[0])
+    ):
+        return []
+    return [
+        f"{folder.folder}: config.json says tie_word_embeddings=true, and {output} is not {embedding}; say false there "
+        f"if the model has an output weight of its own, or take {output} away"
+    ]
+
+
+def _slices(num_rows: int, rows_at_a_time: int = 4096) -> Iterator[tuple[int, int]]:
+    for start in range(0, num_rows, rows_at_a_time):
+        yield start, min(start + rows_at_a_time, num_rows)
+
+
+def _renamed(present: set[str], expected: set[str]) -> str | None:
+    """Whether every name is right but for what all of them begin with: wrappers of other trainers leave that behind."""
+    wrong, lacking = present - expected, expected - present
+    for one, other, what in ((wrong, lacking, "begin with"), (lacking, wrong, "lack")):
+        for name in sorted(other)[:1]:
+            for candidate in one:
+                prefix = candidate.removesuffix(name)
+                if candidate != prefix and {prefix + item for item in other} <= one:
+                    return f"{what} {prefix!r}"
+    return None
+
+
+def check_tensor_names(
+    folder: SafetensorsFolder, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()
+) -> None:
+    """Every expected tensor is there with its shape, and nothing else is. Raises UserError with all that is wrong, as
+    many as a person reads.
+
+    optional: names that may be there and are not read: a tied lm_head, the rotary buffers of old exports.
+    """
+    present = folder.names()
+    known_buffers = {name for name in present if name.endswith("rotary_emb.inv_freq")}
+    missing = sorted(set(expected) - present)
+    extra = sorted(present - set(expected) - known_buffers - set(optional))
+    if fused := [name for name in extra if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        raise UserError(
+            f"{folder.folder}: experts stand in one tensor, such as {fused[0]}: transformers 5 wrote it with "
+            "save_original_format=False; load and save it there again, with True, its default"
+        )
+    if missing and extra and (how := _renamed(set(extra), set(missing))):
+        raise UserError(
+            f"{folder.folder}: the names of {len(missing)} tensors {how}, such as {extra[0]} for {missing[0]}; save "
+            "the model again without what wraps it"
+        )
+    violations = [f"{folder.folder}: tensor {name} is missing" for name in missing]
+    violations += [f"{folder.folder}: tensor {name} is not part of this architecture" for name in extra]
+    for name in sorted(set(expected) & present):
+        if folder.shape(name) != expected[name]:
+            violations.append(
+                f"{folder.folder}: tensor {name} has shape {folder.shape(name)}, config.json implies {expected[name]}"
+            )
+        if folder.dtype(name) not in FLOATS:
+            violations.append(
+                f"{folder.folder}: tensor {name} is {folder.dtype(name)}; only {', '.join(FLOATS)} are read: "
+                "give the folder of the unquantized model"
+            )
+    if violations:
+        more = len(violations) - MAX_REPORTED
+        raise UserError(violations[:MAX_REPORTED] + ([f"... and {more} more like these"] if more > 0 else []))
+
+
+class SafetensorsWriter:
+    """Writes shard files as tensors come; memory holds at most one file's tensors.
+
+    prefix keeps the files of several writers in one folder apart (one writer per pipeline stage).
+    After the last `flush`, `file_of` maps every tensor to its file and `total_bytes` counts them.
+    """
+
+    def __init__(self, folder: Path, *, prefix: str, max_shard_bytes: int) -> None:
+        self.folder, self.prefix, self.max_shard_bytes = folder, prefix, max_shard_bytes
+        self.file_of: dict[str, str] = {}
+        self.total_bytes = 0
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._num_files = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor (any device); writes the file that is full before it."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending_bytes + size > self.max_shard_bytes:
+            self.flush()
+        assert name not in self.file_of and name not in self._pending, f"{name} written twice"
+        tensor = tensor.detach().cpu().contiguous()
+        owned = tensor.untyped_storage().nbytes() == size  # a part of another's memory is not for save_file
+        self._pending[name] = tensor if owned else tensor.clone()
+        self._pending_bytes += size
+
+    def flush(self) -> None:
+        """Write what is pending as one file; nothing pending, nothing written."""
+        from safetensors.torch import save_file
+
+        if not self._pending:
+            return
+        file_name = f"{self.prefix}-{self._num_files:05d}.safetensors"
+        save_file(self._pending, self.folder / file_name, metadata={"format": "pt"})
+        self.file_of.update(dict.fromkeys(self._pending, file_name))
+        self.total_bytes += self._pending_bytes
+        self._num_files += 1
+        self._pending, self._pending_bytes = {}, 0
+
+
+def write_index(folder: Path, file_of: Mapping[str, str], total_bytes: int) -> None:
+    """Give the shards their final names, in order, and write the index (none for a single file)."""
+    files = list(dict.fromkeys(file_of.values()))
+    if len(files) == 1:
+        (folder / files[0]).rename(folder / SINGLE_NAME)
+        return
+    final = {name: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, name in enumerate(files)}
+    for old, new in final.items():
+        (folder / old).rename(folder / new)
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": {tensor: final[name] for tensor, name in sorted(file_of.items())},
+    }
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The safetensors files, or those of a converted checkpoint, in order; none in a folder without weights."""
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("release/*.distcp"))
+    return [path for path in found if path.is_file()]
+
+
+def companion_files(source: Path) -> Iterator[Path]:
+    """Tokenizer, generation config, chat template, licence: relative paths of what `copy_companions` takes."""
+    for pattern in COMPANION_PATTERNS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.suffix != ".py":
+                yield path.relative_to(source)
+
+
+def copy_companions(source: Path, target: Path, *, dtype: str | None) -> None:
+    """Copy everything but weights and code. config.json keeps every byte of meaning but its dtype.
+
+    dtype: "float32" or "bfloat16", what the exported tensors are; None copies config.json as it is.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for relative in companion_files(source):
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / relative, target / relative)
+    if dtype is None:
+        shutil.copyfile(source / "config.json", target / "config.json")
+        return
+    config = read_json(source / "config.json", "the model's config.json")
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype  # transformers 5 and 4 call it differently
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

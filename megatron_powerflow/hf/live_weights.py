@@ -1,0 +1,196 @@
+"""Which rank holds which tensor, and how do the shards of all ranks become HF tensors again?
+
+`load_from_hf` fills the parameters of this rank's model chunks from just the slices it needs.
+`export_to_hf` writes an HF folder: each pipeline stage, and each holder of experts, its own shard files, in
+parallel, no rank ever holding more than one gathered tensor and one shard file.
+
+Left out: the operations themselves (`operations.py`), the files (`files.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.family import Family
+from megatron_powerflow.hf.files import (
+    SafetensorsFolder,
+    SafetensorsWriter,
+    copy_companions,
+    write_index,
+)
+from megatron_powerflow.hf.operations import Op, ShardShape
+from megatron_powerflow.hf.shapes import expected_tensors, is_embedding, is_output
+from megatron_powerflow.hf.torch_dist_names import FUSED_NORMS
+from megatron_powerflow.parallel.collectives import first_failure, gather_to_main, on_main
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.owner import Owner
+from megatron_powerflow.records import Architecture
+from megatron_powerflow.targets import export_target
+
+# Transformer Engine fuses a norm with the linear layer behind it and names the weight after the latter.
+FUSED_NORM_NAMES = {fused: own for own, (fused, _) in FUSED_NORMS.items()}
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One local parameter, the operation that fills it, the global layer and expert it belongs to (None: to none).
+
+    A buffer that is a part of the model, and that no optimizer moves, is a Tensor and no nn.Parameter.
+    """
+
+    parameter: Tensor
+    op: Op
+    layer: int | None
+    expert: int | None = None
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return self.op.hf_names(self.layer, self.expert)
+
+
+def placements(chunks: Sequence[nn.Module], family: Family, ep_rank: int) -> Iterator[Placement]:
+    """Every parameter of this rank's chunks, in order; one that no operation names is a bug. Then the buffers that one
+    names."""
+    layer_ops = {op.megatron: op for op in family.layer_ops}
+    model_ops = {op.megatron: op for op in family.model_ops}
+    for chunk in chunks:
+        buffers = ((name, it) for name, it in chunk.named_buffers() if name.endswith(tuple(layer_ops)))
+        for name, parameter in chain(chunk.named_parameters(), buffers):
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+            if match is None:
+                assert name in model_ops, f"no operation fills {name} in family {family.model_type}"
+                yield Placement(parameter, model_ops[name], None)
+                continue
+            suffix = FUSED_NORM_NAMES.get(match[2], match[2])
+            layer = chunk.decoder.layers[int(match[1])]
+            expert = None
+            if local := re.search(r"(?<=local_experts\.)\d+", suffix):
+                expert = ep_rank * layer.mlp.num_local_experts + int(local[0])
+                suffix = suffix[: local.start()] + "{expert}" + suffix[local.end() :]
+            assert suffix in layer_ops, f"no operation fills {name} in family {family.model_type}"
+            # layer_number counts from 1 over the whole model
+            yield Placement(parameter, layer_ops[suffix], layer.layer_number - 1, expert)
+
+
+@torch.no_grad()
+def load_from_hf(
+    chunks: Sequence[nn.Module], source: SafetensorsFolder, architecture: Architecture, family: Family, groups: Groups
+) -> None:
+    """Fill the parameters of `chunks` in place, casting to their dtype. Reads this rank's slices only."""
+    shape = _shard_shape(chunks, architecture, groups)
+    for placed in placements(chunks, family, groups.ep_rank):
+        names = placed.hf_names
+        if architecture.tied_embeddings and is_output(placed.op):
+            # the last stage's own copy of a tied embedding (pp > 1)
+            names = next(op for op in family.model_ops if is_embedding(op)).hf_names(None)
+        value = placed.op.shard(source, names, shape)
+        if value.shape != placed.parameter.shape:
+            raise AssertionError(f"{names}: shard {tuple(value.shape)}, parameter {tuple(placed.parameter.shape)}")
+        placed.parameter.copy_(value)
+
+
+@torch.no_grad()
+def hf_tensors(
+    chunks: Sequence[nn.Module], architecture: Architecture, family: Family, groups: Groups
+) -> Iterator[tuple[str, Tensor]]:
+    """HF tensors of this rank's stage, one parameter gathered at a time. Collective over tp_group.
+
+    Yields on tensor-parallel rank 0; the other ranks only take part. A tied output weight belongs to the
+    first stage and is skipped here. Beyond expert-parallel rank 0 only the experts come: the rest is the same there.
+    """
+    shape = _shard_shape(chunks, architecture, groups)
+    for placed in placements(chunks, family, groups.ep_rank):
+        if (architecture.tied_embeddings and is_output(placed.op)) or (groups.ep_rank and placed.expert is None):
+            continue
+        shards = [placed.parameter.detach()]
+        if groups.tp_size > 1:
+            shards = [torch.empty_like(placed.parameter) for _ in range(groups.tp_size)]
+            dist.all_gather(shards, placed.parameter.detach().contiguous(), group=groups.tp)
+        if groups.tp_rank == 0:
+            yield from zip(placed.hf_names, placed.op.merge(shards, shape), strict=True)
+
+
+def export_to_hf(
+    chunks: Sequence[nn.Module],
+    architecture: Architecture,
+    family: Family,
+    groups: Groups,
+    *,
+    companions: Path,
+    out: Path,
+    source: Path,
+    more: Mapping[str, str] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `out`, a plain HF folder, in the dtype of the parameters. Collective over all ranks.
+
+    companions: folder whose config, tokenizer, generation config and chat template go along. source: what the mark says
+    that it is an export of. more: texts by file name, on the main rank, that go along. The folder appears under its
+    name only when it is complete; an older export there is replaced. Raises UserError when something else is there,
+    another process writes it or the disk fills up; nothing of `out` is lost then.
+    """
+    target = export_target(out)
+    dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
+    with ExitStack() as stack:
+        owner = stack.enter_context(Owner(target.out, target.lock, target.made_by))
+        on_main(owner.take, groups)
+        on_main(target.begin, groups)
+        if groups.is_main:
+            stack.callback(target.abandon)  # nothing is left of it behind `publish`
+        failure = _attempt(lambda: copy_companions(companions, target.partial, dtype=dtype)) if groups.is_main else None
+        for name, text in (more or {}).items():
+            failure = failure or _attempt((target.partial / name).write_text, text, "utf-8")
+        _raise_together(failure, out, groups)
+
+        file_of: dict[str, str] = {}
+        total_bytes = 0
+        if groups.edp_rank == 0:
+            prefix = f"stage-{groups.pp_rank:05d}-{groups.ep_rank:05d}"
+            writer = SafetensorsWriter(target.partial, prefix=prefix, max_shard_bytes=max_shard_bytes)
+            for name, tensor in hf_tensors(chunks, architecture, family, groups):
+                if failure is None:  # after a failure only the gathers go on, for the ranks that wait in them
+                    failure = _attempt(writer.add, name, tensor)
+            failure = failure or _attempt(writer.flush)
+            file_of, total_bytes = writer.file_of, writer.total_bytes
+        _raise_together(failure, out, groups)
+
+        gathered = gather_to_main((file_of, total_bytes), groups)
+        if groups.is_main:
+            everything = {name: file for files, _ in gathered for name, file in files.items()}
+            expected = expected_tensors(architecture, family)
+            assert set(everything) == set(expected), f"export differs: {sorted(set(everything) ^ set(expected))[:5]}"
+            total_bytes = sum(size for _, size in gathered)
+            failure = _attempt(write_index, target.partial, everything, total_bytes)
+        _raise_together(failure, out, groups)
+        on_main(lambda: target.publish(source=str(source.resolve()), dtype=dtype, num_bytes=total_bytes), groups)
+
+
+def _attempt(function, *arguments) -> Exception | None:
+    """What writing failed with, so that all ranks can stop together; anything but I/O passes through."""
+    try:
+        function(*arguments)
+    except (OSError, SafetensorError) as error:
+        return error
+    return None
+
+
+def _raise_together(failure: Exception | None, out: Path, groups: Groups) -> None:
+    text = first_failure(failure, groups)
+    if text is not None:
+        raise UserError(f"{out}: the export could not be written ({text}); free space on that disk and export again")
+
+
+def _shard_shape(chunks: Sequence[nn.Module], architecture: Architecture, groups: Groups) -> ShardShape:
+    return ShardShape(architecture, groups.tp_rank, groups.tp_size, chunks[0].padded_vocab_size)

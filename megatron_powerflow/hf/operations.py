@@ -1,0 +1,323 @@
+"""How does one Megatron parameter relate to Hugging Face tensors, in both directions?
+
+A family is a list of these operations. Each one can `shard`: read just the slices of one tensor-parallel
+rank from the HF side; and `merge`: turn the shards of all ranks back into HF tensors. For every op and
+every size, `merge([shard(rank) for rank in range(size)])` gives back what was read, bit for bit.
+
+Left out: which file a tensor is in (`files.py`), which rank holds which layer (`live_weights.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_powerflow.records import Architecture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What a family's operations count by, beside the fields of an Architecture.
+WIDTHS: dict[str, Callable[[Architecture], int]] = {
+    "attention": lambda a: a.num_attention_heads * (a.mla.v_head_dim if a.mla else a.head_dim),
+    "ffn": lambda a: a.ffn_hidden_size,
+    "queries": lambda a: a.num_attention_heads * a.head_dim,
+    "q_latent": lambda a: a.mla.q_lora_rank,
+    "kv_latent": lambda a: a.mla.kv_lora_rank,
+    "kv_latent_and_rope": lambda a: a.mla.kv_lora_rank + a.mla.rope_head_dim,
+    "keys_and_values": lambda a: a.num_attention_heads * (a.mla.nope_head_dim + a.mla.v_head_dim),
+    "experts": lambda a: a.experts.num,
+    "dense_ffn": lambda a: a.experts.dense_ffn_hidden_size,
+    "shared_ffn": lambda a: a.experts.shared_ffn_hidden_size,
+}
+
+
+def width(architecture: Architecture, word: str) -> int:
+    """The number that an operation's data calls `word`."""
+    return WIDTHS[word](architecture) if word in WIDTHS else getattr(architecture, word)
+
+
+class TensorSource(Protocol):
+    """HF tensors by name, read by range. `rows` and `columns` are half-open (start, stop); None: all."""
+
+    def read(
+        self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
+    ) -> Tensor: ...
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """The parts behind each other; one alone as it is, without a copy."""
+    import torch
+
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
+class Op(Protocol):
+    """megatron: name of the parameter, within its layer or the model; {layer} in HF names is the global layer.
+
+    A tensor that each expert has one of says {expert} in both: the global number of the expert, from 0.
+    """
+
+    megatron: str
+
+    def hf_names(self, layer: int | None, expert: int | None = None) -> tuple[str, ...]: ...
+
+    def hf_shapes(self, architecture: Architecture) -> tuple[tuple[int, ...], ...]: ...
+
+    def shard(self, source: TensorSource, names: Sequence[str], shape: ShardShape) -> Tensor: ...
+
+    def merge(self, shards: Sequence[Tensor], shape: ShardShape) -> tuple[Tensor, ...]: ...
+
+
+@dataclass(frozen=True)
+class ShardShape:
+    """What an op needs to know of the model and of the rank it reads for."""
+
+    architecture: Architecture
+    tp_rank: int
+    tp_size: int
+    # vocabulary rows on all ranks together, padding included
+    padded_vocab_size: int
+
+    def part(self, size: int) -> tuple[int, int]:
+        """This rank's (start, stop) of a dimension that tp_size divides."""
+        assert size % self.tp_size == 0, f"tp={self.tp_size} does not divide {size}; layout checks let it through"
+        step = size // self.tp_size
+        return self.tp_rank * step, (self.tp_rank + 1) * step
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """The same tensor on every rank: norms, [size], and small weights, [rows, size]; see `width`.
+
+    fp32: it stays in fp32, whatever dtype the model has or is converted to.
+    """
+
+    megatron: str
+    hf: str
+    size: str = "hidden_size"
+    rows: str | None = None
+    fp32: bool = False
+
+    def hf_names(self, layer, expert=None):
+        return (self.hf.format(layer=layer, expert=expert),)
+
+    def hf_shapes(self, architecture):
+        return (tuple(width(architecture, word) for word in (self.rows, self.size) if word is not None),)
+
+    def shard(self, source, names, shape):
+        return source.read(names[0])
+
+    def merge(self, shards, shape):
+        return (shards[0],)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column-parallel weight [outputs, inputs]: each rank holds some of its rows, whole heads of them."""
+
+    megatron: str
+    hf: str
+    outputs: str
+    inputs: str = "hidden_size"
+
+    def hf_names(self, layer, expert=None):
+        return (self.hf.format(layer=layer, expert=expert),)
+
+    def hf_shapes(self, architecture):
+        return ((width(architecture, self.outputs), width(architecture, self.inputs)),)
+
+    def shard(self, source, names, shape):
+        return source.read(names[0], rows=shape.part(width(shape.architecture, self.outputs)))
+
+    def merge(self, shards, shape):
+        return (joined(shards, 0),)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row-parallel weight [hidden_size, inputs]: each rank holds columns of it."""
+
+    megatron: str
+    hf: str
+    inputs: str
+
+    def hf_names(self, layer, expert=None):
+        return (self.hf.format(layer=layer, expert=expert),)
+
+    def hf_shapes(self, architecture):
+        return ((architecture.hidden_size, width(architecture, self.inputs)),)
+
+    def shard(self, source, names, shape):
+        return source.read(names[0], columns=shape.part(width(shape.architecture, self.inputs)))
+
+    def merge(self, shards, shape):
+        return (joined(shards, 1),)
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """Gated MLP: Megatron holds [gate; up] of each rank in one weight, HF two weights."""
+
+    megatron: str
+    gate: str
+    up: str
+    outputs: str = "ffn"
+
+    def hf_names(self, layer, expert=None):
+        return (self.gate.format(layer=layer, expert=expert), self.up.format(layer=layer, expert=expert))
+
+    def hf_shapes(self, architecture):
+        return ((width(architecture, self.outputs), architecture.hidden_size),) * 2
+
+    def shard(self, source, names, shape):
+        import torch
+
+        rows = shape.part(width(shape.architecture, self.outputs))
+        return torch.cat([source.read(name, rows=rows) for name in names], dim=0)
+
+    def merge(self, shards, shape):
+        halves = [shard.chunk(2, dim=0) for shard in shards]
+        return joined([half[0] for half in halves], 0), joined([half[1] for half in halves], 0)
+
+
+@dataclass(frozen=True)
+class Qkv:
+    """Fused attention input, weight or bias. Megatron interleaves by query group:
+
+    [q of group 0 (heads/groups * head_dim rows), k of group 0, v of group 0, q of group 1, ...]
+
+    so that splitting rows over ranks hands each rank whole groups. HF holds q, k, v apart.
+    """
+
+    megatron: str
+    q: str
+    k: str
+    v: str
+
+    def hf_names(self, layer, expert=None):
+        return tuple(name.format(layer=layer, expert=expert) for name in (self.q, self.k, self.v))
+
+    def hf_shapes(self, architecture):
+        tail = () if self.megatron.endswith("bias") else (architecture.hidden_size,)
+        q_rows = architecture.num_attention_heads * architecture.head_dim
+        kv_rows = architecture.num_query_groups * architecture.head_dim
+        return ((q_rows, *tail), (kv_rows, *tail), (kv_rows, *tail))
+
+    def shard(self, source, names, shape):
+        import torch
+
+        first, last = shape.part(shape.architecture.num_query_groups)
+        groups, head_dim = last - first, shape.architecture.head_dim
+        per_group = shape.architecture.num_attention_heads // shape.architecture.num_query_groups
+        rows_per_group = (per_group * head_dim, head_dim, head_dim)
+        parts = [
+            source.read(name, rows=(first * rows, last * rows)).unflatten(0, (groups, rows))
+            for name, rows in zip(names, rows_per_group, strict=True)
+        ]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def merge(self, shards, shape):
+        architecture, head_dim = shape.architecture, shape.architecture.head_dim
+        per_group = architecture.num_attention_heads // architecture.num_query_groups
+        whole = joined(shards, 0).unflatten(0, (architecture.num_query_groups, -1))
+        return tuple(part.flatten(0, 1) for part in whole.split([per_group * head_dim, head_dim, head_dim], dim=1))
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One HF tensor that holds those of `parts`, a Qkv or a GateUp, behind each other: [q; k; v] or [gate; up]."""
+
+    parts: Op
+    hf: str
+
+    @property
+    def megatron(self) -> str:
+        return self.parts.megatron
+
+    def hf_names(self, layer, expert=None):
+        return (self.hf.format(layer=layer, expert=expert),)
+
+    def hf_shapes(self, architecture):
+        shapes = self.parts.hf_shapes(architecture)
+        return ((sum(shape[0] for shape in shapes), *shapes[0][1:]),)
+
+    def shard(self, source, names, shape):
+        starts, total = {}, 0
+        part_names = self.parts.hf_names(None)
+        for part, part_shape in zip(part_names, self.parts.hf_shapes(shape.architecture), strict=True):
+            starts[part], total = total, total + part_shape[0]
+        return self.parts.shard(_RowsOf(source, names[0], starts), part_names, shape)
+
+    def merge(self, shards, shape):
+        import torch
+
+        return (torch.cat(self.parts.merge(shards, shape), dim=0),)
+
+
+@dataclass(frozen=True)
+class _RowsOf:
+    """A TensorSource of parts of one tensor: each part's rows start where `starts` says."""
+
+    source: TensorSource
+    name: str
+    starts: Mapping[str, int]
+
+    def read(self, name, *, rows=None, columns=None):
+        first = self.starts[name]
+        return self.source.read(self.name, rows=(first + rows[0], first + rows[1]), columns=columns)
+
+
+@dataclass(frozen=True)
+class VocabRows:
+    """Embedding or output weight: rows over ranks, padded with zeros to what tp divides."""
+
+    megatron: str
+    hf: str
+
+    def hf_names(self, layer, expert=None):
+        return (self.hf,)
+
+    def hf_shapes(self, architecture):
+        return ((architecture.vocab_size, architecture.hidden_size),)
+
+    def shard(self, source, names, shape):
+        import torch
+
+        vocab_size = shape.architecture.vocab_size
+        start, stop = shape.part(shape.padded_vocab_size)
+        real = source.read(names[0], rows=(min(start, vocab_size), min(stop, vocab_size)))
+        padding = real.new_zeros((stop - start - real.shape[0], real.shape[1]))
+        return torch.cat([real, padding], dim=0) if padding.shape[0] else real
+
+    def merge(self, shards, shape):
+        return (joined(shards, 0)[: shape.architecture.vocab_size],)
+
+
+@dataclass(frozen=True)
+class InLayers:
+    """An operation whose tensors only some layers have. layers: architecture -> their global numbers, from 0."""
+
+    op: Op
+    layers: Callable[[Architecture], range]
+
+    @property
+    def megatron(self):
+        return self.op.megatron
+
+    @property
+    def fp32(self):
+        return getattr(self.op, "fp32", False)
+
+    def hf_names(self, layer, expert=None):
+        return self.op.hf_names(layer, expert)
+
+    def hf_shapes(self, architecture):
+        return self.op.hf_shapes(architecture)
+
+    def shard(self, source, names, shape):
+        return self.op.shard(source, names, shape)
+
+    def merge(self, shards, shape):
+        return self.op.merge(shards, shape)

@@ -1,0 +1,95 @@
+"""How do a step's rollouts become micro-batches? One list of them per optimizer update; groups stay whole.
+
+Left out: the rows and streams themselves (`data/packing.py`), which rollout goes into which bin (`data/bins.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from megatron_powerflow.config import Config
+from megatron_powerflow.data.bins import BinRule, flop_count, groups_fit, plan_update
+from megatron_powerflow.data.packing import Annotated, pack, pack_streams
+from megatron_powerflow.model.precision import token_alignment
+from megatron_powerflow.objective.presets import Balance
+from megatron_powerflow.parallel.collectives import every_rollout
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.layout import Layout
+from megatron_powerflow.records import MicroBatch, Rollout
+from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.rewards import annotate
+from megatron_powerflow.training.session import Session
+
+
+def bin_rule(layout: Layout, config: Config) -> BinRule:
+    """What packed micro-batches must be like."""
+    return BinRule(
+        max_tokens=config.parallel.max_tokens_per_micro_batch,
+        sequence_multiple=layout.sequence_multiple,
+        total_multiple=layout.position_multiple(token_alignment(config.precision)),
+        count_multiple=layout.pp if layout.vpp else 1,
+    )
+
+
+def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> list[list[MicroBatch]]:
+    """The step's rollouts as micro-batches of this rank, one list per optimizer update; groups stay whole.
+
+    rollouts: this replica's share; packed, groups change replicas for the sake of balance. Collective.
+    """
+    config, groups = plan.config, session.groups
+    arguments = {
+        "responses_per_prompt": config.rollout.responses_per_prompt,
+        "drop_truncated": config.objective.truncated == "drop",
+        "uniform": plan.layout.vpp is not None,
+        "device": groups.device,
+        "cp_rank": groups.cp_rank,
+        "cp_size": groups.cp_size,
+    }
+    if config.parallel.max_tokens_per_micro_batch is not None:
+        return _pack_streams(rollouts, plan, groups, arguments)
+    annotated = annotate(rollouts, config.objective, plan.tokenizer)
+    size = len(annotated) // config.optimizer.updates_per_rollout
+    return [
+        pack(
+            annotated[start : start + size],
+            micro_batch_size=config.parallel.micro_batch_size,
+            multiple=plan.layout.position_multiple(token_alignment(config.precision)),
+            **arguments,
+        )
+        for start in range(0, len(annotated), size)
+    ]
+
+
+def _pack_streams(
+    rollouts: Sequence[Rollout], plan: Plan, groups: Groups, arguments: dict[str, Any]
+) -> list[list[MicroBatch]]:
+    """Every rank sees the lengths of all rollouts, makes the plan of all ranks, and takes its own part."""
+    config = plan.config
+    rule, flops = bin_rule(plan.layout, config), flop_count(plan.architecture)
+    # annotated where they were sampled, in whole groups: a rank's own part may hold a piece of a group only
+    everyone = annotate(rollouts, config.objective, plan.tokenizer)
+    if groups.dp_size > 1:
+        everyone = every_rollout(everyone, groups, shared_over_cp=False)
+    annotated = {_name(item): item for item in everyone}
+    by_group = [[item.rollout for item in members] for _, members in groupby(everyone, key=lambda item: item.slot)]
+    per_update = len(by_group) // config.optimizer.updates_per_rollout
+    estimates = isinstance(config.objective.form, Balance) and not config.objective.learns_log_z
+    planned = []  # of each update: this rank's micro-batches of rollouts, and whether groups are whole in them
+    for first in range(0, len(by_group), per_update):
+        members = by_group[first : first + per_update]
+        lengths = [[len(r.prompt.token_ids) + len(r.response_token_ids) for r in group] for group in members]
+        together = estimates and groups_fit(lengths, rule)
+        bins = plan_update(lengths, groups.dp_size, rule, flops, together=together)[groups.dp_rank]
+        planned.append(([[members[q][i] for q, i in bin] for bin in bins], together))
+    return [
+        pack_streams(
+            [[annotated[_name(rollout)] for rollout in bin] for bin in bins], rule, whole_groups=together, **arguments
+        )
+        for bins, together in planned
+    ]
+
+
+def _name(rollout: Rollout | Annotated) -> tuple[int, int]:
+    return rollout.slot, rollout.response_index

@@ -1,0 +1,68 @@
+"""What does a run consist of on this rank? Policy, reference, head, optimizers, engine, built from a plan.
+
+The order matters: base weights are read first, the reference is made from them, then DDP and the optimizers take the
+parameters over, and a checkpoint, if there is one to continue, is loaded last.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+from megatron_powerflow.checkpoint import storage
+from megatron_powerflow.checkpoint.state import Progress, Trainable
+from megatron_powerflow.model.log_z_head import LogZHead
+from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.model.reference import Reference, ResidentReference, SwapReference
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.rollout.engine import Engine
+from megatron_powerflow.rollout.megatron_engine import MegatronEngine
+from megatron_powerflow.training.forward_step import Scorer
+from megatron_powerflow.training.optimizer import build_trainable
+from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.policy import alignment, build_policy
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a step needs, on this rank."""
+
+    groups: Groups
+    trainable: Trainable
+    reference: Reference
+    engine: Engine
+    scorer: Scorer
+    progress: Progress
+
+
+def build_session(plan: Plan, groups: Groups) -> Session:
+    """Collective over all ranks. Loads the checkpoint to continue from, if the plan names one."""
+    config, architecture = plan.config, plan.architecture
+    model = config.model.model_copy(update={"hf_path": str(plan.model_folder)})
+
+    def policy() -> list[PolicyModel]:
+        return build_policy(architecture, plan.family, plan.layout, model, config.precision, groups)
+
+    chunks = policy()
+    reference = SwapReference(chunks) if config.model.reference == "swap" else ResidentReference(policy())
+    head = None
+    if config.objective.learns_log_z and groups.is_last_stage:
+        head = LogZHead(
+            architecture.hidden_size,
+            kind=config.objective.log_z,
+            detach=config.objective.log_z_detach is not False,
+            seed=config.run.seed,
+        ).to(groups.device)
+    trainable = build_trainable(chunks, head, config, groups)
+    progress = Progress(step=0, position=0, skipped_in_a_row=0, num_skipped=0, wandb_run_id=uuid.uuid4().hex[:12])
+    if plan.resume_from is not None:
+        progress = storage.load(plan.resume_from, trainable, groups)
+    engine = MegatronEngine(
+        chunks,
+        groups,
+        vocab_size=architecture.vocab_size,
+        max_concurrent_rows=config.rollout.max_concurrent_rows,
+        alignment=alignment(plan.layout, config.precision),
+    )
+    scorer = Scorer(groups, architecture.vocab_size, config.rollout.temperature, plan.layout.sequence_parallel)
+    return Session(groups, trainable, reference, engine, scorer, progress)
