@@ -2,11 +2,11 @@
 
 A prompt is prefilled once for all its responses. Each pipeline stage runs its part of a token and hands the hidden
 states on; the last stage samples and tells the other stages the tokens. Groups wait until there are rows for them, and
-take those of finished responses (`decode_batch.py`). With pp > 1 the rows are split into decode batches that follow each other through
-the stages, so that none waits idle:
+take those of finished responses (`decode_batch.py`). With pp > 1 the rows are split into decode batches that follow
+each other through the stages, so that none waits idle:
 
     stage 0   batch 0 t0 | batch 1 t0 | batch 0 t1 | batch 1 t1 | ...
-    stage 1             | batch 0 t0 | batch 1 t0 | batch 0 t1 | ...
+    stage 1              | batch 0 t0 | batch 1 t0 | batch 0 t1 | ...
 
 Left out: engines in other processes; CUDA graphs and Megatron's dynamic engine. On a GPU a small batch waits for kernel
 launches, some dozen a layer, which a graph of one decoding pass would save: shapes change only when rows join or leave
@@ -78,8 +78,8 @@ class MegatronEngine:
         return sorted(rollouts, key=lambda rollout: (order[rollout.slot], rollout.response_index))
 
     def _decode_batches(self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> list[DecodeBatch]:
-        """Up to pp decode batches, which share the groups that may have rows at a time as evenly as they come; as many as those
-        of any rank that shares experts with this one, if need be without a group."""
+        """Up to pp decode batches, which share the groups that may have rows at a time as evenly as they come; as many
+        as those of any rank that shares experts with this one, if need be without a group."""
         waiting = deque(prompts)
         at_a_time = min(len(prompts), max(1, self._max_rows // sampling.responses_per_prompt))
         num_batches = largest(min(self._groups.pp_size, at_a_time), self._groups)
@@ -146,7 +146,7 @@ class MegatronEngine:
     def _sample(
         self, batch: DecodeBatch, hidden: Tensor | None, sampling: SamplingParams
     ) -> tuple[Tensor, Tensor] | None:
-        """(tokens [rows] int64, log-probs [rows] fp32) of the batch on the last stage; None on the others."""
+        """(tokens [rows] int64, log-probs [rows] fp32) of the batch on the last stage; None elsewhere."""
         if hidden is None:
             return None
         if self._config.sequence_parallel:

@@ -1,4 +1,4 @@
-"""Arrows point one way: a module imports only lower levels or its own folder; the package itself imports no torch."""
+"""Arrows point one way: a module imports only lower floors or its own room; the package itself imports no torch."""
 
 from __future__ import annotations
 
@@ -10,47 +10,26 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_powerflow"
-LEVELS = {
-    "errors": 0,
-    "console": 0,
-    "config": 0,
-    "config_rules": 0,
-    "records": 0,
-    "targets": 0,
-    "random_streams": 0,
-    "presets": 0,
-    "config_help": 0,
-    "parallel": 1,
-    "model": 2,
-    "objective": 2,
-    "data": 2,
-    "conversion": 2,
-    "metrics": 2,
-    "hub": 3,
-    "rollout": 3,
-    "checkpoint": 3,
-    "training": 4,
-    "evaluation": 5,
-    "run_output": 5,
-    "run_folder": 5,
-    "train": 5,
-    "inference": 5,
-    "output_lines": 5,
-    "report": 5,
-    "prepare": 5,
-    "model_card": 5,
-    "recipes": 5,
-    "environment": 5,
-    "decoding": 5,
-    "conversion_tools": 5,
-    "model_parity": 5,
-    "cli": 5,
-}
+# Every file and folder at the top of the package, by floor: a floor imports lower ones only, and no room its neighbour.
+FLOORS = (
+    ("console", "errors", "log_probs", "objective", "records"),
+    ("config", "random_streams", "targets"),
+    ("config_rules", "data", "metrics", "parallel", "recipes"),
+    ("config_file", "environment", "hf", "model", "report"),
+    ("checkpoint", "config_help", "hub", "rollout"),
+    ("model_card", "training"),
+    ("commands", "run_folder", "run_output"),
+    ("converter", "evaluation", "train"),
+    ("prepare",),
+    ("cli",),
+)
+FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 FREE_OF_TORCH = (
     "errors",
     "console",
     "config",
     "config_rules",
+    "config_file",
     "records",
     "random_streams",
     "cli",
@@ -60,20 +39,20 @@ FREE_OF_TORCH = (
     "checkpoint.folder",
     "checkpoint.first_files",
     "run_folder",
-    "conversion.shapes",
+    "hf.shapes",
     "metrics.step_log",
     "metrics.alarm",
     "metrics.realised_alpha",
-    "presets",
+    "objective.presets",
     "training.plan",
     "training.fetched",
     "hub.fetch",
     "hub.push",
     "metrics.counts",
     "data.bins",
-    "rollout.saved",
+    "rollout.rollout_files",
     "metrics.diversity",
-    "metrics.plot_style",
+    "report.plot_style",
     "report.page",
     "report.drawing",
 )
@@ -95,18 +74,32 @@ def imports_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_lower_levels_or_its_own_folder(path):
+def test_a_module_imports_only_lower_floors_or_its_own_room(path):
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     for module in imports_of(path):
         other = part_of(module)
         if other and other != own:
-            allowed = LEVELS[other] < LEVELS[own] or LEVELS[other] == LEVELS[own] in (0, 5)
-            assert allowed, f"{path.name} (level {LEVELS[own]}) imports {module} (level {LEVELS[other]})"
+            assert FLOOR_OF[other] < FLOOR_OF[own], (
+                f"{path.name} (floor {FLOOR_OF[own]}) imports {module} (floor {FLOOR_OF[other]})"
+            )
 
 
-def test_the_objective_imports_nothing_of_ours():
-    for path in (PACKAGE / "objective").glob("*.py"):
-        others = {module for module in imports_of(path) if not module.startswith("megatron_powerflow.objective.")}
+def test_no_modules_import_each_other():
+    """Within a room, too: a circle is one module in two files."""
+    names = {
+        path: ".".join(("megatron_powerflow", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in MODULES
+    }
+    left = {name: imports_of(path) - {name} for path, name in names.items()}
+    left = {name: {other for other in others if other in left} for name, others in left.items()}
+    while ready := [name for name, others in left.items() if not others]:
+        left = {name: others.difference(ready) for name, others in left.items() if name not in ready}
+    assert not left
+
+
+def test_objective_and_log_probs_import_nothing_of_ours():
+    for path in (*(PACKAGE / "objective").glob("*.py"), *(PACKAGE / "log_probs").glob("*.py")):
+        room = path.parent.name
+        others = {module for module in imports_of(path) if not module.startswith(f"megatron_powerflow.{room}.")}
         assert not others, path
 
 
