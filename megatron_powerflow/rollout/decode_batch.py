@@ -35,7 +35,8 @@ class DecodeBatch:
     """Rows that move through the pipeline together: a row of the batch is a row of the cache.
 
     waiting: (slot, prompt) of the groups that have no rows yet, shared with the other batches, which take from it in
-    the same order on every rank. max_groups: groups whose rows the batch may hold. max_prompt_tokens: of any group to come.
+    the same order on every rank. max_groups: groups whose rows the batch may hold. max_prompt_tokens: of any group to
+    come.
     """
 
     def __init__(
