@@ -1,15 +1,15 @@
 """Which records travel from one part of the program to the next?
 
-    Prompt --rollout--> Rollout --pack--> MicroBatch --score--> + ref_log_probs --update--> StepMetrics
+    Prompt --rollout--> Rollout --pack--> MicroBatch --score--> ScoredBatch --update--> StepMetrics
 
 Left out: anything that computes. Tensors appear in annotations only, so importing this is free.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -240,16 +240,39 @@ class MicroBatch:
     annotations: Tensor  # [b, len(ANNOTATION_COLUMNS)] fp32: only for the metrics; NaN: does not exist
     stream: Stream | None = None  # None: the rows as they are, padding and all
     whole_groups: bool = False  # no group goes on in another micro-batch: its log Z' needs no forward pass of its own
-    # what scoring adds; None before
-    ref_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the frozen reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredBatch(MicroBatch):
+    """A micro-batch with the log-probs that a loss compares; on the last pipeline stage, where losses are made."""
+
+    ref_log_probs: Tensor  # [b, s] fp32, 0 where masked, by the frozen reference
     # [b, s] fp32, 0 where masked, by the policy that sampled; None: that is the policy as it is
     old_log_probs: Tensor | None = None
     old_from_sampler: bool = False  # old_log_probs are the saved sampler's: another policy's, which none can score here
-    # what needs the whole group, detached: log Z' of the partition-free estimators and a factor on the weight, or a
-    # rival's advantage
-    log_z: Tensor | None = None  # [b] fp32
-    weight_factor: Tensor | None = None  # [b] fp32, 1 but for `contrastive`
-    advantage: Tensor | None = None  # [b] fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimatedBatch(ScoredBatch):
+    """With log Z' as the responses of each whole group say it, detached."""
+
+    log_z: Tensor  # [b] fp32
+    weight_factor: Tensor  # [b] fp32, 1 but for `contrastive`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardedBatch(ScoredBatch):
+    """With the advantage of each response within its group, detached; `reward` is what it is made of."""
+
+    advantage: Tensor  # [b] fp32
+
+
+Batch = TypeVar("Batch", bound=MicroBatch)
+
+
+def extended(batch: MicroBatch, kind: type[Batch], **late: object) -> Batch:
+    """The batch as one of a kind that has more fields; `late` names those, or others that change."""
+    return kind(**{field.name: getattr(batch, field.name) for field in fields(batch)} | late)
 
 
 # What the text of a rollout says, for the metrics: a \boxed{} (0 or 1), the prompt's answer (0 or 1; NaN without one),

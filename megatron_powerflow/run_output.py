@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
-from megatron_powerflow.checkpoint.state import Progress
+from megatron_powerflow.checkpoint.state import RunProgress
 from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, ringing
 from megatron_powerflow.metrics.alarm_words import ADVICE, ends_run, thresholds_of
 from megatron_powerflow.metrics.change import change_table, changes_of
@@ -32,7 +32,7 @@ from megatron_powerflow.report.curves import CURVES_NAME, draw_curves
 from megatron_powerflow.training.in_training_evaluation import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.session import Session
-from megatron_powerflow.training.update import Updated
+from megatron_powerflow.training.step import StepResult
 
 
 class RunOutput:
@@ -111,23 +111,23 @@ class RunOutput:
         if self._line is not None:
             self._line.phase(text)
 
-    def write(self, step: int, updated: Updated, lr: float, alpha: float | None, progress: Progress) -> None:
+    def write(self, step: int, result: StepResult, progress: RunProgress) -> None:
         """One step's metrics, everywhere. Collective: the peak memory is that of the worst rank."""
         config, groups = self._plan.config, self._session.groups
         target = Target(
             responses_per_prompt=config.rollout.responses_per_prompt,
             max_response_tokens=config.rollout.max_response_tokens,
-            alpha=alpha,
+            alpha=result.alpha,
             tilt_cap=config.objective.tilt_cap,
             has_tilt=config.objective.form.tilts,
             energy_per_token=config.objective.form.per_length,
             learns_log_z=config.objective.learns_log_z,
         )
-        values = reduce_rollouts(updated.rows.numpy(), target)
-        finite = [stepped.grad_norm for stepped in updated.steps if stepped.applied]
+        values = reduce_rollouts(result.rows.numpy(), target)
+        finite = [taken.grad_norm for taken in result.optimizer_steps if taken.applied]
         if finite:
             values["grad_norm"] = sum(finite) / len(finite)  # mean over the step's updates
-        values |= {"lr": lr, "num_skipped": float(progress.num_skipped)}
+        values |= {"lr": result.lr, "num_skipped": float(progress.num_skipped)}
         values |= throughput(self._clock.take(), values["num_prompt_tokens"], values["num_response_tokens"])
         peak = torch.tensor([peak_memory_bytes()])
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.control)

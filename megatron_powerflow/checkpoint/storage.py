@@ -38,7 +38,7 @@ from megatron_powerflow.checkpoint.folder import (
     tensors_folder,
 )
 from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
-from megatron_powerflow.checkpoint.state import FORMAT, Progress, Trainable
+from megatron_powerflow.checkpoint.state import FORMAT, RunProgress, Trainable
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.files import copy_companions
 from megatron_powerflow.parallel.collectives import any_rank, first_failure, gather_to_main
@@ -58,7 +58,7 @@ IO_ERRORS = (OSError, RuntimeError, CheckpointException, CheckpointingException,
 
 
 def save(
-    run: Path, trainable: Trainable, progress: Progress, groups: Groups, *, companions: Path, keep: int | None
+    run: Path, trainable: Trainable, progress: RunProgress, groups: Groups, *, companions: Path, keep: int | None
 ) -> Path:
     """Write a checkpoint of this step and make it `latest`. Collective. Returns its folder.
 
@@ -87,7 +87,7 @@ def save(
     return final
 
 
-def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> Progress:
+def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> RunProgress:
     """Fill `trainable` in place from a checkpoint of any layout. Collective.
 
     Nothing in the checkpoint is executed: pickled parts are audited first. Raises UserError when it is damaged.
@@ -124,7 +124,7 @@ def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
     _load_chunks(chunks, state)
 
 
-def read_progress(checkpoint: Path) -> Progress:
+def read_progress(checkpoint: Path) -> RunProgress:
     """progress.json of a checkpoint. Raises UserError when it is missing, damaged or of another format."""
     path = checkpoint / PROGRESS_FILE
     try:
@@ -133,7 +133,7 @@ def read_progress(checkpoint: Path) -> Progress:
         raise UserError(f"{path}: cannot be read ({error}); is {checkpoint} a checkpoint of this program?") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{path}: not a progress file of format {FORMAT}")
-    return Progress.from_json(values, str(path))
+    return RunProgress.from_json(values, str(path))
 
 
 def _refuse_damage(checkpoint: Path, groups: Groups) -> None:
@@ -271,7 +271,7 @@ def _load_head(path: Path, trainable: Trainable) -> None:
         raise UserError(f"{path}: does not hold the log Z' head of this run: {error}") from None
 
 
-def _save_small_files(run: Path, partial: Path, progress: Progress, companions: Path) -> None:
+def _save_small_files(run: Path, partial: Path, progress: RunProgress, companions: Path) -> None:
     copy_companions(companions, partial / HF_NAME, dtype=None)
     for name in ("config.yaml", INPUTS_NAME):
         shutil.copyfile(run / name, partial / name)

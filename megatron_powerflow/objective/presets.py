@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Norm = Literal["none", "length"]
+LogZ = Literal["mlp", "scalar", "group", "loo", "contrastive"]  # who says log Z'(q)
+LEARNED_LOG_Z = ("mlp", "scalar")  # a head; the others are estimates of the group
+Ratio = Literal["none", "seq", "seq_mean", "token"]  # what an importance weight is taken of
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from megatron_powerflow.parallel.collectives import anyone, largest
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.decode_batch import DecodeBatch
-from megatron_powerflow.rollout.engine import Progress
+from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.rollout.sampling import sample_tokens
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams, progress: Progress | None = None
+        self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams, progress: ProgressCallback | None = None
     ) -> list[Rollout]:
         """See `Engine.generate`."""
         training = [chunk.training for chunk in self._chunks]
@@ -98,7 +98,9 @@ class MegatronEngine:
             for place in range(num_batches)
         ]
 
-    def _run(self, batches: list[DecodeBatch], sampling: SamplingParams, total: int, progress: Progress | None) -> None:
+    def _run(
+        self, batches: list[DecodeBatch], sampling: SamplingParams, total: int, progress: ProgressCallback | None
+    ) -> None:
         """Decode the batches to their ends, one token of one batch after the other."""
         running = deque(batches)
         while running:

@@ -22,7 +22,7 @@ from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
 from megatron_powerflow.objective.presets import Balance
 from megatron_powerflow.parallel.collectives import every_rollout
 from megatron_powerflow.records import Purpose, Rollout, SamplingParams
-from megatron_powerflow.rollout.engine import Progress
+from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.rewards import annotate
 from megatron_powerflow.training.score_rollouts import reference_sequence_log_probs
@@ -32,7 +32,7 @@ SUMMARY = ("pass_at", "maj", "response_length_mean", "truncated_fraction", "boxe
 
 
 def evaluate_held_out(
-    plan: Plan, session: Session, sampling: SamplingParams, step: int, progress: Progress | None = None
+    plan: Plan, session: Session, sampling: SamplingParams, step: int, progress: ProgressCallback | None = None
 ) -> dict[str, Any] | None:
     """On the main rank a line with step, accuracy, accuracy_se, pass_at, maj, response_length_mean,
     truncated_fraction, boxed_rate, distinct_2, distinct_3, repeated_share, policy_entropy and ref_log_prob_mean (nats a

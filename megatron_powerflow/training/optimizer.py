@@ -65,7 +65,7 @@ def set_learning_rates(trainable: Trainable, section: OptimizerSection, step: in
 
 
 @dataclass(frozen=True, slots=True)
-class Stepped:
+class OptimizerStep:
     """grad_norm: of the policy, before clipping, global. applied: False when something was not finite."""
 
     grad_norm: float
@@ -74,7 +74,7 @@ class Stepped:
 
 def step_optimizers(
     trainable: Trainable, *, clip_grad: float, mean_weight: float, loss_is_finite: bool, groups: Groups
-) -> Stepped:
+) -> OptimizerStep:
     """Apply the gradients, unless the loss or a gradient is not finite: then nothing moves, on any rank.
 
     clip_grad bounds the policy's gradient. The head's is not clipped: its norm grows with the width, and its step is a
@@ -93,7 +93,7 @@ def step_optimizers(
         optimizer.step_with_ready_grads()
         if trainable.head is not None:
             trainable.head.step(mean_weight)
-    return Stepped(grad_norm, applied)
+    return OptimizerStep(grad_norm, applied)
 
 
 def _reduce_head_gradients(trainable: Trainable, groups: Groups) -> float:

@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass
 
 from megatron_powerflow.checkpoint import storage
-from megatron_powerflow.checkpoint.state import Progress, Trainable
+from megatron_powerflow.checkpoint.state import RunProgress, Trainable
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.reference import Reference, ResidentReference, SwapReference
@@ -32,7 +32,7 @@ class Session:
     reference: Reference
     engine: Engine
     scorer: Scorer
-    progress: Progress
+    progress: RunProgress
 
 
 def build_session(plan: Plan, groups: Groups) -> Session:
@@ -54,7 +54,7 @@ def build_session(plan: Plan, groups: Groups) -> Session:
             seed=config.run.seed,
         ).to(groups.device)
     trainable = build_trainable(chunks, head, config, groups)
-    progress = Progress(step=0, position=0, skipped_in_a_row=0, num_skipped=0, wandb_run_id=uuid.uuid4().hex[:12])
+    progress = RunProgress(step=0, position=0, skipped_in_a_row=0, num_skipped=0, wandb_run_id=uuid.uuid4().hex[:12])
     if plan.resume_from is not None:
         progress = storage.load(plan.resume_from, trainable, groups)
     engine = MegatronEngine(

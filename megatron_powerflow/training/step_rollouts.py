@@ -18,7 +18,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.collectives import broadcast_object, every_rollout, first_failure
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
-from megatron_powerflow.rollout.engine import Progress
+from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.rollout.rollout_files import ROLLOUTS_NAME, read_rollouts, step_file, write_rollouts
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.session import Session
@@ -29,7 +29,7 @@ def step_rollouts(
     session: Session,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Rollout]:
     """Rollouts of this replica's share of the step's prompts, by slot, then response; alike on all its ranks.
 

@@ -86,9 +86,9 @@ def certainties(config):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from megatron_powerflow.train import sampling_params
     from megatron_powerflow.training.micro_batches import pack_updates
     from megatron_powerflow.training.score import score_certainty
+    from megatron_powerflow.training.step import sampling_params
     from tests.distributed.megatron_sessions import opened_session
 
     with opened_session(config) as (plan, session):
