@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_powerflow.checkpoint.first_files import remove_first_files
+from megatron_powerflow.checkpoint.first_files import remove_cut_off_files, remove_first_files
 from megatron_powerflow.checkpoint.folder import LOCK_NAME, STOP_NAME
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.owner import Owner, held_by_another
@@ -44,6 +44,7 @@ def take_run_folder(plan: Plan, owner: Owner) -> None:
         )
     if found is None:
         remove_first_files(plan.run_folder)  # of a start that was killed, perhaps with other settings
+    remove_cut_off_files(plan.run_folder)
     (plan.run_folder / STOP_NAME).unlink(missing_ok=True)  # of a try before this one
 
 

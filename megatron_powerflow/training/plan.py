@@ -41,6 +41,7 @@ from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
 from megatron_powerflow.training.resources import resource_violations
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
+from megatron_powerflow.whole_files import write_file
 
 # A run's folder belongs to the run that has these; anything else may change when a run is continued.
 CHANGEABLE = frozenset(
@@ -379,6 +380,4 @@ def _differences(theirs: Config, ours: Config, *, by_content: bool) -> list[str]
 
 def write_config(plan: Plan) -> None:
     """The resolved config into the run's folder, which is there and held."""
-    partial = plan.run_folder / (CONFIG_NAME + ".partial")
-    partial.write_text(CONFIG_MARK + dump_config(plan.config), encoding="utf-8")
-    partial.replace(plan.run_folder / CONFIG_NAME)
+    write_file(plan.run_folder / CONFIG_NAME, CONFIG_MARK + dump_config(plan.config))
