@@ -13,7 +13,8 @@ from megatron_powerflow.checkpoint.first_files import remove_cut_off_files, remo
 from megatron_powerflow.checkpoint.folder import LOCK_NAME, STOP_NAME
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.owner import Owner, held_by_another
-from megatron_powerflow.training.plan import Plan, find_resume
+from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.resume import find_resume
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.checkpoint.folder import (
     CONFIG_NAME,
     HF_NAME,
@@ -36,7 +37,6 @@ from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch
 from megatron_powerflow.parallel.layout import Layout, inference_layout
-from megatron_powerflow.records import Architecture
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 from megatron_powerflow.training.inputs import read_inputs
 from megatron_powerflow.training.policy import build_engine, build_policy

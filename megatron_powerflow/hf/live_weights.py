@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.files import SafetensorsFolder, copy_companions
 from megatron_powerflow.hf.operations import Op, ShardShape
@@ -31,7 +32,6 @@ from megatron_powerflow.hf.torch_dist_names import FUSED_NORMS
 from megatron_powerflow.parallel.collectives import attempt, gather_to_main, on_main, raise_together
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner
-from megatron_powerflow.records import Architecture
 from megatron_powerflow.targets import export_target
 
 # Transformer Engine fuses a norm with the linear layer behind it and names the weight after the latter.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import is_checkpoint
 from megatron_powerflow.config import Config, ModelSection, PrecisionSection
@@ -21,7 +22,6 @@ from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import token_alignment
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.layout import Layout
-from megatron_powerflow.records import Architecture
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 
 

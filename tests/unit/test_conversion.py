@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_powerflow.architecture import Architecture, Experts, Mla, Rope
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.checked import open_checked
 from megatron_powerflow.hf.config import read_architecture, read_stop_token_ids
@@ -25,7 +26,6 @@ from megatron_powerflow.hf.files import (
 from megatron_powerflow.hf.operations import ShardShape
 from megatron_powerflow.hf.shapes import expected_tensors, experts_of, layers_of
 from megatron_powerflow.hf.shard_files import ShardWriter, TensorInfo, plan_files, write_index
-from megatron_powerflow.records import Architecture, Experts, Mla, Rope
 from tests.tiny_models import FAMILIES as FAMILY_NAMES
 from tests.tiny_models import LLAMA3_ROPE, LONGROPE, MIXTURES, OTHER_SHAPES, make_tiny_model
 
