@@ -101,8 +101,7 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
     """
     violations: list[str] = []
     notices: list[str] = []
-    start = located.folder(config.model.hf_path)
-    hf_folder = hf_folder_of(start)
+    hf_folder = hf_folder_of(start := located.folder(config.model.hf_path))
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
     resume_from = _collect(violations, lambda: find_resume(config))
     before = _collect(violations, lambda: read_inputs(resume_from)) if resume_from else None
