@@ -3,7 +3,7 @@
 Each prompt is its own comparison: the error of a mean difference is that of the differences over prompts, in which what
 is common to both, an easy prompt or a long one, has gone.
 
-Left out: printing (`change_table`), the picture (`change_picture.py`).
+Left out: printing (`change_table`), the picture (`report/change_picture.py`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,18 @@ for name in sys.argv[1:]:
     names = ["megatron_powerflow", *(f"megatron_powerflow.{name}" for name in FREE_OF_TORCH)]
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_file_that_a_docstring_names_is_there():
+    """`packing.py` beside it, or `data/packing.py` from the top of the package."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            for name in re.findall(r"`([\w/]+\.(?:py|md))`", ast.get_docstring(node) or ""):
+                assert any((folder / name).is_file() for folder in (path.parent, PACKAGE, PACKAGE.parent)), (
+                    f"{path.relative_to(PACKAGE)} speaks of {name}"
+                )
 
 
 def test_no_grab_bags():
