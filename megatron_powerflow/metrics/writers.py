@@ -10,7 +10,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -85,10 +85,11 @@ class WandbWriter:
         self.run.finish()
 
 
-def _wandb_mode(section: MetricsSection) -> str | None:
+def _wandb_mode(section: MetricsSection) -> Literal["online", "offline"] | None:
     """None leaves it to wandb's own settings (WANDB_MODE), which is right where a key is configured."""
     import wandb
 
+    assert section.wandb != "off", "then nobody writes to wandb"
     if section.wandb != "auto":
         return section.wandb
     try:
