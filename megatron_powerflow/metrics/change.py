@@ -32,12 +32,16 @@ class Change:
     @property
     def difference(self) -> float:
         """Mean over prompts of after - before."""
-        return mean(self.differences)
+        found = mean(self.differences)
+        assert found is not None, "at least two prompts"
+        return found
 
     @property
     def error(self) -> float:
         """Standard error of `difference`, over prompts."""
-        return standard_error(self.differences)
+        found = standard_error(self.differences)
+        assert found is not None, "at least two prompts"
+        return found
 
     @property
     def differences(self) -> list[float]:
