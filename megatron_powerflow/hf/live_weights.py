@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -38,9 +39,25 @@ from megatron_powerflow.parallel.owner import Owner
 from megatron_powerflow.records import Architecture
 from megatron_powerflow.targets import export_target
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
 # Transformer Engine fuses a norm with the linear layer behind it and names the weight after the latter.
 FUSED_NORM_NAMES = {fused: own for own, (fused, _) in FUSED_NORMS.items()}
 MAX_SHARD_BYTES = 5 * 10**9
+
+
+class Chunk(Protocol):
+    """What is asked of a part of the model: a torch module with these parts of Megatron's GPTModel."""
+
+    decoder: TransformerBlock
+    padded_vocab_size: int
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class Placement:
         return self.op.hf_names(self.layer, self.expert)
 
 
-def placements(chunks: Sequence[nn.Module], family: Family, ep_rank: int) -> Iterator[Placement]:
+def placements(chunks: Sequence[Chunk], family: Family, ep_rank: int) -> Iterator[Placement]:
     """Every parameter of this rank's chunks, in order; one that no operation names is a bug. Then the buffers that one
     names."""
     layer_ops = {op.megatron: op for op in family.layer_ops}
@@ -86,7 +103,7 @@ def placements(chunks: Sequence[nn.Module], family: Family, ep_rank: int) -> Ite
 
 @torch.no_grad()
 def load_from_hf(
-    chunks: Sequence[nn.Module], source: SafetensorsFolder, architecture: Architecture, family: Family, groups: Groups
+    chunks: Sequence[Chunk], source: SafetensorsFolder, architecture: Architecture, family: Family, groups: Groups
 ) -> None:
     """Fill the parameters of `chunks` in place, casting to their dtype. Reads this rank's slices only."""
     shape = _shard_shape(chunks, architecture, groups)
@@ -103,7 +120,7 @@ def load_from_hf(
 
 @torch.no_grad()
 def hf_tensors(
-    chunks: Sequence[nn.Module], architecture: Architecture, family: Family, groups: Groups
+    chunks: Sequence[Chunk], architecture: Architecture, family: Family, groups: Groups
 ) -> Iterator[tuple[str, Tensor]]:
     """HF tensors of this rank's stage, one parameter gathered at a time. Collective over tp_group.
 
@@ -123,7 +140,7 @@ def hf_tensors(
 
 
 def export_to_hf(
-    chunks: Sequence[nn.Module],
+    chunks: Sequence[Chunk],
     architecture: Architecture,
     family: Family,
     groups: Groups,
@@ -167,7 +184,7 @@ def export_to_hf(
         _raise_together(failure, out, groups)
 
         gathered = gather_to_main((file_of, total_bytes), groups)
-        if groups.is_main:
+        if gathered is not None:  # on the main rank
             everything = {name: file for files, _ in gathered for name, file in files.items()}
             expected = expected_tensors(architecture, family)
             assert set(everything) == set(expected), f"export differs: {sorted(set(everything) ^ set(expected))[:5]}"
@@ -192,5 +209,5 @@ def _raise_together(failure: Exception | None, out: Path, groups: Groups) -> Non
         raise UserError(f"{out}: the export could not be written ({text}); free space on that disk and export again")
 
 
-def _shard_shape(chunks: Sequence[nn.Module], architecture: Architecture, groups: Groups) -> ShardShape:
+def _shard_shape(chunks: Sequence[Chunk], architecture: Architecture, groups: Groups) -> ShardShape:
     return ShardShape(architecture, groups.tp_rank, groups.tp_size, chunks[0].padded_vocab_size)
