@@ -41,11 +41,11 @@ class OurStep:
 
         from megatron_powerflow.records import ROLLOUT_COLUMNS
         from megatron_powerflow.training.micro_batches import pack_updates
-        from megatron_powerflow.training.step import learn, sampling_params
+        from megatron_powerflow.training.step import learn, sampling_of_step
 
         plan, session = self.plan, self.session
         clock = Clock()
-        sampling = replace(sampling_params(plan, self.step), stop_token_ids=frozenset())
+        sampling = replace(sampling_of_step(plan, self.step), stop_token_ids=frozenset())
         rollouts = session.engine.generate(list(enumerate(plan.prompts)), sampling)
         updates = pack_updates(rollouts, plan, session)
         clock.note("rollout")

@@ -34,7 +34,8 @@ from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import load_questions
 from megatron_powerflow.hub.located import AS_NAMED, Located
-from megatron_powerflow.targets import file_refusals, require, starts_with_line_of, write_file
+from megatron_powerflow.targets import file_refusals, require, starts_with_line_of
+from megatron_powerflow.whole_files import write_file
 
 NUMINA = tuple(f"hf://AI-MO/NuminaMath-CoT/data/train-{part:05}-of-00005.parquet" for part in range(5))
 EACH = 100  # of poems, stories and jokes; the paper has 300 prompts

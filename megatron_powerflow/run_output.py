@@ -29,6 +29,7 @@ from megatron_powerflow.parallel.collectives import any_rank
 from megatron_powerflow.records import Purpose, SamplingParams, StepMetrics
 from megatron_powerflow.report.change_picture import CHANGE_NAME, draw_change
 from megatron_powerflow.report.curves import CURVES_NAME, draw_curves
+from megatron_powerflow.rollout.sampling_params import sampling_params
 from megatron_powerflow.training.in_training_evaluation import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.session import Session
@@ -199,15 +200,7 @@ class RunOutput:
 
     def _sampling(self, responses_per_prompt: int) -> SamplingParams:
         """As in training, with the same uniforms each time: what differs is the policy."""
-        plan = self._plan
-        return SamplingParams(
-            responses_per_prompt=responses_per_prompt,
-            max_response_tokens=plan.config.rollout.max_response_tokens,
-            temperature=plan.config.rollout.temperature,
-            stop_token_ids=plan.stop_token_ids,
-            seed=plan.config.run.seed,
-            step=0,
-        )
+        return sampling_params(self._plan.config, self._plan.stop_token_ids, responses_per_prompt=responses_per_prompt)
 
     def _sample(self, step: int) -> None:
         """Answers to the first prompts of the file into samples.jsonl."""

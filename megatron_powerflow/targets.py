@@ -20,16 +20,15 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.whole_files import give_usual_mode, is_partial_of, sync, write_file
 
 MARK_NAME = "conversion.json"
-NEW_MARK_NAME = MARK_NAME + ".partial"
 SHOWN_FILES = 3
 START_BYTES = 2**20  # of a file, read to see who wrote it
 
@@ -160,8 +159,8 @@ class Target:
         if not folder.exists():
             return None
         names = _names(folder)
-        if not names or (unfinished and names == [NEW_MARK_NAME]):  # killed before it was marked
-            return None
+        if not names or (unfinished and all(is_partial_of(name, (MARK_NAME,)) for name in names)):
+            return None  # killed before it was marked
         mark = _read_object(folder / MARK_NAME)
         if mark is None or mark.get("made_by") != self.made_by:
             return f"it exists and no {self.made_by} wrote it (it holds {_some(names)})"
@@ -175,9 +174,7 @@ class Target:
 
     def _write_mark(self, *, files: list[str] | None, **about: Any) -> None:
         values = {"made_by": self.made_by, **about, "files": files}
-        partial = self.partial / NEW_MARK_NAME
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.partial / MARK_NAME)
+        write_file(self.partial / MARK_NAME, json.dumps(values, indent=2) + "\n")
 
 
 def export_target(out: Path, *, label: str = "--out") -> Target:
@@ -231,36 +228,6 @@ def starts_with_line_of(*kinds: Sequence[str]) -> Callable[[bytes], bool]:
         return isinstance(values, dict) and any(values.keys() == set(keys) for keys in kinds)
 
     return is_ours
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """The whole file or none of it, by way of a new file beside it. Raises OSError."""
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        give_usual_mode(Path(partial))  # mkstemp's own is for secrets
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
-def give_usual_mode(path: Path) -> None:
-    """What a file has that is opened and written: the umask's mode. safetensors leaves files that their owner alone can
-    read, which a server under another user then cannot serve."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
-def sync(path: Path) -> None:
-    """Have the kernel write a file or folder out."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _places_of_the_user() -> Iterator[Path]:

@@ -53,7 +53,7 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
 
     None: neither, perhaps an HF folder. Raises UserError when the run has no checkpoint of that step.
     """
-    if is_converted(folder) or ((folder / POLICY_NAME).is_dir() and (folder / HF_NAME).is_dir()):
+    if is_checkpoint(folder):
         if step is not None:
             raise UserError(f"{folder}: is one checkpoint; a step is chosen among those of a run's folder")
         return folder
@@ -63,6 +63,11 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
     if checkpoint_name(step) not in found:
         raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(found) or 'none'}")
     return found[checkpoint_name(step)]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is one checkpoint, of a run or a converted one."""
+    return is_converted(folder) or ((folder / POLICY_NAME).is_dir() and (folder / HF_NAME).is_dir())
 
 
 def is_converted(folder: Path) -> bool:

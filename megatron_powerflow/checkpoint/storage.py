@@ -14,9 +14,8 @@ Left out: asynchronous saving; the Hugging Face export (`conversion/`).
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,9 +40,9 @@ from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
 from megatron_powerflow.checkpoint.state import FORMAT, RunProgress, Trainable
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.files import copy_companions
-from megatron_powerflow.parallel.collectives import any_rank, first_failure, gather_to_main
+from megatron_powerflow.parallel.collectives import attempt, gather_to_main, raise_together
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.targets import give_usual_mode
+from megatron_powerflow.whole_files import give_usual_mode, sync, write_file
 
 HEAD_FILE = "log_z_head.safetensors"
 PROGRESS_FILE = "progress.json"
@@ -69,20 +68,21 @@ def save(
     partial = final.with_name(final.name + ".partial")
     failure = None
     if groups.is_main:
-        failure = _attempt(lambda: _fresh_folder(partial))
+        failure = attempt(lambda: _fresh_folder(partial), *IO_ERRORS)
     _stop_together(failure, partial, groups)
-    _stop_together(_attempt(lambda: _save_policy(partial / POLICY_NAME, trainable, groups)), partial, groups)
+    failure = attempt(lambda: _save_policy(partial / POLICY_NAME, trainable, groups), *IO_ERRORS)
+    _stop_together(failure, partial, groups)
     if trainable.head is not None and groups.tp_rank == groups.cp_rank == groups.dp_rank == 0:
-        failure = _attempt(lambda: _save_head(partial / HEAD_FILE, trainable))
+        failure = attempt(lambda: _save_head(partial / HEAD_FILE, trainable), *IO_ERRORS)
     if groups.is_main and failure is None:
-        failure = _attempt(lambda: _save_small_files(run, partial, progress, companions))
+        failure = attempt(lambda: _save_small_files(run, partial, progress, companions), *IO_ERRORS)
     _stop_together(failure, partial, groups)
     digests: dict[str, str] = {}
-    failure = _attempt(lambda: digests.update(digest_share(partial, groups.rank, groups.world_size)))
+    failure = attempt(lambda: digests.update(digest_share(partial, groups.rank, groups.world_size)), *IO_ERRORS)
     _stop_together(failure, partial, groups)
     shares = gather_to_main(digests, groups)
     if shares is not None:
-        failure = _attempt(lambda: _finish(run, partial, final, shares, keep))
+        failure = attempt(lambda: _finish(run, partial, final, shares, keep), *IO_ERRORS)
     _stop_together(failure, partial, groups)
     return final
 
@@ -138,9 +138,8 @@ def read_progress(checkpoint: Path) -> RunProgress:
 
 def _refuse_damage(checkpoint: Path, groups: Groups) -> None:
     """Every rank checks its share of the files; all of them refuse together. Collective."""
-    failure = _attempt(lambda: check_share(checkpoint, groups.rank, groups.world_size), UserError)
-    if text := first_failure(failure, groups):
-        raise UserError(text.removeprefix("UserError: "))
+    failure = attempt(lambda: check_share(checkpoint, groups.rank, groups.world_size), UserError, *IO_ERRORS)
+    raise_together(failure, lambda text: f"{checkpoint}: cannot be read ({text})", groups)
 
 
 def _fresh_folder(partial: Path) -> None:
@@ -282,16 +281,15 @@ def _save_small_files(run: Path, partial: Path, progress: RunProgress, companion
 def _finish(run: Path, partial: Path, final: Path, shares: Sequence[dict[str, str]], keep: int | None) -> None:
     """The digests, then the name, then `latest`, then the old ones away."""
     write_sums(partial, {name: digest for share in shares for name, digest in share.items()})
-    _sync_files(partial)
+    _sync_all(partial)
     old = final.with_name(final.name + ".old")
     if old.exists():
         shutil.rmtree(old)
     if final.exists():  # of a run that went on from an earlier checkpoint than its last
         final.rename(old)
     partial.rename(final)
-    pointer = final.with_name(LATEST_NAME + ".partial")
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    os.replace(pointer, final.with_name(LATEST_NAME))
+    sync(final.parent)
+    write_file(final.with_name(LATEST_NAME), final.name + "\n")
     if old.exists():
         shutil.rmtree(old)
     if keep is not None:
@@ -301,33 +299,24 @@ def _finish(run: Path, partial: Path, final: Path, shares: Sequence[dict[str, st
             shutil.rmtree(earlier)
 
 
-def _sync_files(folder: Path) -> None:
+def _sync_all(folder: Path) -> None:
     """Have the kernel write everything out before the folder gets its name."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _attempt(function: Callable[[], object], *more: type[Exception]) -> Exception | None:
-    """What reading or writing failed with, so that all ranks can stop together."""
-    try:
-        function()
-    except (*IO_ERRORS, *more) as error:
-        return error
-    return None
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def _stop_together(failure: Exception | None, partial: Path, groups: Groups) -> None:
-    if not any_rank(failure is not None, groups):
-        return
-    text = first_failure(failure, groups)
-    if groups.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-    raise UserError(
-        f"{partial.with_suffix('')}: the checkpoint could not be written ({text}); earlier checkpoints are untouched; "
-        "free space on that disk and start the same command again"
-    )
+    """Where any rank has failed, a UserError on all of them, and the unfinished folder away."""
+    try:
+        raise_together(
+            failure,
+            lambda text: (
+                f"{partial.with_suffix('')}: the checkpoint could not be written ({text}); earlier checkpoints are "
+                "untouched; free space on that disk and start the same command again"
+            ),
+            groups,
+        )
+    except UserError:
+        if groups.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise

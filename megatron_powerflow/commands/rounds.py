@@ -20,6 +20,7 @@ from megatron_powerflow.parallel.collectives import gather_to_main, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner, held_by_another
 from megatron_powerflow.targets import file_refusals, starts_with_line_of
+from megatron_powerflow.whole_files import sync
 
 # The keys of the lines of each output file: what tells it from a file of somebody else's.
 SCORED = ("id", "log_probs", "sequence_log_prob")
@@ -53,7 +54,9 @@ def write_rounds(
             bar.advance(task, len(block))
         if file is not None:
             file.close()
+            sync(partial)
             partial.replace(out)
+            sync(out.parent)
     if groups.is_main:
         console.print(f"wrote {out}")
 

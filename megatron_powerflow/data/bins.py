@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_powerflow.records import Architecture
+from megatron_powerflow.architecture import Architecture
 
 
 @dataclass(frozen=True, slots=True)

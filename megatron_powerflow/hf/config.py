@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_powerflow.architecture import Architecture, Experts, Rope
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.config_fields import BOOKKEEPING, COMPUTING, READ
 from megatron_powerflow.hf.config_kinds import is_number, wrong_kinds
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.rope import read_rope
-from megatron_powerflow.records import Architecture, Experts, Rope
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from megatron_powerflow.records import Architecture
+from megatron_powerflow.architecture import Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor

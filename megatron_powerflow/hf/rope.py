@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_powerflow.architecture import Rope
 from megatron_powerflow.hf.config_kinds import is_number
 from megatron_powerflow.hf.family import Family
-from megatron_powerflow.records import Rope
 
 DEFAULT_THETA = 10_000.0
 ORIGINAL = "original_max_position_embeddings"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.operations import InLayers, Op
-from megatron_powerflow.records import Architecture
 
 
 def is_output(op: Op) -> bool:

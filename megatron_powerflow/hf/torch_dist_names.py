@@ -20,10 +20,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.operations import Op, ShardShape
 from megatron_powerflow.hf.shapes import placed_ops
-from megatron_powerflow.records import Architecture
 
 # A norm's own name -> the name it has where it is fused with the linear layer behind it.
 FUSED_NORMS = {

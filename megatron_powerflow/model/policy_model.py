@@ -14,11 +14,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.model.attention import SdpaCoreAttention
 from megatron_powerflow.model.kv_cache import KVCache
 from megatron_powerflow.model.rotary import LatentRotaryEmbedding, PositionedRotaryEmbedding
 from megatron_powerflow.model.stream import pieces_of, thd_of
-from megatron_powerflow.records import Architecture, Stream
+from megatron_powerflow.records import Stream
 
 
 class PolicyModel(GPTModel):

@@ -11,9 +11,9 @@ import importlib.util
 
 import torch
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.config import PrecisionSection
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.records import Architecture
 
 # precision.fp8_recipe -> megatron.core.enums.Fp8Recipe value, and the compute capability it needs
 FP8_RECIPES = {

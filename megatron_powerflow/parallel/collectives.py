@@ -6,6 +6,7 @@ Left out: everything Megatron-Core does itself (gradients, activations between s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.groups import Groups
+
+Value = TypeVar("Value")
 
 
 class _SumOver(torch.autograd.Function):
@@ -93,31 +96,48 @@ def any_rank(flag: bool, groups: Groups) -> bool:
     return bool(value.item())
 
 
-def first_failure(failure: Exception | None, groups: Groups) -> str | None:
-    """What went wrong on the lowest rank where something did; None when all is well. Equal on every rank.
+def attempt(function: Callable[[], object], *kinds: type[Exception]) -> Exception | None:
+    """What the function failed with, where it is of these kinds, so that all ranks can stop together."""
+    try:
+        function()
+    except kinds as error:
+        return error
+    return None
 
-    Lets every rank leave a collective section together when one of them met a full disk.
+
+def raise_together(failure: Exception | None, say: Callable[[str], str], groups: Groups) -> None:
+    """A UserError on every rank where any of them has a failure: that of the lowest such rank. Collective.
+
+    Lets every rank leave a collective section when one of them met a full disk. say: the sentence for what went wrong;
+    a UserError says itself what is wrong.
     """
-    texts: list[str | None] = [None] * groups.world_size
-    dist.all_gather_object(texts, failure and f"{type(failure).__name__}: {failure}", group=groups.control)
-    return next((text for text in texts if text), None)
+    mine: tuple[str, ...] = ()
+    if isinstance(failure, UserError):
+        mine = failure.violations
+    elif failure is not None:
+        mine = (say(f"{type(failure).__name__}: {failure}"),)
+    everyone: list[tuple[str, ...]] = [()] * groups.world_size
+    dist.all_gather_object(everyone, mine, group=groups.control)
+    if violations := next((found for found in everyone if found), None):
+        raise UserError(violations)
 
 
-def on_main(function: Callable[[], object], groups: Groups) -> None:
-    """The function on the main rank; what it finds wrong, or the disk refuses, is a UserError everywhere. Collective.
+def on_main(function: Callable[[], Value], groups: Groups) -> Value:
+    """What the function gives on the main rank, on every rank; what it finds wrong, or the disk refuses, is a UserError
+    everywhere. Collective.
 
-    For what is decided in one place, such as who owns a folder.
+    For what is decided in one place, such as who owns a folder. The value is pickled among the processes of this run.
     """
-    violations: tuple[str, ...] = ()
+    value, failure = None, None
     if groups.is_main:
         try:
-            function()
-        except UserError as error:
-            violations = error.violations
-        except OSError as error:
-            violations = (f"could not be read or written: {error}; free space or mend its permissions",)
-    if violations := broadcast_object(violations, groups):
-        raise UserError(violations)
+            value = function()
+        except (UserError, OSError) as error:
+            failure = error
+    raise_together(
+        failure, lambda text: f"could not be read or written: {text}; free space or mend its permissions", groups
+    )
+    return broadcast_object(value, groups)
 
 
 def broadcast_object(value, groups: Groups):

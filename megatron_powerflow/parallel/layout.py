@@ -29,9 +29,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.config import Config, ParallelSection
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.records import Architecture
 
 FP8_TOKENS = 32  # a multiple of every FP8 recipe's own rule, see model/precision.py
 VOCAB_MULTIPLE = 128  # rows per rank, for the matrix products; the padding takes no part in any softmax

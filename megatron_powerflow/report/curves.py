@@ -13,7 +13,8 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.names import METRICS, heading
 from megatron_powerflow.metrics.writers import read_metrics
 from megatron_powerflow.report.plot_style import STYLE, LineStyle, line_styles
-from megatron_powerflow.targets import file_refusals, require, write_file
+from megatron_powerflow.targets import file_refusals, require
+from megatron_powerflow.whole_files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

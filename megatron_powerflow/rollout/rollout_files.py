@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -21,6 +20,7 @@ from typing import Any
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Prompt, Rollout
+from megatron_powerflow.whole_files import write_file
 
 ROLLOUTS_NAME = "rollouts"
 FORMAT = 1
@@ -98,12 +98,7 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout], *, step: int, vocab_
         sha256=hashlib.sha256(body).hexdigest(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(json.dumps(asdict(header)).encode() + b"\n" + body)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_file(path, json.dumps(asdict(header)).encode() + b"\n" + body)
 
 
 def read_header(path: Path) -> Header:

@@ -35,6 +35,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.files import companion_files, weights_files
 from megatron_powerflow.hub.names import COMMIT
 from megatron_powerflow.records import Prompt
+from megatron_powerflow.whole_files import write_file
 
 FORMAT = 1
 WHOLE_BYTES = 2**30
@@ -59,9 +60,7 @@ class Inputs:
     revisions: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        partial = folder / (INPUTS_NAME + ".partial")
-        partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / INPUTS_NAME)
+        write_file(folder / INPUTS_NAME, json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
 
 
 def read_inputs(folder: Path) -> Inputs | None:

@@ -16,11 +16,10 @@ from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.reference import Reference, ResidentReference, SwapReference
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.rollout.engine import Engine
-from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.optimizer import build_trainable
 from megatron_powerflow.training.plan import Plan
-from megatron_powerflow.training.policy import alignment, build_policy
+from megatron_powerflow.training.policy import build_engine, build_policy
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,6 @@ def build_session(plan: Plan, groups: Groups) -> Session:
     progress = RunProgress(step=0, position=0, skipped_in_a_row=0, num_skipped=0, wandb_run_id=uuid.uuid4().hex[:12])
     if plan.resume_from is not None:
         progress = storage.load(plan.resume_from, trainable, groups)
-    engine = MegatronEngine(
-        chunks,
-        groups,
-        vocab_size=architecture.vocab_size,
-        max_concurrent_rows=config.rollout.max_concurrent_rows,
-        alignment=alignment(plan.layout, config.precision),
-    )
+    engine = build_engine(chunks, architecture, plan.layout, config, groups)
     scorer = Scorer(groups, architecture.vocab_size, config.rollout.temperature, plan.layout.sequence_parallel)
     return Session(groups, trainable, reference, engine, scorer, progress)

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_powerflow.objective.objective import BalanceObjective
 from megatron_powerflow.records import MicroBatch, Prompt, SamplingParams
 from megatron_powerflow.rollout.engine import ProgressCallback
+from megatron_powerflow.rollout.sampling_params import sampling_params
 from megatron_powerflow.training.micro_batches import pack_updates
 from megatron_powerflow.training.objective_of_step import objective_of_step
 from megatron_powerflow.training.optimizer import OptimizerStep, set_learning_rates
@@ -65,7 +66,7 @@ def run_step(
     prompts: of the whole step, alike on every rank. Raises UserError where saved rollouts are damaged.
     """
     with phase("rollout"):
-        rollouts = step_rollouts(plan, session, prompts, sampling_params(plan, step), progress)
+        rollouts = step_rollouts(plan, session, prompts, sampling_of_step(plan, step), progress)
         updates = pack_updates(rollouts, plan, session)
     return learn(plan, session, updates, step, phase=phase)
 
@@ -91,14 +92,6 @@ def learn(
     return StepResult(updated.rows, updated.optimizer_steps, lr, objective.alpha, log_z_start)
 
 
-def sampling_params(plan: Plan, step: int) -> SamplingParams:
+def sampling_of_step(plan: Plan, step: int) -> SamplingParams:
     """How the rollouts of step `step` are drawn."""
-    rollout = plan.config.rollout
-    return SamplingParams(
-        responses_per_prompt=rollout.responses_per_prompt,
-        max_response_tokens=rollout.max_response_tokens,
-        temperature=rollout.temperature,
-        stop_token_ids=plan.stop_token_ids,
-        seed=plan.config.run.seed,
-        step=step,
-    )
+    return sampling_params(plan.config, plan.stop_token_ids, step=step)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.collectives import broadcast_object, every_rollout, first_failure
+from megatron_powerflow.parallel.collectives import attempt, broadcast_object, every_rollout, raise_together
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import ProgressCallback
@@ -70,17 +70,17 @@ def _holds(path: Path, prompts: Sequence[Prompt], plan: Plan) -> bool:
 
 
 def _save(path: Path, rollouts: Sequence[Rollout], plan: Plan, groups: Groups, step: int) -> None:
-    failure: Exception | None = None
-    if groups.is_main:
-        try:
-            write_rollouts(
-                path,
-                rollouts,
-                step=step,
-                vocab_size=plan.architecture.vocab_size,
-                temperature=plan.config.rollout.temperature,
-            )
-        except OSError as error:
-            failure = error
-    if text := first_failure(failure, groups):
-        raise UserError(f"{path}: the rollouts could not be written ({text}); free space on that disk and start again")
+    def write() -> None:
+        write_rollouts(
+            path,
+            rollouts,
+            step=step,
+            vocab_size=plan.architecture.vocab_size,
+            temperature=plan.config.rollout.temperature,
+        )
+
+    raise_together(
+        attempt(write, OSError) if groups.is_main else None,
+        lambda text: f"{path}: the rollouts could not be written ({text}); free space on that disk and start again",
+        groups,
+    )

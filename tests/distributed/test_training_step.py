@@ -122,11 +122,11 @@ def test_whole_groups_need_no_forward_pass_of_their_own(gloo, tiny_model, prompt
 def forward_passes_of_an_update(config) -> tuple[int, int]:
     """(calls of the policy behind the reference's scores, micro-batches)."""
     from megatron_powerflow.training.micro_batches import pack_updates
-    from megatron_powerflow.training.step import learn, sampling_params
+    from megatron_powerflow.training.step import learn, sampling_of_step
 
     with opened_session(config) as (plan, session):
         share = plan.share_of(plan.prompts[: config.rollout.prompts_per_step], 0)
-        updates = pack_updates(session.engine.generate(share, sampling_params(plan, 0)), plan, session)
+        updates = pack_updates(session.engine.generate(share, sampling_of_step(plan, 0)), plan, session)
         calls = []
         session.trainable.chunks[0].register_forward_hook(lambda *_: calls.append(1))
         learn(plan, session, updates, 0)

@@ -52,9 +52,9 @@ def session_of(folder, dtype: str, micro_batches: dict):
 
 
 def sample(plan, session):
-    from megatron_powerflow.training.step import sampling_params
+    from megatron_powerflow.training.step import sampling_of_step
 
-    return session.engine.generate(list(enumerate(plan.prompts)), sampling_params(plan, 0))
+    return session.engine.generate(list(enumerate(plan.prompts)), sampling_of_step(plan, 0))
 
 
 def scores(rollouts, plan, session) -> torch.Tensor:

@@ -8,11 +8,11 @@ router_aux_loss_coef and output_router_logits add to transformers' own training 
 so they change nothing.
 """
 
+from megatron_powerflow.architecture import Experts
 from megatron_powerflow.hf.families import qwen3
 from megatron_powerflow.hf.families.llama import DEFAULTS, MODEL_OPS
 from megatron_powerflow.hf.families.mixtral import expert_ops
 from megatron_powerflow.hf.family import Family
-from megatron_powerflow.records import Experts
 
 FAMILY = Family(
     model_type="qwen3_moe",
