@@ -73,8 +73,8 @@ class Rollout:
 
 
 class Piece(NamedTuple):
-    """Queries of this rank, first to end - 1, attend to keys of the stream, first_key to end_key - 1: causally, the last
-    query to all of them."""
+    """This rank's queries first, ..., end - 1 attend to the stream's keys first_key, ..., end_key - 1: causally, the
+    last query to all of them."""
 
     first: int
     end: int
