@@ -27,6 +27,7 @@ extras["dev"] = [
     "ruff>=0.9",
     "mypy>=1.15",
     "types-PyYAML",
+    "types-psutil",
     "pyarrow>=15",
     "math-verify>=0.8",  # what equality of answers is compared with
     *extras["tensorboard"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +72,16 @@ class Rollout:
     finish_reason: FinishReason
 
 
+class Piece(NamedTuple):
+    """This rank's queries first, ..., end - 1 attend to the stream's keys first_key, ..., end_key - 1: causally, the
+    last query to all of them."""
+
+    first: int
+    end: int
+    first_key: int
+    end_key: int
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """How the tokens of a micro-batch go through the model on this rank, where they do not go row by row.
@@ -88,8 +98,7 @@ class Stream:
 
     index: Tensor  # [r, t / cp] int64, place of each token in MicroBatch.tokens.flatten(); -1: padding. Packed: r = 1
     positions: Tensor  # [t / cp] int64, of each token in its sequence, which is what rotation goes by
-    # (a, b, c, d): this rank's queries a..b attend to the stream's keys c..d, causally, query b - 1 to all of them
-    pieces: tuple[tuple[int, int, int, int], ...]
+    pieces: tuple[Piece, ...]
     key_order: Tensor | None  # [t] int64, where the keys of the stream stand in those of rank 0, 1, ...; None: cp = 1
     cu_seqlens: Tensor | None  # [n + 1] int32, where each packed sequence starts, all ranks together; None: rows
     num_positions: int  # t

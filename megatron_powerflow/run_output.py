@@ -192,6 +192,7 @@ class RunOutput:
         plan, section = self._plan, self._plan.config.evaluation
         if not plan.evaluation_prompts:
             return
+        assert section.num_responses is not None, "config_rules.py fills it in where there are prompts"
         sampling = self._sampling(section.num_responses)
         with self.phase("evaluation"):
             line = evaluate_held_out(plan, self._session, sampling, step, self.rollout_progress)

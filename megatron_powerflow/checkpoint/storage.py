@@ -40,6 +40,7 @@ from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
 from megatron_powerflow.checkpoint.state import FORMAT, RunProgress, Trainable
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.files import copy_companions
+from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.parallel.collectives import attempt, gather_to_main, raise_together
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.whole_files import give_usual_mode, sync, write_file
@@ -72,8 +73,9 @@ def save(
     _stop_together(failure, partial, groups)
     failure = attempt(lambda: _save_policy(partial / POLICY_NAME, trainable, groups), *IO_ERRORS)
     _stop_together(failure, partial, groups)
-    if trainable.head is not None and groups.tp_rank == groups.cp_rank == groups.dp_rank == 0:
-        failure = attempt(lambda: _save_head(partial / HEAD_FILE, trainable), *IO_ERRORS)
+    head = trainable.head
+    if head is not None and groups.tp_rank == groups.cp_rank == groups.dp_rank == 0:
+        failure = attempt(lambda: _save_head(partial / HEAD_FILE, head), *IO_ERRORS)
     if groups.is_main and failure is None:
         failure = attempt(lambda: _save_small_files(run, partial, progress, companions), *IO_ERRORS)
     _stop_together(failure, partial, groups)
@@ -105,7 +107,7 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> RunProgress:
     _load_chunks(trainable.chunks, state)
     _load_optimizer(trainable, _fitting(state["optimizer"], sharded["optimizer"], saved["optimizer"]))
     if trainable.head is not None:
-        _load_head(checkpoint / HEAD_FILE, trainable)
+        _load_head(checkpoint / HEAD_FILE, trainable.head)
     return progress
 
 
@@ -247,13 +249,13 @@ def _load_optimizer(trainable: Trainable, state: dict) -> None:
             part.optimizer.state[parameter]["step"] = step.clone()
 
 
-def _save_head(path: Path, trainable: Trainable) -> None:
-    tensors = {f"head.{name}": value.contiguous() for name, value in trainable.head.state_dict().items()}
+def _save_head(path: Path, head: LogZHead) -> None:
+    tensors = {f"head.{name}": value.contiguous() for name, value in head.state_dict().items()}
     save_file(tensors, path)
     give_usual_mode(path)
 
 
-def _load_head(path: Path, trainable: Trainable) -> None:
+def _load_head(path: Path, head: LogZHead) -> None:
     """The log Z' head. Raises UserError when the file does not fit the head of this run, or was written when the head
     was moved by Adam: its hidden layers are trained there, and its rate meant something else."""
     try:
@@ -265,7 +267,7 @@ def _load_head(path: Path, trainable: Trainable) -> None:
                 "otherwise. Continue the run with the version that wrote it, or start anew from its export"
             )
         own = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
-        trainable.head.load_state_dict(own, strict=True)
+        head.load_state_dict(own, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: does not hold the log Z' head of this run: {error}") from None
 
@@ -305,7 +307,7 @@ def _sync_all(folder: Path) -> None:
         sync(path)
 
 
-def _stop_together(failure: Exception | None, partial: Path, groups: Groups) -> None:
+def _stop_together(failure: BaseException | None, partial: Path, groups: Groups) -> None:
     """Where any rank has failed, a UserError on all of them, and the unfinished folder away."""
     try:
         raise_together(

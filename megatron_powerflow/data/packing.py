@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_powerflow.data.bins import BinRule
-from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Rollout, Stream
+from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Piece, Rollout, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +148,13 @@ def _own_positions(size: int, cp_rank: int, cp_size: int) -> Tensor:
     return torch.cat([pieces[cp_rank], pieces[2 * cp_size - 1 - cp_rank]])
 
 
-def _pieces(sizes: Sequence[int], cp_rank: int, cp_size: int) -> list[tuple[int, int, int, int]]:
+def _pieces(sizes: Sequence[int], cp_rank: int, cp_size: int) -> list[Piece]:
     """`Stream.pieces` of sequences of these sizes, in a row."""
     found, first_query, first_key = [], 0, 0
     for size in sizes:
         length = size if cp_size == 1 else size // (2 * cp_size)
         for piece in (0,) if cp_size == 1 else (cp_rank, 2 * cp_size - 1 - cp_rank):
-            found.append((first_query, first_query + length, first_key, first_key + (piece + 1) * length))
+            found.append(Piece(first_query, first_query + length, first_key, first_key + (piece + 1) * length))
             first_query += length
         first_key += size
     return found

@@ -82,7 +82,7 @@ class SafetensorsFolder:
         if violations:
             raise UserError(violations)
 
-    def _shard_files(self) -> dict[str, set[str] | None]:
+    def _shard_files(self) -> Mapping[str, set[str] | None]:
         """File name -> the tensors the index places there; None where there is no index."""
         index = self.folder / INDEX_NAME
         if index.is_file():
@@ -92,7 +92,7 @@ class SafetensorsFolder:
             outside = sorted({name for name in weight_map.values() if Path(name).name != name})
             if outside:
                 raise UserError(f"{index}: names files outside the folder: {outside[:3]}")
-            files: dict[str, set[str] | None] = {}
+            files: dict[str, set[str]] = {}
             for tensor, file_name in weight_map.items():
                 files.setdefault(file_name, set()).add(tensor)
             if (self.folder / SINGLE_NAME).is_file() and (others := files.keys() - {SINGLE_NAME}):

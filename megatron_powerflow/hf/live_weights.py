@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,9 +34,25 @@ from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner
 from megatron_powerflow.targets import export_target
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
 # Transformer Engine fuses a norm with the linear layer behind it and names the weight after the latter.
 FUSED_NORM_NAMES = {fused: own for own, (fused, _) in FUSED_NORMS.items()}
 MAX_SHARD_BYTES = 5 * 10**9
+
+
+class Chunk(Protocol):
+    """What is asked of a part of the model: a torch module with these parts of Megatron's GPTModel."""
+
+    decoder: TransformerBlock
+    padded_vocab_size: int
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ class Placement:
         return self.op.hf_names(self.layer, self.expert)
 
 
-def placements(chunks: Sequence[nn.Module], family: Family, ep_rank: int) -> Iterator[Placement]:
+def placements(chunks: Sequence[Chunk], family: Family, ep_rank: int) -> Iterator[Placement]:
     """Every parameter of this rank's chunks, in order; one that no operation names is a bug. Then the buffers that one
     names."""
     layer_ops = {op.megatron: op for op in family.layer_ops}
@@ -82,7 +98,7 @@ def placements(chunks: Sequence[nn.Module], family: Family, ep_rank: int) -> Ite
 
 @torch.no_grad()
 def load_from_hf(
-    chunks: Sequence[nn.Module], source: SafetensorsFolder, architecture: Architecture, family: Family, groups: Groups
+    chunks: Sequence[Chunk], source: SafetensorsFolder, architecture: Architecture, family: Family, groups: Groups
 ) -> None:
     """Fill the parameters of `chunks` in place, casting to their dtype. Reads this rank's slices only."""
     shape = _shard_shape(chunks, architecture, groups)
@@ -98,7 +114,7 @@ def load_from_hf(
 
 
 def exported_placements(
-    chunks: Sequence[nn.Module], architecture: Architecture, family: Family, groups: Groups
+    chunks: Sequence[Chunk], architecture: Architecture, family: Family, groups: Groups
 ) -> Iterator[Placement]:
     """Those that this rank's part of an export is made of. A tied output weight belongs to the first stage and is left
     out; beyond expert-parallel rank 0 only the experts come, for the rest is the same there."""
@@ -110,7 +126,7 @@ def exported_placements(
 
 @torch.no_grad()
 def hf_tensors(
-    chunks: Sequence[nn.Module], architecture: Architecture, family: Family, groups: Groups
+    chunks: Sequence[Chunk], architecture: Architecture, family: Family, groups: Groups
 ) -> Iterator[tuple[str, Tensor]]:
     """HF tensors of this rank's stage, one parameter gathered at a time. Collective over tp_group.
 
@@ -127,7 +143,7 @@ def hf_tensors(
 
 
 def export_to_hf(
-    chunks: Sequence[nn.Module],
+    chunks: Sequence[Chunk],
     architecture: Architecture,
     family: Family,
     groups: Groups,
@@ -194,7 +210,7 @@ def _write_companions(companions: Path, folder: Path, dtype: str, more: Mapping[
 
 
 def _planned_files(
-    chunks: Sequence[nn.Module], architecture: Architecture, family: Family, groups: Groups, max_shard_bytes: int
+    chunks: Sequence[Chunk], architecture: Architecture, family: Family, groups: Groups, max_shard_bytes: int
 ) -> list[PlannedFile]:
     """The files that this rank writes of what `hf_tensors` yields to it, in that order."""
     shapes = expected_tensors(architecture, family)
@@ -206,5 +222,5 @@ def _planned_files(
     return plan_files(tensors, max_shard_bytes, prefix=f"stage-{groups.pp_rank:05d}-{groups.ep_rank:05d}")
 
 
-def _shard_shape(chunks: Sequence[nn.Module], architecture: Architecture, groups: Groups) -> ShardShape:
+def _shard_shape(chunks: Sequence[Chunk], architecture: Architecture, groups: Groups) -> ShardShape:
     return ShardShape(architecture, groups.tp_rank, groups.tp_size, chunks[0].padded_vocab_size)

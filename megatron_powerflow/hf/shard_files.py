@@ -137,7 +137,7 @@ class ShardFile:
         info = self._missing.pop(name)
         assert tuple(tensor.shape) == info.shape and tensor.dtype == torch_dtype(info.dtype), name
         self._file.seek(self._data + self._offset_of[name])
-        data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         for first in range(0, len(data), WRITE_BYTES):
             self._file.write(data[first : first + WRITE_BYTES])
 

@@ -26,7 +26,11 @@ from torch import Tensor
 
 from megatron_powerflow.log_probs.tiles import from_another_maximum
 
-FAILURES = (triton.CompilationError, triton.OutOfResources, RuntimeError)  # the last: a pass of its compiler
+FAILURES: tuple[type[Exception], ...] = (
+    triton.CompilationError,
+    triton.OutOfResources,
+    RuntimeError,  # a pass of its compiler
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_TOKENS = 64
 BLOCK_COLUMNS = 128
@@ -90,9 +94,11 @@ def grad_logits(
     """As `plain.grad_logits`."""
     gradient = hidden.new_empty(hidden.shape[0], weight.shape[0])
     hidden, weight = hidden.contiguous(), weight.contiguous()
-    per_token = [columns, log_normaliser, grad]
-    # without entropy its two arguments are never read
-    per_token += [grad, grad] if grad_entropy is None else [grad_entropy, entropy]
+    of_entropy = (grad, grad)  # never read
+    if grad_entropy is not None:
+        assert entropy is not None, "it comes with grad_entropy"
+        of_entropy = (grad_entropy, entropy)
+    per_token = (columns, log_normaliser, grad, *of_entropy)
     grid = (triton.cdiv(hidden.shape[0], BLOCK_TOKENS), triton.cdiv(weight.shape[0], BLOCK_COLUMNS))
     _grad_logits[grid](
         hidden,

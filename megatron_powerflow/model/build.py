@@ -53,11 +53,11 @@ def transformer_config(
     architecture: Architecture, layout: Layout, model: ModelSection, precision: PrecisionSection
 ) -> TransformerConfig:
     """Megatron's own config of this model under this layout. No dropout anywhere: log-probs are functions."""
-    recompute = {
+    recomputes: dict[str, dict[str, str | int]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[model.recompute]
+    }
     fused = torch.cuda.is_available() and use_transformer_engine(precision)
     window = architecture.sliding_window
     dense_ffn_hidden_size = architecture.experts.dense_ffn_hidden_size if architecture.experts else None
@@ -94,7 +94,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # would need Apex, and bypasses DDP's own accumulation
         apply_rope_fusion=False,
-        **recompute,
+        **recomputes[model.recompute],
         **transformer_config_fields(precision),
     )
     if architecture.rope.attention_factor != 1.0:

@@ -11,11 +11,12 @@ Left out: the formulas (`objective/`), the rewards of text (`training/rewards.py
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Norm = Literal["none", "length"]
 LogZ = Literal["mlp", "scalar", "group", "loo", "contrastive"]  # who says log Z'(q)
-LEARNED_LOG_Z = ("mlp", "scalar")  # a head; the others are estimates of the group
+LearnedLogZ = Literal["mlp", "scalar"]  # a head; the others are estimates of the group
+LEARNED_LOG_Z: tuple[LearnedLogZ, ...] = get_args(LearnedLogZ)
 Ratio = Literal["none", "seq", "seq_mean", "token"]  # what an importance weight is taken of
 
 

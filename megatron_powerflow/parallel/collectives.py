@@ -6,7 +6,7 @@ Left out: everything Megatron-Core does itself (gradients, activations between s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -82,11 +82,10 @@ def last_stage_rows(rows: Tensor | None, num_rows: int, num_columns: int, groups
     local = from_last_stage(rows, (num_rows, num_columns), groups)
     everyone = [torch.empty_like(local) for _ in range(groups.world_size)]
     dist.all_gather(everyone, local, group=groups.control)
-    replicas: list[Tensor | None] = [None] * groups.dp_size
-    for rank in range(groups.world_size):
-        # rank = tp + tp_size * (cp + cp_size * (dp + dp_size * pp)), see layout.py; all of a replica hold equal rows
-        replicas[rank // (groups.tp_size * groups.cp_size) % groups.dp_size] = everyone[rank]
-    return torch.cat(replicas)
+    # rank = tp + tp_size * (cp + cp_size * (dp + dp_size * pp)), see layout.py; all of a replica hold equal rows
+    width = groups.tp_size * groups.cp_size
+    replicas = {rank // width % groups.dp_size: its_rows for rank, its_rows in enumerate(everyone)}
+    return torch.cat([replicas[dp_rank] for dp_rank in range(groups.dp_size)])
 
 
 def any_rank(flag: bool, groups: Groups) -> bool:
@@ -96,7 +95,7 @@ def any_rank(flag: bool, groups: Groups) -> bool:
     return bool(value.item())
 
 
-def attempt(function: Callable[[], object], *kinds: type[Exception]) -> Exception | None:
+def attempt(function: Callable[[], object], *kinds: type[BaseException]) -> BaseException | None:
     """What the function failed with, where it is of these kinds, so that all ranks can stop together."""
     try:
         function()
@@ -105,7 +104,7 @@ def attempt(function: Callable[[], object], *kinds: type[Exception]) -> Exceptio
     return None
 
 
-def raise_together(failure: Exception | None, say: Callable[[str], str], groups: Groups) -> None:
+def raise_together(failure: BaseException | None, say: Callable[[str], str], groups: Groups) -> None:
     """A UserError on every rank where any of them has a failure: that of the lowest such rank. Collective.
 
     Lets every rank leave a collective section when one of them met a full disk. say: the sentence for what went wrong;
@@ -161,9 +160,9 @@ def every_rollout(rollouts: list, groups: Groups, *, shared_over_cp: bool) -> li
     return sorted(gathered, key=lambda rollout: (rollout.slot, rollout.response_index))
 
 
-def gather_to_main(value, groups: Groups) -> list | None:
+def gather_to_main(value: Value, groups: Groups) -> list[Value] | None:
     """Every rank's value, by rank, on rank 0; None elsewhere."""
-    everything = [None] * groups.world_size if groups.is_main else None
+    everything: list[Any] | None = [None] * groups.world_size if groups.is_main else None
     dist.gather_object(value, everything, dst=0, group=groups.control)
     return everything
 

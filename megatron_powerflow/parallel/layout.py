@@ -218,6 +218,7 @@ def _expert_violations(parallel: ParallelSection, architecture: Architecture) ->
 
 def _batch_violations(config: Config, layout: Layout) -> list[str]:
     rollout, micro = config.rollout, config.parallel.micro_batch_size
+    budget = config.parallel.max_tokens_per_micro_batch
     prompts_per_update = rollout.prompts_per_step // config.optimizer.updates_per_rollout
     if prompts_per_update % layout.dp:
         return [
@@ -225,8 +226,9 @@ def _batch_violations(config: Config, layout: Layout) -> list[str]:
             f"(rollout.prompts_per_step={rollout.prompts_per_step}); a group is never split, so choose a multiple of "
             f"{layout.dp * config.optimizer.updates_per_rollout}"
         ]
-    if config.parallel.max_tokens_per_micro_batch is not None:
-        return _budget_violations(config, layout)
+    if budget is not None:
+        return _budget_violations(config, layout, budget)
+    assert micro is not None, "config_rules.py fills it in where nothing packs"
     local = prompts_per_update // layout.dp * rollout.responses_per_prompt
     if local % micro:
         return [
@@ -241,9 +243,8 @@ def _batch_violations(config: Config, layout: Layout) -> list[str]:
     return []
 
 
-def _budget_violations(config: Config, layout: Layout) -> list[str]:
+def _budget_violations(config: Config, layout: Layout, budget: int) -> list[str]:
     """Packed micro-batches come in any number; each rollout needs room in one."""
-    budget = config.parallel.max_tokens_per_micro_batch
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     multiple = layout.position_multiple(FP8_TOKENS if config.precision.dtype == "fp8" else 1)
     needed = -(-longest // multiple) * multiple

@@ -80,7 +80,7 @@ def this_process(what: str) -> Holder:
         pid_space=_pid_space(),
         pid=os.getpid(),
         process_start=_process_start(os.getpid()),
-        job=job and job.id,
+        job=job.id if job else None,
         restarts=job.restarts if job else 0,
         since=time.time(),
         what=what,
@@ -207,7 +207,8 @@ def _take(guarded: Path, lock: Path, mine: Holder) -> None:
         for _ in range(ATTEMPTS):
             os.utime(new)
             now = new.stat().st_mtime  # by the clock of the file server, as the time of the lock is
-            place, holder = ([*_chain(lock)] or [(lock, None)])[-1]
+            chain: list[tuple[Path, Holder | None]] = [(lock, None), *_chain(lock)]
+            place, holder = chain[-1]
             if holder is not None and not _is_gone(holder, place, now):
                 raise UserError(_refusal(guarded, place, holder))
             end = lock if holder is None else _after(lock, holder)

@@ -121,9 +121,9 @@ class MegatronEngine:
 
     def _forward(self, batch: DecodeBatch) -> Tensor | None:
         """One pass of the batch's coming tokens through this rank's chunks; hidden states on the last stage."""
-        tokens = batch.coming_tokens()
-        padding = -len(tokens) % self._alignment  # repeats of the last token: computed, stored nowhere, ignored
-        tokens = torch.from_numpy(np.pad(tokens, (0, padding), mode="edge")).to(self._groups.device)
+        coming = batch.coming_tokens()
+        padding = -len(coming) % self._alignment  # repeats of the last token: computed, stored nowhere, ignored
+        tokens = torch.from_numpy(np.pad(coming, (0, padding), mode="edge")).to(self._groups.device)
         hidden = None
         for place, chunk in enumerate(self._chunks):
             if not chunk.pre_process:
@@ -171,7 +171,9 @@ class MegatronEngine:
 
     def _send(self, hidden: Tensor) -> None:
         hidden = hidden.contiguous()
-        self._sends.append((dist.isend(hidden, self._neighbour(+1), group=self._groups.pp), hidden))
+        work = dist.isend(hidden, self._neighbour(+1), group=self._groups.pp)
+        assert work is not None, "None is for ranks that are not of the group"
+        self._sends.append((work, hidden))
         while len(self._sends) > 2 * self._groups.pp_size:  # keeps the buffers of finished sends from piling up
             self._sends.popleft()[0].wait()
 

@@ -53,11 +53,12 @@ def evaluation_line(rollouts: Sequence[Rollout], reference: np.ndarray, plan: Pl
     summary = summarize(counts)
     tokens = [[rollout.response_token_ids for rollout in members] for members in by_prompt]
     lengths = np.array([len(response) for group in tokens for response in group])
+    distinct_2 = [distinct_n(group, 2) for group in tokens]
     per_prompt = {
         "id": [members[0].prompt.id for members in by_prompt],
         "ref_log_prob_mean": _per_token(reference, lengths, by_prompt),
         "policy_entropy": _per_token(-_sampled(rollouts), lengths, by_prompt),
-        "distinct_2": [distinct_n(group, 2) for group in tokens],
+        "distinct_2": distinct_2,
         "response_length_mean": [float(np.mean([len(response) for response in group])) for group in tokens],
     }
     return {
@@ -68,7 +69,7 @@ def evaluation_line(rollouts: Sequence[Rollout], reference: np.ndarray, plan: Pl
         "ref_log_prob_mean": float(reference.sum() / lengths.sum()),
         "num_prompts": len(by_prompt),
         "num_responses": plan.config.evaluation.num_responses,
-        "distinct_2": float(np.mean(per_prompt["distinct_2"])),
+        "distinct_2": float(np.mean(distinct_2)),
         "distinct_3": float(np.mean([distinct_n(group, 3) for group in tokens])),
         "repeated_share": float(np.mean([repeated_share(response) for group in tokens for response in group])),
         **_realised(rollouts, reference, lengths, plan),

@@ -138,6 +138,7 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int], int, int]] | None:
 
 def _blocks(file: IO[bytes], start: int, end: int, whole: bool) -> str:
     found, size = hashlib.sha256(str(end - start).encode()), end - start
+    places: Sequence[int]
     if whole or size <= BLOCK * NUM_BLOCKS:
         places, length = range(start, end, PIECE), PIECE
     else:

@@ -60,6 +60,7 @@ def set_learning_rates(trainable: Trainable, section: OptimizerSection, step: in
     for group in trainable.optimizer.param_groups:
         group["lr"] = lr
     if trainable.head is not None:
+        assert log_z_lr is not None, "config_rules.py fills it in where log Z' is learned"
         trainable.head.rate = log_z_lr
     return lr
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.checkpoint.first_files import CONFIG_MARK
@@ -42,6 +43,8 @@ from megatron_powerflow.training.resources import resource_violations
 from megatron_powerflow.training.resume import find_resume
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
 from megatron_powerflow.whole_files import write_file
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Plan:
     def hf_folder(self) -> Path:
         return hf_folder_of(self.model_folder)
 
-    def share_of(self, prompts: Sequence[Prompt], dp_rank: int) -> list[tuple[int, Prompt]]:
+    def share_of(self, prompts: Sequence[T], dp_rank: int) -> list[tuple[int, T]]:
         """(slot, prompt) pairs of one data-parallel rank: equal, contiguous shares of the step's prompts, cut so
         that each of the step's updates takes an equal share of every rank."""
         per_update = len(prompts) // self.config.optimizer.updates_per_rollout
@@ -120,8 +123,8 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
         else:
             _collect(violations, lambda: _check_weights(start, architecture, family))
         violations += _length_violations(config, architecture)
-        if config.rollout.replay is not None:
-            replay_from = _collect(violations, lambda: _check_replay(config, architecture, resume_from))
+        if (replay := config.rollout.replay) is not None:
+            replay_from = _collect(violations, lambda: _check_replay(config, replay, architecture, resume_from))
     if model is not None and tokenizer is not None:
         stop_token_ids = _collect(violations, lambda: stop_token_ids_of(config, hf_folder, tokenizer, model[0]))
         read = partial(_read_prompts, config, located, tokenizer, model[0])
@@ -130,12 +133,12 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
             violations += _answer_violations(config, prompt_file)
         if path := config.evaluation.prompts:
             evaluation_file = _collect(violations, lambda: read([path]))
-    if not violations:
-        inputs = _inputs_of(config, located, today, prompt_file, evaluation_file, replay_from)
-        violations += changes(before, inputs) if before else []
     if violations:
         raise UserError(violations)
-    assert model and layout and stop_token_ids and prompt_file
+    assert model and layout and tokenizer is not None and stop_token_ids and prompt_file
+    inputs = _inputs_of(config, located, today, prompt_file, evaluation_file, replay_from)
+    if before and (changed := changes(before, inputs)):
+        raise UserError(changed)
     return Plan(
         inputs=inputs,
         config=config,
@@ -197,7 +200,7 @@ def num_parameters(architecture: Architecture) -> int:
     return total
 
 
-def _collect(violations: list[str], function: Callable):
+def _collect(violations: list[str], function: Callable[[], T]) -> T | None:
     """The function's value; or None, and its violations noted."""
     try:
         return function()
@@ -308,9 +311,9 @@ def _length_violations(config: Config, architecture: Architecture) -> list[str]:
     ]
 
 
-def _check_replay(config: Config, architecture: Architecture, resume_from: Path | None) -> Path:
+def _check_replay(config: Config, replay: str, architecture: Architecture, resume_from: Path | None) -> Path:
     """The folder of saved rollouts. Raises UserError unless it holds every step still to do, as this run wants."""
-    rollout, folder = config.rollout, find_rollouts(config.rollout.replay)
+    rollout, folder = config.rollout, find_rollouts(replay)
     first = int(resume_from.name.removeprefix("step_")) if resume_from else 0
     wanted = Wanted(
         num_prompts=rollout.prompts_per_step,
