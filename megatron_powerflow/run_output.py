@@ -25,7 +25,7 @@ from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, read_step_log, write_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, read_metrics
-from megatron_powerflow.parallel.collectives import any_rank
+from megatron_powerflow.parallel.together import any_rank
 from megatron_powerflow.records import Purpose, SamplingParams, StepMetrics
 from megatron_powerflow.report.change_picture import CHANGE_NAME, draw_change
 from megatron_powerflow.report.curves import CURVES_NAME, draw_curves
@@ -34,6 +34,9 @@ from megatron_powerflow.training.in_training_evaluation import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.session import Session
 from megatron_powerflow.training.step import StepResult
+
+# Every evaluation of a run draws with the uniforms of this step: what differs between two of them is the policy.
+EVALUATION_SEED_STEP = 0
 
 
 class RunOutput:
@@ -179,7 +182,7 @@ class RunOutput:
         asked = self._plan.config.run.stop_at_alpha is not None
         return asked and any_rank(self._reached is not None, self._session.groups)
 
-    def look(self, step: int) -> None:
+    def evaluate_if_due(self, step: int) -> None:
         """Where it is due before `step`: samples, and answers to the held-out prompts. Collective."""
         interval = self._plan.config.evaluation.interval
         ended = step == self._plan.config.run.num_steps or self.alarmed() or self.reached()
@@ -201,7 +204,12 @@ class RunOutput:
 
     def _sampling(self, responses_per_prompt: int) -> SamplingParams:
         """As in training, with the same uniforms each time: what differs is the policy."""
-        return sampling_params(self._plan.config, self._plan.stop_token_ids, responses_per_prompt=responses_per_prompt)
+        return sampling_params(
+            self._plan.config,
+            self._plan.stop_token_ids,
+            step=EVALUATION_SEED_STEP,
+            responses_per_prompt=responses_per_prompt,
+        )
 
     def _sample(self, step: int) -> None:
         """Answers to the first prompts of the file into samples.jsonl."""

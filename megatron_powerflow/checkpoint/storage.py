@@ -41,8 +41,8 @@ from megatron_powerflow.checkpoint.state import FORMAT, RunProgress, Trainable
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.files import copy_companions
 from megatron_powerflow.model.log_z_head import LogZHead
-from megatron_powerflow.parallel.collectives import attempt, gather_to_main, raise_together
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.together import attempt, gather_to_main, raise_together
 from megatron_powerflow.whole_files import give_usual_mode, sync, write_file
 
 HEAD_FILE = "log_z_head.safetensors"

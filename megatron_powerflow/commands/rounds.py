@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_powerflow.console import Heartbeat
-from megatron_powerflow.parallel.collectives import gather_to_main, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner, held_by_another
+from megatron_powerflow.parallel.together import gather_to_main, on_main
 from megatron_powerflow.targets import file_refusals, starts_with_line_of
 from megatron_powerflow.whole_files import sync
 

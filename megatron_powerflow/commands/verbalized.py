@@ -18,9 +18,9 @@ from megatron_powerflow.commands.generate import load_generation_prompts, prompt
 from megatron_powerflow.commands.open_model import Opened, engine_of, load_chunks
 from megatron_powerflow.commands.rounds import BY_GENERATE, output_refusals, write_rounds
 from megatron_powerflow.data.verbalized import parse_verbalized, verbalized_row
-from megatron_powerflow.parallel.collectives import gather_to_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.together import gather_to_main
 from megatron_powerflow.records import Prompt
 from megatron_powerflow.targets import require
 

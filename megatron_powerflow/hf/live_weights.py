@@ -29,9 +29,9 @@ from megatron_powerflow.hf.operations import Op, ShardShape
 from megatron_powerflow.hf.shapes import expected_tensors, is_embedding, is_output
 from megatron_powerflow.hf.shard_files import PlannedFile, ShardWriter, TensorInfo, dtype_name, plan_files, write_index
 from megatron_powerflow.hf.torch_dist_names import FUSED_NORMS
-from megatron_powerflow.parallel.collectives import attempt, gather_to_main, on_main, raise_together
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner
+from megatron_powerflow.parallel.together import attempt, gather_to_main, on_main, raise_together
 from megatron_powerflow.targets import export_target
 
 if TYPE_CHECKING:

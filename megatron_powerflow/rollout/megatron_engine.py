@@ -26,8 +26,8 @@ from torch import Tensor
 
 from megatron_powerflow.log_probs.plain import make_logits
 from megatron_powerflow.model.decode_weights import decode_weights
-from megatron_powerflow.parallel.collectives import anyone, largest
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.together import anyone, largest
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.decode_batch import DecodeBatch
 from megatron_powerflow.rollout.engine import ProgressCallback
@@ -136,7 +136,7 @@ class MegatronEngine:
         return hidden
 
     def _idle_pass(self) -> None:
-        """A pass of padding alone, for the ranks that share experts with this one: see `collectives.anyone`."""
+        """A pass of padding alone, for the ranks that share experts with this one: see `together.anyone`."""
         tokens = torch.zeros(1, self._alignment, dtype=torch.int64, device=self._groups.device)
         for chunk in self._chunks:
             if not chunk.pre_process:
