@@ -69,9 +69,9 @@ def _devices() -> list[str]:
 
     if not torch.cuda.is_available():
         return ["no CUDA device: CPU processes over gloo"]
-    found = [torch.cuda.get_device_properties(place) for place in range(torch.cuda.device_count())]
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [
-        f"CUDA {torch.version.cuda}, device {place}: {device.name}, {device.total_memory / 2**30:.0f} GiB, "
+        f"CUDA {torch.version.cuda}, device {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB, "
         f"compute capability {device.major}.{device.minor}"
-        for place, device in enumerate(found)
+        for index, device in enumerate(devices)
     ]

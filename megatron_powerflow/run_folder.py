@@ -37,13 +37,13 @@ def take_run_folder(plan: Plan, owner: Owner) -> None:
     Raises UserError where another process holds it, or held it since the plan was made and went on with the run.
     """
     owner.take()
-    found = find_resume(plan.config)
-    if found != plan.resume_from:
+    newest = find_resume(plan.config)
+    if newest != plan.resume_from:
         raise UserError(
-            f"{plan.run_folder}: another process went on with this run, to {found.name if found else 'nothing'}, while "
-            "this one started; start again"
+            f"{plan.run_folder}: another process went on with this run, to {newest.name if newest else 'nothing'}, "
+            "while this one started; start again"
         )
-    if found is None:
+    if newest is None:
         remove_first_files(plan.run_folder)  # of a start that was killed, perhaps with other settings
     remove_cut_off_files(plan.run_folder)
     (plan.run_folder / STOP_NAME).unlink(missing_ok=True)  # of a try before this one

@@ -88,13 +88,13 @@ class Target:
         above = next(folder for folder in real.parents if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             return [f"{name}: {above} is {'no folder' if not above.is_dir() else 'not writable'}; write elsewhere"]
-        found = []
+        refusals = []
         if reason := self._not_ours(real):
-            found.append(f"{name}: {reason}; name a folder that is not there")
+            refusals.append(f"{name}: {reason}; name a folder that is not there")
         for beside in (self.partial, self.old):
             if reason := self._not_ours(beside, unfinished=beside == self.partial):
-                found.append(f"{name}: {beside} is in the way: {reason}; move it away or name another folder")
-        return found
+                refusals.append(f"{name}: {beside} is in the way: {reason}; move it away or name another folder")
+        return refusals
 
     def is_there(self) -> bool:
         """Whether an older one would be replaced."""
@@ -149,8 +149,8 @@ class Target:
                 _remove(self.partial)
 
     def _judge_again(self) -> None:
-        if found := self.refusals():
-            raise UserError(found)
+        if refusals := self.refusals():
+            raise UserError(refusals)
 
     def _not_ours(self, folder: Path, *, unfinished: bool = False) -> str | None:
         """Why `folder` may not be removed; None: it may, is empty or is not there."""
@@ -238,14 +238,14 @@ def _places_of_the_user() -> Iterator[Path]:
 
 def _names(folder: Path) -> list[str]:
     """Everything that is no folder, and every empty folder, relative to `folder`."""
-    found = []
+    paths = []
     for where, folders, files in os.walk(folder):
         here = Path(where)
         links = [name for name in folders if (here / name).is_symlink()]
-        found += [here / name for name in (*files, *links)]
+        paths += [here / name for name in (*files, *links)]
         if not folders and not files and here != folder:
-            found.append(here)
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+            paths.append(here)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:

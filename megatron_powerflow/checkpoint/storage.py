@@ -118,7 +118,7 @@ def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
         _refuse_damage(checkpoint, groups)
     folder = tensors_folder(checkpoint)
     audit_checkpoint(folder)
-    sharded = {f"model{place}": _model_state(chunk) for place, chunk in enumerate(chunks)}
+    sharded = {f"model{index}": _model_state(chunk) for index, chunk in enumerate(chunks)}
     try:
         state = dist_checkpointing.load(sharded, str(folder))
     except IO_ERRORS as error:
@@ -156,7 +156,7 @@ def _save_policy(folder: Path, trainable: Trainable, groups: Groups) -> None:
 def _sharded_state(trainable: Trainable, groups: Groups, *, is_loading: bool) -> dict:
     from megatron.core import parallel_state
 
-    models = {f"model{place}": _model_state(chunk) for place, chunk in enumerate(trainable.chunks)}
+    models = {f"model{index}": _model_state(chunk) for index, chunk in enumerate(trainable.chunks)}
     metadata = METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     optimizer = trainable.optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)
     return {**models, "optimizer": optimizer}
@@ -173,8 +173,8 @@ def _model_state(chunk) -> dict:
 
 
 def _load_chunks(chunks: list, state: dict) -> None:
-    for place, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(state[f"model{place}"], strict=False)
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
         missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
         assert not missing and not unexpected, f"{missing[:3]} {unexpected[:3]}: the load plan was made of this model"
 
@@ -212,9 +212,10 @@ def _fitting(state: dict, wanted: dict, saved: dict) -> dict:
     for number, part in parts.items():
         mine, now = wanted.get(number, wanted), _innermost(part)
         own = _innermost(mine)["param_groups"]
-        found = now.get("param_groups") or [{}] * len(own)  # which parameters; nothing for a distributed optimizer
+        # which parameters; nothing for a distributed optimizer
+        loaded = now.get("param_groups") or [{}] * len(own)
         steps = {key: value for key, value in then["param_groups"][0].items() if key == "step"}
-        now["param_groups"] = [{**group, **steps, **params} for group, params in zip(own, found, strict=True)]
+        now["param_groups"] = [{**group, **steps, **params} for group, params in zip(own, loaded, strict=True)]
         if "common_step" in then.get("state", {}):
             now["state"]["common_step"] = then["state"]["common_step"]
         if "param_state_sharding_type" in mine:

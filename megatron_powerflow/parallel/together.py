@@ -51,7 +51,7 @@ def raise_together(failure: BaseException | None, say: Callable[[str], str], gro
         mine = (say(f"{type(failure).__name__}: {failure}"),)
     everyone: list[tuple[str, ...]] = [()] * groups.world_size
     dist.all_gather_object(everyone, mine, group=groups.control)
-    if violations := next((found for found in everyone if found), None):
+    if violations := next((texts for texts in everyone if texts), None):
         raise UserError(violations)
 
 

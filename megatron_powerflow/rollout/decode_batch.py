@@ -90,12 +90,12 @@ class DecodeBatch:
             return np.concatenate([prompt.token_ids for prompt in self._prompts_of(self._admitted)])
         return np.where(self._alive, self._tokens[np.arange(len(self._names)), self._lengths - 1], 0)
 
-    def entering(self, place: int, chunk: PolicyModel, padding: int) -> AbstractContextManager[None]:
-        """Context of that pass through the chunk at `place`; padding: tokens behind the flat ones."""
+    def entering(self, chunk_index: int, chunk: PolicyModel, padding: int) -> AbstractContextManager[None]:
+        """Context of that pass through the chunk at `chunk_index`; padding: tokens behind the flat ones."""
         if self._admitted is None:
-            return self.caches[place].decoding(chunk, self._alive, padding)
+            return self.caches[chunk_index].decoding(chunk, self._alive, padding)
         lengths = [len(prompt.token_ids) for prompt in self._prompts_of(self._admitted)]
-        return self.caches[place].prefilling(chunk, lengths, self._admitted, padding)
+        return self.caches[chunk_index].prefilling(chunk, lengths, self._admitted, padding)
 
     def predicting(self, hidden: Tensor) -> Tensor:
         """hidden [t, 1, H] of that pass -> [n, H], what predicts new tokens: of each prompt's last, or all without

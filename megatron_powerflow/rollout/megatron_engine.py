@@ -73,7 +73,7 @@ class MegatronEngine:
             self._run(batches, sampling, total, progress)
         for chunk, was_training in zip(self._chunks, training, strict=True):
             chunk.train(was_training)
-        order = {slot: place for place, (slot, _) in enumerate(prompts)}
+        order = {slot: index for index, (slot, _) in enumerate(prompts)}
         rollouts = [rollout for batch in batches for rollout in batch.rollouts]
         return sorted(rollouts, key=lambda rollout: (order[rollout.slot], rollout.response_index))
 
@@ -88,14 +88,14 @@ class MegatronEngine:
         return [
             DecodeBatch(
                 waiting,
-                at_a_time * (place + 1) // num_batches - at_a_time * place // num_batches,
+                at_a_time * (index + 1) // num_batches - at_a_time * index // num_batches,
                 longest,
                 sampling,
                 self._chunks,
                 tp_size,
                 device,
             )
-            for place in range(num_batches)
+            for index in range(num_batches)
         ]
 
     def _run(
@@ -125,10 +125,10 @@ class MegatronEngine:
         padding = -len(coming) % self._alignment  # repeats of the last token: computed, stored nowhere, ignored
         tokens = torch.from_numpy(np.pad(coming, (0, padding), mode="edge")).to(self._groups.device)
         hidden = None
-        for place, chunk in enumerate(self._chunks):
+        for chunk_index, chunk in enumerate(self._chunks):
             if not chunk.pre_process:
                 chunk.set_input_tensor(self._receive(len(tokens)))
-            with batch.entering(place, chunk, padding):
+            with batch.entering(chunk_index, chunk, padding):
                 hidden = chunk(tokens[None], None, None)
             if not chunk.post_process:
                 self._send(hidden)

@@ -58,8 +58,8 @@ class Scorer:
     def statistics(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> TokenStatistics:
         """`log_probs` with the entropy and certainty of the same distributions, each [b, s] fp32, 0 where masked."""
         arguments, places = self._kernel_arguments(hidden, chunk, batch)
-        found = self.kernel.statistics(**arguments) if len(places) else [_of_nothing(arguments["hidden"])] * 3
-        return TokenStatistics(*(to_rows(values, places, batch, self.groups.cp) for values in found))
+        columns = self.kernel.statistics(**arguments) if len(places) else [_of_nothing(arguments["hidden"])] * 3
+        return TokenStatistics(*(to_rows(values, places, batch, self.groups.cp) for values in columns))
 
     def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
         """This rank's response tokens alone, hidden [k, H], targets [k]; and their places [k] in the flat rows."""

@@ -98,8 +98,8 @@ def _realised(rollouts: Sequence[Rollout], reference: np.ndarray, lengths: np.nd
         added = np.array([objective.alpha * item.psi + item.reward for item in annotated])
         added = added * counted if objective.form.per_length else added
     prompts = np.array([rollout.slot for rollout in rollouts])
-    found = realised_alpha(_sampled(rollouts), reference, counted, prompts, added)
-    return {name: float(value) for name, value in found.items()}
+    metrics = realised_alpha(_sampled(rollouts), reference, counted, prompts, added)
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _counts(members: Sequence[Rollout], plan: Plan) -> QuestionCounts:
