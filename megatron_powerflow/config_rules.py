@@ -150,7 +150,8 @@ def contradictions(config: Config) -> list[str]:
 
 def _alpha_out_of_reach(config: Config) -> list[str]:
     """Why run.stop_at_alpha would never end the run."""
-    stop_at, alpha, violations = config.run.stop_at_alpha, config.objective.alpha, []
+    stop_at, alpha = config.run.stop_at_alpha, config.objective.alpha
+    violations: list[str] = []
     if stop_at is None or alpha is None:
         return violations
     if not (1 < stop_at <= alpha or alpha <= stop_at < 1):

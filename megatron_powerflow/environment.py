@@ -14,18 +14,9 @@ from importlib import metadata
 import megatron_powerflow
 from megatron_powerflow.parallel.initialize import settings_that_count
 
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "transformers", "tokenizers", "safetensors")
-PACKAGES += (
-    "numpy",
-    "scipy",
-    "pydantic",
-    "omegaconf",
-    "wandb",
-    "tensorboard",
-    "matplotlib",
-    "pyarrow",
-    "vllm",
-    "triton",
+PACKAGES = (
+    *("torch", "megatron-core", "transformer-engine", "apex", "transformers", "tokenizers", "safetensors"),
+    *("numpy", "scipy", "pydantic", "omegaconf", "wandb", "tensorboard", "matplotlib", "pyarrow", "vllm", "triton"),
 )
 # what is missing without it
 USED_FOR = {

@@ -100,7 +100,8 @@ def open_named(
     data: names of data by the option that they were given to. Collective where a name is the hub's; UserErrors of its
     part are raised on all processes alike.
     """
-    wanted, recorded = [Wanted("model", model, "--model")], {}
+    wanted = [Wanted("model", model, "--model")]
+    recorded: Mapping[str, str] = {}
     wanted += [Wanted("dataset", name, option) for option, names in (data or {}).items() for name in names]
     checkpoint = find_checkpoint(Path(model)) if reference and Path(model).is_dir() else None
     if checkpoint is not None and not is_converted(checkpoint):
@@ -139,10 +140,10 @@ def open_model(
     checkpoint = find_checkpoint(folder) if folder.is_dir() else None
     if reference and (checkpoint is None or is_converted(checkpoint)):
         raise UserError(f"{folder}: --reference asks for the base model of a run, and this is no run's folder")
-    of_a_run = checkpoint is not None and not is_converted(checkpoint)
     keeps = keeps_of(folder)
-    run = load_config(checkpoint / CONFIG_NAME) if of_a_run else None
+    run = None if checkpoint is None or is_converted(checkpoint) else load_config(checkpoint / CONFIG_NAME)
     if reference:
+        assert run is not None, "else refused above"
         folder = located.folder(run.model.hf_path)
         checkpoint = folder if is_converted(folder) else None
     hf_folder = checkpoint / HF_NAME if checkpoint else folder

@@ -94,8 +94,8 @@ def _score(
     flat = None
     if found:
         flat = torch.tensor([value for rollout in rollouts for value in found[rollout.slot]], dtype=torch.float64)
-    flat = from_last_stage(flat, (sum(lengths),), scorer.groups).numpy()
-    return np.split(flat, np.cumsum(lengths)[:-1])
+    everywhere = from_last_stage(flat, (sum(lengths),), scorer.groups).numpy()
+    return np.split(everywhere, np.cumsum(lengths)[:-1])
 
 
 def _chain_line(chain: Chain, num_responses: int, num_moves: int, opened: Opened) -> dict:

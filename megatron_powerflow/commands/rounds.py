@@ -49,6 +49,7 @@ def write_rounds(
             gathered = gather_to_main(one_round(block[groups.dp_rank :: groups.dp_size]), groups)
             on_main(owner.confirm, groups)
             if file is not None:
+                assert gathered is not None, "by the main rank, which has the file"
                 lines = sorted((item for part in gathered if part for item in part), key=lambda item: item[0])
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for _, line in lines)
             bar.advance(task, len(block))

@@ -72,9 +72,11 @@ def log_probs_by_slot(
     rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: Opened
 ) -> dict[int, list[float]]:
     """Log-probs of each rollout's response tokens on the last stage, nothing elsewhere. Slots are unique."""
+    micro_batch_size = opened.config.parallel.micro_batch_size
+    assert micro_batch_size is not None, "no command may ask for packing"
     batches = pack(
         [Annotated(rollout) for rollout in rollouts],
-        micro_batch_size=opened.config.parallel.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         responses_per_prompt=1,
         drop_truncated=False,
         multiple=alignment(opened.layout, opened.config.precision),
@@ -96,7 +98,8 @@ def read_scored_rows(path: Path, opened: Opened) -> list[Rollout]:
     A text is scored as it is, without an EOS behind it. Raises UserError with the bad lines.
     """
     vocab_size, tokenizer = opened.architecture.vocab_size, opened.tokenizer
-    rows, violations = [], []
+    rows: list[Rollout] = []
+    violations: list[str] = []
     for number, row in read_file(path, violations):
         try:
             prompt = prompt_token_ids(row, tokenizer, vocab_size)

@@ -79,6 +79,6 @@ def verbalize_file(
 
 def _report_failures(failures: Counter[str], num_asked: int, groups: Groups, console: Console) -> None:
     everyone = gather_to_main(failures, groups)
-    total = sum(everyone, Counter()) if everyone is not None else Counter()
+    total: Counter[str] = sum(everyone, Counter()) if everyone is not None else Counter()
     for reason, count in total.most_common():
         console.print(f"of {num_asked} responses asked for, {count} not written: {reason}")

@@ -140,7 +140,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def _digest(name: str, tensor: Tensor) -> str:
     head = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
     digest = hashlib.sha256(head)
-    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -15,10 +15,11 @@ Left out: going on with a conversion that was killed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -51,6 +52,7 @@ MADE_BY = "conversion"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what the command lines call them -> safetensors' names
 
 Told = Callable[[int], object]  # told numbers of bytes
+Kind = TypeVar("Kind", HfModel, MegatronModel)
 
 
 def _untold(num_bytes: int) -> None:
@@ -166,10 +168,14 @@ def megatron_to_hf(
             ahead.close()
             shard.abandon()
 
+    def write_files(mine: Sequence[PlannedFile], partial: Path) -> None:
+        for file in mine:
+            write_file(file, partial)
+
     with _published(request, model, ranks, sum(file.num_bytes for file in files)) as partial:
         mine = ranks.share(files, lambda file: file.num_bytes)
         announce(sum(file.num_bytes for file in mine))
-        _writing(ranks, request.out, lambda: [write_file(file, partial) for file in mine])
+        _writing(ranks, request.out, lambda: write_files(mine, partial))
         if ranks.is_main:
             usual = [group for stored, group in zip(parameters, groups, strict=True) if not stored.fp32]
             _copy_companions(model, partial, {info.dtype for group in usual for info in group.values()})
@@ -181,7 +187,7 @@ def megatron_to_hf(
         return _verify(request, model, partial, ranks)
 
 
-def _open_source(request: Request, ranks: Ranks, kind: type) -> Model:
+def _open_source(request: Request, ranks: Ranks, kind: type[Kind]) -> Kind:
     """The source, of the kind that this direction starts from; and a place for `out`."""
     _check_out(request)
     model = open_model_folder(request.source, ranks, step=request.step)

@@ -18,7 +18,7 @@ import operator
 from collections.abc import Callable, Hashable
 from fractions import Fraction
 
-import mpmath  # type: ignore[import-untyped]  # it comes without types, and there are no stubs
+import mpmath
 
 from megatron_powerflow.data.expressions import Tree, Unreadable, symbols_of
 

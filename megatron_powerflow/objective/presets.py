@@ -78,6 +78,22 @@ class EntropyMinimum:
 
 Form = Balance | PolicyGradient | EntropyMinimum
 
+PresetName = Literal[
+    "la_tb",
+    "tb_traj",
+    "tb_token_target",
+    "tb_token_score",
+    "tb_token_step",
+    "flow_rl",
+    "rl_traj",
+    "rl_token",
+    "grpo",
+    "empo",
+    "ttrl",
+    "intuitor",
+    "format_only",
+    "one_shot_em",
+]  # the keys of PRESETS, in their order, where a type is asked for
 PRESETS: dict[str, Form] = {
     # length-aware trajectory balance: Eq. 10, arXiv 2603.18363; fixed point p_base^alpha exp(-lambda |y|)
     "la_tb": Balance("length", "length"),
