@@ -1,4 +1,4 @@
-"""What does a run show of itself while it goes on? Metrics, samples, the console; and how is it asked to stop?
+"""What does a run show of itself while it goes on? Metrics, samples, evaluations, alarms, the console.
 
 Only the main rank writes; collective parts run on every rank alike.
 """

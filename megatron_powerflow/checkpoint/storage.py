@@ -8,7 +8,7 @@
 A checkpoint is written under another name and renamed when complete; `latest` is replaced after that. A full disk or
 a kill in between leaves the one before as it was.
 
-Left out: asynchronous saving; the Hugging Face export (`conversion/`).
+Left out: asynchronous saving; the Hugging Face export (`hf/live_weights.py`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ Reading takes the chunks of just the part that is asked for, whatever layout wro
 could run code. Writing hands torch's own writer a plan of names, shapes and dtypes, and makes a tensor when its turn
 comes: neither holds more than one parameter.
 
-Left out: which parameter is where (`hf/torch_dist_names.py`); Megatron-Core's own saving and loading (`storage.py`).
+Left out: which parameter is where (`hf/torch_dist_names.py`); Megatron-Core's own saving and loading
+(`checkpoint/storage.py`).
 """
 
 from __future__ import annotations

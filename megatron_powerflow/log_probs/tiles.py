@@ -55,7 +55,7 @@ def slices(total: int, size: int) -> Iterator[slice]:
 
 
 def from_another_maximum(sums: Tensor, shift: Tensor) -> Tensor:
-    """Sums [2 or 4, ...] as in `token_log_probs_plain.shard_sums`, taken from a maximum higher by -shift. New.
+    """Sums [2 or 4, ...] as in `plain.shard_sums`, taken from a maximum higher by -shift. New.
 
     sum of m (l - max), m = exp(l - max), becomes exp(shift) (sum of m (l - max) + shift sum of m).
     """

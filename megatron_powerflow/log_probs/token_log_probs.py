@@ -12,8 +12,8 @@ built in tiles of at most `max_logits`, reduced to a few numbers per token, and 
 The outer loop of the backward pass is over the vocabulary, so a row of grad_W is finished before the next block
 begins: in bf16 only a block of it is ever held in fp32. What grows with the vocabulary is grad_W itself.
 
-Left out: how a tile is computed (`token_log_probs_plain.py`, `token_log_probs_triton.py`), who chooses between them
-(`log_prob_kernel.py`), adding grad_W into Megatron's main_grad (with tied weights the embedding adds to the same
+Left out: how a tile is computed (`plain.py`, `triton.py`), who chooses between them
+(`kernel_choice.py`), adding grad_W into Megatron's main_grad (with tied weights the embedding adds to the same
 buffer, through autograd). Imports nothing of ours; the process group is an argument.
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -83,10 +83,11 @@ class WandbWriter:
         self.run.finish()
 
 
-def _wandb_mode(section: MetricsSection) -> str | None:
+def _wandb_mode(section: MetricsSection) -> Literal["online", "offline"] | None:
     """None leaves it to wandb's own settings (WANDB_MODE), which is right where a key is configured."""
     import wandb
 
+    assert section.wandb != "off", "then nobody writes to wandb"
     if section.wandb != "auto":
         return section.wandb
     try:

@@ -1,4 +1,4 @@
-"""Which numbers does the model compute with: fp32, bf16 or FP8? The only importer of Transformer Engine.
+"""Which numbers does the model compute with: fp32, bf16 or FP8? And where is Transformer Engine used?
 
 FP8 is Megatron's and Transformer Engine's own: a recipe name is mapped onto TransformerConfig fields, and the
 layer spec is Transformer Engine's. Only stateless recipes (tensorwise = current scaling, blockwise, mxfp8): they keep

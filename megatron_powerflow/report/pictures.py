@@ -1,7 +1,7 @@
 """What do all pictures of a report share? Size, legend, bands, how numbers too far apart are scaled, the PNG.
 
-Left out: which numbers are shown; that is `training_curves.py`, `accuracy_and_length.py`, `frontier.py`, `pass_at_k.py`
-and `log_z_curves.py`, each `draw(cast) -> Picture | None`.
+Left out: which numbers are shown. Each picture is a file of its own that `drawing.py` names, with a function
+`draw(cast) -> Picture | None`.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class MegatronEngine:
         return hidden
 
     def _idle_pass(self) -> None:
-        """A pass of padding alone, for the ranks that share experts with this one: see `in_step.py`."""
+        """A pass of padding alone, for the ranks that share experts with this one: see `collectives.anyone`."""
         tokens = torch.zeros(1, self._alignment, dtype=torch.int64, device=self._groups.device)
         for chunk in self._chunks:
             if not chunk.pre_process:

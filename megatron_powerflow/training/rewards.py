@@ -1,6 +1,6 @@
 """What does the text of each rollout say? Format penalty, reward, correctness, and numbers for the metrics.
 
-Left out: rewards made of log-probs (`group_values.py`), equality of answers (`data/answers.py`).
+Left out: rewards made of log-probs (`group_baseline.py`), equality of answers (`data/answers.py`).
 """
 
 from __future__ import annotations
