@@ -31,7 +31,7 @@ from megatron_powerflow.hf.config import read_architecture, read_json
 from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hub.fetch import locate
-from megatron_powerflow.hub.located import AS_NAMED, Located, Wanted
+from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths, RequestedName
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.parallel.groups import Groups
@@ -83,7 +83,7 @@ class Opened:
     hf_folder: Path  # config and tokenizer; the weights too, unless there is a checkpoint
     checkpoint: Path | None
     keeps: Keeps  # what a command that reads this model may not replace
-    located: Located = AS_NAMED  # the command's names on the hub
+    located: LocalPaths = NO_DOWNLOADS  # the command's names on the hub
 
 
 def open_named(
@@ -100,18 +100,18 @@ def open_named(
     data: names of data by the option that they were given to. Collective where a name is the hub's; UserErrors of its
     part are raised on all processes alike.
     """
-    wanted, recorded = [Wanted("model", model, "--model")], {}
-    wanted += [Wanted("dataset", name, option) for option, names in (data or {}).items() for name in names]
+    wanted, recorded = [RequestedName("model", model, "--model")], {}
+    wanted += [RequestedName("dataset", name, option) for option, names in (data or {}).items() for name in names]
     checkpoint = find_checkpoint(Path(model)) if reference and Path(model).is_dir() else None
     if checkpoint is not None and not is_converted(checkpoint):
-        wanted.append(Wanted("model", load_config(checkpoint / CONFIG_NAME).model.hf_path, "--reference"))
+        wanted.append(RequestedName("model", load_config(checkpoint / CONFIG_NAME).model.hf_path, "--reference"))
         began = read_inputs(checkpoint)
         recorded = began.revisions if began else {}
 
-    def opened(located: Located) -> Opened:
+    def opened(located: LocalPaths) -> Opened:
         return open_model(model, overrides, allowed, launch.world_size, reference=reference, located=located)
 
-    return opened(locate(wanted, launch, recorded=lambda: recorded, judge=opened))
+    return opened(locate(wanted, launch, recorded=lambda: recorded, check=opened))
 
 
 def open_model(
@@ -121,7 +121,7 @@ def open_model(
     world_size: int,
     *,
     reference: bool = False,
-    located: Located = AS_NAMED,
+    located: LocalPaths = NO_DOWNLOADS,
 ) -> Opened:
     """An HF folder, a run's folder (its latest checkpoint), a checkpoint or a converted one.
 

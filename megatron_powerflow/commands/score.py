@@ -13,7 +13,7 @@ from rich.console import Console
 
 from megatron_powerflow.commands.open_model import Opened, load_chunks, say_notices
 from megatron_powerflow.commands.rounds import ROUND_ROWS, SCORED, output_refusals, write_rounds
-from megatron_powerflow.data.packing import Annotated, pack
+from megatron_powerflow.data.packing import AnnotatedRollout, pack
 from megatron_powerflow.data.prompts import check_token_ids, prompt_token_ids
 from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.data.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def log_probs_by_slot(
 ) -> dict[int, list[float]]:
     """Log-probs of each rollout's response tokens on the last stage, nothing elsewhere. Slots are unique."""
     batches = pack(
-        [Annotated(rollout) for rollout in rollouts],
+        [AnnotatedRollout(rollout) for rollout in rollouts],
         micro_batch_size=opened.config.parallel.micro_batch_size,
         responses_per_prompt=1,
         drop_truncated=False,

@@ -20,7 +20,7 @@ from megatron_powerflow.data.answer_choices import choice_of
 from megatron_powerflow.data.answer_tokens import tokenize
 from megatron_powerflow.data.answer_units import split_unit
 from megatron_powerflow.data.expressions import (
-    Unreadable,
+    UnreadableError,
     is_symbol,
     parse_expression,
     symbols_of,
@@ -40,7 +40,7 @@ SEPARATORS = (",", ";", '"or"', '"and"')
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ParsedAnswer:
     """value: hashable, equal for equal answers; a Fraction for a rational number. name, unit: None where not said."""
 
     value: Hashable
@@ -48,17 +48,17 @@ class Answer:
     unit: str | None = None
 
 
-def read_answer(text: str) -> Answer:
+def read_answer(text: str) -> ParsedAnswer:
     """The class of an answer. Never raises; microseconds to some milliseconds, by the text's length."""
     tokens = tokenize(text)
     if not tokens:
-        return Answer(_as_text(text))
+        return ParsedAnswer(_as_text(text))
     if (letter := choice_of(text)) is not None:
-        return Answer(("choice", letter))
+        return ParsedAnswer(("choice", letter))
     try:
         return _Reader().answer(_without_ends(tokens))
-    except Unreadable:
-        return Answer(("text", "".join(tokens)))
+    except UnreadableError:
+        return ParsedAnswer(("text", "".join(tokens)))
 
 
 def _as_text(text: str) -> Hashable:
@@ -96,7 +96,7 @@ def _end_of_group(tokens: Sequence[str], start: int) -> int:
         depth += (tokens[place] in OPENS) - (tokens[place] in CLOSES)
         if depth == 0:
             return place
-    raise Unreadable
+    raise UnreadableError
 
 
 def split(tokens: Sequence[str], separators: Sequence[str]) -> tuple[list[list[str]], list[str]]:
@@ -110,11 +110,11 @@ def split(tokens: Sequence[str], separators: Sequence[str]) -> tuple[list[list[s
             parts.append([])
             between.append(token)
             if len(parts) > MAX_ENTRIES:
-                raise Unreadable
+                raise UnreadableError
         else:
             parts[-1].append(token)
     if depth:
-        raise Unreadable
+        raise UnreadableError
     return parts, between
 
 
@@ -123,22 +123,22 @@ class _Reader:
 
     level = 0
 
-    def answer(self, tokens: list[str]) -> Answer:
+    def answer(self, tokens: list[str]) -> ParsedAnswer:
         self.level += 1
         if self.level > MAX_LEVELS or not tokens:
-            raise Unreadable
+            raise UnreadableError
         found = self._answer(tokens)
         self.level -= 1
         return found
 
-    def _answer(self, tokens: list[str]) -> Answer:
+    def _answer(self, tokens: list[str]) -> ParsedAnswer:
         if len(tokens) == 1 and tokens[0][0] == '"':
             said = tokens[0][1:-1].lower()
             if said in ("no solution", "no solutions"):
-                return Answer(EMPTY_SET)
-            return Answer(("choice", said.upper()) if tokens[0][1:-1] in LETTERS else ("text", said))
+                return ParsedAnswer(EMPTY_SET)
+            return ParsedAnswer(("choice", said.upper()) if tokens[0][1:-1] in LETTERS else ("text", said))
         if len(tokens) == 1 and tokens[0] in LETTERS:
-            return Answer(("choice", tokens[0]))
+            return ParsedAnswer(("choice", tokens[0]))
         if (found := self.system(tokens)) is not None:
             return found
         parts, between = split(tokens, SEPARATORS)
@@ -149,56 +149,56 @@ class _Reader:
             return self.relation(parts, between)
         return self.single(tokens)
 
-    def several(self, parts: list[list[str]], between: set[str]) -> Answer:
+    def several(self, parts: list[list[str]], between: set[str]) -> ParsedAnswer:
         """2, 3 is a set; x = 2, y = 3 is the pair (2, 3); x < 1 or x > 2 is a union."""
         if len(parts) < 2:
-            raise Unreadable
+            raise UnreadableError
         found = [self.answer(part) for part in parts]
         names = [one.name for one in found]
         units = {one.unit for one in found} - {None}
         if len(units) > 1:
-            return Answer(("set", frozenset(found)))
+            return ParsedAnswer(("set", frozenset(found)))
         unit = next(iter(units), None)
         bases = {re.sub(r"_\d+$", "", name) for name in names if name}
         if len(bases) > 1:
             named = {one.name: one.value for one in found if one.name is not None}
             if len(named) < len(found):
-                return Answer(("set", frozenset(found)))
-            return Answer(("tuple", *(named[name] for name in sorted(named))), ",".join(sorted(named)), unit)
+                return ParsedAnswer(("set", frozenset(found)))
+            return ParsedAnswer(("tuple", *(named[name] for name in sorted(named))), ",".join(sorted(named)), unit)
         name = next(iter(bases), None)
         values = [one.value for one in found]
         if all(map(_is_range, values)):
-            return Answer(("union" if between == {'"or"'} else "ranges", frozenset(values)), name, unit)
+            return ParsedAnswer(("union" if between == {'"or"'} else "ranges", frozenset(values)), name, unit)
         if len(set(values)) < len(values):
-            return Answer(("list", frozenset(Counter(values).items())), name, unit)
-        return Answer(_set(values), name, unit)
+            return ParsedAnswer(("list", frozenset(Counter(values).items())), name, unit)
+        return ParsedAnswer(_set(values), name, unit)
 
-    def system(self, tokens: list[str]) -> Answer | None:
+    def system(self, tokens: list[str]) -> ParsedAnswer | None:
         """Equations one below the other are read as if they stood in one line. Cases with conditions are not read."""
         kind = tokens[0].removeprefix("\\begin:")
         if kind not in ("array", "cases", "aligned", "align", "gathered", "split") or tokens[-1] != f"\\end:{kind}":
             return None
         if "&" in tokens and kind in ("array", "cases"):
-            raise Unreadable
+            raise UnreadableError
         rows, _ = split([token for token in tokens[1:-1] if token != "&"], ("\\\\",))
         rows = [_without_ends(row) for row in rows if row]
         return self.answer(rows[0]) if len(rows) == 1 else self.several(rows, {'"and"'})
 
-    def relation(self, parts: list[list[str]], between: list[str]) -> Answer:
+    def relation(self, parts: list[list[str]], between: list[str]) -> ParsedAnswer:
         if set(between) <= {"=", "\\approx"}:
             return self.equation(parts, between)
         if len(between) == 1 and between[0] in ("\\in", "\\neq"):
             name = name_of(parts[0])
             if name is None:
-                raise Unreadable
+                raise UnreadableError
             inside = self.answer(parts[1])
             value = inside.value if between[0] == "\\in" else ("all but", frozenset([inside.value]))
             return replace(inside, value=value, name=name)
         if set(between) <= set(FLIPPED):
             return self.inequality(parts, between)
-        raise Unreadable
+        raise UnreadableError
 
-    def equation(self, parts: list[list[str]], between: list[str]) -> Answer:
+    def equation(self, parts: list[list[str]], between: list[str]) -> ParsedAnswer:
         """x = 5 is 5 by the name of x; 2 + 3 = 5 is 5; 6 = 5 is false and equals nothing; else both sides count."""
         names = []
         while len(parts) > 1 and (name := name_of(parts[0])) and not (len(parts) == 2 and _is_letter(parts[1], name)):
@@ -223,20 +223,20 @@ class _Reader:
             return replace(last, name=said)
         elif len(sides) == 2 and not names and len(constants) < 2:
             tree = ("-", parse_expression(parts[0]), parse_expression(parts[1]))
-            return Answer(("equation", direction(tree, signed=False)))
-        raise Unreadable  # 6 = 5 and its like
+            return ParsedAnswer(("equation", direction(tree, signed=False)))
+        raise UnreadableError  # 6 = 5 and its like
 
-    def assigned_tuple(self, name: str, tokens: list[str]) -> Answer:
+    def assigned_tuple(self, name: str, tokens: list[str]) -> ParsedAnswer:
         """(y, x) = (3, 2) is (2, 3), names in order."""
         value = self.answer(tokens).value
         names = name[1:-1].split(",")
         entries = _entries(value)
         if entries is None or len(entries) != len(names) or len(set(names)) < len(names):
-            raise Unreadable
+            raise UnreadableError
         ordered = sorted(zip(names, entries, strict=True), key=lambda pair: pair[0])
-        return Answer(("tuple", *(entry for _, entry in ordered)), ",".join(sorted(names)))
+        return ParsedAnswer(("tuple", *(entry for _, entry in ordered)), ",".join(sorted(names)))
 
-    def inequality(self, parts: list[list[str]], between: list[str]) -> Answer:
+    def inequality(self, parts: list[list[str]], between: list[str]) -> ParsedAnswer:
         """x > 5 is (5, oo), 0 < x <= 1 is (0, 1], each by the name of x; others are what they compare."""
         if len(between) == 1 and name_of(parts[1]) and not name_of(parts[0]):
             parts, between = parts[::-1], [FLIPPED[between[0]]]
@@ -244,42 +244,42 @@ class _Reader:
             bound, strict = self.bound(parts[1]), between[0] in ("<", ">")
             upward = between[0] in (">", "\\geq")
             low, high = (bound, INFINITY[1]) if upward else (INFINITY[-1], bound)
-            return Answer(_interval(low, high, strict or not upward, strict or upward), name)
+            return ParsedAnswer(_interval(low, high, strict or not upward, strict or upward), name)
         if len(between) == 2 and (name := name_of(parts[1])):
             if between[0] in (">", "\\geq"):
                 parts, between = parts[::-1], [FLIPPED[sign] for sign in reversed(between)]
             if not set(between) <= {"<", "\\leq"}:
-                raise Unreadable
+                raise UnreadableError
             low, high = self.bound(parts[0]), self.bound(parts[2])
-            return Answer(_interval(low, high, between[0] == "<", between[1] == "<"), name)
+            return ParsedAnswer(_interval(low, high, between[0] == "<", between[1] == "<"), name)
         if len(between) == 1:
             if between[0] in (">", "\\geq"):
                 parts, between = parts[::-1], [FLIPPED[between[0]]]
             tree = ("-", parse_expression(parts[0]), parse_expression(parts[1]))
             if not symbols_of(tree):
-                raise Unreadable
-            return Answer(("inequality", between[0], direction(tree, signed=True)))
-        raise Unreadable
+                raise UnreadableError
+            return ParsedAnswer(("inequality", between[0], direction(tree, signed=True)))
+        raise UnreadableError
 
     def bound(self, tokens: list[str]) -> Hashable:
         found = self.single(tokens)
         if found.unit is not None:
-            raise Unreadable
+            raise UnreadableError
         return found.value
 
-    def single(self, tokens: list[str]) -> Answer:
+    def single(self, tokens: list[str]) -> ParsedAnswer:
         """An answer without commas and relations: with a unit, or without."""
         body, unit, scale = split_unit(tokens) if tokens else ([], None, 1)
         value = self.value(body)
         if scale != 1:
             if not isinstance(value, Fraction):
-                raise Unreadable
+                raise UnreadableError
             value *= scale
-        return Answer(value, None, unit)
+        return ParsedAnswer(value, None, unit)
 
     def value(self, tokens: list[str]) -> Hashable:
         if not tokens:
-            raise Unreadable
+            raise UnreadableError
         for read in (self.infinite, self.bracketed, self.union, self.matrix, self.either_sign, self.ratio):
             if (found := read(tokens)) is not None:
                 return found
@@ -324,12 +324,12 @@ class _Reader:
             return None
         values = [self.value(part) for part in parts if part]
         if len(values) != len(parts):
-            raise Unreadable
+            raise UnreadableError
         if between == ["\\setminus"] and parts[0] == ["\\RR"] and parts[1][0] == "\\{":
             holes = values[1]
             return ("all but", holes[1] if isinstance(holes, tuple) and holes[0] == "set" else frozenset([holes]))
         if set(between) != {"\\cup"}:
-            raise Unreadable
+            raise UnreadableError
         return ("union", frozenset(values))
 
     def matrix(self, tokens: list[str]) -> Hashable | None:
@@ -340,7 +340,7 @@ class _Reader:
         entries = [split(row, ("&",))[0] for row in rows if row]
         if kind in ("pmatrix", "bmatrix", "matrix"):
             return ("matrix", *(tuple(self.plain(entry) for entry in row) for row in entries))
-        raise Unreadable
+        raise UnreadableError
 
     def either_sign(self, tokens: list[str]) -> Hashable | None:
         if "\\pm" not in tokens and "\\mp" not in tokens:
@@ -358,7 +358,7 @@ class _Reader:
         values = [fingerprint(parse_expression(part)) for part in parts]
         numbers = [value for value in values if isinstance(value, Fraction)]
         if clock or len(numbers) < len(values) or numbers[0] == 0:
-            raise Unreadable
+            raise UnreadableError
         return ("ratio", *(number / numbers[0] for number in numbers))
 
 
@@ -408,13 +408,13 @@ def _entries(value: Hashable) -> tuple | None:
     return value[1:] if isinstance(value, tuple) and value[0] == "tuple" else None
 
 
-def _solved_for_y(names: Sequence[str], parts: Sequence[Sequence[str]]) -> Answer | None:
+def _solved_for_y(names: Sequence[str], parts: Sequence[Sequence[str]]) -> ParsedAnswer | None:
     """2x - y + 1 = 0 and x = (y - 1) / 2 are y = 2x + 1; None for what is no such equation in x and y."""
     if names not in ([], ["x"]):
         return None
     try:
         sides = [parse_expression(part) for part in ([names, *parts] if names else parts)]
-    except Unreadable:
+    except UnreadableError:
         return None
     tree = ("-", *sides)
     if symbols_of(tree) != {"x", "y"}:
@@ -423,7 +423,7 @@ def _solved_for_y(names: Sequence[str], parts: Sequence[Sequence[str]]) -> Answe
     slopes = [fingerprint(("-", at[1], at[0])), fingerprint(("-", at[2], at[1]))]
     if slopes[0] != slopes[1] or slopes[0] == 0 or _varies(slopes[0]):
         return None
-    return Answer(fingerprint(("/", at[0], ("-", at[0], at[1]))), "y")
+    return ParsedAnswer(fingerprint(("/", at[0], ("-", at[0], at[1]))), "y")
 
 
 def _set(values: Sequence[Hashable]) -> Hashable:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from megatron_powerflow.data.expressions import Unreadable, is_number
+from megatron_powerflow.data.expressions import UnreadableError, is_number
 from megatron_powerflow.data.units import SCALES, unit_of
 
 
 def split_unit(tokens: list[str]) -> tuple[list[str], str | None, int]:
-    """(the rest, the unit, what it multiplies by: 5 million people). Raises Unreadable for words that are no unit."""
+    """Returns (the value's tokens, the unit or None, the factor that the words say: 10^6 for 5 million people).
+
+    Raises UnreadableError where words stand behind the value that are no unit.
+    """
     if tokens[0] in ('"dollar"', '"euro"', '"pound"') and len(tokens) > 1:
         body, unit, scale = split_unit(tokens[1:])
         return (body, tokens[0].strip('"'), scale) if unit is None else (tokens, None, 1)
@@ -43,7 +46,7 @@ def split_unit(tokens: list[str]) -> tuple[list[str], str | None, int]:
     scale, words = _split_scale(words)
     unit = unit_of(words.replace("^", " ^ ")) if "^" not in words else _unit_with_power(words)
     if (words and unit is None) or tokens[start - 1] in ("+", "-", "*", "/", "^", "_"):
-        raise Unreadable
+        raise UnreadableError
     return tokens[:start], unit, scale
 
 

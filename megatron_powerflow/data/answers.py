@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from megatron_powerflow.data.answer_reading import Answer, read_answer
+from megatron_powerflow.data.answer_reading import ParsedAnswer, read_answer
 from megatron_powerflow.data.boxes import last_boxed
 
 THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
@@ -33,7 +33,7 @@ def same_answer(gold: str, given: str | None) -> bool:
     return given is not None and agree(read_answer(gold), read_answer(given))
 
 
-def agree(one: Answer, other: Answer) -> bool:
+def agree(one: ParsedAnswer, other: ParsedAnswer) -> bool:
     """Equal values, and no name or unit that differs."""
     return one.value == other.value and _fits(one.name, other.name) and _fits(one.unit, other.unit)
 
@@ -43,7 +43,7 @@ def cluster_answers(answers: Sequence[str | None]) -> list[int]:
 
     A missing answer is a cluster of its own (EMPO, github.com/QingyangZhang/EMPO).
     """
-    classes = iter(cluster_read([read_answer(answer) for answer in answers if answer is not None]))
+    classes = iter(equality_classes([read_answer(answer) for answer in answers if answer is not None]))
     number: dict = {}
     return [
         number.setdefault(("none", place) if answer is None else next(classes), len(number))
@@ -51,7 +51,7 @@ def cluster_answers(answers: Sequence[str | None]) -> list[int]:
     ]
 
 
-def cluster_read(answers: Sequence[Answer]) -> list[Answer]:
+def equality_classes(answers: Sequence[ParsedAnswer]) -> list[ParsedAnswer]:
     """The class of each: a name or unit that is left out is the one that the others give this value, if it is one."""
     names: dict = {}
     units: dict = {}
@@ -100,26 +100,26 @@ def clusters(answers: Sequence[str | None]) -> list[int | None]:
     return _clusters(_read_all(answers))
 
 
-def _read_all(answers: Sequence[str | None]) -> list[Answer | None]:
+def _read_all(answers: Sequence[str | None]) -> list[ParsedAnswer | None]:
     """What is spelt alike is read once."""
     read = {answer: read_answer(answer) for answer in dict.fromkeys(answers) if answer is not None}
     return [None if answer is None else read[answer] for answer in answers]
 
 
-def _verdicts(read: Sequence[Answer | None], gold: str | None, tolerance: float | None) -> list[bool | None]:
+def _verdicts(read: Sequence[ParsedAnswer | None], gold: str | None, tolerance: float | None) -> list[bool | None]:
     if gold is None:
         return [None] * len(read)
     right = read_answer(gold)
     return [answer is not None and _is_correct(answer, right, tolerance) for answer in read]
 
 
-def _clusters(read: Sequence[Answer | None]) -> list[int | None]:
-    classes = iter(cluster_read([answer for answer in read if answer is not None]))
-    number: dict[Answer, int] = {}
+def _clusters(read: Sequence[ParsedAnswer | None]) -> list[int | None]:
+    classes = iter(equality_classes([answer for answer in read if answer is not None]))
+    number: dict[ParsedAnswer, int] = {}
     return [None if answer is None else number.setdefault(next(classes), len(number)) for answer in read]
 
 
-def _is_correct(answer: Answer, gold: Answer, tolerance: float | None) -> bool:
+def _is_correct(answer: ParsedAnswer, gold: ParsedAnswer, tolerance: float | None) -> bool:
     """The gold answer, or a number within `tolerance` of it where both are rational numbers."""
     if agree(gold, answer):
         return True

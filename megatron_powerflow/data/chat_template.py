@@ -59,7 +59,7 @@ def _template_in(path: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ConversationSettings:
     """How a run writes conversations. template: in place of the folder's; arguments: variables of the template;
     today: what a template that asks for the date is told."""
 
@@ -68,7 +68,7 @@ class Conversation:
     today: date = field(default_factory=date.today)
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], how: Conversation) -> str:
+def render(tokenizer: Any, messages: list[dict[str, str]], how: ConversationSettings) -> str:
     """The conversation as the template writes it, up to where the assistant is to answer.
 
     Raises UserError where the template refuses the messages, fails, or takes too long.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 ROLES = ("system", "user", "assistant")
 # as ShareGPT and others spell them
-CALLED_OTHERWISE = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "model": "assistant"}
+ROLE_ALIASES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
 def conversation_violation(messages: Sequence[dict[str, object]]) -> str | None:
@@ -24,7 +24,7 @@ def conversation_violation(messages: Sequence[dict[str, object]]) -> str | None:
     for number, message in enumerate(messages, start=1):
         role, content = message["role"], str(message["content"])
         if role not in ROLES:
-            other = CALLED_OTHERWISE.get(str(role).lower())
+            other = ROLE_ALIASES.get(str(role).lower())
             hint = f"; call it {other}" if other else "; take it out"
             return f"message {number} of messages has role {role!r:.40}; known are {', '.join(ROLES)}{hint}"
         if not content.strip():

@@ -33,7 +33,7 @@ from megatron_powerflow.errors import UserError
 
 POEM_LINES = 4
 STORY_WORDS = 60
-ASKS = {
+INSTRUCTIONS = {
     "poem": "Continue this poem:\n\n{}",
     "story": "Write a story that begins so: {}",
     "joke": "Finish this joke: {}",
@@ -68,13 +68,13 @@ class CreativePreparation:
             return "too_short", text[:80]
         return judge_question(self._question(row), self.against, self.seen)
 
-    def prepared(self, row: Mapping[str, Any]) -> dict[str, str]:
+    def prepared_row(self, row: Mapping[str, Any]) -> dict[str, str]:
         """What a kept row becomes."""
         question = self._question(row)
         return {"id": content_key(question).hex(), "task": self.task, "question": question}
 
     def _question(self, row: Mapping[str, Any]) -> str:
-        return ASKS[self.task].format(self._start(row))
+        return INSTRUCTIONS[self.task].format(self._start(row))
 
     def _text(self, row: Mapping[str, Any]) -> str | None:
         found = (text_of(row.get(name), name) for name in COLUMNS[self.task])

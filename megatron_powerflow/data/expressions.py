@@ -4,7 +4,7 @@
 
 The parser is ours because an answer is hostile: published LaTeX parsers compute while they read (9^{9^{9}} does not
 end), read half an answer and drop the rest, and stop at \\frac12. Here work is bounded by size: MAX_CHARACTERS of text,
-MAX_DEPTH levels, MAX_STEPS; everything else raises Unreadable, and the answer is compared as text.
+MAX_DEPTH levels, MAX_STEPS; everything else raises UnreadableError, and the answer is compared as text.
 
 Left out: sets, intervals, equations, units (`answer_reading.py`); keys (`fingerprints.py`).
 """
@@ -25,16 +25,16 @@ GAMMA_STEPS = 60  # what a factorial or binomial of variables costs beside a sum
 Tree = Fraction | str | tuple
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """Nothing that this file computes. Never leaves `data/`."""
 
 
 def parse_expression(tokens: Sequence[str]) -> Tree:
-    """The tree of all of the tokens. Raises Unreadable."""
+    """The tree of all of the tokens. Raises UnreadableError."""
     parser = _Parser(tokens)
     tree = parser.sum()
     if parser.next() is not None:
-        raise Unreadable
+        raise UnreadableError
     return tree
 
 
@@ -53,10 +53,10 @@ def with_value(tree: Tree, name: str, value: Fraction) -> Tree:
 
 
 def to_number(token: str) -> Fraction:
-    """Of a token that begins with a digit or a point. Raises Unreadable for 1e999."""
+    """Of a token that begins with a digit or a point. Raises UnreadableError for 1e999."""
     mantissa, _, exponent = token.lower().partition("e")
     if len(mantissa) > MAX_DIGITS or abs(int(exponent or 0)) > MAX_DIGITS:
-        raise Unreadable
+        raise UnreadableError
     return Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0)
 
 
@@ -87,17 +87,17 @@ class _Parser:
 
     def need(self, wanted: str) -> None:
         if self.take(wanted) is None:
-            raise Unreadable
+            raise UnreadableError
 
     def count(self, steps: int = 1) -> None:
         self.operations += steps
         if self.operations > MAX_STEPS:
-            raise Unreadable
+            raise UnreadableError
 
     def sum(self) -> Tree:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unreadable
+            raise UnreadableError
         tree = self.product()
         while sign := self.take("+", "-"):
             self.count()
@@ -129,7 +129,7 @@ class _Parser:
         if sign := self.take("+", "-"):
             self.depth += 1
             if self.depth > MAX_DEPTH:
-                raise Unreadable
+                raise UnreadableError
             tree = self.signed()
             self.depth -= 1
             return ("neg", tree) if sign == "-" else tree
@@ -143,7 +143,7 @@ class _Parser:
                 self.count(GAMMA_STEPS)
                 tree = ("!", tree)
             elif self.take("%"):
-                raise Unreadable  # 50% of something: a percentage is a unit at the end, or nothing
+                raise UnreadableError  # 50% of something: a percentage is a unit at the end, or nothing
             elif self.next() == "^":
                 self.position += 1
                 if self.take("\\circ"):
@@ -154,7 +154,7 @@ class _Parser:
                 else:
                     tree = ("^", tree, self.argument(whole=True))
                     if self.next() == "^":
-                        raise Unreadable  # a^b^c
+                        raise UnreadableError  # a^b^c
             else:
                 return tree
 
@@ -176,12 +176,12 @@ class _Parser:
             or (token is not None and token in ("\\pi", "\\frac", "\\sqrt", "e", "i"))
         ):
             return self.primary()
-        raise Unreadable
+        raise UnreadableError
 
     def primary(self) -> Tree:
         token = self.next()
         if token is None:
-            raise Unreadable
+            raise UnreadableError
         self.position += 1
         if is_number(token):
             return self.number(token)
@@ -208,7 +208,7 @@ class _Parser:
             return self.function(token[1:])
         if is_symbol(token):
             return self.symbol(token)
-        raise Unreadable
+        raise UnreadableError
 
     def number(self, token: str) -> Tree:
         """A number; 1\\frac12 is one and a half; 0.1\\overline{6} repeats."""
@@ -216,7 +216,7 @@ class _Parser:
         if self.tokens[self.position : self.position + 2] == ["\\overline", "{"] and "." in token:
             repeats, closing = [*self.tokens[self.position + 2 : self.position + 4], "", ""][:2]
             if not repeats.isdigit() or closing != "}":
-                raise Unreadable
+                raise UnreadableError
             self.position += 4
             places = len(token.partition(".")[2])
             return value + Fraction(int(repeats), 10**places * (10 ** len(repeats) - 1))
@@ -228,7 +228,7 @@ class _Parser:
                 return value + above / below
             self.position = before
             if isinstance(above, Fraction) and isinstance(below, Fraction):
-                raise Unreadable  # 2\frac{7}{3}: neither of the two readings is safe
+                raise UnreadableError  # 2\frac{7}{3}: neither of the two readings is safe
         return value
 
     def root(self) -> Tree:
@@ -260,7 +260,7 @@ class _Parser:
         if exponent == ("neg", Fraction(1)) and f"arc{name}" in FUNCTIONS:
             return (f"arc{name}", argument)
         if isinstance(exponent, tuple):
-            raise Unreadable
+            raise UnreadableError
         tree = (name, argument) if base is None else ("/", ("ln", argument), ("ln", base))
         return tree if exponent is None else ("^", tree, exponent)
 
@@ -273,7 +273,7 @@ class _Parser:
         if name in ("e", "i"):
             return (name,)
         if name[0] in "fghFG" and self.next() == "(":
-            raise Unreadable  # an unknown function: f(2x) is not 2 f x
+            raise UnreadableError  # an unknown function: f(2x) is not 2 f x
         return name
 
     def subscript(self) -> str:
@@ -281,12 +281,12 @@ class _Parser:
             token = self.next()
             self.position += 1
             if token is None or not (is_number(token) or is_symbol(token)):
-                raise Unreadable
+                raise UnreadableError
             return token
         inside = []
         while (token := self.next()) != "}":
             if token is None or token == "{":
-                raise Unreadable
+                raise UnreadableError
             inside.append(token.strip('"'))
             self.position += 1
         self.position += 1

@@ -7,7 +7,7 @@ complex. Two functions that agree at all three to 40 digits and more are held eq
 numbers only, such as x and |x|, are not.
 
 Work is bounded: a tree has at most as many nodes as an answer has characters, every number lies between 1e-60 and 1e60,
-and what does not raises Unreadable. Nothing depends on time or on the machine: mpmath computes in whole numbers.
+and what does not raises UnreadableError. Nothing depends on time or on the machine: mpmath computes in whole numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fractions import Fraction
 
 import mpmath  # type: ignore[import-untyped]  # it comes without types, and there are no stubs
 
-from megatron_powerflow.data.expressions import Tree, Unreadable, symbols_of
+from megatron_powerflow.data.expressions import Tree, UnreadableError, symbols_of
 
 DIGITS, PLACES = 200, 100
 LARGEST = 60  # powers of ten that any part of a formula may reach, up or down
@@ -35,8 +35,8 @@ _CONTEXT.dps = DIGITS
 
 
 def fingerprint(tree: Tree) -> Hashable:
-    """The key of a formula: a Fraction where it is a rational number. Raises Unreadable."""
-    exact = exactly(tree)
+    """The key of a formula: a Fraction where it is a rational number. Raises UnreadableError."""
+    exact = exact_value(tree)
     if exact is not None:
         return exact
     names = symbols_of(tree)
@@ -53,21 +53,21 @@ def direction(tree: Tree, *, signed: bool) -> Hashable:
     values = [value_at(tree, point) for point in range(NUM_POINTS)]
     scale = values[0]
     if _is_zero(scale):
-        raise Unreadable
+        raise UnreadableError
     if signed:
         if not _is_zero(_CONTEXT.im(scale)):
-            raise Unreadable
+            raise UnreadableError
         scale = abs(scale)
     return ("up to a factor", *(_key_of(_checked(value / scale), recognize=False) for value in values))
 
 
-def exactly(tree: Tree) -> Fraction | None:
+def exact_value(tree: Tree) -> Fraction | None:
     """The rational number that + - * / and whole powers make; None where the tree holds anything else."""
     if isinstance(tree, Fraction):
         return tree
     if not isinstance(tree, tuple) or tree[0] not in EXACT:
         return None
-    parts = [exactly(part) for part in tree[1:]]
+    parts = [exact_value(part) for part in tree[1:]]
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
         return None
@@ -79,11 +79,11 @@ def _exact(operation: str, parts: list[Fraction]) -> Fraction | None:
         return _exact_power(*parts)
     if operation == "/":
         if parts[1] == 0:
-            raise Unreadable
+            raise UnreadableError
         return parts[0] / parts[1]
     if operation in ("!", "binom"):
         if any(part.denominator != 1 or not 0 <= part <= MAX_FACTORIAL for part in parts):
-            raise Unreadable
+            raise UnreadableError
         numbers = [int(part) for part in parts]
         return Fraction(math.factorial(*numbers) if operation == "!" else math.comb(*numbers))
     simple: dict[str, Callable[..., int | Fraction]] = {
@@ -97,10 +97,10 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
     if exponent.denominator != 1:
         return None
     if base == 0 and exponent <= 0:
-        raise Unreadable
+        raise UnreadableError
     size = max(base.numerator.bit_length(), base.denominator.bit_length())
     if abs(base) != 1 and base != 0 and size * abs(exponent) > MAX_BITS:
-        raise Unreadable
+        raise UnreadableError
     if abs(base) == 1:
         return base if exponent % 2 else Fraction(1)
     return base ** int(exponent)
@@ -108,22 +108,22 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
 
 def _bounded(value: Fraction | None) -> Fraction | None:
     if value is not None and max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-        raise Unreadable
+        raise UnreadableError
     return value
 
 
 def value_at(tree: Tree, point: int):
-    """The value, real or complex, at one of the points. Raises Unreadable."""
+    """The value, real or complex, at one of the points. Raises UnreadableError."""
     if isinstance(tree, Fraction):
         return _checked(_CONTEXT.mpf(tree.numerator) / tree.denominator)
     if isinstance(tree, str):
         return _coordinate(tree, point)
     if tree[0] in ("floor", "ceil") and symbols_of(tree):
-        raise Unreadable  # too coarse for points to tell apart
+        raise UnreadableError  # too coarse for points to tell apart
     try:
         value = _OPERATIONS[tree[0]](*(value_at(part, point) for part in tree[1:]))
     except (ValueError, ZeroDivisionError, OverflowError, TypeError):
-        raise Unreadable from None
+        raise UnreadableError from None
     return _checked(value)
 
 
@@ -140,11 +140,11 @@ def _coordinate(name: str, point: int):
 def _checked(value):
     size = abs(value)
     if not _CONTEXT.isfinite(size) or size > _CONTEXT.mpf(10) ** LARGEST:
-        raise Unreadable
+        raise UnreadableError
     if size < _CONTEXT.mpf(10) ** (-2 * LARGEST):
         return _CONTEXT.mpf(0)  # what rounding leaves of a difference of equals
     if size < _CONTEXT.mpf(10) ** -LARGEST:
-        raise Unreadable
+        raise UnreadableError
     return value
 
 
@@ -174,20 +174,20 @@ def _recognized(decimals: int) -> Fraction | int:
 def _power(base, exponent):
     if _is_zero(exponent):
         if _is_zero(base):
-            raise Unreadable
+            raise UnreadableError
         return _CONTEXT.mpf(1)
     if _is_zero(base):
         if _CONTEXT.re(exponent) < 0:
-            raise Unreadable
+            raise UnreadableError
         return _CONTEXT.mpf(0)
     if abs(exponent * _CONTEXT.log(base)) > LARGEST * 3:
-        raise Unreadable
+        raise UnreadableError
     return _CONTEXT.power(base, exponent)
 
 
 def _root(radicand, degree):
     if _is_zero(degree):
-        raise Unreadable
+        raise UnreadableError
     real = _is_zero(_CONTEXT.im(radicand)) and _CONTEXT.re(radicand) < 0
     if real and _is_zero(degree - _CONTEXT.nint(_CONTEXT.re(degree))) and int(_CONTEXT.nint(degree)) % 2:
         return -_power(-radicand, 1 / degree)  # the real cube root of -8 is -2
@@ -199,7 +199,7 @@ def _small(function: Callable, bound: int) -> Callable:
 
     def bounded(*arguments):
         if any(abs(argument) > bound for argument in arguments):
-            raise Unreadable
+            raise UnreadableError
         return function(*arguments)
 
     return bounded
@@ -207,13 +207,13 @@ def _small(function: Callable, bound: int) -> Callable:
 
 def _quotient(above, below):
     if _is_zero(below):
-        raise Unreadable
+        raise UnreadableError
     return above / below
 
 
 def _logarithm(value):
     if _is_zero(value):
-        raise Unreadable
+        raise UnreadableError
     return _CONTEXT.log(value)
 
 

@@ -45,7 +45,7 @@ class Overlap:
             self._names.append(name)
             self._sizes.append(len(grams))
 
-    def with_which(self, text: str) -> str | None:
+    def overlapping_question(self, text: str) -> str | None:
         """The name of a question that `text` is the same as; None."""
         words = words_of(text)
         if len(words) < NGRAM:

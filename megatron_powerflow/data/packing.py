@@ -20,7 +20,7 @@ from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Rollout, 
 
 
 @dataclass(frozen=True, slots=True)
-class Annotated:
+class AnnotatedRollout:
     """A rollout and what its text says: psi <= 0, the format penalty; its reward; numbers for the metrics."""
 
     rollout: Rollout
@@ -42,7 +42,7 @@ class Annotated:
 
 
 def pack(
-    annotated: Sequence[Annotated],
+    annotated: Sequence[AnnotatedRollout],
     *,
     micro_batch_size: int,
     responses_per_prompt: int,
@@ -72,7 +72,7 @@ def pack(
 
 
 def pack_streams(
-    bins: Sequence[Sequence[Annotated]],
+    bins: Sequence[Sequence[AnnotatedRollout]],
     rule: BinRule,
     *,
     responses_per_prompt: int,
@@ -172,7 +172,7 @@ def _key_order(sizes: Sequence[int], cp_size: int) -> Tensor:
 
 
 def _micro_batch(
-    annotated: Sequence[Annotated],
+    annotated: Sequence[AnnotatedRollout],
     positions: int,
     responses_per_prompt: int,
     drop_truncated: bool,

@@ -82,7 +82,7 @@ class Preparation:
             return "answer_in_prompt", ""
         return judge_question(question, self.against, self.seen)
 
-    def prepared(self, row: Mapping[str, Any]) -> dict[str, str]:
+    def prepared_row(self, row: Mapping[str, Any]) -> dict[str, str]:
         """What a kept row becomes."""
         question, answer = _question(row), answer_of(row)
         assert answer is not None, "`judge` keeps no row without an answer"
@@ -93,7 +93,7 @@ class Preparation:
 
 def judge_question(question: str, against: Overlap, seen: set[bytes]) -> tuple[str, str]:
     """The last of the reasons: "leaked", "duplicate" or "kept", and then it is added to `seen`."""
-    if (name := against.with_which(question)) is not None:
+    if (name := against.overlapping_question(question)) is not None:
         return "leaked", name
     key = content_key(question)
     if key in seen:

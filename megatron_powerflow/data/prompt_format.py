@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from megatron_powerflow.errors import UserError
 
-Written = Literal["given", "chat", "text"]
+PromptStyle = Literal["given", "chat", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class PromptFormat:
     """written: "chat" makes a text the user's one message, "text" a lone message of the user's a text. system: first
     message of every conversation. suffix: behind the last thing that the user says."""
 
-    written: Written = "given"
+    written: PromptStyle = "given"
     system: str | None = None
     suffix: str | None = None
 

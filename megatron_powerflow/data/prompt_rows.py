@@ -26,18 +26,20 @@ from megatron_powerflow.data.boxes import last_boxed
 from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.errors import UserError
 
-GIVEN = ("prompt", "messages", "prompt_token_ids")
-ASKED = ("question", "problem", "input")
-ANSWERS = ("answer", "expected_answer", "final_answer", "ground_truth", "label")
-TASKS = ("task", "data_source")
-KNOWN = frozenset({*GIVEN, *ASKED, *ANSWERS, *TASKS, "id", "solution", "reward_model"})
+PROMPT_COLUMNS = ("prompt", "messages", "prompt_token_ids")
+QUESTION_COLUMNS = ("question", "problem", "input")
+ANSWER_COLUMNS = ("answer", "expected_answer", "final_answer", "ground_truth", "label")
+TASK_COLUMNS = ("task", "data_source")
+READ_COLUMNS = frozenset(
+    {*PROMPT_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *TASK_COLUMNS, "id", "solution", "reward_model"}
+)
 # Of published files; nothing is read of them.
-NEIGHBOURS = (
+IGNORED_COLUMNS = (
     *("source", "subject", "level", "url", "year", "unique_id", "ability", "extra_info", "index", "split", "tags"),
     *("type", "difficulty", "category", "instruction", "system", "context", "unit", "error", "labels"),
     *("answer_type", "problem_type", "question_type", "num_tokens", "metadata"),
 )
-CALLED_OTHERWISE = {
+ALIASES = {
     "conversation": "messages",
     "conversations": "messages",
     "chat": "messages",
@@ -55,26 +57,28 @@ LIKENESS = 0.82
 def lookalikes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(column, what it looks like): of those that would be passed over in silence though somebody meant them."""
     for name in row:
-        if name in KNOWN or name in NEIGHBOURS:
+        if name in READ_COLUMNS or name in IGNORED_COLUMNS:
             continue
         plain = name.strip().lower().replace("-", "_").replace(" ", "_")
-        close = difflib.get_close_matches(plain, KNOWN, n=1, cutoff=LIKENESS)
-        meant = plain if plain in KNOWN else CALLED_OTHERWISE.get(plain) or (close[0] if close else None)
+        close = difflib.get_close_matches(plain, READ_COLUMNS, n=1, cutoff=LIKENESS)
+        meant = plain if plain in READ_COLUMNS else ALIASES.get(plain) or (close[0] if close else None)
         if meant is not None and meant not in row:
             yield name, meant
 
 
 def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """{"prompt": text}, {"messages": [...]} or {"prompt_token_ids": [...]}. Raises UserError without the line."""
-    given = {name: row[name] for name in GIVEN if row.get(name) is not None}
-    asked = {name: row[name] for name in ASKED if row.get(name) is not None}
+    given = {name: row[name] for name in PROMPT_COLUMNS if row.get(name) is not None}
+    asked = {name: row[name] for name in QUESTION_COLUMNS if row.get(name) is not None}
     if isinstance(given.get("prompt"), list):
         if "messages" in given:
             raise UserError("prompt and messages both hold a conversation; leave one of them")
         given = {"messages" if name == "prompt" else name: value for name, value in given.items()}
     if len(given) > 1 or not (given or asked):
         names = [*given, *asked]
-        raise UserError(f"needs exactly one of {', '.join((*GIVEN, *ASKED))}; got {names or sorted(row)[:8]}")
+        raise UserError(
+            f"needs exactly one of {', '.join((*PROMPT_COLUMNS, *QUESTION_COLUMNS))}; got {names or sorted(row)[:8]}"
+        )
     if not asked:
         return given
     (name, question), *others = asked.items()
@@ -105,7 +109,7 @@ def _both(name: str, question: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def answer_of(row: Mapping[str, Any]) -> str | None:
     """The gold answer; None where the row has none. Raises UserError without the line."""
-    found = {name: text for name in ANSWERS if (text := text_of(row.get(name), name)) is not None}
+    found = {name: text for name in ANSWER_COLUMNS if (text := text_of(row.get(name), name)) is not None}
     judged = row.get("reward_model")
     if isinstance(judged, Mapping):
         name = "reward_model.ground_truth"
@@ -127,7 +131,7 @@ def answer_of(row: Mapping[str, Any]) -> str | None:
 
 
 def task_of(row: Mapping[str, Any]) -> str | None:
-    return next((text for name in TASKS if (text := text_of(row.get(name), name)) is not None), None)
+    return next((text for name in TASK_COLUMNS if (text := text_of(row.get(name), name)) is not None), None)
 
 
 def _last_part(text: str) -> str:

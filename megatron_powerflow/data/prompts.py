@@ -56,7 +56,7 @@ def load_prompts(
     rewrite: what is tokenized instead of a row; its UserError is reported with the line.
     form: how prompts are written. tasks: only prompts of these. require_answer: refuse those without a gold answer.
     """
-    reading = _Reading(tokenizer, vocab_size, rewrite, form)
+    reading = _RowReader(tokenizer, vocab_size, rewrite, form)
     files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     prompts: list[Prompt] = []
     violations: list[str] = []
@@ -102,7 +102,7 @@ def _why_none(num_rows: int, num_too_long: int, max_prompt_tokens: int, tasks: S
     return f"no prompt is of prompts.tasks={list(tasks)}" if num_rows and tasks is not None else "no prompts in it"
 
 
-class _Reading:
+class _RowReader:
     """Rows into prompts; remembers which ids and columns it has seen."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, rewrite: Rewrite | None, form: PromptFormat) -> None:
@@ -118,7 +118,7 @@ class _Reading:
         first = self._place_of.setdefault(identity, place)
         if first != place:
             raise UserError(f"id {identity!r} is that of {first} too; ids are unique")
-        return Prompt(identity, index, tuple(token_ids), answer_of(row), task_of(row), readable(row))
+        return Prompt(identity, index, tuple(token_ids), answer_of(row), task_of(row), readable_text(row))
 
     def lookalikes(self, row: dict[str, Any], place: str) -> list[str]:
         """Said once for each column."""
@@ -162,7 +162,7 @@ def as_messages(row: dict[str, Any]) -> list[dict[str, str]]:
     return PromptFormat("chat").apply(prompt)["messages"]
 
 
-def readable(row: dict[str, Any]) -> str:
+def readable_text(row: dict[str, Any]) -> str:
     """What a person would read of a prompt that `prompt_token_ids` accepted."""
     prompt = prompt_of(row)
     return prompt["messages"][-1]["content"] if "messages" in prompt else prompt.get("prompt", "")

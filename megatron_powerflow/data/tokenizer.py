@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from megatron_powerflow.data.chat_template import Conversation, render, template_refusals
+from megatron_powerflow.data.chat_template import ConversationSettings, render, template_refusals
 from megatron_powerflow.data.prompt_format import plain_text
 from megatron_powerflow.errors import UserError
 
@@ -48,12 +48,12 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(folder: str | Path, how: Conversation | None = None) -> Tokenizer:
+def load_tokenizer(folder: str | Path, how: ConversationSettings | None = None) -> Tokenizer:
     """Raises UserError when the folder holds no tokenizer, one that cannot be read, or two that differ.
 
     how: conversations are written; None: by the folder's template, on this day.
     """
-    folder, how = Path(folder), how or Conversation()
+    folder, how = Path(folder), how or ConversationSettings()
     if (folder / FAST_NAME).is_file() or (folder / "vocab.json").is_file():
         return _HfTokenizer(folder, how)
     if (folder / "tokenizer.model").is_file():
@@ -70,7 +70,7 @@ class _HfTokenizer:
     model was trained on the file's ids, so these count; what differs is said in `notices`.
     """
 
-    def __init__(self, folder: Path, how: Conversation) -> None:
+    def __init__(self, folder: Path, how: ConversationSettings) -> None:
         if how.template is None and (refusals := template_refusals(folder)):
             raise UserError(refusals)
         self._folder, self._how = folder, how

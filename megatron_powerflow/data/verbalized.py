@@ -42,7 +42,7 @@ class VerbalizedResponse:
 
 
 @dataclass(frozen=True, slots=True)
-class Verbalized:
+class VerbalizedReply:
     """What one answer held. failures: reason -> how many responses it cost; of an answer that cannot be read, all."""
 
     responses: tuple[VerbalizedResponse, ...]
@@ -75,11 +75,11 @@ def verbalized_row(row: dict[str, Any], num_responses: int, target_words: int | 
     return {"messages": [{"role": "system", "content": text}, *messages]}
 
 
-def parse_verbalized(answer: str, num_responses: int) -> Verbalized:
+def parse_verbalized(answer: str, num_responses: int) -> VerbalizedReply:
     """The well-formed responses of an answer, at most num_responses, in its order. Never raises."""
     items = _items(answer)
     if isinstance(items, str):
-        return Verbalized((), Counter({items: num_responses}))
+        return VerbalizedReply((), Counter({items: num_responses}))
     responses: list[VerbalizedResponse] = []
     failures: Counter[str] = Counter()
     for item in items[:num_responses]:
@@ -89,7 +89,7 @@ def parse_verbalized(answer: str, num_responses: int) -> Verbalized:
         else:
             responses.append(parsed)
     failures += Counter({SURPLUS: len(items) - num_responses, MISSING: num_responses - len(items)})  # positive ones
-    return Verbalized(tuple(responses), failures)
+    return VerbalizedReply(tuple(responses), failures)
 
 
 def _items(answer: str) -> Sequence[Any] | str:

@@ -33,7 +33,7 @@ class Thresholds:
     nothing_kept_steps: int
 
 
-def ringing(lines: Lines, thresholds: Thresholds) -> dict[str, str]:
+def raised_alarms(lines: Lines, thresholds: Thresholds) -> dict[str, str]:
     """What rings after the last of `lines` (every step so far, oldest first), by name: in words what was seen."""
     found = {
         "length": _length(lines, thresholds),

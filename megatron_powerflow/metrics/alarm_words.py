@@ -34,7 +34,7 @@ def thresholds_of(config: Config) -> Thresholds:
     )
 
 
-def ends_run(config: Config) -> frozenset[str]:
+def alarms_that_end_run(config: Config) -> frozenset[str]:
     """The alarms that end the run."""
     asked = config.run.stop_on_alarm
     return frozenset(asked) if isinstance(asked, list) else frozenset(ALARMS if asked else ())

@@ -51,7 +51,7 @@ def realised_alpha(
     rows = _informative(sequence_log_prob, ref_sequence_log_prob, counted_tokens, prompts, added_energy)
     if not rows.any():
         return {}
-    beside = _Beside(counted_tokens[rows], prompts[rows])
+    beside = _LengthRegression(counted_tokens[rows], prompts[rows])
     policy, energies = sequence_log_prob[rows], [ref_sequence_log_prob[rows]]
     if (beside.spread(beside.length(added_energy[rows])) >= MIN_SPREAD).any():
         energies.append(added_energy[rows])
@@ -93,12 +93,12 @@ def _informative(policy, reference, counted_tokens, prompts, added_energy) -> np
     finite = np.isfinite(policy + reference + added_energy)
     rows = np.zeros(len(policy), dtype=bool)
     if finite.any():
-        beside = _Beside(counted_tokens[finite], prompts[finite])
+        beside = _LengthRegression(counted_tokens[finite], prompts[finite])
         rows[finite] = (beside.spread(beside.length(reference[finite])) >= MIN_SPREAD)[beside.place]
     return rows
 
 
-class _Beside:
+class _LengthRegression:
     """What is left of a quantity [B] within prompts once constant and length are taken out of each prompt by itself.
 
     place: [B] the prompt of each rollout as a number from 0 to Q - 1.

@@ -24,7 +24,7 @@ MAX_LOG_PROB = 1e-3  # above 0 by more than rounding: a broken kernel
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ReductionSettings:
     """What the metrics need to know of the run: group size, cap, and of its target the power and the tilt cap."""
 
     responses_per_prompt: int
@@ -36,7 +36,7 @@ class Target:
     learns_log_z: bool = True  # log Z' is a head's; False: an estimate of the group itself, or there is none
 
 
-def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
+def reduce_rollouts(rows: np.ndarray, settings: ReductionSettings) -> dict[str, float]:
     """rows: [B, len(ROLLOUT_COLUMNS)] fp64 -> metrics. Natural logarithms; lengths in tokens.
 
     Means run over kept rollouts unless the name says token or prompt. What does not exist is absent, never NaN.
@@ -46,18 +46,18 @@ def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
     highest = every["max_log_prob"].max(initial=-np.inf)
     if highest > MAX_LOG_PROB:
         raise FloatingPointError(f"a token has log-prob {highest:.4g}; probabilities end at 1, the scorer is broken")
-    values = _rollout_metrics(every, target) | length_statistics(every, target.responses_per_prompt)
+    values = _rollout_metrics(every, settings) | length_statistics(every, settings.responses_per_prompt)
     kept = {name: column[every["kept"] > 0] for name, column in every.items()}
     if len(kept["kept"]):
-        kept["prompt"] = kept["rollout_index"] // target.responses_per_prompt
-        values |= _objective_metrics(kept, target)
-        values |= _realised_metrics(kept, target)
-        values |= _power_metrics(kept, target.alpha) if target.alpha is not None else {}
-        values |= _trap_metrics(every, target) if target.has_tilt else {}
+        kept["prompt"] = kept["rollout_index"] // settings.responses_per_prompt
+        values |= _objective_metrics(kept, settings)
+        values |= _realised_metrics(kept, settings)
+        values |= _power_metrics(kept, settings.alpha) if settings.alpha is not None else {}
+        values |= _trap_metrics(every, settings) if settings.has_tilt else {}
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
 
 
-def _rollout_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, float]:
+def _rollout_metrics(every: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:
     """What the sampled responses are like, dropped ones included."""
     lengths, num_tokens = every["num_response_tokens"], every["num_response_tokens"].sum()
     old, ref = every["old_sequence_log_prob"], every["ref_sequence_log_prob"]
@@ -77,7 +77,7 @@ def _rollout_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, 
         "eos_fraction": 1.0 - every["truncated"].mean(),
         "boxed_rate": every["boxed"].mean(),
         "repeated_share": every["repeated_share"].mean(),  # of a response's 4-grams, those it has had before
-        "loop_fraction": has_loop(every["loop_tokens"], target.max_response_tokens).mean(),
+        "loop_fraction": has_loop(every["loop_tokens"], settings.max_response_tokens).mean(),
         "distinct_2": every["distinct_2"].mean(),
         "distinct_3": every["distinct_3"].mean(),
         # over the rollouts whose prompt has an answer
@@ -99,7 +99,7 @@ def _rollout_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, 
     }
 
 
-def _objective_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:
+def _objective_metrics(kept: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:
     """Means over kept rollouts; `prompt` in a name: over prompts."""
     residual, weight, prompts = kept["residual"], kept["weight"], kept["prompt"]
     head = _per_prompt(kept["log_z"], prompts)
@@ -116,7 +116,7 @@ def _objective_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str,
         "group_log_z_mean": estimate.mean(),
         "group_log_z_std": estimate.std(),
         # of a head: the group's own estimate explains itself
-        "log_z_explained_variance": _explained_variance(estimate, head) if target.learns_log_z else np.nan,
+        "log_z_explained_variance": _explained_variance(estimate, head) if settings.learns_log_z else np.nan,
         "weight_mean": weight.mean(),
         "ratio_mean": kept["ratio"].mean(),
         "clip_fraction": kept["clipped"].mean(),
@@ -138,26 +138,26 @@ def _power_metrics(kept: dict[str, np.ndarray], alpha: float) -> dict[str, float
     return values
 
 
-def _realised_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:
+def _realised_metrics(kept: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:
     """Which power of the base model the responses show: see `realised_alpha.py`."""
     lengths, added = kept["num_response_tokens"], np.zeros(len(kept["kept"]))
-    counted = lengths if target.tilt_cap is None else np.minimum(lengths, target.tilt_cap)
-    if target.alpha is not None:
-        added = energy_per_token(kept, target.alpha)
-        added = added * counted if target.energy_per_token else added
+    counted = lengths if settings.tilt_cap is None else np.minimum(lengths, settings.tilt_cap)
+    if settings.alpha is not None:
+        added = energy_per_token(kept, settings.alpha)
+        added = added * counted if settings.energy_per_token else added
     return realised_alpha(kept["old_sequence_log_prob"], kept["ref_sequence_log_prob"], counted, kept["prompt"], added)
 
 
-def _trap_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, float]:
+def _trap_metrics(every: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:
     """Whether the target rewards the loops among the rollouts: see `trap.py`."""
-    assert target.alpha is not None, "the tilt is one of p_base^alpha"
+    assert settings.alpha is not None, "the tilt is one of p_base^alpha"
     return trap_metrics(
         every,
         every["old_sequence_log_prob"],
-        responses_per_prompt=target.responses_per_prompt,
-        max_response_tokens=target.max_response_tokens,
-        alpha=target.alpha,
-        tilt_cap=target.tilt_cap,
+        responses_per_prompt=settings.responses_per_prompt,
+        max_response_tokens=settings.max_response_tokens,
+        alpha=settings.alpha,
+        tilt_cap=settings.tilt_cap,
     )
 
 

@@ -14,7 +14,7 @@ def repeated_share(tokens: Sequence[int], n: int = 4) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def distinct_n(responses: Sequence[Sequence[int]], n: int) -> float:
+def distinct_share(responses: Sequence[Sequence[int]], n: int) -> float:
     """Distinct n-grams over all n-grams of a prompt's responses together; 0 when there are none."""
     grams = [gram for response in responses for gram in ngrams(response, n)]
     return len(set(grams)) / len(grams) if grams else 0.0

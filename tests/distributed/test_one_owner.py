@@ -280,13 +280,15 @@ def evaluate_refused(model: str, data: str, out: str) -> str:
     from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
     from megatron_powerflow.console import make_console
     from megatron_powerflow.errors import UserError
-    from megatron_powerflow.evaluation.evaluate import Request, evaluate
+    from megatron_powerflow.evaluation.evaluate import EvaluationRequest, evaluate
     from megatron_powerflow.parallel.initialize import read_launch
 
     settings = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6")
     opened = open_model(Path(model), settings, GENERATE_KEYS, 1)
     try:
-        evaluate(opened, Request((data,), num_responses=1), Path(out), read_launch(), make_console(io.StringIO()))
+        evaluate(
+            opened, EvaluationRequest((data,), num_responses=1), Path(out), read_launch(), make_console(io.StringIO())
+        )
     except UserError as error:
         return str(error)
     return ""
