@@ -1,13 +1,14 @@
-"""Are two formulas the same function? One key for each; equal keys are equality, so it is an equivalence.
+"""Are two formulas the same function? Each gets a key, and formulas with equal keys are equal: an equivalence.
 
-A number that is rational by exact arithmetic is its own key. Any other number is its first PLACES decimals, computed
-with DIGITS digits; what is then within 1e-98 of a fraction with a denominator up to a million is that fraction. A
-formula with variables is its values at three points that follow from the variables' names: all positive, all negative,
-complex. Two functions that agree at all three to 40 digits and more are held equal; those that agree on a part of the
-numbers only, such as x and |x|, are not.
+A number that is rational by exact arithmetic is its own key. The key of any other number is its first PLACES decimals,
+computed with DIGITS digits; a number within 1e-98 of a fraction with a denominator up to a million is that fraction.
+The key of a formula with variables is its values at three points that follow from the variables' names: all positive,
+all negative, complex. Two functions that agree at all three points to 40 digits and more count as equal; functions that
+agree on a part of the numbers only, such as x and |x|, do not.
 
-Work is bounded: a tree has at most as many nodes as an answer has characters, every number lies between 1e-60 and 1e60,
-and what does not raises UnreadableError. Nothing depends on time or on the machine: mpmath computes in whole numbers.
+The work is bounded: a tree has at most as many nodes as an answer has characters, and a number whose size is above 1e60
+or between 1e-120 and 1e-60 raises UnreadableError (a smaller one is what rounding leaves of 0). Nothing depends on time
+or on the machine: mpmath computes in whole numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import mpmath  # type: ignore[import-untyped]  # it comes without types, and the
 from megatron_powerflow.data.expressions import Tree, UnreadableError, symbols_of
 
 DIGITS, PLACES = 200, 100
-LARGEST = 60  # powers of ten that any part of a formula may reach, up or down
+LARGEST = 60  # the power of ten that any part of a formula may reach, up or down
 MAX_BITS = 8000  # of an exact fraction's numerator and denominator
 MAX_FACTORIAL = 300
 MAX_DENOMINATOR = 10**6
@@ -35,7 +36,7 @@ _CONTEXT.dps = DIGITS
 
 
 def fingerprint(tree: Tree) -> Hashable:
-    """The key of a formula: a Fraction where it is a rational number. Raises UnreadableError."""
+    """Returns the key of a formula: a Fraction where it is a rational number. Raises UnreadableError."""
     exact = exact_value(tree)
     if exact is not None:
         return exact
@@ -49,7 +50,7 @@ def fingerprint(tree: Tree) -> Hashable:
 
 
 def direction(tree: Tree, *, signed: bool) -> Hashable:
-    """The key of a formula up to a constant factor, as of both sides of an equation; signed: up to a positive one."""
+    """Returns the key of a formula up to a constant factor, as for an equation; signed: up to a positive factor."""
     values = [value_at(tree, point) for point in range(NUM_POINTS)]
     scale = values[0]
     if _is_zero(scale):
@@ -62,7 +63,7 @@ def direction(tree: Tree, *, signed: bool) -> Hashable:
 
 
 def exact_value(tree: Tree) -> Fraction | None:
-    """The rational number that + - * / and whole powers make; None where the tree holds anything else."""
+    """Returns the rational number that + - * / and whole powers make; None where the tree holds anything else."""
     if isinstance(tree, Fraction):
         return tree
     if not isinstance(tree, tuple) or tree[0] not in EXACT:
@@ -113,7 +114,7 @@ def _bounded(value: Fraction | None) -> Fraction | None:
 
 
 def value_at(tree: Tree, point: int):
-    """The value, real or complex, at one of the points. Raises UnreadableError."""
+    """Returns the value, real or complex, at one of the points (0, 1, 2). Raises UnreadableError."""
     if isinstance(tree, Fraction):
         return _checked(_CONTEXT.mpf(tree.numerator) / tree.denominator)
     if isinstance(tree, str):
@@ -128,7 +129,7 @@ def value_at(tree: Tree, point: int):
 
 
 def _coordinate(name: str, point: int):
-    """A variable's value: its 38 digits follow from its name."""
+    """Returns a variable's value at a point: its 38 digits follow from the name."""
     digest = hashlib.sha256(f"{name}/{point}".encode("utf-8", "surrogatepass")).digest()
     size = _CONTEXT.mpf(int.from_bytes(digest[:16], "big")) / 2**127 + _CONTEXT.mpf(1) / 4
     if point == 0:
@@ -153,7 +154,7 @@ def _is_zero(value) -> bool:
 
 
 def _key_of(value, *, recognize: bool) -> Hashable:
-    """The decimals of both parts; recognize: a Fraction where the number is rational."""
+    """Returns the decimals of real and imaginary part; recognize: a Fraction where the number is rational."""
     decimals = [_decimals(part) for part in (_CONTEXT.re(value), _CONTEXT.im(value))]
     if not recognize:
         return tuple(decimals)
@@ -195,7 +196,7 @@ def _root(radicand, degree):
 
 
 def _small(function: Callable, bound: int) -> Callable:
-    """The function, for arguments up to a size that its time and result stay bounded for."""
+    """Returns the function for arguments up to `bound`, so that its time and result stay bounded."""
 
     def bounded(*arguments):
         if any(abs(argument) > bound for argument in arguments):
@@ -220,7 +221,7 @@ def _logarithm(value):
 _OPERATIONS: dict[str, Callable] = {
     **{"+": operator.add, "-": operator.sub, "*": operator.mul, "/": _quotient, "neg": operator.neg},
     **{"^": _power, "root": _root, "abs": abs, "ln": _logarithm},
-    # of log without a base nobody says which: some fixed base, which is neither e nor 10
+    # the base of a log without one is not known: it gets a fixed base that is neither e nor 10
     "log": lambda value: _logarithm(value) / _logarithm(_coordinate("the base of log", 0)),
     "lg": lambda value: _logarithm(value) / _logarithm(_CONTEXT.mpf(10)),
     **{"pi": lambda: +_CONTEXT.pi, "e": lambda: +_CONTEXT.e, "i": lambda: _CONTEXT.mpc(0, 1)},
