@@ -42,7 +42,7 @@ SEPARATORS = (",", ";", '"or"', '"and"')
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
-    """An answer that has been read.
+    """Holds an answer that has been read.
 
     value: hashable, equal for equal answers; a Fraction for a rational number. name, unit: None where the answer says
     none.

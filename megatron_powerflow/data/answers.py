@@ -82,7 +82,7 @@ def _fits(first: str | None, second: str | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """The grade of one answer.
+    """Holds the grade of one answer.
 
     correct: None without a gold answer. cluster: equal answers to a question share a number; None without an answer.
     """

@@ -19,7 +19,7 @@ from megatron_powerflow.architecture import Architecture
 
 @dataclass(frozen=True, slots=True)
 class BinRule:
-    """The sizes that a micro-batch may have.
+    """Says which sizes a micro-batch may have.
 
     max_tokens: of all its sequences, padding included. sequence_multiple: each sequence is padded to a multiple of this
     (2 cp pieces). total_multiple: the sum is padded to a multiple of this (cp shares that sequence parallelism and FP8

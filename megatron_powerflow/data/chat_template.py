@@ -60,7 +60,7 @@ def _template_in(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class ConversationSettings:
-    """How a run writes conversations.
+    """Says how a run writes conversations.
 
     template: the text of one that replaces the folder's, or None. arguments: variables of the template. today: the date
     for a template that asks for it.

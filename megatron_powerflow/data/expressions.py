@@ -26,7 +26,7 @@ Tree = Fraction | str | tuple
 
 
 class UnreadableError(Exception):
-    """The tokens are no formula that this package computes. The error never leaves `data/`."""
+    """Says that tokens are no formula which this package computes. The error never leaves `data/`."""
 
 
 def parse_expression(tokens: Sequence[str]) -> Tree:

@@ -26,7 +26,7 @@ def words_of(text: str) -> tuple[str, ...]:
 
 
 class Overlap:
-    """An index of questions, against which others are compared."""
+    """Indexes questions, so that others can be compared with them."""
 
     def __init__(self, questions: Iterable[tuple[str, str]]) -> None:
         """Builds the index. questions: (name, text)."""

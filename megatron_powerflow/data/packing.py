@@ -21,7 +21,7 @@ from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Rollout, 
 
 @dataclass(frozen=True, slots=True)
 class AnnotatedRollout:
-    """A rollout and the numbers that follow from its text.
+    """Joins a rollout and the numbers that follow from its text.
 
     psi: the format penalty, <= 0. reward: the task's. annotations: ANNOTATION_COLUMNS, for the metrics; NaN: unknown.
     """

@@ -25,7 +25,7 @@ PromptStyle = Literal["given", "chat", "text"]
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """The form in which a run's prompts are written.
+    """Says in which form a run's prompts are written.
 
     style: "chat" makes a text the user's one message, "text" makes a lone message of the user a text, "given" changes
     neither. system: the first message of every conversation. suffix: appended to the user's last message, or the text.

@@ -31,8 +31,8 @@ Rewrite = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class PromptFile:
-    """The prompts of the prompts files.
+class LoadedPrompts:
+    """Holds the prompts of one prompts file or several.
 
     prompts: those within the length limit, in file order. num_too_long: how many were dropped for their length.
     """
@@ -52,7 +52,7 @@ def load_prompts(
     form: PromptFormat = AS_GIVEN,
     tasks: Sequence[str] | None = None,
     require_answer: bool = False,
-) -> PromptFile:
+) -> LoadedPrompts:
     """Reads and tokenizes one prompts file or several, in their order. Raises UserError that lists the bad lines.
 
     too_long: "drop" counts and skips prompts over max_prompt_tokens; "error" refuses them by line.
@@ -97,7 +97,7 @@ def load_prompts(
         )
     if violations:
         raise UserError(first_violations(violations))
-    return PromptFile(tuple(prompts), num_too_long)
+    return LoadedPrompts(tuple(prompts), num_too_long)
 
 
 def _why_none(num_rows: int, num_too_long: int, max_prompt_tokens: int, tasks: Sequence[str] | None) -> str:

@@ -65,7 +65,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 class _BoundedGzip(io.RawIOBase):
-    """A gzip file that is unpacked as it is read, up to MAX_BYTES."""
+    """Unpacks a gzip file as it is read, up to MAX_BYTES."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._left = path, MAX_BYTES

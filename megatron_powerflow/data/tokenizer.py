@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Tokenizer(Protocol):
-    """The tokenizer of a model.
+    """Turns text into a model's token ids and back.
 
     eos_token_id: None where it has none. notices: what a user should know of the folder, a sentence each.
     """

@@ -37,7 +37,7 @@ MISSING = "fewer responses than asked for"
 
 @dataclass(frozen=True, slots=True)
 class VerbalizedResponse:
-    """One response and the probability that the model states for it."""
+    """Holds one response and the probability that the model states for it."""
 
     text: str  # not empty, without spaces around it
     probability: float  # as stated, 0 <= probability <= 1; those of one answer need not add up to anything
@@ -45,7 +45,7 @@ class VerbalizedResponse:
 
 @dataclass(frozen=True, slots=True)
 class VerbalizedReply:
-    """The responses in one answer of the model.
+    """Holds the responses in one answer of the model.
 
     failures: reason -> how many responses it cost; an answer that cannot be read costs all of them.
     """

@@ -43,7 +43,10 @@ from megatron_powerflow.parallel.owner import Owner
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """The options of an evaluation, all but the model. `load_questions` explains format, suffix and prompt_as."""
+    """Holds the options of an evaluation, all but the model.
+
+    `load_questions` explains format, suffix and prompt_as.
+    """
 
     data: tuple[str, ...]
     num_responses: int

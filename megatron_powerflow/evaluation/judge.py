@@ -28,7 +28,7 @@ PASSING_STATUSES = (408, 409, 429)  # and every 5xx
 
 @dataclass(frozen=True)
 class JudgeServer:
-    """The server that answers as the judge, and how patiently it is asked.
+    """Says which server answers as the judge, and how patiently it is asked.
 
     url: the base address, up to and with /v1. timeout_seconds: of one try. pause_seconds: before the second try; every
     further pause is twice the one before. Raises UserError for an address that is not http(s).

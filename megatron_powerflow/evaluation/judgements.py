@@ -30,7 +30,7 @@ JOKES = ("joke", "jokes")
 
 @dataclass(frozen=True, slots=True)
 class JudgeQuestion:
-    """One question to the judge, about all responses to a question of the evaluation, or about one of them.
+    """Asks the judge about all responses to a question of the evaluation, or about one of them.
 
     response_index: None for all of them. ask: the text of the question. read: turns the reply into a score; None where
     the reply cannot be read.

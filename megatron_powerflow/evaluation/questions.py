@@ -29,7 +29,10 @@ PromptAs = Literal["chat", "text"]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question of an evaluation. (task, id) is unique. location: FILE:NUMBER of its row, for messages."""
+    """Holds one question of an evaluation; (task, id) is unique.
+
+    location: FILE:NUMBER of its row, for messages.
+    """
 
     id: str
     task: str
@@ -41,7 +44,7 @@ class Question:
 
 @dataclass(frozen=True)
 class LoadedQuestions:
-    """The questions of all data files.
+    """Holds the questions of all data files.
 
     num_left_out: how many rows ask for a proof or a picture, or have a solution without a box.
     """

@@ -42,7 +42,7 @@ GPQA_COLUMNS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "I
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The question of a row, as text without a suffix, and its gold answer."""
+    """Holds the question of a row, as text without a suffix, and its gold answer."""
 
     text: str
     answer: str
@@ -52,7 +52,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A published format: how its files are recognised and its rows read.
+    """Says how files of a published format are recognised and how their rows are read.
 
     detect: whether a file with these columns and this path, in lower case, looks like the format. read: returns the
     problem of a row; None for a row whose answer cannot be given or compared; raises UserError, without the row's

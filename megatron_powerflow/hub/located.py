@@ -18,7 +18,7 @@ from megatron_powerflow.hub.names import Kind
 
 @dataclass(frozen=True, slots=True)
 class RequestedName:
-    """A model or a data set as the user named it.
+    """Holds the name of a model or a data set as the user gave it.
 
     label: the option or config key that holds the name, for messages: --model, model.hf_path.
     """
@@ -38,7 +38,7 @@ class RequestedName:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """The files of one name on the hub, as they lie on this disk.
+    """Lists the files of one name on the hub, as they lie on this disk.
 
     id: OWNER/NAME of a model, datasets/OWNER/NAME of a data set. revision: the commit, 40 hexadecimal digits. files:
     the files that were asked for, relative to `folder`, all present. missing: weights that were left on the hub.

@@ -55,7 +55,7 @@ NAME_FORMS = {
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """The name of a repository on the hub, or of one file of a data set there.
+    """Names a repository on the hub, or one file of a data set in it.
 
     repository: OWNER/NAME. revision: None where the user leaves it open. file: the path inside a data set, or None.
     """

@@ -37,7 +37,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """A push that `check_push` has allowed.
+    """Describes a push that `check_push` has allowed.
 
     head: the commit that it replaces; None where there is no repository yet. marked: whether the repository holds the
     mark of an export. replaced: the files that the mark lists.

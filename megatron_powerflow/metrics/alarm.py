@@ -25,7 +25,7 @@ Lines = Sequence[Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The bounds of the section `alarm` of the config.
+    """Holds the bounds of the config's section `alarm`.
 
     sampler_gap: nats per token; None where the run has no such bound.
     """

@@ -23,7 +23,7 @@ QUANTITIES = ("ref_log_prob_mean", "policy_entropy", "distinct_2", "response_len
 
 @dataclass(frozen=True)
 class Change:
-    """One quantity before and after training.
+    """Holds one quantity before and after training.
 
     before, after: one number per prompt, in the same order; at least two prompts.
     """
@@ -54,7 +54,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """Every quantity of a run before and after. first, last: the two lines of evaluations.jsonl that are compared."""
+    """Holds every quantity of a run before and after training.
+
+    first, last: the two lines of evaluations.jsonl that are compared.
+    """
 
     first: Mapping[str, Any]
     last: Mapping[str, Any]

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class QuestionCounts:
-    """The counts of one question's n responses, in the order they were drawn; every tuple has n entries, n >= 1.
+    """Holds the counts of one question's n responses, in the order they were drawn.
+
+    Every tuple has n entries, n >= 1.
 
     Example (n = 4, gold 7, answers 7, none, 5, 7.0): correct (True, False, False, True), clusters (0, None, 1, 0).
     """

@@ -37,7 +37,7 @@ LOG_LENGTH = ("response_log_length_mean", "response_log_length_error")
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """The means over the first and the recent steps, and the standard error of their difference."""
+    """Holds the means over the first and the recent steps, and the standard error of their difference."""
 
     before: float
     now: float

@@ -22,7 +22,7 @@ LIMIT_SHARE = 5  # a loop has at least max_response_tokens / LIMIT_SHARE tokens
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """The longest repetition in a response, and its cost under the base model.
+    """Describes the longest repetition in a response, and its cost under the base model.
 
     num_tokens: its length, first turn included. nats: -log p_base per token once it has settled, a mean over its second
     half. entry_nats: what the whole repetition costs beyond num_tokens * nats, 0 at least.

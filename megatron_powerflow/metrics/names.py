@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """The name and unit of a metric, as people read them. Example: "mean response length", "tokens".
+    """Names a metric and its unit for people. Example: "mean response length", "tokens".
 
     share: the metric is a number from 0 to 1, and its axis ends there.
     """

@@ -25,7 +25,7 @@ MAX_LOG_PROB = 1e-3  # a log-prob above it exceeds 0 by more than rounding: the 
 
 @dataclass(frozen=True, slots=True)
 class ReductionSettings:
-    """What the metrics need to know of the run and of its target distribution.
+    """Holds what the metrics need to know of the run and of its target distribution.
 
     responses_per_prompt: rollouts in a group. alpha: the target's power; None where the objective has none. tilt_cap:
     in tokens; None where every token is paid.

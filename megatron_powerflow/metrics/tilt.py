@@ -28,7 +28,7 @@ BISECTIONS = 60
 
 
 class PromptTilts(NamedTuple):
-    """The lambda of each prompt that has an ordinary rollout, by ascending number of the prompt; all [P].
+    """Holds the lambda of each prompt that has an ordinary rollout, by ascending number of the prompt; all are [P].
 
     prompt: the number. lam: lambda, nats per token. effective: the effective number of samples that the root rests on,
     from 1 to the number of the prompt's ordinary rollouts.

@@ -36,10 +36,12 @@ class JsonlWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
+        """Appends the line of a step, which is in the file when the method returns."""
         self._file.write(json.dumps({"step": metrics.step, **metrics.values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
@@ -80,9 +82,11 @@ class WandbWriter:
         )
 
     def write(self, metrics: StepMetrics) -> None:
+        """Sends the numbers of a step to wandb."""
         self.run.log(metrics.values, step=metrics.step)
 
     def close(self) -> None:
+        """Ends the wandb run."""
         self.run.finish()
 
 
@@ -109,10 +113,12 @@ class TensorBoardWriter:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, metrics: StepMetrics) -> None:
+        """Writes the numbers of a step, one scalar each."""
         for name, value in metrics.values.items():
             self._writer.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:
+        """Closes the event file."""
         self._writer.close()
 
 
@@ -149,6 +155,7 @@ class ConsoleWriter:
         self._live.update(self._task, phase=text, left=self._left())
 
     def write(self, metrics: StepMetrics) -> None:
+        """Prints the line of a step that has ended, and moves the live line on."""
         self._done, self._written, value = metrics.step + 1, time.monotonic(), metrics.values
         parts = [
             f"step {self._done}/{self._num_steps}",
@@ -167,6 +174,7 @@ class ConsoleWriter:
         self._heartbeat.spoke()
 
     def close(self) -> None:
+        """Takes the live line away and stops the lines within a step."""
         self._heartbeat.close()
         self._live.stop()
 

@@ -24,7 +24,7 @@ from megatron_powerflow.checkpoint.folder import (
 from megatron_powerflow.config import Config, ObjectiveSection
 from megatron_powerflow.config_file import dump_config
 from megatron_powerflow.data.prompt_format import PromptFormat
-from megatron_powerflow.data.prompts import PromptFile, load_prompts
+from megatron_powerflow.data.prompts import LoadedPrompts, load_prompts
 from megatron_powerflow.data.tokenizer import ConversationSettings, Tokenizer, load_tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.checked import open_checked
@@ -210,8 +210,8 @@ def _inputs_of(
     config: Config,
     located: LocalPaths,
     today: date,
-    prompts: PromptFile,
-    evaluation: PromptFile | None,
+    prompts: LoadedPrompts,
+    evaluation: LoadedPrompts | None,
     replay_from: Path | None,
 ) -> Inputs:
     start, on_hub = located.folder(config.model.hf_path), located.model(config.model.hf_path)
@@ -271,7 +271,7 @@ def _check_weights(start: Path, architecture: Architecture, family: Family) -> N
         open_checked(start, architecture, family)
 
 
-def _answer_violations(config: Config, prompt_file: PromptFile) -> list[str]:
+def _answer_violations(config: Config, prompt_file: LoadedPrompts) -> list[str]:
     without = [prompt.id for prompt in prompt_file.prompts if prompt.answer is None]
     if config.objective.text_reward != "gold" or not without:
         return []
@@ -284,7 +284,7 @@ def _answer_violations(config: Config, prompt_file: PromptFile) -> list[str]:
 
 def _read_prompts(
     config: Config, located: LocalPaths, tokenizer: Tokenizer, architecture: Architecture, names: Sequence[str]
-) -> PromptFile:
+) -> LoadedPrompts:
     section = config.prompts
     return load_prompts(
         [path for name in names for path in located.files(name)],
