@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
         """Returns the ids of a raw prompt, as the model expects it: with BOS where its tokenizer adds one."""
         ...
 
-    def encode_encode_with_tokenizers(self, text: str) -> list[int]:
+    def encode_plain(self, text: str) -> list[int]:
         """Returns the ids of a response: the text alone, without special tokens."""
         ...
 
@@ -95,14 +95,14 @@ class _HfTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._ids(text, with_special=True)
 
-    def encode_encode_with_tokenizers(self, text: str) -> list[int]:
+    def encode_plain(self, text: str) -> list[int]:
         return self._ids(text, with_special=False)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if not self._has_template:
             return self.encode(plain_text(messages))
         text = render(self._transformers, list(messages), self._settings)
-        return self.encode_encode_with_tokenizers(text)  # the template writes every special token itself
+        return self.encode_plain(text)  # the template writes every special token itself
 
     def decode(self, token_ids: Sequence[int]) -> str:
         size = self._tokenizer.get_vocab_size()
@@ -230,7 +230,7 @@ class _SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._bos + self._processor.encode(text)
 
-    def encode_encode_with_tokenizers(self, text: str) -> list[int]:
+    def encode_plain(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
