@@ -51,7 +51,7 @@ from megatron_powerflow.targets import Target, require
 MADE_BY = "conversion"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what the command lines call them -> safetensors' names
 
-Told = Callable[[int], object]  # told numbers of bytes
+BytesCallback = Callable[[int], object]  # told numbers of bytes
 Kind = TypeVar("Kind", HfModel, MegatronModel)
 
 
@@ -60,7 +60,7 @@ def _untold(num_bytes: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ConversionRequest:
     """What is asked of a conversion. dtype: fp32, bf16, fp16, or None: as it is in the source. revisions: name on the
     hub -> commit, of a source that came from there."""
 
@@ -76,7 +76,7 @@ class Request:
 
 
 def hf_to_megatron(
-    request: Request, ranks: Ranks, advance: Told = _untold, announce: Told = _untold
+    request: ConversionRequest, ranks: Ranks, advance: BytesCallback = _untold, announce: BytesCallback = _untold
 ) -> Comparison | None:
     """Write a torch_dist checkpoint that any layout loads. Collective. Returns what `verify` found.
 
@@ -133,7 +133,7 @@ def hf_to_megatron(
 
 
 def megatron_to_hf(
-    request: Request, ranks: Ranks, advance: Told = _untold, announce: Told = _untold
+    request: ConversionRequest, ranks: Ranks, advance: BytesCallback = _untold, announce: BytesCallback = _untold
 ) -> Comparison | None:
     """Write a plain HF folder. Collective. Returns what `verify` found.
 
@@ -187,7 +187,7 @@ def megatron_to_hf(
         return _verify(request, model, partial, ranks)
 
 
-def _open_source(request: Request, ranks: Ranks, kind: type[Kind]) -> Kind:
+def _open_source(request: ConversionRequest, ranks: Ranks, kind: type[Kind]) -> Kind:
     """The source, of the kind that this direction starts from; and a place for `out`."""
     _check_out(request)
     model = open_model_folder(request.source, ranks, step=request.step)
@@ -198,7 +198,7 @@ def _open_source(request: Request, ranks: Ranks, kind: type[Kind]) -> Kind:
     raise UserError(f"{request.source}: a Hugging Face folder already; give a run's folder or a checkpoint")
 
 
-def _check_out(request: Request) -> None:
+def _check_out(request: ConversionRequest) -> None:
     target, keeps = Target(request.out, MADE_BY), keeps_of(request.source, request.step)
     require(target.refusals(apart_from=(request.source, *keeps.apart_from), not_over=keeps.not_over))
     if target.is_there() and not request.overwrite:
@@ -218,7 +218,7 @@ def _one_dtype(model: HfModel, stored: Stored, dtype: str | None) -> str:
 
 
 @contextmanager
-def _published(request: Request, model: Model, ranks: Ranks, num_bytes: int) -> Iterator[Path]:
+def _published(request: ConversionRequest, model: Model, ranks: Ranks, num_bytes: int) -> Iterator[Path]:
     """OUT.partial, made anew; renamed to OUT behind the block, or gone when anything was raised in it. Collective.
 
     num_bytes: of the tensors, for the mark.
@@ -269,7 +269,7 @@ def _copy_companions(model: Model, target: Path, dtypes: set[str]) -> None:
     copy_companions(model.hf_folder, target, dtype=None if stated in now or len(now) > 1 else now.pop())
 
 
-def _verify(request: Request, model: Model, partial: Path, ranks: Ranks) -> Comparison | None:
+def _verify(request: ConversionRequest, model: Model, partial: Path, ranks: Ranks) -> Comparison | None:
     """Compare, when asked, and leave the proof beside what was written. Collective."""
     ranks.gather(None)
     if not request.verify:
