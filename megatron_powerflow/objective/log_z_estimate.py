@@ -37,7 +37,7 @@ def loo_log_z(partial: Tensor, group: Tensor, weight: Tensor, kept: Tensor) -> T
     sums = _group_sums(partial, group, weight, kept)
     member_weight = torch.where(kept, weight, 0.0)
     others = sums.weight - member_weight
-    alone = (sums.count < 2) | (others <= 0)
+    alone = (sums.num_kept < 2) | (others <= 0)
     estimate = -(sums.weighted - member_weight * partial.detach()) / torch.where(alone, 1.0, others)
     return torch.where(alone, -partial.detach(), estimate)
 
@@ -57,7 +57,7 @@ def contrastive_log_z(partial: Tensor, group: Tensor, weight: Tensor, kept: Tens
     w; for w = 1 the factor is G/(G-1) and the gradient equals that of `loo`.
     """
     sums = _group_sums(partial, group, weight, kept)
-    return ContrastiveEstimate(-(sums.weighted / sums.weight), sums.weight / (sums.count - 1).clamp(min=1))
+    return ContrastiveEstimate(-(sums.weighted / sums.weight), sums.weight / (sums.num_kept - 1).clamp(min=1))
 
 
 class _GroupSums(NamedTuple):
@@ -65,7 +65,7 @@ class _GroupSums(NamedTuple):
 
     weighted: Tensor
     weight: Tensor
-    count: Tensor
+    num_kept: Tensor
 
 
 def _group_sums(partial: Tensor, group: Tensor, weight: Tensor, kept: Tensor) -> _GroupSums:
