@@ -70,6 +70,7 @@ class Placement:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
+        """The names of the parameter's HF tensors."""
         return self.op.hf_names(self.layer, self.expert)
 
 

@@ -50,9 +50,9 @@ def width(architecture: Architecture, word: str) -> int:
 class TensorSource(Protocol):
     """A source of HF tensors, read by name and range. `rows` and `columns` are half-open (start, stop); None: all."""
 
-    def read(
-        self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
-    ) -> Tensor: ...
+    def read(self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Tensor:
+        """Read a slice of a tensor, on CPU, in the dtype in which it is stored."""
+        ...
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -48,6 +48,7 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
+        """The bytes of the tensor's numbers."""
         return FLOATS[self.dtype].num_bytes * prod(self.shape)
 
 
@@ -62,6 +63,7 @@ class PlannedFile:
 
     @property
     def num_bytes(self) -> int:
+        """The bytes of all tensors in the file, without the header."""
         return sum(info.num_bytes for info in self.tensors.values())
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Arithmetic(Protocol):
-    """A module with these functions, which `plain.py` describes."""
+    """A module that computes tiles, with the functions and errors that `plain.py` describes."""
 
     @property
     def __name__(self) -> str: ...

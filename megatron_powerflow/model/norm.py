@@ -1,4 +1,4 @@
-"""Which RMS norms do the layers of the local spec have, where Transformer Engine is absent or lacks what a model does?
+"""Which RMS norms do layers have where Transformer Engine is absent, or lacks what the model does?
 
 Megatron's own `WrappedTorchNorm` refuses sequence parallelism. Our `RMSNorm` marks its weight, so that Megatron sums
 its gradient over the tensor-parallel ranks, each of which saw a part of the sequence. A norm can stand in two places:
