@@ -42,7 +42,13 @@ from megatron_powerflow.hf.shard_files import (
     torch_dtype,
     write_index,
 )
-from megatron_powerflow.hf.torch_dist_names import Place, Stored, extra_states, parameter_shape, stored_parameters
+from megatron_powerflow.hf.torch_dist_names import (
+    StoredParameter,
+    StoredSlice,
+    extra_states,
+    parameter_shape,
+    stored_parameters,
+)
 from megatron_powerflow.metrics.provenance import provenance
 from megatron_powerflow.parallel.layout import padded_vocab_size
 from megatron_powerflow.parallel.owner import Owner
@@ -85,7 +91,7 @@ def hf_to_megatron(
     """
     model = ranks.together(lambda: _open_source(request, ranks, HfModel))
     padded = padded_vocab_size(model.architecture, 1)
-    of_place: dict[Place, Stored] = {}
+    of_place: dict[StoredSlice, StoredParameter] = {}
     chunks: list[Chunk] = []
     shape_of: dict[str, tuple[int, ...]] = {}
     parameters = list(stored_parameters(model.architecture, model.family))
@@ -93,20 +99,20 @@ def hf_to_megatron(
         if stored.op.megatron not in shape_of:
             shape_of[stored.op.megatron] = parameter_shape(stored, model.architecture, padded)
         dtype = torch_dtype(_one_dtype(model, stored, request.dtype))
-        for place in stored.written:
+        for place in stored.written_slices:
             of_place[place] = stored
             chunks.append(Chunk(place, shape_of[stored.op.megatron], dtype))
     mine = ranks.share(chunks, lambda chunk: chunk.num_bytes)
     dtype_of = {chunk.place: chunk.dtype for chunk in mine}
     announce(sum(chunk.num_bytes for chunk in mine))
 
-    def read(place: Place) -> torch.Tensor:
+    def read(place: StoredSlice) -> torch.Tensor:
         return model.parameter(of_place[place], padded).to(dtype_of[place])
 
     def write(folder: Path) -> None:
         ahead = OneAhead(read, [chunk.place for chunk in mine])
 
-        def make(place: Place) -> torch.Tensor:
+        def make(place: StoredSlice) -> torch.Tensor:
             tensor = ahead(place)
             advance(tensor.nbytes)
             return tensor
@@ -205,7 +211,7 @@ def _check_out(request: ConversionRequest) -> None:
         raise UserError(f"--out {request.out}: exists; give another folder, or --overwrite to replace it when done")
 
 
-def _one_dtype(model: HfModel, stored: Stored, dtype: str | None) -> str:
+def _one_dtype(model: HfModel, stored: StoredParameter, dtype: str | None) -> str:
     """safetensors' name of the dtype that the parameter will have."""
     if stored.fp32:
         return DTYPES["fp32"]
