@@ -1,6 +1,7 @@
 """An objective of your own in one file: RL-traj with GRPO's advantage, divided by its standard deviation in the group.
 
-python examples/own_objective.py check examples/configs/local.yaml objective.preset=rl_traj_std objective.log_z=null
+python examples/own_objective.py check examples/configs/local.yaml objective.preset=rl_traj_std objective.log_z=null \\
+    run.output_dir=runs/own
 
 Every command of `powerflow` can be given so, and must be for this objective: a run's config.yaml names it. Left out: a
 formula of your own. This is a row of settings of the formulas that there are (`megatron_powerflow/objective/presets.py`).
