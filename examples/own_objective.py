@@ -4,7 +4,7 @@ python examples/own_objective.py check examples/configs/local.yaml objective.pre
     run.output_dir=runs/own
 
 Every command of `powerflow` can be given so, and must be for this objective: a run's config.yaml names it. Left out: a
-formula of your own. This is a row of settings of the formulas that there are (`megatron_powerflow/objective/presets.py`).
+formula of your own; this is a row of settings of those there are (`megatron_powerflow/objective/presets.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What do the pages of the documentation say that can be held against the code? Their blocks, spans, headings, links.
 
-Left out: what is held against what (`unit/test_docs.py`), running the commands (`distributed/test_documented_commands.py`).
+Left out: what is held against what (`unit/test_docs.py`), running them (`distributed/test_documented_commands.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from tests.conftest import REPOSITORY
 
 FENCE = re.compile(r"^( *)```(\w*)[^`]*$")
-NEEDS = re.compile(r"Needs [^.]*(GPU|SLURM|Kubernetes|Docker|network|vLLM|judge|folder of)")  # what a machine may not have
+# what a machine may not have
+NEEDS = re.compile(r"Needs [^.]*(GPU|SLURM|Kubernetes|Docker|network|vLLM|judge|folder of)")
 
 
 @dataclass(frozen=True)

@@ -68,13 +68,13 @@ SECTIONS = {
     "checkpoint": "When the state is saved, and how much of it is kept.",
     "evaluation": "What is looked at while the run goes on.",
     "metrics": "Where the numbers go.",
-    "alarm": "When alarms ring. The alarms on lengths compare with the first steps and ask for 5 standard errors besides.",
+    "alarm": "When alarms ring. Those on lengths compare with the first steps and ask for 5 standard errors besides.",
     "run": "The run itself.",
 }
 
 
 def main(
-    check: Annotated[bool, typer.Option("--check", help="write nothing; exit code 2 where a page is out of date")] = False,
+    check: Annotated[bool, typer.Option("--check", help="write nothing; exit code 2 where one is out of date")] = False,
 ) -> None:
     """Write the pages of docs/pages that are made of the code.
 
@@ -130,7 +130,8 @@ def _conditional(name: str, rule: tuple) -> tuple[str, list[str]]:
     others: dict[str, list[str]] = {}
     for probe in PROBES:
         found = _resolved(name, probe)
-        if found is not None and found != usual and not (enabler and probe.partition("=")[0] == enabler.partition("=")[0]):
+        same_key = enabler is not None and probe.partition("=")[0] == enabler.partition("=")[0]
+        if found is not None and found != usual and not same_key:
             others.setdefault(_plain(found), []).append(f"`{probe}`")
     sentences = [f"Default with {', '.join(probes)}: `{value}`." for value, probes in others.items()]
     if rule[3]:
@@ -244,8 +245,8 @@ def papers() -> str:
         "",
         "One row per `objective.preset`. S and S_ref are the log-probs of a response under the policy and the base "
         "model, n its tokens, w the clipped importance weight, r the reward, A the advantage within the group. "
-        "The mean over the kept rollouts of a step is the loss. The formulas are those of `w = 1` or of the balance; with "
-        "an importance ratio a policy gradient takes PPO's clipped surrogate. Where p_base is not in the target, "
+        "The mean over the kept rollouts of a step is the loss. With an importance ratio a policy gradient takes PPO's "
+        "clipped surrogate instead. Where p_base is not in the target, "
         "`objective.kl_coefficient` adds that share of an estimate of KL(policy || base).",
         "",
         "| preset | loss of a rollout | source | arXiv | config |",
@@ -369,7 +370,8 @@ def _cell(text: str) -> str:
 
 def _in_code(text: str) -> str:
     """Keys and what is typed stand in code."""
-    text = re.sub(r"(?<![`\w./])((?:" + "|".join(Config.model_fields) + r")\.[a-z_]+(?:=[\w.-]+)?)(?![\w`/])", r"`\1`", text)
+    sections = "|".join(Config.model_fields)
+    text = re.sub(rf"(?<![`\w./])((?:{sections})\.[a-z_]+(?:=[\w.-]+)?)(?![\w`/])", r"`\1`", text)
     return re.sub(r"(?<![`\w])(\\boxed\{\})(?!`)", r"`\1`", text)
 
 

@@ -29,11 +29,12 @@ pytestmark = pytest.mark.slow
 
 COMMANDS = [command for page in pages() for command in commands(page)]
 LOCAL = "examples/configs/local.yaml"
-QUICK = ["parallel.pp=1", "metrics.wandb=off", "run.num_steps=2", "evaluation.num_prompts=2", "evaluation.num_responses=2"]
+QUICK = ["parallel.pp=1", "metrics.wandb=off", "run.num_steps=2"]
+QUICK += ["evaluation.num_prompts=2", "evaluation.num_responses=2"]
 
 
 def run_here(words: Sequence[str], folder: str) -> tuple[int, str]:
-    """(exit code, what it said) of a `powerflow` command or a Python file, in this process, as if started in `folder`."""
+    """(exit code, what it said) of a `powerflow` command or a Python file, in this process, as if begun in `folder`."""
     from megatron_powerflow.cli import app, exit_codes
 
     said, before, argv = io.StringIO(), os.getcwd(), sys.argv
@@ -79,11 +80,11 @@ def write_data(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for part in (1, 2):
         numina = [
-            {"source": "x", "problem": f"What is {n} times {part + 2}?", "solution": f"It is \\boxed{{{n * (part + 2)}}}."}
+            {"source": "x", "problem": f"What is {n} times {part}?", "solution": f"It is \\boxed{{{n * part}}}."}
             for n in range(3, 9)
         ]
         parquet.write_table(pyarrow.Table.from_pylist(numina), folder / f"part{part}.parquet")
-    math500 = {"problem": "What is 3 times 3?", "answer": "9", "subject": "x", "level": 1, "unique_id": "a"}
+    math500 = {"problem": "What is 3 times 2?", "answer": "6", "subject": "x", "level": 1, "unique_id": "a"}
     (folder / "math500.jsonl").write_text(json.dumps(math500) + "\n")
     poem = "\n".join(f"line {n} of a poem of some length" for n in range(8))
     (folder / "poems.csv").write_text(f'poem\n"{poem}"\n')
