@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "megatron_powerflow"
 DATA = REPOSITORY / "docs" / "data"
 PAGES = REPOSITORY / "docs" / "pages"
-MADE = "<!-- Made by tools/make_docs.py of {source}. Do not edit. -->\n\n"
+MADE = "<!-- Made by tools/make_docs.py of {source}. Do not edit. -->"
 # Settings under which a default may be another one; each is tried alone.
 PROBES = (
     *(f"objective.preset={name}" for name in PRESETS),
@@ -100,7 +100,8 @@ def configuration() -> str:
         "",
         "A config is a YAML file of sections. Every key can also be given behind the command as `section.key=value`, "
         "which counts before the file; `null` takes a value away. An unknown key, a wrong type, a value out of its "
-        "range and a key that would have no effect are errors, and all of them are reported together. "
+        "range and a key that would have no effect are errors. Those of names, types and ranges are reported together, then "
+        "those of rules between keys. "
         "`powerflow config KEY` prints the same as this page. Interpolation of other keys, "
         "`${run.output_dir}/x`, is read; nothing else is evaluated.",
         "",
@@ -349,7 +350,8 @@ def _data(name: str) -> Any:
 
 
 def _page(source: str, lines: list[str]) -> str:
-    return MADE.format(source=source) + "\n".join(lines).rstrip() + "\n"
+    title, *others = lines  # first, so that the site knows it
+    return "\n".join([title, "", MADE.format(source=source), *others]).rstrip() + "\n"
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -371,7 +373,7 @@ def _cell(text: str) -> str:
 def _in_code(text: str) -> str:
     """Keys and what is typed stand in code."""
     sections = "|".join(Config.model_fields)
-    text = re.sub(rf"(?<![`\w./])((?:{sections})\.[a-z_]+(?:=[\w.-]+)?)(?![\w`/])", r"`\1`", text)
+    text = re.sub(rf"(?<![`\w./])((?:{sections})\.[a-z_]+(?:=[\w-]+(?:\.\w+)*)?)(?![\w`/])", r"`\1`", text)
     return re.sub(r"(?<![`\w])(\\boxed\{\})(?!`)", r"`\1`", text)
 
 
