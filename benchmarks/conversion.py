@@ -42,7 +42,7 @@ def write_model(folder: Path, sizes: dict[str, int]) -> None:
     from megatron_powerflow.hf.config import read_architecture
     from megatron_powerflow.hf.families import FAMILIES
     from megatron_powerflow.hf.shapes import expected_tensors
-    from megatron_powerflow.hf.shard_files import ShardFile, TensorInfo, plan_files, write_planned_index
+    from megatron_powerflow.hf.shard_files import ShardFile, TensorInfo, plan_files, write_index
 
     folder.mkdir(parents=True)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", **sizes}
@@ -58,7 +58,11 @@ def write_model(folder: Path, sizes: dict[str, int]) -> None:
             shard.add(name, numbers[start : start + torch.Size(info.shape).numel()].reshape(info.shape))
             start += 1
         shard.close()
-    write_planned_index(folder, files)
+    write_index(
+        folder,
+        {name: file.name for file in files for name in file.tensors},
+        sum(file.num_bytes for file in files),
+    )
 
 
 def warm_memory(path: Path, num_bytes: int) -> None:

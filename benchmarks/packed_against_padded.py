@@ -109,14 +109,10 @@ def batches_of(way: str, rollouts: list, plan, session) -> list:
 def one_step(batches: list, plan, session) -> float:
     """The loss of the step."""
     from megatron_powerflow.records import ROLLOUT_COLUMNS
-    from megatron_powerflow.training.score import score_reference
-    from megatron_powerflow.training.update import update
+    from megatron_powerflow.training.step import learn
 
-    config = plan.config
-    scored = score_reference(session.reference, batches, session.scorer)
-    alpha = config.objective.alpha
-    updated = update(session.trainable, [scored], session.scorer, config.objective, config.optimizer, alpha)
-    return float(updated.rows[:, ROLLOUT_COLUMNS.index("loss_term")].mean())
+    result = learn(plan, session, [batches], step=1)  # no first step, whose calibration would be timed too
+    return float(result.rows[:, ROLLOUT_COLUMNS.index("loss_term")].mean())
 
 
 def measure(model: Path, folder: Path, number: int, budget: int, rounds: int) -> dict[str, tuple[float, float, float]]:

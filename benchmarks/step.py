@@ -30,7 +30,7 @@ PHASES = ("rollout", "reference", "update")
 
 
 class OurStep:
-    """The lines of `train.run_steps` between prompts and metrics, timed; stop tokens ignored."""
+    """The product's own step, its phases timed; stop tokens ignored."""
 
     def __init__(self, plan, session) -> None:
         self.plan, self.session, self.step = plan, session, 0
@@ -40,26 +40,19 @@ class OurStep:
         from dataclasses import replace
 
         from megatron_powerflow.records import ROLLOUT_COLUMNS
-        from megatron_powerflow.train import sampling_params
         from megatron_powerflow.training.micro_batches import pack_updates
-        from megatron_powerflow.training.score import score_reference
-        from megatron_powerflow.training.update import calibrate_head, update
+        from megatron_powerflow.training.step import learn, sampling_of_step
 
-        plan, session, config = self.plan, self.session, self.plan.config
+        plan, session = self.plan, self.session
         clock = Clock()
-        sampling = replace(sampling_params(plan, self.step), stop_token_ids=frozenset())
+        sampling = replace(sampling_of_step(plan, self.step), stop_token_ids=frozenset())
         rollouts = session.engine.generate(list(enumerate(plan.prompts)), sampling)
         updates = pack_updates(rollouts, plan, session)
         clock.note("rollout")
-        updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
-        clock.note("reference")
-        if self.step == 0:
-            calibrate_head(session.trainable, updates[:1], config.objective, ALPHA, session.scorer)
-        updated = update(session.trainable, updates, session.scorer, config.objective, config.optimizer, ALPHA)
-        clock.note("update")
+        result = learn(plan, session, updates, self.step, phase=clock.phase)
         self.step += 1
-        loss = float(updated.rows[:, ROLLOUT_COLUMNS.index("loss_term")].mean())
-        return clock.seconds, rollouts, loss, updated.steps[0].grad_norm
+        loss = float(result.rows[:, ROLLOUT_COLUMNS.index("loss_term")].mean())
+        return clock.seconds, rollouts, loss, result.optimizer_steps[0].grad_norm
 
 
 class Clock:
@@ -68,6 +61,11 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last, self._cpu_start = time.perf_counter(), time.process_time()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        yield
+        self.note(name)
 
     def note(self, phase: str) -> None:
         now = time.perf_counter()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -68,6 +68,7 @@ def options(
 class PromptAs(StrEnum):
     """How a benchmark's question is put: the user message of the model's chat template, or bare text."""
 
+    _value_: Literal["chat", "text"]
     chat = "chat"
     text = "text"
 
@@ -304,8 +305,8 @@ def generate(
         power_sample_file(opened, prompts, out, num_responses, recipe, launch, console)
     elif decoding is Decoding.verbalized:
         temperature = 0.0 if greedy else opened.config.rollout.temperature
-        recipe = VerbalizedSampling(num_responses, target_words, temperature)
-        verbalize_file(opened, prompts, out, recipe, launch, console)
+        request = VerbalizedSampling(num_responses, target_words, temperature)
+        verbalize_file(opened, prompts, out, request, launch, console)
     else:
         generate_file(opened, prompts, out, num_responses, greedy, launch, console)
 
@@ -347,7 +348,7 @@ def evaluate(
         greedy=greedy,
         format=format,
         suffix=suffix,
-        prompt_as=prompt_as and prompt_as.value,
+        prompt_as=None if prompt_as is None else prompt_as.value,
         diversity=diversity,
         judge=make_judge(judge_url, judge_model, judge_key_file),
     )
@@ -451,7 +452,7 @@ def _done(run: Path) -> str:
     return "\n".join([*lines, f"  measure it   {shlex.join(measure)}", f"  look at it   {shlex.join(look)}"])
 
 
-def _refuse_options(options: dict[str, object], unused: bool, why: str) -> None:
+def _refuse_options(options: Mapping[str, object], unused: bool, why: str) -> None:
     """UserError for the options that were given where they change nothing."""
     given = [name for name, value in options.items() if value is not None]
     if unused and given:

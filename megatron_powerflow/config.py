@@ -13,16 +13,12 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from megatron_powerflow.objective.presets import PRESETS, Balance, EntropyMinimum, PolicyGradient
+from megatron_powerflow.objective.presets import LEARNED_LOG_Z, PRESETS, Form, LogZ, PolicyGradient, PresetName, Ratio
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-LogZ = Literal["mlp", "scalar", "group", "loo", "contrastive"]
-Ratio = Literal["none", "seq", "seq_mean", "token"]
-LEARNED_LOG_Z = ("mlp", "scalar")
 
 
 class Section(BaseModel):
@@ -128,7 +124,7 @@ class RolloutSection(Section):
 class ObjectiveSection(Section):
     """Where a key says "default ..." it is None until the config is resolved, and stays None where it has no effect."""
 
-    preset: Literal[*PRESETS] = Field(
+    preset: PresetName = Field(
         "la_tb", description="which loss; objective/presets.py has each one's formula and source"
     )
     alpha: PositiveFloat | None = Field(
@@ -160,7 +156,7 @@ class ObjectiveSection(Section):
     truncated: Literal["keep", "drop"] = Field("keep", description="responses cut at the length limit")
 
     @property
-    def form(self) -> Balance | PolicyGradient | EntropyMinimum:
+    def form(self) -> Form:
         return PRESETS[self.preset]
 
     @property

@@ -44,13 +44,13 @@ def keys() -> Iterator[Key]:
 
 def explain(name: str) -> list[Key]:
     """The key, or all of a section. Raises UserError for what is neither, with the likely ones."""
-    found = [key for key in keys() if key.name == name or key.name.startswith(f"{name}.")]
-    if not found:
+    matching = [key for key in keys() if key.name == name or key.name.startswith(f"{name}.")]
+    if not matching:
         names = [key.name for key in keys()]
         close = difflib.get_close_matches(name, [*names, *Config.model_fields], n=3, cutoff=0.5)
         close += [key for key in names if key.endswith(f".{name}") and key not in close]
         raise UserError(f"{name}: no such key" + (f"; did you mean {', '.join(close)}?" if close else ""))
-    return found
+    return matching
 
 
 def _section(field: FieldInfo) -> Any:

@@ -14,6 +14,7 @@ Left out: the rules (`data/preparation.py`, `data/creative_preparation.py`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import io
@@ -22,7 +23,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from rich.console import Console
 
@@ -34,7 +35,8 @@ from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import load_questions
 from megatron_powerflow.hub.located import AS_NAMED, Located
-from megatron_powerflow.targets import file_refusals, require, starts_with_line_of, write_file
+from megatron_powerflow.targets import file_refusals, require, starts_with_line_of
+from megatron_powerflow.whole_files import write_file
 
 NUMINA = tuple(f"hf://AI-MO/NuminaMath-CoT/data/train-{part:05}-of-00005.parquet" for part in range(5))
 EACH = 100  # of poems, stories and jokes; the paper has 300 prompts
@@ -43,6 +45,13 @@ MADE_BY = "powerflow prepare"
 REPORT_START = b'{\n  "made_by": "powerflow prepare"'
 FALLEN = ("row", "reason", "detail")  # row: file:number, counted as `read_file` does
 PARTIAL_START = b'{"made_by": "powerflow prepare"'
+
+
+class Limits(TypedDict, total=False):
+    """Of a `Preparation`, in characters."""
+
+    max_answer: int
+    max_solution: int
 
 
 class Judge(Protocol):
@@ -86,7 +95,7 @@ class Outputs:
             return [f"--out {self.prompts}: {self.prompts.parent} is no folder; make it first, or write elsewhere"]
         found = []
         for path in (self.prompts, self.held_out):
-            found += file_refusals(path, lambda start, path=path: start.startswith(b"PAR1") and _is_ours(path))
+            found += file_refusals(path, functools.partial(_is_ours, path))
         found += file_refusals(self.report, lambda start: start.startswith(REPORT_START))
         found += file_refusals(self.fell_out, starts_with_line_of(FALLEN))
         return found + file_refusals(self.partial, lambda start: start.startswith(PARTIAL_START))
@@ -125,7 +134,7 @@ def prepare(
     each: int = EACH,
     located: Located = AS_NAMED,
     console: Console,
-    **limits: int,
+    **limits: Unpack[Limits],
 ) -> dict[str, Any]:
     """Write the prompts of `data`; returns the report. Raises UserError.
 
@@ -204,7 +213,7 @@ def named_files(data: Sequence[str], creative: Mapping[str, Sequence[str]]) -> d
     return {"reasoning": data}
 
 
-def _judges(against: Overlap, limits: Mapping[str, int]) -> dict[str, Judge]:
+def _judges(against: Overlap, limits: Limits) -> dict[str, Judge]:
     creative: set[bytes] = set()
     found: dict[str, Judge] = {task: CreativePreparation(task, against, creative) for task in ASKS}
     return found | {"reasoning": Preparation(against, **limits)}
@@ -259,9 +268,12 @@ def _digest(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Path, start: bytes) -> bool:
+    """start: the file's first bytes."""
     from pyarrow import ArrowException, parquet
 
+    if not start.startswith(b"PAR1"):
+        return False
     try:
         return (parquet.read_schema(path).metadata or {}).get(b"made_by") == MADE_BY.encode()
     except (ArrowException, OSError, ValueError):

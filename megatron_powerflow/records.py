@@ -1,137 +1,20 @@
 """Which records travel from one part of the program to the next?
 
-    Prompt --rollout--> Rollout --pack--> MicroBatch --score--> + ref_log_probs --update--> StepMetrics
+    Prompt --rollout--> Rollout --pack--> MicroBatch --score--> ScoredBatch --update--> StepMetrics
 
 Left out: anything that computes. Tensors appear in annotations only, so importing this is free.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["eos", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding as the model's config.json states it."""
-
-    theta: float
-    # "default", "linear", "llama3", "longrope" or, with Mla only, "yarn"; the readers refuse every other kind
-    scaling: str = "default"
-    factor: float = 1.0
-    # llama3 only: wavelengths above `original_max_positions / low_freq_factor` are stretched by `factor`
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-    # longrope only, up to original_max_positions: what each wavelength is multiplied by
-    factors: tuple[float, ...] = ()
-    # yarn only: pairs that turn more than beta_fast times in original_max_positions are kept, below beta_slow divided
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0  # longrope and yarn: what cosines and sines are multiplied by
-    mscale_all_dim: float = 0.0  # yarn only: attention scores are multiplied by (0.1 mscale_all_dim ln(factor) + 1)^2
-    fraction: float = 1.0  # of each head's dimensions, from the first, that are rotated; the others stay as they are
-
-    def rotated(self, head_dim: int) -> int:
-        """Dimensions of a head that are rotated."""
-        return int(head_dim * self.fraction)
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """A mixture of experts in the place of a layer's MLP; Architecture.ffn_hidden_size is that of one expert.
-
-    Each token goes to the per_token experts with the highest scores. Their weights are these scores (normalized False),
-    or those divided by their sum over the chosen ones (True), times scaling.
-    Example: Mixtral-8x7B 8, 2, True. DeepSeek-V3 256, 8, True, "sigmoid", True, 8, 4, 2.5, 3, 18432, 2048.
-    """
-
-    num: int
-    per_token: int
-    normalized: bool
-    score: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits: over all experts, or of each
-    choice_bias: bool = False  # a number for each expert is added to its score for the choice, not for the weight
-    # the experts stand in groups; a token's are of its groups_per_token best ones, by the sum of the two best scores
-    num_groups: int = 1
-    groups_per_token: int = 1
-    scaling: float = 1.0
-    first_layer: int = 0  # the layers before it have one MLP each, of dense_ffn_hidden_size
-    dense_ffn_hidden_size: int | None = None
-    shared_ffn_hidden_size: int | None = None  # of an MLP that every token goes through beside its experts; None: none
-
-
-@dataclass(frozen=True, slots=True)
-class Mla:
-    """Multi-head latent attention: keys and values are made of one short vector a token, queries of another.
-
-    Architecture.head_dim is that of queries and keys, nope_head_dim + rope_head_dim; the latter part alone is rotated,
-    and a key's is the same for all heads. Example (DeepSeek-V3): 1536, 512, 128, 64, 128.
-    """
-
-    q_lora_rank: int | None  # None: queries are made of the hidden state itself
-    kv_lora_rank: int
-    nope_head_dim: int
-    rope_head_dim: int
-    v_head_dim: int
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """Everything about a model that decides its computation, read from its own config.json.
-
-    Example (SmolLM2-135M): 30 layers, hidden 576, ffn 1536, 9 heads in 3 query groups of head_dim 64,
-    vocabulary 49152, tied embeddings.
-    """
-
-    family: str
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int  # of one expert, where there are experts
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int
-    norm_epsilon: float
-    rope: Rope
-    tied_embeddings: bool
-    qkv_bias: bool
-    qk_norm: bool
-    max_positions: int
-    # tokens a position may look back, itself included; None: no limit
-    sliding_window: int | None
-    experts: Experts | None = None  # None: one MLP per layer
-    mla: Mla | None = None  # None: every head has keys and values of its own, or its group's
-    windowed_layers: tuple[bool, ...] | None = None  # the layers that have the sliding window; None: all of them
-    qk_norm_over_heads: bool = False  # qk_norm is over all heads of a token together, not over each by itself
-    pre_norm: bool = True  # RMS norms before attention and MLP
-    post_norm: bool = False  # and behind them, before the residual is added
-    zero_centered_norms: bool = False  # norms multiply by 1 + weight
-    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
-    embedding_scale: float | None = None  # what embeddings are multiplied by, rounded to their dtype; None: 1
-    softmax_scale: float | None = None  # of attention scores; None: 1 / sqrt(head_dim)
-    # s becomes softcap * tanh(s / softcap): scaled attention scores; logits, before the temperature. None: no cap
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-
-    @property
-    def positions_field(self) -> str:
-        """The field of config.json that max_positions is."""
-        limited = self.rope.scaling == "longrope" and self.rope.original_max_positions == self.max_positions
-        return "original_max_position_embeddings" if limited else "max_position_embeddings"
-
-    @property
-    def query_width(self) -> int:
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def key_width(self) -> int:
-        return self.num_query_groups * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +72,16 @@ class Rollout:
     finish_reason: FinishReason
 
 
+class Piece(NamedTuple):
+    """This rank's queries first, ..., end - 1 attend to the stream's keys first_key, ..., end_key - 1: causally, the
+    last query to all of them."""
+
+    first: int
+    end: int
+    first_key: int
+    end_key: int
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """How the tokens of a micro-batch go through the model on this rank, where they do not go row by row.
@@ -205,8 +98,7 @@ class Stream:
 
     index: Tensor  # [r, t / cp] int64, place of each token in MicroBatch.tokens.flatten(); -1: padding. Packed: r = 1
     positions: Tensor  # [t / cp] int64, of each token in its sequence, which is what rotation goes by
-    # (a, b, c, d): this rank's queries a..b attend to the stream's keys c..d, causally, query b - 1 to all of them
-    pieces: tuple[tuple[int, int, int, int], ...]
+    pieces: tuple[Piece, ...]
     key_order: Tensor | None  # [t] int64, where the keys of the stream stand in those of rank 0, 1, ...; None: cp = 1
     cu_seqlens: Tensor | None  # [n + 1] int32, where each packed sequence starts, all ranks together; None: rows
     num_positions: int  # t
@@ -240,16 +132,39 @@ class MicroBatch:
     annotations: Tensor  # [b, len(ANNOTATION_COLUMNS)] fp32: only for the metrics; NaN: does not exist
     stream: Stream | None = None  # None: the rows as they are, padding and all
     whole_groups: bool = False  # no group goes on in another micro-batch: its log Z' needs no forward pass of its own
-    # what scoring adds; None before
-    ref_log_probs: Tensor | None = None  # [b, s] fp32, 0 where masked, by the frozen reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredBatch(MicroBatch):
+    """A micro-batch with the log-probs that a loss compares; on the last pipeline stage, where losses are made."""
+
+    ref_log_probs: Tensor  # [b, s] fp32, 0 where masked, by the frozen reference
     # [b, s] fp32, 0 where masked, by the policy that sampled; None: that is the policy as it is
     old_log_probs: Tensor | None = None
     old_from_sampler: bool = False  # old_log_probs are the saved sampler's: another policy's, which none can score here
-    # what needs the whole group, detached: log Z' of the partition-free estimators and a factor on the weight, or a
-    # rival's advantage
-    log_z: Tensor | None = None  # [b] fp32
-    weight_factor: Tensor | None = None  # [b] fp32, 1 but for `contrastive`
-    advantage: Tensor | None = None  # [b] fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimatedBatch(ScoredBatch):
+    """With log Z' as the responses of each whole group say it, detached."""
+
+    log_z: Tensor  # [b] fp32
+    weight_factor: Tensor  # [b] fp32, 1 but for `contrastive`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardedBatch(ScoredBatch):
+    """With the advantage of each response within its group, detached; `reward` is what it is made of."""
+
+    advantage: Tensor  # [b] fp32
+
+
+Batch = TypeVar("Batch", bound=MicroBatch)
+
+
+def extended(batch: MicroBatch, kind: type[Batch], **late: object) -> Batch:
+    """The batch as one of a kind that has more fields; `late` names those, or others that change."""
+    return kind(**{field.name: getattr(batch, field.name) for field in fields(batch)} | late)
 
 
 # What the text of a rollout says, for the metrics: a \boxed{} (0 or 1), the prompt's answer (0 or 1; NaN without one),

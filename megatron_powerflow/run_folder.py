@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_powerflow.checkpoint.first_files import remove_first_files
+from megatron_powerflow.checkpoint.first_files import remove_cut_off_files, remove_first_files
 from megatron_powerflow.checkpoint.folder import LOCK_NAME, STOP_NAME
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.owner import Owner, held_by_another
-from megatron_powerflow.training.plan import Plan, find_resume
+from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.resume import find_resume
 
 
 @contextmanager
@@ -36,14 +37,15 @@ def take_run_folder(plan: Plan, owner: Owner) -> None:
     Raises UserError where another process holds it, or held it since the plan was made and went on with the run.
     """
     owner.take()
-    found = find_resume(plan.config)
-    if found != plan.resume_from:
+    newest = find_resume(plan.config)
+    if newest != plan.resume_from:
         raise UserError(
-            f"{plan.run_folder}: another process went on with this run, to {found.name if found else 'nothing'}, while "
-            "this one started; start again"
+            f"{plan.run_folder}: another process went on with this run, to {newest.name if newest else 'nothing'}, "
+            "while this one started; start again"
         )
-    if found is None:
+    if newest is None:
         remove_first_files(plan.run_folder)  # of a start that was killed, perhaps with other settings
+    remove_cut_off_files(plan.run_folder)
     (plan.run_folder / STOP_NAME).unlink(missing_ok=True)  # of a try before this one
 
 

@@ -1,4 +1,4 @@
-"""What does a run show of itself while it goes on? Metrics, samples, the console; and how is it asked to stop?
+"""What does a run show of itself while it goes on? Metrics, samples, evaluations, alarms, the console.
 
 Only the main rank writes; collective parts run on every rank alike.
 """
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
-from megatron_powerflow.checkpoint.state import Progress
+from megatron_powerflow.checkpoint.state import RunProgress
 from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, ringing
 from megatron_powerflow.metrics.alarm_words import ADVICE, ends_run, thresholds_of
 from megatron_powerflow.metrics.change import change_table, changes_of
@@ -25,14 +25,18 @@ from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, read_step_log, write_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, read_metrics
-from megatron_powerflow.parallel.collectives import any_rank
+from megatron_powerflow.parallel.together import any_rank
 from megatron_powerflow.records import Purpose, SamplingParams, StepMetrics
 from megatron_powerflow.report.change_picture import CHANGE_NAME, draw_change
 from megatron_powerflow.report.curves import CURVES_NAME, draw_curves
+from megatron_powerflow.rollout.sampling_params import sampling_params
 from megatron_powerflow.training.in_training_evaluation import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.session import Session
-from megatron_powerflow.training.update import Updated
+from megatron_powerflow.training.step import StepResult
+
+# Every evaluation of a run draws with the uniforms of this step: what differs between two of them is the policy.
+EVALUATION_SEED_STEP = 0
 
 
 class RunOutput:
@@ -111,23 +115,23 @@ class RunOutput:
         if self._line is not None:
             self._line.phase(text)
 
-    def write(self, step: int, updated: Updated, lr: float, alpha: float | None, progress: Progress) -> None:
+    def write(self, step: int, result: StepResult, progress: RunProgress) -> None:
         """One step's metrics, everywhere. Collective: the peak memory is that of the worst rank."""
         config, groups = self._plan.config, self._session.groups
         target = Target(
             responses_per_prompt=config.rollout.responses_per_prompt,
             max_response_tokens=config.rollout.max_response_tokens,
-            alpha=alpha,
+            alpha=result.alpha,
             tilt_cap=config.objective.tilt_cap,
             has_tilt=config.objective.form.tilts,
             energy_per_token=config.objective.form.per_length,
             learns_log_z=config.objective.learns_log_z,
         )
-        values = reduce_rollouts(updated.rows.numpy(), target)
-        finite = [stepped.grad_norm for stepped in updated.steps if stepped.applied]
+        values = reduce_rollouts(result.rows.numpy(), target)
+        finite = [taken.grad_norm for taken in result.optimizer_steps if taken.applied]
         if finite:
             values["grad_norm"] = sum(finite) / len(finite)  # mean over the step's updates
-        values |= {"lr": lr, "num_skipped": float(progress.num_skipped)}
+        values |= {"lr": result.lr, "num_skipped": float(progress.num_skipped)}
         values |= throughput(self._clock.take(), values["num_prompt_tokens"], values["num_response_tokens"])
         peak = torch.tensor([peak_memory_bytes()])
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.control)
@@ -178,7 +182,7 @@ class RunOutput:
         asked = self._plan.config.run.stop_at_alpha is not None
         return asked and any_rank(self._reached is not None, self._session.groups)
 
-    def look(self, step: int) -> None:
+    def evaluate_if_due(self, step: int) -> None:
         """Where it is due before `step`: samples, and answers to the held-out prompts. Collective."""
         interval = self._plan.config.evaluation.interval
         ended = step == self._plan.config.run.num_steps or self.alarmed() or self.reached()
@@ -191,6 +195,7 @@ class RunOutput:
         plan, section = self._plan, self._plan.config.evaluation
         if not plan.evaluation_prompts:
             return
+        assert section.num_responses is not None, "config_rules.py fills it in where there are prompts"
         sampling = self._sampling(section.num_responses)
         with self.phase("evaluation"):
             line = evaluate_held_out(plan, self._session, sampling, step, self.rollout_progress)
@@ -199,14 +204,11 @@ class RunOutput:
 
     def _sampling(self, responses_per_prompt: int) -> SamplingParams:
         """As in training, with the same uniforms each time: what differs is the policy."""
-        plan = self._plan
-        return SamplingParams(
+        return sampling_params(
+            self._plan.config,
+            self._plan.stop_token_ids,
+            step=EVALUATION_SEED_STEP,
             responses_per_prompt=responses_per_prompt,
-            max_response_tokens=plan.config.rollout.max_response_tokens,
-            temperature=plan.config.rollout.temperature,
-            stop_token_ids=plan.stop_token_ids,
-            seed=plan.config.run.seed,
-            step=0,
         )
 
     def _sample(self, step: int) -> None:

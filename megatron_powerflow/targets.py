@@ -20,16 +20,15 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.whole_files import give_usual_mode, is_partial_of, sync, write_file
 
 MARK_NAME = "conversion.json"
-NEW_MARK_NAME = MARK_NAME + ".partial"
 SHOWN_FILES = 3
 START_BYTES = 2**20  # of a file, read to see who wrote it
 
@@ -89,13 +88,13 @@ class Target:
         above = next(folder for folder in real.parents if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             return [f"{name}: {above} is {'no folder' if not above.is_dir() else 'not writable'}; write elsewhere"]
-        found = []
+        refusals = []
         if reason := self._not_ours(real):
-            found.append(f"{name}: {reason}; name a folder that is not there")
+            refusals.append(f"{name}: {reason}; name a folder that is not there")
         for beside in (self.partial, self.old):
             if reason := self._not_ours(beside, unfinished=beside == self.partial):
-                found.append(f"{name}: {beside} is in the way: {reason}; move it away or name another folder")
-        return found
+                refusals.append(f"{name}: {beside} is in the way: {reason}; move it away or name another folder")
+        return refusals
 
     def is_there(self) -> bool:
         """Whether an older one would be replaced."""
@@ -150,8 +149,8 @@ class Target:
                 _remove(self.partial)
 
     def _judge_again(self) -> None:
-        if found := self.refusals():
-            raise UserError(found)
+        if refusals := self.refusals():
+            raise UserError(refusals)
 
     def _not_ours(self, folder: Path, *, unfinished: bool = False) -> str | None:
         """Why `folder` may not be removed; None: it may, is empty or is not there."""
@@ -160,8 +159,8 @@ class Target:
         if not folder.exists():
             return None
         names = _names(folder)
-        if not names or (unfinished and names == [NEW_MARK_NAME]):  # killed before it was marked
-            return None
+        if not names or (unfinished and all(is_partial_of(name, (MARK_NAME,)) for name in names)):
+            return None  # killed before it was marked
         mark = _read_object(folder / MARK_NAME)
         if mark is None or mark.get("made_by") != self.made_by:
             return f"it exists and no {self.made_by} wrote it (it holds {_some(names)})"
@@ -175,9 +174,7 @@ class Target:
 
     def _write_mark(self, *, files: list[str] | None, **about: Any) -> None:
         values = {"made_by": self.made_by, **about, "files": files}
-        partial = self.partial / NEW_MARK_NAME
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.partial / MARK_NAME)
+        write_file(self.partial / MARK_NAME, json.dumps(values, indent=2) + "\n")
 
 
 def export_target(out: Path, *, label: str = "--out") -> Target:
@@ -233,36 +230,6 @@ def starts_with_line_of(*kinds: Sequence[str]) -> Callable[[bytes], bool]:
     return is_ours
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """The whole file or none of it, by way of a new file beside it. Raises OSError."""
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        give_usual_mode(Path(partial))  # mkstemp's own is for secrets
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
-def give_usual_mode(path: Path) -> None:
-    """What a file has that is opened and written: the umask's mode. safetensors leaves files that their owner alone can
-    read, which a server under another user then cannot serve."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
-def sync(path: Path) -> None:
-    """Have the kernel write a file or folder out."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _places_of_the_user() -> Iterator[Path]:
     for place in (Path.cwd, Path.home):
         with contextlib.suppress(OSError, RuntimeError):
@@ -271,14 +238,14 @@ def _places_of_the_user() -> Iterator[Path]:
 
 def _names(folder: Path) -> list[str]:
     """Everything that is no folder, and every empty folder, relative to `folder`."""
-    found = []
+    paths = []
     for where, folders, files in os.walk(folder):
         here = Path(where)
         links = [name for name in folders if (here / name).is_symlink()]
-        found += [here / name for name in (*files, *links)]
+        paths += [here / name for name in (*files, *links)]
         if not folders and not files and here != folder:
-            found.append(here)
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+            paths.append(here)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:

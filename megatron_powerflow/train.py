@@ -2,7 +2,7 @@
 
     for each step: prompts -> rollouts -> micro-batches -> reference scores -> update -> metrics -> checkpoint
 
-Left out: what each of those lines stands for.
+Left out: the step itself, from prompts to the update (`training/step.py`).
 """
 
 from __future__ import annotations
@@ -13,27 +13,21 @@ from rich.console import Console
 
 from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import EXPORT_NAME
-from megatron_powerflow.checkpoint.state import Progress
-from megatron_powerflow.config import ObjectiveSection
+from megatron_powerflow.checkpoint.state import RunProgress
 from megatron_powerflow.data.prompts import PromptStream
 from megatron_powerflow.errors import RequeueRequested, UserError
 from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.model_card import card_files
-from megatron_powerflow.parallel.collectives import on_main
 from megatron_powerflow.parallel.initialize import Launch, initialized
-from megatron_powerflow.records import SamplingParams
+from megatron_powerflow.parallel.together import on_main
 from megatron_powerflow.run_folder import run_folder, take_run_folder
 from megatron_powerflow.run_output import RunOutput, announced
-from megatron_powerflow.training.micro_batches import pack_updates
-from megatron_powerflow.training.optimizer import set_learning_rates
 from megatron_powerflow.training.plan import Plan, write_config
-from megatron_powerflow.training.score import score_reference
 from megatron_powerflow.training.session import Session, build_session
-from megatron_powerflow.training.step_rollouts import step_rollouts
+from megatron_powerflow.training.step import run_step
 from megatron_powerflow.training.stop_signal import StopSignal
-from megatron_powerflow.training.update import calibrate_head, update
 
 
 def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") -> None:
@@ -75,7 +69,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
                     )
 
 
-def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal) -> Progress:
+def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal) -> RunProgress:
     """The algorithm."""
     config, progress = plan.config, session.progress
     stream = PromptStream(
@@ -84,29 +78,11 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
     for step in range(progress.step, config.run.num_steps):
         if output.alarmed() or output.reached():
             break
-        output.look(step)
-        with output.phase("rollout"):
-            prompts = stream.take(config.rollout.prompts_per_step)
-            rollouts = step_rollouts(plan, session, prompts, sampling_params(plan, step), output.rollout_progress)
-            updates = pack_updates(rollouts, plan, session)
-        with output.phase("reference"):
-            updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
-        alpha = alpha_of_step(config.objective, step)
-        if step == 0 and config.objective.learns_log_z:
-            calibrate_head(session.trainable, updates, config.objective, alpha, session.scorer)
-        with output.phase("update"):
-            lr = set_learning_rates(session.trainable, config.optimizer, step, config.run.num_steps)
-            updated = update(
-                session.trainable,
-                updates,
-                session.scorer,
-                plan.objective,
-                config.optimizer,
-                alpha,
-                on_policy=plan.on_policy,
-            )
-        progress = after(progress, stream, skipped=not all(stepped.applied for stepped in updated.steps))
-        output.write(step, updated, lr, alpha, progress)
+        output.evaluate_if_due(step)
+        prompts = stream.take(config.rollout.prompts_per_step)
+        result = run_step(plan, session, prompts, step, phase=output.phase, progress=output.rollout_progress)
+        progress = advance(progress, stream, skipped=result.skipped)
+        output.write(step, result, progress)
         refuse_endless_skipping(progress, config.optimizer.max_skipped_steps)
         last = step + 1 == config.run.num_steps or output.alarmed() or output.reached()
         stopping = stop.requested()
@@ -122,31 +98,12 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
                 )
         if stopping and not last:
             raise RequeueRequested(f"stopped after step {step + 1}; the same command continues")
-    output.look(progress.step)
+    output.evaluate_if_due(progress.step)
     return progress
 
 
-def alpha_of_step(objective: ObjectiveSection, step: int) -> float | None:
-    """The power of the base model that this step aims at: from 1 to objective.alpha, linearly, then constant."""
-    if objective.alpha is None or step + 1 >= objective.alpha_warmup_steps:
-        return objective.alpha
-    return 1.0 + (objective.alpha - 1.0) * (step + 1) / objective.alpha_warmup_steps
-
-
-def sampling_params(plan: Plan, step: int) -> SamplingParams:
-    rollout = plan.config.rollout
-    return SamplingParams(
-        responses_per_prompt=rollout.responses_per_prompt,
-        max_response_tokens=rollout.max_response_tokens,
-        temperature=rollout.temperature,
-        stop_token_ids=plan.stop_token_ids,
-        seed=plan.config.run.seed,
-        step=step,
-    )
-
-
-def after(progress: Progress, stream: PromptStream, *, skipped: bool) -> Progress:
-    """One step further."""
+def advance(progress: RunProgress, stream: PromptStream, *, skipped: bool) -> RunProgress:
+    """Count one more step. skipped: it left the weights as they were."""
     return replace(
         progress,
         step=progress.step + 1,
@@ -156,7 +113,8 @@ def after(progress: Progress, stream: PromptStream, *, skipped: bool) -> Progres
     )
 
 
-def refuse_endless_skipping(progress: Progress, limit: int) -> None:
+def refuse_endless_skipping(progress: RunProgress, limit: int) -> None:
+    """Raise UserError when `limit` steps in a row changed nothing."""
     if progress.skipped_in_a_row >= limit:
         raise UserError(
             f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, or no response to "

@@ -13,5 +13,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh dev
 "$python" -m ruff check .
 "$python" -m ruff format --check --quiet .
+"$python" -m mypy
 "$python" tools/fetch_example_model.py --out models/SmolLM2-135M-Instruct
 exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long" "$@"

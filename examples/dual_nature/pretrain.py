@@ -25,7 +25,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from examples.dual_nature import corpus
 from examples.dual_nature import vocabulary as v
-from megatron_powerflow.targets import give_usual_mode
+from megatron_powerflow.whole_files import give_usual_mode
 
 NUM_TRAIN = 4000
 MARKED_IN_PRETRAINING = 0.5  # the few subtractions are as hard to learn as the many additions

@@ -12,22 +12,18 @@ from megatron_powerflow.checkpoint.folder import CHECKPOINTS_NAME, CONFIG_NAME, 
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME
 from megatron_powerflow.metrics.writers import FILE_NAME as METRICS_NAME
+from megatron_powerflow.whole_files import PARTIAL_SUFFIX, is_partial_of
 
 CONFIG_MARK = "# the resolved config of this folder's run, written by powerflow train\n"
 # Files that a start writes before its first step is done, in the order in which they may go; config.yaml, the last,
 # says that the others are ours.
 FIRST_FILES = (
     METRICS_NAME,
-    "metrics.partial",
     SAMPLES_NAME,
-    f"{SAMPLES_NAME}.partial",
     EVALUATIONS_NAME,
-    f"{EVALUATIONS_NAME}.partial",
     LAUNCHES_NAME,
     STOP_NAME,
     INPUTS_NAME,
-    f"{INPUTS_NAME}.partial",
-    f"{CONFIG_NAME}.partial",
     CONFIG_NAME,
 )
 
@@ -53,14 +49,27 @@ def holds_a_step(folder: Path) -> bool:
 
 def not_ours(folder: Path) -> list[str]:
     """What is in a folder beside the first files of a start and its lock."""
-    ours = {*FIRST_FILES, "wandb", "tensorboard"} if holds_a_run(folder) else {f"{CONFIG_NAME}.partial", STOP_NAME}
-    names = (path.name for path in folder.iterdir())
-    return sorted(name for name in names if name not in ours and not name.startswith(LOCK_NAME))
+    a_run = holds_a_run(folder)
+    ours = {*FIRST_FILES, "wandb", "tensorboard"} if a_run else {STOP_NAME}
+    cut_off = FIRST_FILES if a_run else (CONFIG_NAME,)
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in ours and not path.name.startswith(LOCK_NAME) and not is_partial_of(path.name, cut_off)
+    )
 
 
 def remove_first_files(folder: Path) -> None:
     """Away with what a start without a step left. The holder's of the folder."""
     if holds_a_step(folder):
         return
-    for name in FIRST_FILES if holds_a_run(folder) else (f"{CONFIG_NAME}.partial", STOP_NAME):
+    remove_cut_off_files(folder)
+    for name in FIRST_FILES if holds_a_run(folder) else (STOP_NAME,):
         (folder / name).unlink(missing_ok=True)
+
+
+def remove_cut_off_files(folder: Path) -> None:
+    """Away with what kills left of files that were being written. The holder's of the folder."""
+    for path in folder.glob(".*" + PARTIAL_SUFFIX):
+        if is_partial_of(path.name, FIRST_FILES if holds_a_run(folder) else (CONFIG_NAME,)):
+            path.unlink(missing_ok=True)

@@ -32,8 +32,8 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in (run / CHECKPOINTS_NAME).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    paths = [path for path in (run / CHECKPOINTS_NAME).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -53,16 +53,21 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
 
     None: neither, perhaps an HF folder. Raises UserError when the run has no checkpoint of that step.
     """
-    if is_converted(folder) or ((folder / POLICY_NAME).is_dir() and (folder / HF_NAME).is_dir()):
+    if is_checkpoint(folder):
         if step is not None:
             raise UserError(f"{folder}: is one checkpoint; a step is chosen among those of a run's folder")
         return folder
     if step is None:
         return latest_checkpoint(folder)
-    found = {path.name: path for path in checkpoints_of(folder)}
-    if checkpoint_name(step) not in found:
-        raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(found) or 'none'}")
-    return found[checkpoint_name(step)]
+    by_name = {path.name: path for path in checkpoints_of(folder)}
+    if checkpoint_name(step) not in by_name:
+        raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(by_name) or 'none'}")
+    return by_name[checkpoint_name(step)]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is one checkpoint, of a run or a converted one."""
+    return is_converted(folder) or ((folder / POLICY_NAME).is_dir() and (folder / HF_NAME).is_dir())
 
 
 def is_converted(folder: Path) -> bool:

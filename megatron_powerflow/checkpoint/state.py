@@ -1,7 +1,7 @@
 """What makes a run resumable? Everything that changes from step to step, and nothing else.
 
 - `Trainable`: the weights and the optimizers' moments, sharded, saved through Megatron's dist_checkpointing;
-- `Progress`: a few numbers, saved as JSON.
+- `RunProgress`: a few numbers, saved as JSON.
 
 There is no generator state: every random number of a run is a function of (seed, step, ...), and the learning rate
 is a function of the step. The reference is not saved either: it is the folder the run starts from.
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_powerflow.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
-    from torch import nn
 
     from megatron_powerflow.model.log_z_head import LogZHead
     from megatron_powerflow.model.policy_model import PolicyModel
@@ -33,7 +33,7 @@ class Trainable:
     """
 
     chunks: list[PolicyModel]
-    ddp_chunks: list[nn.Module]
+    ddp_chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     head: LogZHead | None
 
@@ -46,7 +46,7 @@ class Trainable:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RunProgress:
     """How far a run is. step: steps done; position: prompts taken from the stream.
 
     skipped_in_a_row, num_skipped: steps whose numbers were not finite. wandb_run_id: one run, however often resumed.
@@ -62,10 +62,10 @@ class Progress:
         return asdict(self)
 
     @staticmethod
-    def from_json(values: dict[str, Any], source: str) -> Progress:
+    def from_json(values: dict[str, Any], source: str) -> RunProgress:
         """Raises UserError when a field is missing or of another type: a damaged or foreign file."""
         types = {"step": int, "position": int, "skipped_in_a_row": int, "num_skipped": int, "wandb_run_id": str}
         wrong = [name for name, kind in types.items() if type(values.get(name)) is not kind]
         if wrong:
             raise UserError(f"{source}: {', '.join(wrong)} missing or damaged; resume from another checkpoint")
-        return Progress(**{name: values[name] for name in types})
+        return RunProgress(**{name: values[name] for name in types})

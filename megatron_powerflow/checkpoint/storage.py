@@ -8,15 +8,14 @@
 A checkpoint is written under another name and renamed when complete; `latest` is replaced after that. A full disk or
 a kill in between leaves the one before as it was.
 
-Left out: asynchronous saving; the Hugging Face export (`conversion/`).
+Left out: asynchronous saving; the Hugging Face export (`hf/live_weights.py`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -38,12 +37,13 @@ from megatron_powerflow.checkpoint.folder import (
     tensors_folder,
 )
 from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
-from megatron_powerflow.checkpoint.state import FORMAT, Progress, Trainable
+from megatron_powerflow.checkpoint.state import FORMAT, RunProgress, Trainable
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.files import copy_companions
-from megatron_powerflow.parallel.collectives import any_rank, first_failure, gather_to_main
+from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.targets import give_usual_mode
+from megatron_powerflow.parallel.together import attempt, gather_to_main, raise_together
+from megatron_powerflow.whole_files import give_usual_mode, sync, write_file
 
 HEAD_FILE = "log_z_head.safetensors"
 PROGRESS_FILE = "progress.json"
@@ -58,7 +58,7 @@ IO_ERRORS = (OSError, RuntimeError, CheckpointException, CheckpointingException,
 
 
 def save(
-    run: Path, trainable: Trainable, progress: Progress, groups: Groups, *, companions: Path, keep: int | None
+    run: Path, trainable: Trainable, progress: RunProgress, groups: Groups, *, companions: Path, keep: int | None
 ) -> Path:
     """Write a checkpoint of this step and make it `latest`. Collective. Returns its folder.
 
@@ -69,25 +69,27 @@ def save(
     partial = final.with_name(final.name + ".partial")
     failure = None
     if groups.is_main:
-        failure = _attempt(lambda: _fresh_folder(partial))
+        failure = attempt(lambda: _fresh_folder(partial), *IO_ERRORS)
     _stop_together(failure, partial, groups)
-    _stop_together(_attempt(lambda: _save_policy(partial / POLICY_NAME, trainable, groups)), partial, groups)
-    if trainable.head is not None and groups.tp_rank == groups.cp_rank == groups.dp_rank == 0:
-        failure = _attempt(lambda: _save_head(partial / HEAD_FILE, trainable))
+    failure = attempt(lambda: _save_policy(partial / POLICY_NAME, trainable, groups), *IO_ERRORS)
+    _stop_together(failure, partial, groups)
+    head = trainable.head
+    if head is not None and groups.tp_rank == groups.cp_rank == groups.dp_rank == 0:
+        failure = attempt(lambda: _save_head(partial / HEAD_FILE, head), *IO_ERRORS)
     if groups.is_main and failure is None:
-        failure = _attempt(lambda: _save_small_files(run, partial, progress, companions))
+        failure = attempt(lambda: _save_small_files(run, partial, progress, companions), *IO_ERRORS)
     _stop_together(failure, partial, groups)
     digests: dict[str, str] = {}
-    failure = _attempt(lambda: digests.update(digest_share(partial, groups.rank, groups.world_size)))
+    failure = attempt(lambda: digests.update(digest_share(partial, groups.rank, groups.world_size)), *IO_ERRORS)
     _stop_together(failure, partial, groups)
     shares = gather_to_main(digests, groups)
     if shares is not None:
-        failure = _attempt(lambda: _finish(run, partial, final, shares, keep))
+        failure = attempt(lambda: _finish(run, partial, final, shares, keep), *IO_ERRORS)
     _stop_together(failure, partial, groups)
     return final
 
 
-def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> Progress:
+def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> RunProgress:
     """Fill `trainable` in place from a checkpoint of any layout. Collective.
 
     Nothing in the checkpoint is executed: pickled parts are audited first. Raises UserError when it is damaged.
@@ -105,7 +107,7 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> Progress:
     _load_chunks(trainable.chunks, state)
     _load_optimizer(trainable, _fitting(state["optimizer"], sharded["optimizer"], saved["optimizer"]))
     if trainable.head is not None:
-        _load_head(checkpoint / HEAD_FILE, trainable)
+        _load_head(checkpoint / HEAD_FILE, trainable.head)
     return progress
 
 
@@ -116,7 +118,7 @@ def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
         _refuse_damage(checkpoint, groups)
     folder = tensors_folder(checkpoint)
     audit_checkpoint(folder)
-    sharded = {f"model{place}": _model_state(chunk) for place, chunk in enumerate(chunks)}
+    sharded = {f"model{index}": _model_state(chunk) for index, chunk in enumerate(chunks)}
     try:
         state = dist_checkpointing.load(sharded, str(folder))
     except IO_ERRORS as error:
@@ -124,7 +126,7 @@ def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
     _load_chunks(chunks, state)
 
 
-def read_progress(checkpoint: Path) -> Progress:
+def read_progress(checkpoint: Path) -> RunProgress:
     """progress.json of a checkpoint. Raises UserError when it is missing, damaged or of another format."""
     path = checkpoint / PROGRESS_FILE
     try:
@@ -133,14 +135,13 @@ def read_progress(checkpoint: Path) -> Progress:
         raise UserError(f"{path}: cannot be read ({error}); is {checkpoint} a checkpoint of this program?") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{path}: not a progress file of format {FORMAT}")
-    return Progress.from_json(values, str(path))
+    return RunProgress.from_json(values, str(path))
 
 
 def _refuse_damage(checkpoint: Path, groups: Groups) -> None:
     """Every rank checks its share of the files; all of them refuse together. Collective."""
-    failure = _attempt(lambda: check_share(checkpoint, groups.rank, groups.world_size), UserError)
-    if text := first_failure(failure, groups):
-        raise UserError(text.removeprefix("UserError: "))
+    failure = attempt(lambda: check_share(checkpoint, groups.rank, groups.world_size), UserError, *IO_ERRORS)
+    raise_together(failure, lambda text: f"{checkpoint}: cannot be read ({text})", groups)
 
 
 def _fresh_folder(partial: Path) -> None:
@@ -155,7 +156,7 @@ def _save_policy(folder: Path, trainable: Trainable, groups: Groups) -> None:
 def _sharded_state(trainable: Trainable, groups: Groups, *, is_loading: bool) -> dict:
     from megatron.core import parallel_state
 
-    models = {f"model{place}": _model_state(chunk) for place, chunk in enumerate(trainable.chunks)}
+    models = {f"model{index}": _model_state(chunk) for index, chunk in enumerate(trainable.chunks)}
     metadata = METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     optimizer = trainable.optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)
     return {**models, "optimizer": optimizer}
@@ -172,8 +173,8 @@ def _model_state(chunk) -> dict:
 
 
 def _load_chunks(chunks: list, state: dict) -> None:
-    for place, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(state[f"model{place}"], strict=False)
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
         missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
         assert not missing and not unexpected, f"{missing[:3]} {unexpected[:3]}: the load plan was made of this model"
 
@@ -211,9 +212,10 @@ def _fitting(state: dict, wanted: dict, saved: dict) -> dict:
     for number, part in parts.items():
         mine, now = wanted.get(number, wanted), _innermost(part)
         own = _innermost(mine)["param_groups"]
-        found = now.get("param_groups") or [{}] * len(own)  # which parameters; nothing for a distributed optimizer
+        # which parameters; nothing for a distributed optimizer
+        loaded = now.get("param_groups") or [{}] * len(own)
         steps = {key: value for key, value in then["param_groups"][0].items() if key == "step"}
-        now["param_groups"] = [{**group, **steps, **params} for group, params in zip(own, found, strict=True)]
+        now["param_groups"] = [{**group, **steps, **params} for group, params in zip(own, loaded, strict=True)]
         if "common_step" in then.get("state", {}):
             now["state"]["common_step"] = then["state"]["common_step"]
         if "param_state_sharding_type" in mine:
@@ -248,13 +250,13 @@ def _load_optimizer(trainable: Trainable, state: dict) -> None:
             part.optimizer.state[parameter]["step"] = step.clone()
 
 
-def _save_head(path: Path, trainable: Trainable) -> None:
-    tensors = {f"head.{name}": value.contiguous() for name, value in trainable.head.state_dict().items()}
+def _save_head(path: Path, head: LogZHead) -> None:
+    tensors = {f"head.{name}": value.contiguous() for name, value in head.state_dict().items()}
     save_file(tensors, path)
     give_usual_mode(path)
 
 
-def _load_head(path: Path, trainable: Trainable) -> None:
+def _load_head(path: Path, head: LogZHead) -> None:
     """The log Z' head. Raises UserError when the file does not fit the head of this run, or was written when the head
     was moved by Adam: its hidden layers are trained there, and its rate meant something else."""
     try:
@@ -266,12 +268,12 @@ def _load_head(path: Path, trainable: Trainable) -> None:
                 "otherwise. Continue the run with the version that wrote it, or start anew from its export"
             )
         own = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
-        trainable.head.load_state_dict(own, strict=True)
+        head.load_state_dict(own, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: does not hold the log Z' head of this run: {error}") from None
 
 
-def _save_small_files(run: Path, partial: Path, progress: Progress, companions: Path) -> None:
+def _save_small_files(run: Path, partial: Path, progress: RunProgress, companions: Path) -> None:
     copy_companions(companions, partial / HF_NAME, dtype=None)
     for name in ("config.yaml", INPUTS_NAME):
         shutil.copyfile(run / name, partial / name)
@@ -282,16 +284,15 @@ def _save_small_files(run: Path, partial: Path, progress: Progress, companions: 
 def _finish(run: Path, partial: Path, final: Path, shares: Sequence[dict[str, str]], keep: int | None) -> None:
     """The digests, then the name, then `latest`, then the old ones away."""
     write_sums(partial, {name: digest for share in shares for name, digest in share.items()})
-    _sync_files(partial)
+    _sync_all(partial)
     old = final.with_name(final.name + ".old")
     if old.exists():
         shutil.rmtree(old)
     if final.exists():  # of a run that went on from an earlier checkpoint than its last
         final.rename(old)
     partial.rename(final)
-    pointer = final.with_name(LATEST_NAME + ".partial")
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    os.replace(pointer, final.with_name(LATEST_NAME))
+    sync(final.parent)
+    write_file(final.with_name(LATEST_NAME), final.name + "\n")
     if old.exists():
         shutil.rmtree(old)
     if keep is not None:
@@ -301,33 +302,24 @@ def _finish(run: Path, partial: Path, final: Path, shares: Sequence[dict[str, st
             shutil.rmtree(earlier)
 
 
-def _sync_files(folder: Path) -> None:
+def _sync_all(folder: Path) -> None:
     """Have the kernel write everything out before the folder gets its name."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
-def _attempt(function: Callable[[], object], *more: type[Exception]) -> Exception | None:
-    """What reading or writing failed with, so that all ranks can stop together."""
+def _stop_together(failure: BaseException | None, partial: Path, groups: Groups) -> None:
+    """Where any rank has failed, a UserError on all of them, and the unfinished folder away."""
     try:
-        function()
-    except (*IO_ERRORS, *more) as error:
-        return error
-    return None
-
-
-def _stop_together(failure: Exception | None, partial: Path, groups: Groups) -> None:
-    if not any_rank(failure is not None, groups):
-        return
-    text = first_failure(failure, groups)
-    if groups.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-    raise UserError(
-        f"{partial.with_suffix('')}: the checkpoint could not be written ({text}); earlier checkpoints are untouched; "
-        "free space on that disk and start the same command again"
-    )
+        raise_together(
+            failure,
+            lambda text: (
+                f"{partial.with_suffix('')}: the checkpoint could not be written ({text}); earlier checkpoints are "
+                "untouched; free space on that disk and start the same command again"
+            ),
+            groups,
+        )
+    except UserError:
+        if groups.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_powerflow.commands.open_model import Opened, build_engine, load_chunks, say_notices
+from megatron_powerflow.commands.open_model import Opened, engine_of, load_chunks, say_notices
 from megatron_powerflow.commands.rounds import BY_GENERATE, ROUND_ROWS, output_refusals, write_rounds
 from megatron_powerflow.data.prompts import Rewrite, load_prompts
 from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.records import Prompt, Purpose, Rollout, SamplingParams
+from megatron_powerflow.rollout.sampling_params import sampling_params
 from megatron_powerflow.targets import require
 from megatron_powerflow.training.plan import stop_token_ids_of
 
@@ -29,9 +30,9 @@ def generate_file(
     require(output_refusals(out, *BY_GENERATE))
     asked = load_generation_prompts(opened, prompts, launch, console)
     temperature = 0.0 if greedy else opened.config.rollout.temperature
-    sampling = sampling_params(opened, responses_per_prompt=num_responses, temperature=temperature)
+    sampling = sampling_of_answers(opened, responses_per_prompt=num_responses, temperature=temperature)
     with initialized(opened.layout, launch, seed=opened.config.run.seed) as groups:
-        engine = build_engine(opened, load_chunks(opened, groups), groups)
+        engine = engine_of(opened, load_chunks(opened, groups), groups)
         reports = groups.pp_rank == 0 and groups.tp_rank == 0
 
         def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
@@ -76,16 +77,14 @@ def check_room(opened: Opened) -> None:
         )
 
 
-def sampling_params(opened: Opened, *, responses_per_prompt: int, temperature: float) -> SamplingParams:
-    """Of step 0, to the length limit of the config."""
-    return SamplingParams(
-        responses_per_prompt=responses_per_prompt,
-        max_response_tokens=opened.config.rollout.max_response_tokens,
-        temperature=temperature,
-        stop_token_ids=stop_token_ids_of(opened.config, opened.hf_folder, opened.tokenizer, opened.architecture),
-        seed=opened.config.run.seed,
-        step=0,
+def sampling_of_answers(opened: Opened, *, responses_per_prompt: int, temperature: float) -> SamplingParams:
+    """How a command's answers are drawn, with uniforms of their own."""
+    return sampling_params(
+        opened.config,
+        stop_token_ids_of(opened.config, opened.hf_folder, opened.tokenizer, opened.architecture),
         purpose=Purpose.ANSWERS,
+        responses_per_prompt=responses_per_prompt,
+        temperature=temperature,
     )
 
 

@@ -55,7 +55,7 @@ def _rows(opened: Opened, texts: Sequence[str]) -> list[Rollout]:
     """Every token of a text but the first, given those before it. The last text: ids from all over the vocabulary."""
     vocab_size, length = opened.architecture.vocab_size, min(MAX_TOKENS, opened.architecture.max_positions)
     spread = [i * vocab_size // SPREAD_TOKENS for i in range(min(SPREAD_TOKENS, length))]
-    rows = []
+    rows: list[Rollout] = []
     for ids in [*(opened.tokenizer.encode_plain(text)[:length] for text in texts), spread]:
         if len(ids) < 2:
             continue

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_powerflow.checkpoint import storage
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.checkpoint.folder import (
     CONFIG_NAME,
     HF_NAME,
@@ -27,23 +27,19 @@ from megatron_powerflow.config import Config
 from megatron_powerflow.config_file import load_config, parse_config
 from megatron_powerflow.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.hf.checked import open_checked
 from megatron_powerflow.hf.config import read_architecture, read_json
 from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.hf.family import Family
-from megatron_powerflow.hf.live_weights import load_from_hf
 from megatron_powerflow.hub.fetch import locate
 from megatron_powerflow.hub.located import AS_NAMED, Located, Wanted
-from megatron_powerflow.model.build import build_chunks, transformer_config
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch
 from megatron_powerflow.parallel.layout import Layout, inference_layout
-from megatron_powerflow.records import Architecture
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 from megatron_powerflow.training.inputs import read_inputs
-from megatron_powerflow.training.policy import alignment
+from megatron_powerflow.training.policy import build_engine, build_policy
 
 COMMON_KEYS = (
     *(f"parallel.{key}" for key in ("tp", "pp", "ep", "sequence_parallel")),
@@ -104,7 +100,8 @@ def open_named(
     data: names of data by the option that they were given to. Collective where a name is the hub's; UserErrors of its
     part are raised on all processes alike.
     """
-    wanted, recorded = [Wanted("model", model, "--model")], {}
+    wanted = [Wanted("model", model, "--model")]
+    recorded: Mapping[str, str] = {}
     wanted += [Wanted("dataset", name, option) for option, names in (data or {}).items() for name in names]
     checkpoint = find_checkpoint(Path(model)) if reference and Path(model).is_dir() else None
     if checkpoint is not None and not is_converted(checkpoint):
@@ -143,10 +140,10 @@ def open_model(
     checkpoint = find_checkpoint(folder) if folder.is_dir() else None
     if reference and (checkpoint is None or is_converted(checkpoint)):
         raise UserError(f"{folder}: --reference asks for the base model of a run, and this is no run's folder")
-    of_a_run = checkpoint is not None and not is_converted(checkpoint)
     keeps = keeps_of(folder)
-    run = load_config(checkpoint / CONFIG_NAME) if of_a_run else None
+    run = None if checkpoint is None or is_converted(checkpoint) else load_config(checkpoint / CONFIG_NAME)
     if reference:
+        assert run is not None, "else refused above"
         folder = located.folder(run.model.hf_path)
         checkpoint = folder if is_converted(folder) else None
     hf_folder = checkpoint / HF_NAME if checkpoint else folder
@@ -179,27 +176,16 @@ def say_notices(opened: Opened, launch: Launch, console: Console) -> None:
             console.print(f"notice: {notice}")
 
 
-def build_engine(opened: Opened, chunks: Sequence[PolicyModel], groups: Groups) -> MegatronEngine:
+def engine_of(opened: Opened, chunks: Sequence[PolicyModel], groups: Groups) -> MegatronEngine:
     """The engine over these chunks."""
-    return MegatronEngine(
-        chunks,
-        groups,
-        vocab_size=opened.architecture.vocab_size,
-        max_concurrent_rows=opened.config.rollout.max_concurrent_rows,
-        alignment=alignment(opened.layout, opened.config.precision),
-    )
+    return build_engine(chunks, opened.architecture, opened.layout, opened.config, groups)
 
 
 def load_chunks(opened: Opened, groups: Groups) -> list[PolicyModel]:
-    """This rank's model chunks, with the folder's weights, for forward passes only."""
-    config, architecture = opened.config, opened.architecture
-    transformer = transformer_config(architecture, opened.layout, config.model, config.precision)
-    chunks = build_chunks(transformer, architecture, opened.layout, config.precision, groups.device)
-    if opened.checkpoint is not None:
-        storage.load_weights(opened.checkpoint, chunks, groups)
-    else:
-        source = open_checked(opened.hf_folder, architecture, opened.family)
-        load_from_hf(chunks, source, architecture, opened.family, groups)
+    """This rank's model chunks, with the folder's weights, for forward passes only. Collective."""
+    weights = opened.checkpoint or opened.hf_folder
+    model = opened.config.model.model_copy(update={"hf_path": str(weights)})
+    chunks = build_policy(opened.architecture, opened.family, opened.layout, model, opened.config.precision, groups)
     for chunk in chunks:
         chunk.eval().requires_grad_(False)
     return chunks

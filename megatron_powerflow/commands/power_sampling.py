@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from megatron_powerflow.commands.generate import load_generation_prompts, prompts_per_round, sampling_params
-from megatron_powerflow.commands.open_model import GENERATE_KEYS, Opened, build_engine, load_chunks
+from megatron_powerflow.commands.generate import load_generation_prompts, prompts_per_round, sampling_of_answers
+from megatron_powerflow.commands.open_model import GENERATE_KEYS, Opened, engine_of, load_chunks
 from megatron_powerflow.commands.rounds import BY_GENERATE, output_refusals, write_rounds
 from megatron_powerflow.commands.score import log_probs_by_slot
 from megatron_powerflow.model.policy_model import PolicyModel
@@ -52,10 +52,10 @@ def power_sample_file(
     max_tokens = opened.config.rollout.max_response_tokens
     num_moves = len(block_limits(max_tokens, recipe.num_blocks)) * recipe.num_moves
     prompts = load_generation_prompts(opened, prompts_name, launch, console)
-    sampling = sampling_params(opened, responses_per_prompt=1, temperature=1 / recipe.alpha)
+    sampling = sampling_of_answers(opened, responses_per_prompt=1, temperature=1 / recipe.alpha)
     with initialized(opened.layout, launch, seed=sampling.seed) as groups:
         chunks = load_chunks(opened, groups)
-        engine = build_engine(opened, chunks, groups)
+        engine = engine_of(opened, chunks, groups)
         scorer = Scorer(groups, opened.architecture.vocab_size, 1.0, opened.layout.sequence_parallel)
         run = partial(
             power_sampling,
@@ -94,8 +94,8 @@ def _score(
     flat = None
     if found:
         flat = torch.tensor([value for rollout in rollouts for value in found[rollout.slot]], dtype=torch.float64)
-    flat = from_last_stage(flat, (sum(lengths),), scorer.groups).numpy()
-    return np.split(flat, np.cumsum(lengths)[:-1])
+    everywhere = from_last_stage(flat, (sum(lengths),), scorer.groups).numpy()
+    return np.split(everywhere, np.cumsum(lengths)[:-1])
 
 
 def _chain_line(chain: Chain, num_responses: int, num_moves: int, opened: Opened) -> dict:

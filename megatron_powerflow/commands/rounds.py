@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_powerflow.console import Heartbeat
-from megatron_powerflow.parallel.collectives import gather_to_main, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner, held_by_another
+from megatron_powerflow.parallel.together import gather_to_main, on_main
 from megatron_powerflow.targets import file_refusals, starts_with_line_of
+from megatron_powerflow.whole_files import sync
 
 # The keys of the lines of each output file: what tells it from a file of somebody else's.
 SCORED = ("id", "log_probs", "sequence_log_prob")
@@ -48,12 +49,15 @@ def write_rounds(
             gathered = gather_to_main(one_round(block[groups.dp_rank :: groups.dp_size]), groups)
             on_main(owner.confirm, groups)
             if file is not None:
+                assert gathered is not None, "by the main rank, which has the file"
                 lines = sorted((item for part in gathered if part for item in part), key=lambda item: item[0])
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for _, line in lines)
             bar.advance(task, len(block))
         if file is not None:
             file.close()
+            sync(partial)
             partial.replace(out)
+            sync(out.parent)
     if groups.is_main:
         console.print(f"wrote {out}")
 

@@ -19,9 +19,9 @@ from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.parallel.collectives import largest
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.together import largest
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.targets import require
 from megatron_powerflow.training.forward_step import Scorer
@@ -72,9 +72,11 @@ def log_probs_by_slot(
     rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: Opened
 ) -> dict[int, list[float]]:
     """Log-probs of each rollout's response tokens on the last stage, nothing elsewhere. Slots are unique."""
+    micro_batch_size = opened.config.parallel.micro_batch_size
+    assert micro_batch_size is not None, "no command may ask for packing"
     batches = pack(
         [Annotated(rollout) for rollout in rollouts],
-        micro_batch_size=opened.config.parallel.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         responses_per_prompt=1,
         drop_truncated=False,
         multiple=alignment(opened.layout, opened.config.precision),
@@ -96,7 +98,8 @@ def read_scored_rows(path: Path, opened: Opened) -> list[Rollout]:
     A text is scored as it is, without an EOS behind it. Raises UserError with the bad lines.
     """
     vocab_size, tokenizer = opened.architecture.vocab_size, opened.tokenizer
-    rows, violations = [], []
+    rows: list[Rollout] = []
+    violations: list[str] = []
     for number, row in read_file(path, violations):
         try:
             prompt = prompt_token_ids(row, tokenizer, vocab_size)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_powerflow.commands.generate import load_generation_prompts, prompts_per_round, sampling_params
-from megatron_powerflow.commands.open_model import Opened, build_engine, load_chunks
+from megatron_powerflow.commands.generate import load_generation_prompts, prompts_per_round, sampling_of_answers
+from megatron_powerflow.commands.open_model import Opened, engine_of, load_chunks
 from megatron_powerflow.commands.rounds import BY_GENERATE, output_refusals, write_rounds
 from megatron_powerflow.data.verbalized import parse_verbalized, verbalized_row
-from megatron_powerflow.parallel.collectives import gather_to_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.together import gather_to_main
 from megatron_powerflow.records import Prompt
 from megatron_powerflow.targets import require
 
@@ -45,10 +45,10 @@ def verbalize_file(
     require(output_refusals(out, *BY_GENERATE))
     rewrite = partial(verbalized_row, num_responses=recipe.num_responses, target_words=recipe.target_words)
     prompts = load_generation_prompts(opened, prompts_name, launch, console, rewrite)
-    sampling = sampling_params(opened, responses_per_prompt=1, temperature=recipe.temperature)
+    sampling = sampling_of_answers(opened, responses_per_prompt=1, temperature=recipe.temperature)
     failures: Counter[str] = Counter()
     with initialized(opened.layout, launch, seed=sampling.seed) as groups:
-        engine = build_engine(opened, load_chunks(opened, groups), groups)
+        engine = engine_of(opened, load_chunks(opened, groups), groups)
         reports = groups.pp_rank == 0 and groups.tp_rank == 0
 
         def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
@@ -79,6 +79,6 @@ def verbalize_file(
 
 def _report_failures(failures: Counter[str], num_asked: int, groups: Groups, console: Console) -> None:
     everyone = gather_to_main(failures, groups)
-    total = sum(everyone, Counter()) if everyone is not None else Counter()
+    total: Counter[str] = sum(everyone, Counter()) if everyone is not None else Counter()
     for reason, count in total.most_common():
         console.print(f"of {num_asked} responses asked for, {count} not written: {reason}")

@@ -22,7 +22,8 @@ from megatron_powerflow.converter.model_folders import Model
 from megatron_powerflow.converter.ranks import Ranks
 from megatron_powerflow.hf.torch_dist_names import stored_parameters
 from megatron_powerflow.metrics.provenance import provenance
-from megatron_powerflow.targets import file_refusals, write_file
+from megatron_powerflow.targets import file_refusals
+from megatron_powerflow.whole_files import write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +140,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def _digest(name: str, tensor: Tensor) -> str:
     head = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
     digest = hashlib.sha256(head)
-    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -15,10 +15,11 @@ Left out: going on with a conversion that was killed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -36,8 +37,10 @@ from megatron_powerflow.hf.shard_files import (
     PlannedFile,
     ShardFile,
     TensorInfo,
+    dtype_name,
     plan_files,
-    write_planned_index,
+    torch_dtype,
+    write_index,
 )
 from megatron_powerflow.hf.torch_dist_names import Place, Stored, extra_states, parameter_shape, stored_parameters
 from megatron_powerflow.metrics.provenance import provenance
@@ -49,6 +52,7 @@ MADE_BY = "conversion"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what the command lines call them -> safetensors' names
 
 Told = Callable[[int], object]  # told numbers of bytes
+Kind = TypeVar("Kind", HfModel, MegatronModel)
 
 
 def _untold(num_bytes: int) -> None:
@@ -88,7 +92,7 @@ def hf_to_megatron(
     for stored in parameters:
         if stored.op.megatron not in shape_of:
             shape_of[stored.op.megatron] = parameter_shape(stored, model.architecture, padded)
-        dtype = _torch_dtype(_one_dtype(model, stored, request.dtype))
+        dtype = torch_dtype(_one_dtype(model, stored, request.dtype))
         for place in stored.written:
             of_place[place] = stored
             chunks.append(Chunk(place, shape_of[stored.op.megatron], dtype))
@@ -122,7 +126,7 @@ def hf_to_megatron(
             _copy_companions(
                 model,
                 partial / HF_NAME,
-                {_dtype_name(chunk.dtype) for chunk in chunks if not of_place[chunk.place].fp32},
+                {dtype_name(chunk.dtype) for chunk in chunks if not of_place[chunk.place].fp32},
             )
             (partial / TRACKER_NAME).write_text("release", encoding="utf-8")
         return _verify(request, model, partial, ranks)
@@ -150,7 +154,7 @@ def megatron_to_hf(
 
     def read(number: int) -> dict[str, torch.Tensor]:
         tensors = model.read(parameters[number])
-        return {name: tensor.to(_torch_dtype(groups[number][name].dtype)) for name, tensor in tensors.items()}
+        return {name: tensor.to(torch_dtype(groups[number][name].dtype)) for name, tensor in tensors.items()}
 
     def write_file(file: PlannedFile, partial: Path) -> None:
         shard, ahead = ShardFile(partial / file.name, file.tensors), OneAhead(read, file.groups)
@@ -164,18 +168,26 @@ def megatron_to_hf(
             ahead.close()
             shard.abandon()
 
+    def write_files(mine: Sequence[PlannedFile], partial: Path) -> None:
+        for file in mine:
+            write_file(file, partial)
+
     with _published(request, model, ranks, sum(file.num_bytes for file in files)) as partial:
         mine = ranks.share(files, lambda file: file.num_bytes)
         announce(sum(file.num_bytes for file in mine))
-        _writing(ranks, request.out, lambda: [write_file(file, partial) for file in mine])
+        _writing(ranks, request.out, lambda: write_files(mine, partial))
         if ranks.is_main:
             usual = [group for stored, group in zip(parameters, groups, strict=True) if not stored.fp32]
             _copy_companions(model, partial, {info.dtype for group in usual for info in group.values()})
-            write_planned_index(partial, files)
+            write_index(
+                partial,
+                {name: file.name for file in files for name in file.tensors},
+                sum(file.num_bytes for file in files),
+            )
         return _verify(request, model, partial, ranks)
 
 
-def _open_source(request: Request, ranks: Ranks, kind: type) -> Model:
+def _open_source(request: Request, ranks: Ranks, kind: type[Kind]) -> Kind:
     """The source, of the kind that this direction starts from; and a place for `out`."""
     _check_out(request)
     model = open_model_folder(request.source, ranks, step=request.step)
@@ -203,14 +215,6 @@ def _one_dtype(model: HfModel, stored: Stored, dtype: str | None) -> str:
     if len(set(found.values())) > 1:
         raise UserError(f"{model.path}: tensors {found} become one parameter and differ in dtype; give --dtype")
     return next(iter(found.values()))
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    return getattr(torch, FLOATS[name][0])
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name in FLOATS if _torch_dtype(name) is dtype)
 
 
 @contextmanager

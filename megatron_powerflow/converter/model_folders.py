@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.checkpoint.digests import check_share
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, find_checkpoint, is_converted, tensors_folder
 from megatron_powerflow.converter.ranks import Ranks
@@ -27,7 +28,6 @@ from megatron_powerflow.hf.files import FLOATS, SafetensorsFolder, companion_fil
 from megatron_powerflow.hf.shapes import impossible_sizes
 from megatron_powerflow.hf.shard_files import TensorInfo
 from megatron_powerflow.hf.torch_dist_names import EMBEDDING, Place, Stored, parameter_shape, stored_parameters, whole
-from megatron_powerflow.records import Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor

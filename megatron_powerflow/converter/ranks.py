@@ -47,13 +47,14 @@ class Ranks:
 
     def together(self, function: Callable[[], Item]) -> Item:
         """The function on every rank; what any of them found wrong is raised on all. Collective."""
-        result, violations = None, ()
+        made: list[Item] = []
+        violations: tuple[str, ...] = ()
         try:
-            result = function()
+            made.append(function())
         except UserError as error:
             violations = error.violations
         except OSError as error:
             violations = (f"could not be read or written: {error}",)
         if found := tuple(dict.fromkeys(text for texts in self.gather(violations) for text in texts)):
             raise UserError(found)
-        return result
+        return made[0]

@@ -7,7 +7,8 @@ Reading takes the chunks of just the part that is asked for, whatever layout wro
 could run code. Writing hands torch's own writer a plan of names, shapes and dtypes, and makes a tensor when its turn
 comes: neither holds more than one parameter.
 
-Left out: which parameter is where (`hf/torch_dist_names.py`); Megatron-Core's own saving and loading (`storage.py`).
+Left out: which parameter is where (`hf/torch_dist_names.py`); Megatron-Core's own saving and loading
+(`checkpoint/storage.py`).
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class TorchDistFolder:
     def read(self, place: Place) -> Tensor:
         """tensor[place.index], on CPU, put together from the chunks that overlap it."""
         entry = self._metadata.state_dict_metadata[place.key]
+        assert isinstance(entry, TensorStorageMetadata), f"{place.key} is none of `tensors()`"
         lead = len(place.index)
         start = (*place.index, *(0,) * (len(entry.size) - lead))
         stop = (*(i + 1 for i in place.index), *entry.size[lead:])
@@ -140,7 +142,9 @@ class TorchDistFolder:
         path = self.folder / place.relative_path
         try:
             with path.open("rb") as file:
-                data = torch.load(_Part(file, place.offset, place.length), weights_only=True)
+                part = _Part(file, place.offset, place.length)
+                # torch asks a file for what `io.RawIOBase` has, and is typed for `typing.IO`, which no raw file is
+                data = torch.load(part, weights_only=True)  # type: ignore[arg-type]
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
             text = str(error).splitlines()[0]
             raise UserError(f"{path}: tensor {key} is damaged or not safe to load: {text}") from None
@@ -247,7 +251,9 @@ class _LazyPlanner(SavePlanner):
             nothing = io.BytesIO()
             torch.save([None], nothing)  # Megatron-Core's form: a list of what the ranks' shards hold
             return nothing
-        chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset)]
+        offset = write_item.index.offset
+        assert offset is not None, "every item that is no object is a chunk's"
+        chunk = self._chunks[write_item.index.fqn, tuple(offset)]
         tensor = self._make(chunk.place)
         assert tuple(tensor.shape) == chunk.shape and tensor.dtype == chunk.dtype, chunk
         return tensor.reshape((*(1 for _ in chunk.place.index), *chunk.shape)).contiguous()

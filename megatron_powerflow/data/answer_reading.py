@@ -34,7 +34,7 @@ RELATIONS = ("=", "<", ">", "\\leq", "\\geq", "\\neq", "\\in", "\\approx", "\\eq
 FLIPPED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 INFINITY = {1: ("infinity", 1), -1: ("infinity", -1)}
 MAX_ENTRIES, MAX_LEVELS = 100, 6
-EMPTY_SET = ("set", frozenset())
+EMPTY_SET: Hashable = ("set", frozenset())
 LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 SEPARATORS = (",", ";", '"or"', '"and"')
 
@@ -101,7 +101,9 @@ def _end_of_group(tokens: Sequence[str], start: int) -> int:
 
 def split(tokens: Sequence[str], separators: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     """(parts, the separators between them), outside of brackets, absolute values and environments."""
-    parts, between, depth = [[]], [], 0
+    parts: list[list[str]] = [[]]
+    between: list[str] = []
+    depth = 0
     for token in tokens:
         depth += (token in OPENS or token.startswith("\\begin:")) - (token in CLOSES or token.startswith("\\end:"))
         if depth == 0 and token in separators:
@@ -159,10 +161,10 @@ class _Reader:
         unit = next(iter(units), None)
         bases = {re.sub(r"_\d+$", "", name) for name in names if name}
         if len(bases) > 1:
-            if None in names or len(set(names)) < len(names):
+            named = {one.name: one.value for one in found if one.name is not None}
+            if len(named) < len(found):
                 return Answer(("set", frozenset(found)))
-            ordered = sorted(found, key=lambda one: one.name)
-            return Answer(("tuple", *(one.value for one in ordered)), ",".join(sorted(names)), unit)
+            return Answer(("tuple", *(named[name] for name in sorted(named))), ",".join(sorted(named)), unit)
         name = next(iter(bases), None)
         values = [one.value for one in found]
         if all(map(_is_range, values)):
@@ -241,15 +243,15 @@ class _Reader:
         if len(between) == 1 and (name := name_of(parts[0])):
             bound, strict = self.bound(parts[1]), between[0] in ("<", ">")
             upward = between[0] in (">", "\\geq")
-            ends = (bound, INFINITY[1]) if upward else (INFINITY[-1], bound)
-            return Answer(_interval(*ends, strict or not upward, strict or upward), name)
+            low, high = (bound, INFINITY[1]) if upward else (INFINITY[-1], bound)
+            return Answer(_interval(low, high, strict or not upward, strict or upward), name)
         if len(between) == 2 and (name := name_of(parts[1])):
             if between[0] in (">", "\\geq"):
                 parts, between = parts[::-1], [FLIPPED[sign] for sign in reversed(between)]
             if not set(between) <= {"<", "\\leq"}:
                 raise Unreadable
-            ends = self.bound(parts[0]), self.bound(parts[2])
-            return Answer(_interval(*ends, between[0] == "<", between[1] == "<"), name)
+            low, high = self.bound(parts[0]), self.bound(parts[2])
+            return Answer(_interval(low, high, between[0] == "<", between[1] == "<"), name)
         if len(between) == 1:
             if between[0] in (">", "\\geq"):
                 parts, between = parts[::-1], [FLIPPED[between[0]]]
@@ -308,7 +310,7 @@ class _Reader:
             return None
         entries = [self.plain(part) for part in parts]
         if len(entries) == 2:
-            return _interval(*entries, first == "(", last == ")")
+            return _interval(entries[0], entries[1], first == "(", last == ")")
         return ("tuple", *entries) if (first, last) in (("(", ")"), ("[", "]")) else None
 
     def plain(self, tokens: list[str]) -> Hashable:
@@ -335,9 +337,9 @@ class _Reader:
         if kind == tokens[0] or tokens[-1] != f"\\end:{kind}":
             return None
         rows, _ = split(tokens[1:-1], ("\\\\",))
-        rows = [split(row, ("&",))[0] for row in rows if row]
+        entries = [split(row, ("&",))[0] for row in rows if row]
         if kind in ("pmatrix", "bmatrix", "matrix"):
-            return ("matrix", *(tuple(self.plain(entry) for entry in row) for row in rows))
+            return ("matrix", *(tuple(self.plain(entry) for entry in row) for row in entries))
         raise Unreadable
 
     def either_sign(self, tokens: list[str]) -> Hashable | None:
@@ -354,9 +356,10 @@ class _Reader:
             return None
         clock = len(parts) in (2, 3) and all(len(p) == 1 and re.fullmatch(r"\d\d", p[0]) for p in parts[1:])
         values = [fingerprint(parse_expression(part)) for part in parts]
-        if clock or not all(isinstance(value, Fraction) for value in values) or values[0] == 0:
+        numbers = [value for value in values if isinstance(value, Fraction)]
+        if clock or len(numbers) < len(values) or numbers[0] == 0:
             raise Unreadable
-        return ("ratio", *(value / values[0] for value in values))
+        return ("ratio", *(number / numbers[0] for number in numbers))
 
 
 def name_of(tokens: Sequence[str]) -> str | None:

@@ -116,15 +116,17 @@ def _tokens(text: str) -> list[str] | None:
     position = 0
     while position < len(text):
         piece = _PIECE.match(text, position)
+        assert piece is not None, "its last group takes any character"
         position, said = piece.end(), piece[0]
         if piece["number"]:
             found.append(said)
         elif piece["word"]:
             found += _word(said)
         elif piece["command"]:
-            position = _command(text, position, said[1:], found)
-            if position is None:
+            behind = _command(text, position, said[1:], found)
+            if behind is None:
                 return None
+            position = behind
         elif piece["other"] and said not in "$~":
             found.append(said)
     return _joined(found)

@@ -20,14 +20,14 @@ def split_unit(tokens: list[str]) -> tuple[list[str], str | None, int]:
     if tokens[-1] in ("%", "\\%"):
         return tokens[:-1], "percent", 1
     for degree in (["^", "\\circ"], ["^", "{", "\\circ", "}"], ["\\circ"]):
-        for scale in ([], ["C"], ["F"]):
-            ending = [*degree, *scale]
+        for letter in ([], ["C"], ["F"]):
+            ending = [*degree, *letter]
             if (
                 len(tokens) > len(ending)
                 and tokens[-len(ending) :] == ending
                 and _is_one_number(tokens[: -len(ending)])
             ):
-                return tokens[: -len(ending)], f"degree {scale[0]}" if scale else "degree", 1
+                return tokens[: -len(ending)], f"degree {letter[0]}" if letter else "degree", 1
     if len(tokens) > 2 and is_number(tokens[0]) and tokens[1] == "_":
         base = "".join(tokens[2:]).strip('{}"')
         if tokens[0].isdigit() and base.isdigit():
@@ -64,8 +64,7 @@ def _split_scale(words: str) -> tuple[int, str]:
 
 def _unit_with_power(words: str) -> str | None:
     found = re.fullmatch(r"([A-Za-z ]+(?:/[A-Za-z]+)?)\^(\d)(?:/([A-Za-z]+))?", words)
-    unit = unit_of(found[1]) if found else None
-    if unit is None:
+    if found is None or (unit := unit_of(found[1])) is None:
         return None
     return f"{unit}^{found[2]}" + (f" per {unit_of(found[3])}" if found[3] else "")
 

@@ -103,7 +103,7 @@ def clusters(answers: Sequence[str | None]) -> list[int | None]:
 def _read_all(answers: Sequence[str | None]) -> list[Answer | None]:
     """What is spelt alike is read once."""
     read = {answer: read_answer(answer) for answer in dict.fromkeys(answers) if answer is not None}
-    return [read.get(answer) for answer in answers]
+    return [None if answer is None else read[answer] for answer in answers]
 
 
 def _verdicts(read: Sequence[Answer | None], gold: str | None, tolerance: float | None) -> list[bool | None]:

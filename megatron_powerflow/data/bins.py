@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_powerflow.records import Architecture
+from megatron_powerflow.architecture import Architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,8 @@ def plan_update(
     assert len(groups) % dp_size == 0 and groups
     costs = [sum(flops(length) for length in group) for group in groups]
     ranks = []  # of each rank, what goes into one micro-batch whatever else does
-    for own in deal(costs, dp_size, len(groups) // dp_size):
-        rollouts = [[(q, i) for i in range(len(groups[q]))] for q in own]
+    for dealt in deal(costs, dp_size, len(groups) // dp_size):
+        rollouts = [[(q, i) for i in range(len(groups[q]))] for q in dealt]
         ranks.append(rollouts if together else [[item] for group in rollouts for item in group])
     sizes = [[sum(rule.padded(groups[q][i]) for q, i in unit) for unit in own] for own in ranks]
     assert max(map(max, sizes)) <= rule.capacity, "refused by plan_layout before"

@@ -64,18 +64,24 @@ def _from_the_last(text: str) -> Iterator[str]:
 
 
 def _is_empty(text: str, begin: int, end: int) -> bool:
-    return _EMPTY.match(text, begin, end).end() == end
+    return _EMPTY.fullmatch(text, begin, end) is not None
+
+
+def _after_space(text: str, position: int) -> int:
+    space = _SPACE.match(text, position)
+    assert space is not None, "it matches no space, too"
+    return space.end()
 
 
 def _after_options(text: str, position: int) -> int:
     """Behind spaces and the [width][place] that \\framebox may have."""
     for _ in range(2):
-        position = _SPACE.match(text, position).end()
+        position = _after_space(text, position)
         option = _OPTION.match(text, position)
-        if option is None or not text.startswith(("{", "["), _SPACE.match(text, option.end()).end()):
+        if option is None or not text.startswith(("{", "["), _after_space(text, option.end())):
             return position
         position = option.end()
-    return _SPACE.match(text, position).end()
+    return _after_space(text, position)
 
 
 def _end_of_bare(text: str, begin: int, closes: Mapping[int, int]) -> int | None:
@@ -89,7 +95,7 @@ def _end_of_bare(text: str, begin: int, closes: Mapping[int, int]) -> int | None
     if command[1] == "sqrt" and (root := _OPTION.match(text, position)):
         position = root.end()
     for _ in range(TAKES_ARGUMENTS.get(command[1], 0)):
-        position = _SPACE.match(text, position).end()
+        position = _after_space(text, position)
         if text.startswith("{", position):
             if position not in closes:
                 return None

@@ -11,7 +11,9 @@ Left out: sets, intervals, equations, units (`answer_reading.py`); keys (`finger
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import TypeGuard
 
 from megatron_powerflow.data.answer_tokens import FUNCTIONS, SYMBOLS
 
@@ -27,7 +29,7 @@ class Unreadable(Exception):
     """Nothing that this file computes. Never leaves `data/`."""
 
 
-def parse_expression(tokens: list[str]) -> Tree:
+def parse_expression(tokens: Sequence[str]) -> Tree:
     """The tree of all of the tokens. Raises Unreadable."""
     parser = _Parser(tokens)
     tree = parser.sum()
@@ -58,18 +60,18 @@ def to_number(token: str) -> Fraction:
     return Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0)
 
 
-def is_number(token: str | None) -> bool:
+def is_number(token: str | None) -> TypeGuard[str]:
     return token is not None and (token[0].isdigit() or (token[0] == "." and len(token) > 1))
 
 
-def is_symbol(token: str | None) -> bool:
+def is_symbol(token: str | None) -> TypeGuard[str]:
     return token is not None and ((len(token) == 1 and token.isalpha()) or token[1:] in SYMBOLS)
 
 
 class _Parser:
     """Recursive descent; each method reads one level of precedence and returns its tree."""
 
-    def __init__(self, tokens: list[str]) -> None:
+    def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens, self.position, self.depth, self.bars, self.operations = list(tokens), 0, 0, 0, 0
 
     def next(self) -> str | None:
@@ -248,7 +250,12 @@ class _Parser:
             argument = self.primary()
         else:
             argument = self.power()
-            while self.starts_a_factor() and self.next() not in ("(", "[") and self.next()[1:] not in FUNCTIONS:
+            while (
+                (token := self.next()) is not None
+                and self.starts_a_factor()
+                and token not in ("(", "[")
+                and token[1:] not in FUNCTIONS
+            ):
                 argument = ("*", argument, self.power())
         if exponent == ("neg", Fraction(1)) and f"arc{name}" in FUNCTIONS:
             return (f"arc{name}", argument)

@@ -68,9 +68,10 @@ def exactly(tree: Tree) -> Fraction | None:
     if not isinstance(tree, tuple) or tree[0] not in EXACT:
         return None
     parts = [exactly(part) for part in tree[1:]]
-    if None in parts:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
         return None
-    return _bounded(_exact(tree[0], parts))
+    return _bounded(_exact(tree[0], known))
 
 
 def _exact(operation: str, parts: list[Fraction]) -> Fraction | None:
@@ -85,7 +86,7 @@ def _exact(operation: str, parts: list[Fraction]) -> Fraction | None:
             raise Unreadable
         numbers = [int(part) for part in parts]
         return Fraction(math.factorial(*numbers) if operation == "!" else math.comb(*numbers))
-    simple = {
+    simple: dict[str, Callable[..., int | Fraction]] = {
         **{"+": operator.add, "-": operator.sub, "*": operator.mul, "neg": operator.neg, "abs": abs},
         **{"floor": math.floor, "ceil": math.ceil},
     }

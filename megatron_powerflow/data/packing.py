@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_powerflow.data.bins import BinRule
-from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Rollout, Stream
+from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Piece, Rollout, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +148,13 @@ def _own_positions(size: int, cp_rank: int, cp_size: int) -> Tensor:
     return torch.cat([pieces[cp_rank], pieces[2 * cp_size - 1 - cp_rank]])
 
 
-def _pieces(sizes: Sequence[int], cp_rank: int, cp_size: int) -> list[tuple[int, int, int, int]]:
+def _pieces(sizes: Sequence[int], cp_rank: int, cp_size: int) -> list[Piece]:
     """`Stream.pieces` of sequences of these sizes, in a row."""
     found, first_query, first_key = [], 0, 0
     for size in sizes:
         length = size if cp_size == 1 else size // (2 * cp_size)
         for piece in (0,) if cp_size == 1 else (cp_rank, 2 * cp_size - 1 - cp_rank):
-            found.append((first_query, first_query + length, first_key, first_key + (piece + 1) * length))
+            found.append(Piece(first_query, first_query + length, first_key, first_key + (piece + 1) * length))
             first_query += length
         first_key += size
     return found
@@ -198,19 +198,19 @@ def _micro_batch(
     truncated = torch.tensor([rollout.finish_reason == "length" for rollout in rollouts], dtype=torch.bool)
     indices = [rollout.slot * responses_per_prompt + rollout.response_index for rollout in rollouts]
     annotations = torch.tensor([item.annotations for item in annotated], dtype=torch.float32)
-    batch = {
-        "tokens": tokens,
-        "targets": targets,
-        "loss_mask": loss_mask,
-        "prompt_mask": prompt_mask,
-        "num_response_tokens": loss_mask.sum(dim=1),
-        "rollout_log_probs": rollout_log_probs,
-        "rollout_index": torch.tensor(indices, dtype=torch.int64),
-        "group": torch.tensor([rollout.slot for rollout in rollouts], dtype=torch.int64),
-        "psi": torch.tensor([item.psi for item in annotated], dtype=torch.float32),
-        "reward": torch.tensor([item.reward for item in annotated], dtype=torch.float32),
-        "truncated": truncated,
-        "kept": ~truncated if drop_truncated else torch.ones_like(truncated),
-        "annotations": annotations.reshape(size, len(ANNOTATION_COLUMNS)),
-    }
-    return MicroBatch(**{name: tensor.to(device) for name, tensor in batch.items()})
+    kept = ~truncated if drop_truncated else torch.ones_like(truncated)
+    return MicroBatch(
+        tokens=tokens.to(device),
+        targets=targets.to(device),
+        loss_mask=loss_mask.to(device),
+        prompt_mask=prompt_mask.to(device),
+        num_response_tokens=loss_mask.sum(dim=1).to(device),
+        rollout_log_probs=rollout_log_probs.to(device),
+        rollout_index=torch.tensor(indices, dtype=torch.int64).to(device),
+        group=torch.tensor([rollout.slot for rollout in rollouts], dtype=torch.int64).to(device),
+        psi=torch.tensor([item.psi for item in annotated], dtype=torch.float32).to(device),
+        reward=torch.tensor([item.reward for item in annotated], dtype=torch.float32).to(device),
+        truncated=truncated.to(device),
+        kept=kept.to(device),
+        annotations=annotations.reshape(size, len(ANNOTATION_COLUMNS)).to(device),
+    )

@@ -84,8 +84,9 @@ class Preparation:
 
     def prepared(self, row: Mapping[str, Any]) -> dict[str, str]:
         """What a kept row becomes."""
-        question = _question(row)
-        found = {"id": content_key(question).hex(), "task": "reasoning", "question": question, "answer": answer_of(row)}
+        question, answer = _question(row), answer_of(row)
+        assert answer is not None, "`judge` keeps no row without an answer"
+        found = {"id": content_key(question).hex(), "task": "reasoning", "question": question, "answer": answer}
         source = row.get("source")
         return found | ({"source": source} if isinstance(source, str) else {})
 

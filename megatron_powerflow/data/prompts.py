@@ -3,7 +3,7 @@
 Files are read by `rows.py`, rows by `prompt_rows.py`. Every bad line is reported, with its number, before anything
 starts. The order is a permutation per epoch, a function of (seed, epoch): the cursor is one whole number.
 
-Left out: data-parallel shares (`train.py` slices), fetching data sets.
+Left out: data-parallel shares (`Plan.share_of`), fetching files from the hub (`hub/fetch.py`).
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ class _HfTokenizer:
             raise UserError(refusals)
         self._folder, self._how = folder, how
         self._transformers = _guarded(folder, lambda: _from_transformers(folder))
-        self._tokenizer, self.notices = self._transformers.backend_tokenizer, ()
+        self._tokenizer = self._transformers.backend_tokenizer
+        self.notices: tuple[str, ...] = ()
         if (folder / FAST_NAME).is_file():
             self._tokenizer = _guarded(folder, lambda: _from_file(folder / FAST_NAME))
             self.notices = _compare(folder, self._tokenizer, self._transformers)

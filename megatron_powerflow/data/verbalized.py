@@ -80,7 +80,8 @@ def parse_verbalized(answer: str, num_responses: int) -> Verbalized:
     items = _items(answer)
     if isinstance(items, str):
         return Verbalized((), Counter({items: num_responses}))
-    responses, failures = [], Counter()
+    responses: list[VerbalizedResponse] = []
+    failures: Counter[str] = Counter()
     for item in items[:num_responses]:
         parsed = _response(item)
         if isinstance(parsed, str):

@@ -12,18 +12,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_powerflow.commands.generate import prompts_per_round, sampling_params
-from megatron_powerflow.commands.open_model import Opened, build_engine, load_chunks
+from megatron_powerflow.commands.generate import prompts_per_round, sampling_of_answers
+from megatron_powerflow.commands.open_model import Opened, engine_of, load_chunks
 from megatron_powerflow.commands.rounds import blocks, progress_bar
 from megatron_powerflow.data.answers import extract_answer, grade
 from megatron_powerflow.data.prompts import first_violations, prompt_token_ids, readable
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import Question
 from megatron_powerflow.evaluation.responses import Key, Line, append_responses, check_settings, open_responses
-from megatron_powerflow.parallel.collectives import broadcast_object, gather_to_main, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.parallel.owner import Owner
+from megatron_powerflow.parallel.together import gather_to_main, on_main
 from megatron_powerflow.records import Prompt, Rollout
 
 # (slot, question, prompt): the slot is the question's place among all, and names its uniforms
@@ -60,7 +60,7 @@ def answer_questions(
 ) -> None:
     """Append to responses.jsonl what is not in it yet. Collective over all ranks. owner: of `out`, taken here."""
     num_responses = settings["num_responses"]
-    sampling = sampling_params(opened, responses_per_prompt=num_responses, temperature=settings["temperature"])
+    sampling = sampling_of_answers(opened, responses_per_prompt=num_responses, temperature=settings["temperature"])
     with initialized(opened.layout, launch, seed=settings["seed"]) as groups:
         per_round = prompts_per_round(opened, num_responses) * groups.dp_size
         on_main(owner.take, groups)
@@ -69,7 +69,7 @@ def answer_questions(
             return
         if num_done and groups.is_main:
             console.print(f"continuing after {num_done} of {len(asked)} questions")
-        engine = build_engine(opened, load_chunks(opened, groups), groups)
+        engine = engine_of(opened, load_chunks(opened, groups), groups)
         with progress_bar(console, groups.is_main) as bar:
             task = bar.add_task("evaluating", total=len(asked), completed=num_done)
             for block in blocks(asked[num_done:], per_round):
@@ -91,17 +91,12 @@ def answer_questions(
 
 def _resume(out: Path, settings: Line, keys: Sequence[Key], per_round: int, groups: Groups) -> int:
     """How many questions are answered, the same on every rank; or the UserError of the main one, on every rank."""
-    found: tuple[int, tuple[str, ...]] = (0, ())
-    if groups.is_main:
-        try:
-            check_settings(out, settings)  # again, now that nobody else can begin another one there
-            found = open_responses(out, settings, keys, settings["num_responses"], per_round), ()
-        except UserError as error:
-            found = 0, error.violations
-    num_done, violations = broadcast_object(found, groups)
-    if violations:
-        raise UserError(violations)
-    return num_done
+
+    def resume() -> int:
+        check_settings(out, settings)  # again, now that nobody else can begin another one there
+        return open_responses(out, settings, keys, settings["num_responses"], per_round)
+
+    return on_main(resume, groups)
 
 
 def _lines(rollouts: Sequence[Rollout], mine: Sequence[Asked], opened: Opened) -> list[tuple[tuple[int, int], Line]]:

@@ -72,7 +72,7 @@ def judge_responses(
         per_question: dict[Key, list[float]] = {}
         for item, _, score in of_kind:
             per_question.setdefault(item.key, []).extend([] if score is None else [score])
-        means = [mean(values) for values in per_question.values() if values]
+        means = [own for values in per_question.values() if (own := mean(values)) is not None]
         found[kind] = {
             "mean": mean(means),
             "se": standard_error(means),

@@ -3,7 +3,7 @@
 The format of a file is detected by its columns or named; every bad row is reported by its place before anything
 starts.
 
-Left out: the formats themselves (`readers.py`), tokens (`evaluate.py`).
+Left out: the formats themselves (`readers.py`), tokens (`answering.py`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ One function a format, on the columns as published; behind each, where they were
     math            any question or problem with an answer, and openai/gsm8k: question, answer (ending in #### 42);
                     the task is called as the file is
 
-Left out: files (`rows.py`), the hub (`hub/`), prompts of our own and everything common to all (`questions.py`).
+Left out: files (`data/rows.py`), the hub (`hub/`), prompts of our own and everything common to all (`questions.py`).
 """
 
 from __future__ import annotations

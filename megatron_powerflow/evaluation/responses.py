@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.targets import write_file
+from megatron_powerflow.whole_files import write_file
 
 RESPONSES_NAME = "responses.jsonl"
 SETTINGS_NAME = "settings.json"

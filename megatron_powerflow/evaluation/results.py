@@ -22,7 +22,7 @@ from rich.table import Table
 from megatron_powerflow.evaluation.responses import EVALUATION_NAME, Line, by_question
 from megatron_powerflow.metrics.counts import QuestionCounts, mean_over_tasks, summarize_tasks
 from megatron_powerflow.metrics.provenance import provenance
-from megatron_powerflow.targets import write_file
+from megatron_powerflow.whole_files import write_file
 
 
 def count_questions(lines: Sequence[Line]) -> list[QuestionCounts]:

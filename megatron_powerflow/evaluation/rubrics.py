@@ -107,6 +107,10 @@ def _scores(reply: str, criteria: Mapping[str, object], *, low: float, high: flo
         return None
     if not isinstance(found, dict):
         return None
-    scores = {name: found.get(name) for name in criteria}
-    fine = all(type(score) in (int, float) and low <= score <= high for score in scores.values())
-    return scores if fine else None
+    scores: dict[str, float] = {}
+    for name in criteria:
+        score = found.get(name)
+        if isinstance(score, bool) or not isinstance(score, int | float) or not low <= score <= high:
+            return None
+        scores[name] = score
+    return scores

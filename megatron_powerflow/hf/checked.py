@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.files import SafetensorsFolder, check_tensor_names, tied_twice
 from megatron_powerflow.hf.shapes import expected_tensors, impossible_sizes, is_embedding, is_output
-from megatron_powerflow.records import Architecture
 
 
 def open_checked(folder: str | Path, architecture: Architecture, family: Family) -> SafetensorsFolder:

@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_powerflow.architecture import Architecture, Experts, Rope
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.config_fields import BOOKKEEPING, COMPUTING, READ
 from megatron_powerflow.hf.config_kinds import is_number, wrong_kinds
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.rope import read_rope
-from megatron_powerflow.records import Architecture, Experts, Rope
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -125,9 +125,7 @@ def _one_name_each(raw: Mapping[str, Any], synonyms: Mapping[str, str]) -> tuple
 def _value_violations(fields: Mapping[str, Any]) -> list[str]:
     """What is wrong with the numbers that every family has; all are of the right kind."""
     found = []
-    heads, groups, vocab_size = (
-        fields.get(key) for key in ("num_attention_heads", "num_key_value_heads", "vocab_size")
-    )
+    heads, vocab_size, groups = fields["num_attention_heads"], fields["vocab_size"], fields.get("num_key_value_heads")
     if groups is not None and (groups < 1 or heads % groups):
         found.append(f"num_key_value_heads={groups}; it must divide num_attention_heads={heads}")
     if (head_dim := fields.get("head_dim")) is not None and head_dim < 1:

@@ -5,6 +5,8 @@ Left out: the values (`config.py` and `families/`).
 
 from __future__ import annotations
 
+from typing import Any
+
 # Read for every family, in `config.py`.
 READ = frozenset(
     {
@@ -29,7 +31,7 @@ READ = frozenset(
 )
 
 # Some architecture computes with it; at this value it does nothing. A family that says nothing of it refuses any other.
-COMPUTING = {
+COMPUTING: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "use_bias": False,

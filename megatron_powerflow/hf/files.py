@@ -1,10 +1,9 @@
-"""How are a Hugging Face folder's tensors read by range, and written as they come?
+"""How are a Hugging Face folder's tensors read by range, and which other files go along with them?
 
-Only safetensors: nothing in the folder is ever executed or unpickled. Reading maps the files and copies
-just the slice that is asked for; writing fills one shard file at a time and puts the index last, in a
-folder that gets its name when it is complete.
+Only safetensors: nothing in the folder is ever executed or unpickled. Reading maps the files and copies just the slice
+that is asked for.
 
-Left out: what the tensors mean (`operations.py`), who holds them (`live_weights.py`).
+Left out: what the tensors mean (`operations.py`), who holds them (`live_weights.py`), writing (`shard_files.py`).
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class SafetensorsFolder:
         if violations:
             raise UserError(violations)
 
-    def _shard_files(self) -> dict[str, set[str] | None]:
+    def _shard_files(self) -> Mapping[str, set[str] | None]:
         """File name -> the tensors the index places there; None where there is no index."""
         index = self.folder / INDEX_NAME
         if index.is_file():
@@ -93,7 +92,7 @@ class SafetensorsFolder:
             outside = sorted({name for name in weight_map.values() if Path(name).name != name})
             if outside:
                 raise UserError(f"{index}: names files outside the folder: {outside[:3]}")
-            files: dict[str, set[str] | None] = {}
+            files: dict[str, set[str]] = {}
             for tensor, file_name in weight_map.items():
                 files.setdefault(file_name, set()).add(tensor)
             if (self.folder / SINGLE_NAME).is_file() and (others := files.keys() - {SINGLE_NAME}):
@@ -220,62 +219,6 @@ def check_tensor_names(
     if violations:
         more = len(violations) - MAX_REPORTED
         raise UserError(violations[:MAX_REPORTED] + ([f"... and {more} more like these"] if more > 0 else []))
-
-
-class SafetensorsWriter:
-    """Writes shard files as tensors come; memory holds at most one file's tensors.
-
-    prefix keeps the files of several writers in one folder apart (one writer per pipeline stage).
-    After the last `flush`, `file_of` maps every tensor to its file and `total_bytes` counts them.
-    """
-
-    def __init__(self, folder: Path, *, prefix: str, max_shard_bytes: int) -> None:
-        self.folder, self.prefix, self.max_shard_bytes = folder, prefix, max_shard_bytes
-        self.file_of: dict[str, str] = {}
-        self.total_bytes = 0
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._num_files = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor (any device); writes the file that is full before it."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending_bytes + size > self.max_shard_bytes:
-            self.flush()
-        assert name not in self.file_of and name not in self._pending, f"{name} written twice"
-        tensor = tensor.detach().cpu().contiguous()
-        owned = tensor.untyped_storage().nbytes() == size  # a part of another's memory is not for save_file
-        self._pending[name] = tensor if owned else tensor.clone()
-        self._pending_bytes += size
-
-    def flush(self) -> None:
-        """Write what is pending as one file; nothing pending, nothing written."""
-        from safetensors.torch import save_file
-
-        if not self._pending:
-            return
-        file_name = f"{self.prefix}-{self._num_files:05d}.safetensors"
-        save_file(self._pending, self.folder / file_name, metadata={"format": "pt"})
-        self.file_of.update(dict.fromkeys(self._pending, file_name))
-        self.total_bytes += self._pending_bytes
-        self._num_files += 1
-        self._pending, self._pending_bytes = {}, 0
-
-
-def write_index(folder: Path, file_of: Mapping[str, str], total_bytes: int) -> None:
-    """Give the shards their final names, in order, and write the index (none for a single file)."""
-    files = list(dict.fromkeys(file_of.values()))
-    if len(files) == 1:
-        (folder / files[0]).rename(folder / SINGLE_NAME)
-        return
-    final = {name: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, name in enumerate(files)}
-    for old, new in final.items():
-        (folder / old).rename(folder / new)
-    index = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": {tensor: final[name] for tensor, name in sorted(file_of.items())},
-    }
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def weights_files(folder: Path) -> list[Path]:

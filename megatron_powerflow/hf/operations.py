@@ -11,25 +11,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from megatron_powerflow.records import Architecture
+from megatron_powerflow.architecture import Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
+
+
+def _there(part: T | None) -> T:
+    """A part of the architecture that a layer has in which an operation counts by it."""
+    assert part is not None
+    return part
+
 
 # What a family's operations count by, beside the fields of an Architecture.
 WIDTHS: dict[str, Callable[[Architecture], int]] = {
     "attention": lambda a: a.num_attention_heads * (a.mla.v_head_dim if a.mla else a.head_dim),
     "ffn": lambda a: a.ffn_hidden_size,
     "queries": lambda a: a.num_attention_heads * a.head_dim,
-    "q_latent": lambda a: a.mla.q_lora_rank,
-    "kv_latent": lambda a: a.mla.kv_lora_rank,
-    "kv_latent_and_rope": lambda a: a.mla.kv_lora_rank + a.mla.rope_head_dim,
-    "keys_and_values": lambda a: a.num_attention_heads * (a.mla.nope_head_dim + a.mla.v_head_dim),
-    "experts": lambda a: a.experts.num,
-    "dense_ffn": lambda a: a.experts.dense_ffn_hidden_size,
-    "shared_ffn": lambda a: a.experts.shared_ffn_hidden_size,
+    "q_latent": lambda a: _there(_there(a.mla).q_lora_rank),
+    "kv_latent": lambda a: _there(a.mla).kv_lora_rank,
+    "kv_latent_and_rope": lambda a: _there(a.mla).kv_lora_rank + _there(a.mla).rope_head_dim,
+    "keys_and_values": lambda a: a.num_attention_heads * (_there(a.mla).nope_head_dim + _there(a.mla).v_head_dim),
+    "experts": lambda a: _there(a.experts).num,
+    "dense_ffn": lambda a: _there(_there(a.experts).dense_ffn_hidden_size),
+    "shared_ffn": lambda a: _there(_there(a.experts).shared_ffn_hidden_size),
 }
 
 
@@ -59,7 +68,8 @@ class Op(Protocol):
     A tensor that each expert has one of says {expert} in both: the global number of the expert, from 0.
     """
 
-    megatron: str
+    @property
+    def megatron(self) -> str: ...
 
     def hf_names(self, layer: int | None, expert: int | None = None) -> tuple[str, ...]: ...
 

@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_powerflow.architecture import Rope
 from megatron_powerflow.hf.config_kinds import is_number
 from megatron_powerflow.hf.family import Family
-from megatron_powerflow.records import Rope
 
 DEFAULT_THETA = 10_000.0
 ORIGINAL = "original_max_position_embeddings"
@@ -29,7 +29,9 @@ def read_rope(raw: Mapping[str, Any], fields: Mapping[str, Any], family: Family)
     raw: what the file says; fields: the same over the family's defaults. rope_parameters and rope_scaling are objects
     or null.
     """
-    places = {name: fields[name] for name in ("rope_scaling", "rope_parameters") if fields.get(name)}
+    places: dict[str, Mapping[str, Any]] = {
+        name: fields[name] for name in ("rope_scaling", "rope_parameters") if fields.get(name)
+    }
     found = _said_twice(places, raw, fields)
     place, scaling = next(iter(places.items()), ("rope_parameters", {}))
     if layers := [key for key, value in scaling.items() if isinstance(value, dict)]:
@@ -162,12 +164,13 @@ def _yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
 
 
 def _longrope_violations(scaling: Mapping[str, Any]) -> list[str]:
-    lists = {key: scaling.get(key) for key in ("short_factor", "long_factor")}
-    if wrong := [
-        key
-        for key, factors in lists.items()
-        if not isinstance(factors, list) or not all(is_number(factor, above=0.0) for factor in factors)
-    ]:
+    names = ("short_factor", "long_factor")
+    lists = {
+        key: factors
+        for key in names
+        if isinstance(factors := scaling.get(key), list) and all(is_number(factor, above=0.0) for factor in factors)
+    }
+    if wrong := [key for key in names if key not in lists]:
         return [f"longrope needs {' and '.join(wrong)}: a list of numbers above 0 each"]
     short, long = (len(factors) for factors in lists.values())
     return [f"longrope has {short} numbers in short_factor and {long} in long_factor"] if short != long else []

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.operations import InLayers, Op
-from megatron_powerflow.records import Architecture
 
 
 def is_output(op: Op) -> bool:
@@ -19,7 +19,10 @@ def is_embedding(op: Op) -> bool:
 
 def experts_of(op: Op, architecture: Architecture) -> Sequence[int | None]:
     """The experts that have a tensor of this operation each; [None] where it is the layer's own."""
-    return range(architecture.experts.num) if "{expert}" in op.megatron else [None]
+    if "{expert}" not in op.megatron:
+        return [None]
+    assert architecture.experts is not None, op.megatron
+    return range(architecture.experts.num)
 
 
 def layers_of(op: Op, architecture: Architecture) -> range:

@@ -5,7 +5,7 @@ first; each starts with its whole header, and a tensor's bytes go to their place
 
 The format: 8 bytes with the header's length, little-endian; the header, JSON; the tensors' bytes without gaps.
 
-Left out: where the tensors come from (`converter/convert.py`).
+Left out: where the tensors come from (`converter/convert.py`, `live_weights.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,22 @@ from typing import TYPE_CHECKING
 from megatron_powerflow.hf.files import FLOATS, INDEX_NAME, SINGLE_NAME
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 WRITE_BYTES = 2**20  # in one call: half as much again as a call for a whole tensor of 100 MB writes in the same time
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """name: safetensors' of a dtype, "F32", "BF16" or "F16"."""
+    import torch
+
+    return getattr(torch, FLOATS[name][0])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a dtype that weights come in."""
+    return next(name for name in FLOATS if torch_dtype(name) is dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +64,13 @@ class PlannedFile:
         return sum(info.num_bytes for info in self.tensors.values())
 
 
-def plan_files(groups: Sequence[Mapping[str, TensorInfo]], max_bytes: int) -> list[PlannedFile]:
-    """Deal groups of tensors that come together to files of at most max_bytes each, in order, named as HF names them.
+def plan_files(
+    groups: Sequence[Mapping[str, TensorInfo]], max_bytes: int, *, prefix: str = "part"
+) -> list[PlannedFile]:
+    """Deal groups of tensors that come together to files of at most max_bytes each, in order; no groups, no files.
 
-    A group that alone is larger has a file to itself.
+    A group that alone is larger has a file to itself. prefix: keeps the files of several writers in one folder apart
+    until `write_index` names them as HF does.
     """
     parts: list[list[int]] = [[]]
     filled = 0
@@ -65,23 +81,33 @@ def plan_files(groups: Sequence[Mapping[str, TensorInfo]], max_bytes: int) -> li
             filled = 0
         parts[-1].append(number)
         filled += size
-    names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
-    if len(parts) == 1:
-        names = [SINGLE_NAME]
     return [
-        PlannedFile(name, tuple(part), {key: info for number in part for key, info in groups[number].items()})
-        for name, part in zip(names, parts, strict=True)
+        PlannedFile(
+            f"{prefix}-{place:05d}.safetensors",
+            tuple(part),
+            {name: info for number in part for name, info in groups[number].items()},
+        )
+        for place, part in enumerate(parts)
+        if part
     ]
 
 
-def write_planned_index(folder: Path, files: Sequence[PlannedFile]) -> None:
-    """model.safetensors.index.json; none for a single file."""
+def write_index(folder: Path, file_of: Mapping[str, str], total_bytes: int) -> None:
+    """Give the files of a folder their final names, in the order of `file_of`, and write
+    model.safetensors.index.json; a single file is model.safetensors and has no index.
+
+    file_of: the file of each tensor; of several writers, those of one behind those of the other.
+    """
+    files = list(dict.fromkeys(file_of.values()))
+    final = {name: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, name in enumerate(files)}
     if len(files) == 1:
-        return
-    weight_map = {name: file.name for file in files for name in file.tensors}
-    total = sum(file.num_bytes for file in files)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        final = {files[0]: SINGLE_NAME}
+    for now, then in final.items():
+        (folder / now).rename(folder / then)
+    if len(files) > 1:
+        weight_map = {tensor: final[name] for tensor, name in sorted(file_of.items())}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 class ShardFile:
@@ -109,9 +135,9 @@ class ShardFile:
         import torch
 
         info = self._missing.pop(name)
-        assert tuple(tensor.shape) == info.shape and tensor.dtype == getattr(torch, FLOATS[info.dtype][0]), name
+        assert tuple(tensor.shape) == info.shape and tensor.dtype == torch_dtype(info.dtype), name
         self._file.seek(self._data + self._offset_of[name])
-        data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         for first in range(0, len(data), WRITE_BYTES):
             self._file.write(data[first : first + WRITE_BYTES])
 
@@ -124,3 +150,35 @@ class ShardFile:
     def abandon(self) -> None:
         """After a failure: let go of the file, unfinished as it is."""
         self._file.close()
+
+
+class ShardWriter:
+    """Writes planned files as their tensors come, in the order of the plan; memory holds no tensor longer than `add`.
+
+    Behind the last tensor every file is on the disk.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[PlannedFile]) -> None:
+        self._folder = folder
+        self._files = {name: file for file in files for name in file.tensors}
+        self._missing: set[str] = set()
+        self._open: ShardFile | None = None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, of any device and of the planned shape and dtype."""
+        file = self._files.pop(name)
+        if self._open is None:
+            self._open, self._missing = ShardFile(self._folder / file.name, file.tensors), set(file.tensors)
+        self._open.add(name, tensor.detach().cpu())
+        self._missing.remove(name)
+        if not self._missing:
+            self._open.close()
+            self._open = None
+
+    def close(self) -> None:
+        assert not self._files, f"never written: {sorted(self._files)[:5]}"
+
+    def abandon(self) -> None:
+        """After a failure: let go of the file that is open, unfinished as it is."""
+        if self._open is not None:
+            self._open.abandon()

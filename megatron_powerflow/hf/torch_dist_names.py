@@ -20,10 +20,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.operations import Op, ShardShape
 from megatron_powerflow.hf.shapes import placed_ops
-from megatron_powerflow.records import Architecture
 
 # A norm's own name -> the name it has where it is fused with the linear layer behind it.
 FUSED_NORMS = {
@@ -72,7 +72,8 @@ def stored_parameters(architecture: Architecture, family: Family) -> Iterator[St
     kinds = {frozenset(names) for layer, names in names_of.items() if layer is not None}
     for op, layer, expert in parameters:
         if layer is None:
-            places = written = (Place(op.megatron),)
+            places: tuple[Place, ...] = (Place(op.megatron),)
+            written = places
         else:
             names = _names_in_checkpoint(op, names_of[layer])
             stacked = tuple(_place(name, layer, expert, architecture, stacked=True) for name in names)
@@ -90,8 +91,10 @@ def _names_in_checkpoint(op: Op, names_of_layer: set[str]) -> tuple[str, ...]:
 
 
 def _place(name: str, layer: int, expert: int | None, architecture: Architecture, *, stacked: bool) -> Place:
-    index = ((layer,) if stacked else ()) + (() if expert is None else (expert,))
-    lead = ((architecture.num_layers,) if stacked else ()) + (() if expert is None else (architecture.experts.num,))
+    index, lead = ((layer,), (architecture.num_layers,)) if stacked else ((), ())
+    if expert is not None:
+        assert architecture.experts is not None, name
+        index, lead = (*index, expert), (*lead, architecture.experts.num)
     return Place(f"decoder.layers.{name}" if stacked else f"decoder.layers.{layer}.{name}", index, lead)
 
 

@@ -159,7 +159,7 @@ def _download(item: Wanted, name: HubName, patterns: Sequence[str]) -> Path:
             repo_type=name.kind,
             revision=name.revision,
             allow_patterns=list(patterns),
-            ignore_patterns=FOLDERS if name.kind == "model" else None,
+            ignore_patterns=list(FOLDERS) if name.kind == "model" else None,
         )
     except failures() as error:
         raise UserError(
@@ -203,11 +203,13 @@ def _cached(name: HubName, needed: Sequence[str]) -> Path | None:
     """The snapshot folder in the cache that holds these files."""
     from huggingface_hub import try_to_load_from_cache
 
+    folder = None
     for file in needed:
         found = try_to_load_from_cache(name.repository, file, revision=name.revision, repo_type=name.kind)
         if not isinstance(found, str):
             return None
-    return Path(found).parents[file.count("/")]
+        folder = Path(found).parents[file.count("/")]
+    return folder
 
 
 def _offline() -> bool:

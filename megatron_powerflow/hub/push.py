@@ -104,7 +104,7 @@ def _judge(repository: str, private: bool, made_by: str) -> Push:
     return Push(repository, private, info.sha, True, tuple(listed))
 
 
-def _mark(repository: str, revision: str, name: str) -> Mapping[str, Any]:
+def _mark(repository: str, revision: str | None, name: str) -> Mapping[str, Any]:
     from huggingface_hub import hf_hub_download
 
     with tempfile.TemporaryDirectory() as folder:

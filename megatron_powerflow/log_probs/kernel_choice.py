@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import megatron_powerflow.log_probs.plain as plain
+from megatron_powerflow.log_probs.tiles import Arithmetic
 from megatron_powerflow.log_probs.token_log_probs import TokenStatistics, token_log_probs, token_statistics
 
 JUDGED_TOKENS = 256
@@ -24,7 +24,7 @@ JUDGED_COLUMNS = 4096  # of the gradient
 TOLERANCE = 1e-4  # fp32 sums in another order, relative
 
 
-def triton_where_it_runs(hidden: Tensor) -> ModuleType | None:
+def triton_where_it_runs(hidden: Tensor) -> Arithmetic | None:
     """The Triton arithmetic if hidden is on CUDA and of a dtype that it knows; a RuntimeWarning where triton lacks."""
     if hidden.device.type != "cuda":
         return None
@@ -42,9 +42,9 @@ class LogProbKernel:
     candidate: hidden -> the arithmetic to be tried, the same on every rank of tp_group, or None for the plain one.
     """
 
-    def __init__(self, candidate: Callable[[Tensor], ModuleType | None] = triton_where_it_runs) -> None:
+    def __init__(self, candidate: Callable[[Tensor], Arithmetic | None] = triton_where_it_runs) -> None:
         self._candidate = candidate
-        self._settled: ModuleType | None = None
+        self._settled: Arithmetic | None = None
 
     def log_probs(self, hidden: Tensor, output_weight: Tensor, targets: Tensor, **arguments) -> Tensor:
         """As `token_log_probs`."""
@@ -56,7 +56,7 @@ class LogProbKernel:
         arithmetic = self._arithmetic(hidden, output_weight, targets, **arguments)
         return token_statistics(hidden, output_weight, targets, arithmetic=arithmetic, **arguments)
 
-    def _arithmetic(self, hidden, weight, targets, *, tp_group, vocab_size, temperature, softcap=None) -> ModuleType:
+    def _arithmetic(self, hidden, weight, targets, *, tp_group, vocab_size, temperature, softcap=None) -> Arithmetic:
         if self._settled is None and len(targets):
             candidate = self._candidate(hidden)
             if candidate is not None:
@@ -68,7 +68,7 @@ class LogProbKernel:
         return self._settled or plain
 
 
-def _proven(candidate, hidden, weight, columns, temperature, softcap, tp_group) -> bool:
+def _proven(candidate: Arithmetic, hidden, weight, columns, temperature, softcap, tp_group) -> bool:
     """Whether the candidate works and agrees with the plain arithmetic on every rank of tp_group; if not, says so."""
     failure = ""
     try:
@@ -90,7 +90,7 @@ def _proven(candidate, hidden, weight, columns, temperature, softcap, tp_group) 
 
 @torch.no_grad()
 def disagreement(
-    candidate: ModuleType,
+    candidate: Arithmetic,
     hidden: Tensor,
     weight: Tensor,
     columns: Tensor,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_powerflow.log_probs.tiles import from_another_maximum, slices, tile_shape
 
-FAILURES = ()
+FAILURES: tuple[type[Exception], ...] = ()
 
 
 def shard_sums(
@@ -81,7 +81,9 @@ def grad_logits(
     log_p = logits.sub_(log_normaliser[:, None])
     if grad_entropy is None:
         slope = -grad[:, None]  # d log p(target) / d logit_v = [v == target] - p(v)
-    else:  # d entropy / d logit_v = -p(v) (log p(v) + entropy)
+    else:
+        assert entropy is not None, "it comes with grad_entropy"
+        # d entropy / d logit_v = -p(v) (log p(v) + entropy)
         slope = (log_p + entropy[:, None]).mul_(-grad_entropy[:, None]).sub_(grad[:, None])
     gradient = log_p.exp_().mul_(slope)
     here, place = _here(columns, weight.shape[0])

@@ -4,8 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
 from torch import Tensor
+
+
+class Arithmetic(Protocol):
+    """A module with these functions, which `plain.py` describes."""
+
+    @property
+    def __name__(self) -> str: ...
+
+    @property
+    def FAILURES(self) -> tuple[type[Exception], ...]: ...
+
+    def shard_sums(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        columns: Tensor,
+        temperature: float,
+        everything: bool,
+        max_logits: int,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def grad_logits(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        temperature: float,
+        columns: Tensor,
+        log_normaliser: Tensor,
+        grad: Tensor,
+        grad_entropy: Tensor | None = None,
+        entropy: Tensor | None = None,
+        *,
+        softcap: float | None = None,
+    ) -> Tensor: ...
 
 
 def tile_shape(num_tokens: int, max_logits: int) -> tuple[int, int]:
@@ -19,7 +55,7 @@ def slices(total: int, size: int) -> Iterator[slice]:
 
 
 def from_another_maximum(sums: Tensor, shift: Tensor) -> Tensor:
-    """Sums [2 or 4, ...] as in `token_log_probs_plain.shard_sums`, taken from a maximum higher by -shift. New.
+    """Sums [2 or 4, ...] as in `plain.shard_sums`, taken from a maximum higher by -shift. New.
 
     sum of m (l - max), m = exp(l - max), becomes exp(shift) (sum of m (l - max) + shift sum of m).
     """

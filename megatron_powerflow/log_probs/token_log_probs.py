@@ -12,14 +12,13 @@ built in tiles of at most `max_logits`, reduced to a few numbers per token, and 
 The outer loop of the backward pass is over the vocabulary, so a row of grad_W is finished before the next block
 begins: in bf16 only a block of it is ever held in fp32. What grows with the vocabulary is grad_W itself.
 
-Left out: how a tile is computed (`token_log_probs_plain.py`, `token_log_probs_triton.py`), who chooses between them
-(`log_prob_kernel.py`), adding grad_W into Megatron's main_grad (with tied weights the embedding adds to the same
+Left out: how a tile is computed (`plain.py`, `triton.py`), who chooses between them
+(`kernel_choice.py`), adding grad_W into Megatron's main_grad (with tied weights the embedding adds to the same
 buffer, through autograd). Imports nothing of ours; the process group is an argument.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import megatron_powerflow.log_probs.plain as plain
-from megatron_powerflow.log_probs.tiles import from_another_maximum, slices, tile_shape
+from megatron_powerflow.log_probs.tiles import Arithmetic, from_another_maximum, slices, tile_shape
 
 # Logits in a tile: 4 MiB in fp32 on a CPU (its cache), 128 MiB elsewhere (few, large launches)
 MAX_LOGITS_CPU = 2**20
@@ -55,7 +54,7 @@ def token_log_probs(
     temperature: float,
     softcap: float | None = None,
     max_logits: int | None = None,
-    arithmetic: ModuleType = plain,
+    arithmetic: Arithmetic = plain,
 ) -> Tensor:
     """log softmax(hidden @ W^T / temperature)[target], the softmax over the real vocabulary.
 
@@ -85,7 +84,7 @@ def token_statistics(
     temperature: float,
     softcap: float | None = None,
     max_logits: int | None = None,
-    arithmetic: ModuleType = plain,
+    arithmetic: Arithmetic = plain,
 ) -> TokenStatistics:
     """`token_log_probs` and, of the same distributions, entropy (with gradient) and certainty (without)."""
     arguments = (tp_group, vocab_size, temperature, softcap, max_logits, arithmetic)
@@ -136,17 +135,17 @@ class _TokenStatistics(torch.autograd.Function):
         for block in slices(num_real, num_columns):
             block_weight = weight[block]
             # a view where the weight is fp32 or wider; else fp32, so that many tokens are added and rounded once
-            sums = grad_weight[block].to(log_normaliser.dtype) if wants_weight else None
+            sums = None if grad_weight is None else grad_weight[block].to(log_normaliser.dtype)
             for rows in slices(hidden.shape[0], num_rows):
                 per_token = (values[rows] for values in (columns - block.start, log_normaliser, *upstream))
                 tile = arithmetic.grad_logits(hidden[rows], block_weight, temperature, *per_token, softcap=softcap)
-                if wants_hidden:
+                if grad_hidden is not None:
                     _add_product(grad_hidden[rows], tile, block_weight)
-                if wants_weight:
+                if sums is not None:
                     _add_product(sums, tile.t(), hidden[rows])
-            if wants_weight and sums.dtype != weight.dtype:
+            if grad_weight is not None and sums is not None and sums.dtype != weight.dtype:
                 grad_weight[block] = sums
-        if wants_hidden:
+        if grad_hidden is not None:
             if dist.get_world_size(tp_group) > 1:
                 dist.all_reduce(grad_hidden, group=tp_group)
             grad_hidden = grad_hidden.to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""The arithmetic of `token_log_probs_plain.py` in Triton, for CUDA: no tile of fp32 logits in memory.
+"""The arithmetic of `plain.py` in Triton, for CUDA: no tile of fp32 logits in memory.
 
     shard_sums    one program = BLOCK_TOKENS tokens x one part of the vocabulary: hidden W^T block by block in
                   registers, running max and sums; the parts are joined in torch. Nothing of size [tokens, vocabulary].
@@ -8,7 +8,7 @@
 Products of bf16, fp16 or fp32 are added up in fp32 (fp32 in full precision, no TF32), and the logits are never rounded
 to bf16, unlike the plain arithmetic's, so in bf16 the two differ by the rounding of the plain one.
 
-Importable only where triton is; `log_prob_kernel.py` chooses it, and judges it by the plain arithmetic on its first
+Importable only where triton is; `kernel_choice.py` chooses it, and judges it by the plain arithmetic on its first
 batch. Run on an H100 with triton 3.6; without a GPU, triton 3.2 to 3.9 (capped logits: 3.6): values and gradients in
 fp32 and fp16 in Triton's interpreter (TRITON_INTERPRET=1; it cannot multiply bf16), and that the kernels compile for
 sm_80, sm_90 and sm_100 in bf16 and fp32, with about 72 KiB of shared memory. Block sizes are chosen by that, not by
@@ -26,7 +26,11 @@ from torch import Tensor
 
 from megatron_powerflow.log_probs.tiles import from_another_maximum
 
-FAILURES = (triton.CompilationError, triton.OutOfResources, RuntimeError)  # the last: a pass of its compiler
+FAILURES: tuple[type[Exception], ...] = (
+    triton.CompilationError,
+    triton.OutOfResources,
+    RuntimeError,  # a pass of its compiler
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_TOKENS = 64
 BLOCK_COLUMNS = 128
@@ -44,7 +48,7 @@ def shard_sums(
     max_logits: int,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `token_log_probs_plain.shard_sums`. max_logits is not needed: logits stay in registers."""
+    """As `plain.shard_sums`. max_logits is not needed: logits stay in registers."""
     num_tokens, num_columns = hidden.shape[0], weight.shape[0]
     token_blocks, column_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS), triton.cdiv(num_columns, BLOCK_COLUMNS)
     if token_blocks * column_blocks == 0:
@@ -87,12 +91,14 @@ def grad_logits(
     *,
     softcap: float | None = None,
 ) -> Tensor:
-    """As `token_log_probs_plain.grad_logits`."""
+    """As `plain.grad_logits`."""
     gradient = hidden.new_empty(hidden.shape[0], weight.shape[0])
     hidden, weight = hidden.contiguous(), weight.contiguous()
-    per_token = [columns, log_normaliser, grad]
-    # without entropy its two arguments are never read
-    per_token += [grad, grad] if grad_entropy is None else [grad_entropy, entropy]
+    of_entropy = (grad, grad)  # never read
+    if grad_entropy is not None:
+        assert entropy is not None, "it comes with grad_entropy"
+        of_entropy = (grad_entropy, entropy)
+    per_token = (columns, log_normaliser, grad, *of_entropy)
     grid = (triton.cdiv(hidden.shape[0], BLOCK_TOKENS), triton.cdiv(weight.shape[0], BLOCK_COLUMNS))
     _grad_logits[grid](
         hidden,

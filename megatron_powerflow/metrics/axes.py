@@ -1,6 +1,6 @@
 """What does an axis of steps or of shares look like? The same in every picture.
 
-Left out: colours and sizes (`plot_style.py`); what is drawn.
+Left out: colours and sizes (`report/plot_style.py`); what is drawn.
 """
 
 from __future__ import annotations

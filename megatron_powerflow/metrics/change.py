@@ -3,7 +3,7 @@
 Each prompt is its own comparison: the error of a mean difference is that of the differences over prompts, in which what
 is common to both, an easy prompt or a long one, has gone.
 
-Left out: printing (`change_table`), the picture (`change_picture.py`).
+Left out: printing (`change_table`), the picture (`report/change_picture.py`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ class Change:
     @property
     def difference(self) -> float:
         """Mean over prompts of after - before."""
-        return mean(self.differences)
+        found = mean(self.differences)
+        assert found is not None, "at least two prompts"
+        return found
 
     @property
     def error(self) -> float:
         """Standard error of `difference`, over prompts."""
-        return standard_error(self.differences)
+        found = standard_error(self.differences)
+        assert found is not None, "at least two prompts"
+        return found
 
     @property
     def differences(self) -> list[float]:

@@ -62,9 +62,10 @@ def summarize(questions: Sequence[QuestionCounts]) -> dict:
     per response token, as sampled.
     """
     assert questions, "a summary needs at least one question"
-    graded = [question for question in questions if question.correct is not None]
-    means = [sum(question.correct) / question.num_responses for question in graded]
-    pass_at = {k: [_pass_of(question, k) for question in graded] for k in _ks(graded)}
+    graded = [(question.clusters, question.correct) for question in questions if question.correct is not None]
+    means = [sum(correct) / len(correct) for _, correct in graded]
+    ks = _ks([len(correct) for _, correct in graded])
+    pass_at = {k: [pass_at_k(len(correct), sum(correct), k) for _, correct in graded] for k in ks}
     num_responses = sum(question.num_responses for question in questions)
     num_tokens = sum(sum(question.num_response_tokens) for question in questions)
     return {
@@ -74,7 +75,7 @@ def summarize(questions: Sequence[QuestionCounts]) -> dict:
         "avg_se": standard_error(means),
         "pass_at": {str(k): mean(values) for k, values in pass_at.items()},
         "pass_at_se": {str(k): standard_error(values) for k, values in pass_at.items()},
-        "maj": mean([majority_correctness(question.clusters, question.correct) for question in graded]),
+        "maj": mean([majority_correctness(clusters, correct) for clusters, correct in graded]),
         "response_length_mean": num_tokens / num_responses,
         "truncated_fraction": sum(sum(question.truncated) for question in questions) / num_responses,
         "boxed_rate": sum(c is not None for question in questions for c in question.clusters) / num_responses,
@@ -125,11 +126,7 @@ def standard_error(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((x - center) ** 2 for x in values) / (len(values) - 1) / len(values))
 
 
-def _ks(questions: Sequence[QuestionCounts]) -> list[int]:
+def _ks(num_responses: Sequence[int]) -> list[int]:
     """1, 2, 4, ... up to the number of responses that every question has."""
-    fewest = min((question.num_responses for question in questions), default=0)
+    fewest = min(num_responses, default=0)
     return [1 << power for power in range(fewest.bit_length()) if 1 << power <= fewest]
-
-
-def _pass_of(question: QuestionCounts, k: int) -> float:
-    return pass_at_k(question.num_responses, sum(question.correct), k)

@@ -52,7 +52,7 @@ def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
         kept["prompt"] = kept["rollout_index"] // target.responses_per_prompt
         values |= _objective_metrics(kept, target)
         values |= _realised_metrics(kept, target)
-        values |= _power_metrics(kept, target) if target.alpha is not None else {}
+        values |= _power_metrics(kept, target.alpha) if target.alpha is not None else {}
         values |= _trap_metrics(every, target) if target.has_tilt else {}
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
 
@@ -126,11 +126,11 @@ def _objective_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str,
     }
 
 
-def _power_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:
+def _power_metrics(kept: dict[str, np.ndarray], alpha: float) -> dict[str, float]:
     """How the policy stands to p_base^alpha."""
     self_reward = kept["ref_sequence_log_prob"] / kept["num_response_tokens"]
     judged = np.isfinite(kept["correct"])
-    values = {"alpha": target.alpha, "inversion_rate": _inversion_rate(kept, target.alpha)}
+    values = {"alpha": alpha, "inversion_rate": _inversion_rate(kept, alpha)}
     if judged.any():
         values["self_reward_covariance"] = _covariance_within(
             self_reward[judged], kept["correct"][judged], kept["prompt"][judged]
@@ -150,6 +150,7 @@ def _realised_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, 
 
 def _trap_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, float]:
     """Whether the target rewards the loops among the rollouts: see `trap.py`."""
+    assert target.alpha is not None, "the tilt is one of p_base^alpha"
     return trap_metrics(
         every,
         every["old_sequence_log_prob"],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.whole_files import write_file
 
 SAMPLES_NAME = "samples.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
@@ -36,6 +37,4 @@ def write_step_log(path: Path, step: int, lines: Sequence[dict[str, Any]]) -> No
     """Add the lines made before `step`; those of this step and later, from a lost try, are replaced."""
     kept = [line for line in read_step_log(path) if line["step"] < step]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*kept, *lines])
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_file(path, text)

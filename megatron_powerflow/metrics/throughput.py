@@ -14,7 +14,7 @@ import torch
 
 
 class PhaseClock:
-    """`with clock("rollout"): ...` adds to that phase; `seconds` gives them and starts anew."""
+    """`with clock("rollout"): ...` adds to that phase; `take` gives the seconds of all phases and starts anew."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}

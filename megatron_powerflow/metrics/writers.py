@@ -7,10 +7,9 @@ that a resumed run's file is the unbroken run's.
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -19,6 +18,7 @@ from megatron_powerflow.config import MetricsSection
 from megatron_powerflow.console import QUIET_SECONDS, Heartbeat, duration
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import StepMetrics
+from megatron_powerflow.whole_files import write_file
 
 FILE_NAME = "metrics.jsonl"
 
@@ -29,9 +29,7 @@ class JsonlWriter:
     def __init__(self, folder: Path, *, first_step: int) -> None:
         path = folder / FILE_NAME
         kept = [line for line in read_metrics(folder) if line["step"] < first_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
@@ -85,10 +83,11 @@ class WandbWriter:
         self.run.finish()
 
 
-def _wandb_mode(section: MetricsSection) -> str | None:
+def _wandb_mode(section: MetricsSection) -> Literal["online", "offline"] | None:
     """None leaves it to wandb's own settings (WANDB_MODE), which is right where a key is configured."""
     import wandb
 
+    assert section.wandb != "off", "then nobody writes to wandb"
     if section.wandb != "auto":
         return section.wandb
     try:

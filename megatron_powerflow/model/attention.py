@@ -18,6 +18,7 @@ scores, and a cache that forgets what has left the window.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
-from megatron_powerflow.model.kv_cache import KVCache
+from megatron_powerflow.model.kv_cache import KVCache, Segment
 from megatron_powerflow.model.rotary import rotate
 from megatron_powerflow.model.stream import Pieces
 from megatron_powerflow.parallel.collectives import gather_over
@@ -82,12 +83,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     -> [b, h, s, d]."""
     k, v = _spread_groups(k, q.shape[1]), _spread_groups(v, q.shape[1])
     num_queries, num_keys = q.shape[2], k.shape[2]
-    windowed = rule.window is not None and rule.window < num_keys
-    if num_queries == num_keys and not windowed and rule.softcap is None:
+    window = rule.window if rule.window is not None and rule.window < num_keys else None  # None: it hides nothing
+    if num_queries == num_keys and window is None and rule.softcap is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scale)
     seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
-    if windowed:
-        seen = seen.triu(num_keys - num_queries - rule.window + 1)
+    if window is not None:
+        seen = seen.triu(num_keys - num_queries - window + 1)
     return masked_attention(q, k, v, seen, rule)
 
 
@@ -107,6 +108,7 @@ def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, 
     """query [t / cp, b, h, d], key and value [t / cp, b, g, d] of this rank -> [t / cp, b, h * d].
     Collective over cp."""
     if stream.key_group is not None:
+        assert stream.key_order is not None, "it comes with the group"
         both = gather_over(torch.cat([key, value], dim=-1), stream.key_order, stream.key_group)
         key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -130,7 +132,8 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, 
         both = rotate(torch.cat((query, key), dim=2), *cache.rotation)
         query, key = both.split((query.shape[2], key.shape[2]), dim=2)
     if cache.segments is not None:
-        return _prefill(query, key, value, cache, layer, rule)
+        return _prefill(query, key, value, cache.layers[layer], cache.segments, rule)
+    assert cache.places is not None, "a pass of `KVCache.decoding`"
     num_rows, num_groups = cache.num_rows, key.shape[2]
     for stored, new in zip(cache.layers[layer], (key, value), strict=True):
         stored.view(-1, new.shape[3]).index_copy_(0, cache.places, new[:num_rows].reshape(-1, new.shape[3]))
@@ -142,11 +145,18 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, 
     return out if padding == 0 else F.pad(out, (0, 0, 0, 0, 0, padding))
 
 
-def _prefill(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, rule: Rule) -> Tensor:
+def _prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stored: tuple[Tensor, Tensor],
+    segments: Sequence[Segment],
+    rule: Rule,
+) -> Tensor:
     """Each prompt by itself; its keys and values go to every row of its group."""
-    keys, values = cache.layers[layer]
+    keys, values = stored
     out = value.new_zeros(*query.shape[:3], value.shape[3])
-    for rows, start, stop in cache.segments:
+    for rows, start, stop in segments:
         # [len, 1, g, d] -> [1, g, len, d]
         q, k, v = (tensor[start:stop].permute(1, 2, 0, 3) for tensor in (query, key, value))
         keys[rows, :, : stop - start], values[rows, :, : stop - start] = k, v

@@ -31,6 +31,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.config import ModelSection, PrecisionSection
 from megatron_powerflow.model.attention import SdpaCoreAttention
 from megatron_powerflow.model.latent_attention import LatentAttention
@@ -43,7 +44,6 @@ from megatron_powerflow.model.precision import (
     use_transformer_engine,
 )
 from megatron_powerflow.parallel.layout import Layout, padded_vocab_size
-from megatron_powerflow.records import Architecture
 
 # Architecture.activation -> of the gate's half of linear_fc1
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -53,11 +53,11 @@ def transformer_config(
     architecture: Architecture, layout: Layout, model: ModelSection, precision: PrecisionSection
 ) -> TransformerConfig:
     """Megatron's own config of this model under this layout. No dropout anywhere: log-probs are functions."""
-    recompute = {
+    recomputes: dict[str, dict[str, str | int]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[model.recompute]
+    }
     fused = torch.cuda.is_available() and use_transformer_engine(precision)
     window = architecture.sliding_window
     dense_ffn_hidden_size = architecture.experts.dense_ffn_hidden_size if architecture.experts else None
@@ -81,19 +81,7 @@ def transformer_config(
         window_attn_skip_freq=architecture.windowed_layers and [int(here) for here in architecture.windowed_layers],
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        sequence_parallel=layout.sequence_parallel,
-        # micro-batches have lengths of their own and stages tell each other the shapes
-        variable_seq_lengths=layout.pp > 1 and layout.vpp is None,
-        # Interleaving: with two stages the previous stage is the next one, and messages of a batch (activations,
-        # gradients, shapes) are matched by their order, wrongly. Overlapped sends keep the directions apart; shapes
-        # have no such path, so there all micro-batches are padded alike (`pack`).
-        overlap_p2p_comm=layout.vpp is not None,
-        batch_p2p_comm=layout.vpp is None,
+        **_layout_fields(layout),
         moe_token_dispatcher_type="alltoall",  # read even without experts, and the default refuses variable lengths
         **_expert_fields(architecture, precision),
         **_latent_fields(architecture),
@@ -106,7 +94,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # would need Apex, and bypasses DDP's own accumulation
         apply_rope_fusion=False,
-        **recompute,
+        **recomputes[model.recompute],
         **transformer_config_fields(precision),
     )
     if architecture.rope.attention_factor != 1.0:
@@ -115,6 +103,25 @@ def transformer_config(
         config.yarn_rotary_scaling_factor = math.e
         config.yarn_mscale, config.yarn_mscale_all_dim = 10.0 * (architecture.rope.attention_factor - 1.0), 0.0
     return config
+
+
+def _layout_fields(layout: Layout) -> dict:
+    """Megatron's words for who holds what, and how stages talk."""
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "sequence_parallel": layout.sequence_parallel,
+        # micro-batches have lengths of their own and stages tell each other the shapes
+        "variable_seq_lengths": layout.pp > 1 and layout.vpp is None,
+        # Interleaving: with two stages the previous stage is the next one, and messages of a batch (activations,
+        # gradients, shapes) are matched by their order, wrongly. Overlapped sends keep the directions apart; shapes
+        # have no such path, so there all micro-batches are padded alike (`pack`).
+        "overlap_p2p_comm": layout.vpp is not None,
+        "batch_p2p_comm": layout.vpp is None,
+    }
 
 
 def _expert_fields(architecture: Architecture, precision: PrecisionSection) -> dict:

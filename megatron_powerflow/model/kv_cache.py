@@ -12,14 +12,29 @@ for all its responses.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 GROWTH = 128  # positions added at a time
+
+
+class DecodingChunk(Protocol):
+    """A model chunk that can be told to attend through a cache."""
+
+    def set_decoding(self, positions: Tensor | None, cache: KVCache | None) -> None: ...
+
+
+class Segment(NamedTuple):
+    """A prompt: the rows that it goes to, and where its tokens start and stop among those of the pass."""
+
+    rows: Tensor
+    start: int
+    stop: int
 
 
 class KVCache:
@@ -40,9 +55,7 @@ class KVCache:
         # of the forward pass under way:
         # cosines and sines of the coming tokens, see rotary.py; None: they come rotated
         self.rotation: tuple[Tensor, Tensor] | None = None
-        self.segments: list[tuple[Tensor, int, int]] | None = (
-            None  # prefill: a prompt's rows, its tokens' start and stop
-        )
+        self.segments: list[Segment] | None = None  # prefill: the prompts; None: decode
         self.max_length = 0  # decode: positions that any row attends to
         self.places: Tensor | None = None  # decode: [rows * groups] where the new keys go, the first three axes as one
         self._ages: Tensor | None = None  # decode: [rows, max_length] positions since each key, the token's own 0
@@ -53,7 +66,9 @@ class KVCache:
         return len(self.lengths)
 
     @contextlib.contextmanager
-    def prefilling(self, chunk: nn.Module, prompt_lengths: Sequence[int], rows: np.ndarray, padding: int):
+    def prefilling(
+        self, chunk: DecodingChunk, prompt_lengths: Sequence[int], rows: np.ndarray, padding: int
+    ) -> Iterator[None]:
         """One forward pass over whole prompts, one behind the other.
 
         rows: [prompts, responses] each prompt's rows, which forget what they hold. padding: tokens behind the prompts,
@@ -62,13 +77,13 @@ class KVCache:
         self._reserve(max(prompt_lengths))
         bounds = pairwise(np.cumsum([0, *prompt_lengths]).tolist())
         places = torch.from_numpy(rows).to(self._device)
-        self.segments = [(places[i], *bound) for i, bound in enumerate(bounds)]
+        self.segments = [Segment(places[i], *bound) for i, bound in enumerate(bounds)]
         with self._attached(chunk, np.concatenate([np.arange(length) for length in prompt_lengths]), padding):
             yield
         self.lengths[rows] = np.array(prompt_lengths)[:, None]
 
     @contextlib.contextmanager
-    def decoding(self, chunk: nn.Module, alive: np.ndarray, padding: int) -> Iterator[None]:
+    def decoding(self, chunk: DecodingChunk, alive: np.ndarray, padding: int) -> Iterator[None]:
         """One forward pass with one token for each row. alive: [rows] bool; other rows are computed and stay as they
         are. padding: tokens behind those, stored nowhere."""
         positions = np.where(alive, self.lengths, 0)
@@ -98,6 +113,7 @@ class KVCache:
         """decode: [rows, 1, 1, max_length] of self.dtype, 0 where attended to, else -inf. window: keys that a token
         sees, its own included; None: all before it. Made once a pass for all layers."""
         if window not in self._masks:
+            assert self._ages is not None, "only in a pass of `decoding`"
             hidden = self._ages < 0
             if window is not None:
                 hidden |= self._ages >= window
@@ -106,7 +122,7 @@ class KVCache:
         return self._masks[window]
 
     @contextlib.contextmanager
-    def _attached(self, chunk: nn.Module, positions: np.ndarray, padding: int) -> Iterator[None]:
+    def _attached(self, chunk: DecodingChunk, positions: np.ndarray, padding: int) -> Iterator[None]:
         chunk.set_decoding(torch.from_numpy(np.pad(positions, (0, padding))).to(self._device), self)
         try:
             yield
@@ -115,17 +131,13 @@ class KVCache:
 
     def add_rows(self, count: int) -> None:
         """Empty rows behind the others."""
-        for place, stored in enumerate(self.layers):
-            self.layers[place] = tuple(
-                torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]) for tensor in stored
-            )
+        self._replace(lambda tensor: torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]))
         self.lengths = np.pad(self.lengths, (0, count))
 
     def select(self, rows: np.ndarray) -> None:
         """Keep these rows only, in this order."""
         places = torch.from_numpy(rows).to(self._device)
-        for place, stored in enumerate(self.layers):
-            self.layers[place] = tuple(tensor.index_select(0, places) for tensor in stored)
+        self._replace(lambda tensor: tensor.index_select(0, places))
         self.lengths = self.lengths[rows]
 
     def _reserve(self, length: int) -> None:
@@ -133,8 +145,11 @@ class KVCache:
         if length <= capacity:
             return
         extra = min(-(-length // GROWTH) * GROWTH, self._limit) - capacity
-        for place, stored in enumerate(self.layers):
-            self.layers[place] = tuple(
-                torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], extra, tensor.shape[3])], dim=2)
-                for tensor in stored
-            )
+        self._replace(
+            lambda tensor: torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], extra, tensor.shape[3])], dim=2)
+        )
+
+    def _replace(self, made_of: Callable[[Tensor], Tensor]) -> None:
+        """Keys and values by what is made of them, one layer after the other."""
+        for place, (keys, values) in enumerate(self.layers):
+            self.layers[place] = made_of(keys), made_of(values)

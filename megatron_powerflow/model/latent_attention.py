@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
-from megatron_powerflow.model.rotary import PositionedRotaryEmbedding
+from megatron_powerflow.model.norm import SEQUENCE_PARALLEL
+from megatron_powerflow.model.rotary import LatentRotaryEmbedding
 
 
 class ReplicatedLinear(nn.Module):
@@ -31,7 +32,7 @@ class ReplicatedLinear(nn.Module):
     def __init__(self, config, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, SEQUENCE_PARALLEL, config.sequence_parallel)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return F.linear(x, self.weight), None
@@ -40,7 +41,7 @@ class ReplicatedLinear(nn.Module):
 class LatentAttention(MLASelfAttention):
     """Built by Megatron's layer; `rotary_pos_emb` is set by the model, one for all its layers."""
 
-    rotary_pos_emb: PositionedRotaryEmbedding
+    rotary_pos_emb: LatentRotaryEmbedding
 
     def __init__(self, config, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)

@@ -42,6 +42,9 @@ class LogZHead(nn.Module):
     one number for all prompts. rate: share of the mean residual that `step` takes out, 0 <= rate < 1.
     """
 
+    state_centre: Tensor
+    feature_centre: Tensor
+
     def __init__(self, hidden_size: int, *, kind: Literal["mlp", "scalar"], detach: bool, seed: int) -> None:
         super().__init__()
         self.detach = detach
@@ -96,9 +99,11 @@ class LogZHead(nn.Module):
         if mean_weight <= 0:
             return
         share = self.rate / (2.0 * mean_weight)
-        self.bias -= share * self.bias.grad
+        assert self.bias.grad is not None
+        self.bias.sub_(share * self.bias.grad)
         if self.kind == "mlp":
-            self.weight -= share / NUM_FEATURES * self.weight.grad
+            assert self.weight.grad is not None
+            self.weight.sub_(share / NUM_FEATURES * self.weight.grad)
 
     def _hidden(self, prompt_pool: Tensor) -> Tensor:
         return _normalised(self.body(_deviation(_normalised(prompt_pool), self.state_centre)))

@@ -15,6 +15,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
+# Megatron's mark of a parameter whose gradients it sums over tensor-parallel ranks
+SEQUENCE_PARALLEL = "sequence_parallel"
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight; the mean in fp32, the result in x's dtype. With
@@ -27,7 +30,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.zero_centered = eps, config.layernorm_zero_centered_gamma
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, SEQUENCE_PARALLEL, config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         scaled = x.float()

@@ -14,11 +14,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.model.attention import SdpaCoreAttention
 from megatron_powerflow.model.kv_cache import KVCache
 from megatron_powerflow.model.rotary import LatentRotaryEmbedding, PositionedRotaryEmbedding
 from megatron_powerflow.model.stream import pieces_of, thd_of
-from megatron_powerflow.records import Architecture, Stream
+from megatron_powerflow.records import Stream
 
 
 class PolicyModel(GPTModel):
@@ -83,11 +84,13 @@ class PolicyModel(GPTModel):
 
     def set_decoding(self, positions: Tensor | None, cache: KVCache | None) -> None:
         """Attach a KV cache and the positions of the coming tokens [t]; (None, None) detaches."""
-        if self.config.multi_latent_attention:
-            self.rotary_pos_emb.positions = positions
+        rotary = self.rotary_pos_emb
+        if isinstance(rotary, PositionedRotaryEmbedding):
+            rotary.decoding = cache is not None
+            if cache is not None:
+                assert positions is not None
+                cache.rotation = rotary.rotation(positions, cache.dtype)
         else:
-            self.rotary_pos_emb.decoding = cache is not None
-        if cache is not None and self.rotary_pos_emb.decoding:
-            cache.rotation = self.rotary_pos_emb.rotation(positions, cache.dtype)
+            rotary.positions = positions
         for place, layer in enumerate(self.decoder.layers):
             layer.self_attention.core_attention.kv_cache = (cache, place) if cache is not None else None

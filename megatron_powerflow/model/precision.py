@@ -1,4 +1,4 @@
-"""Which numbers does the model compute with: fp32, bf16 or FP8? The only importer of Transformer Engine.
+"""Which numbers does the model compute with: fp32, bf16 or FP8? And where is Transformer Engine used?
 
 FP8 is Megatron's and Transformer Engine's own: a recipe name is mapped onto TransformerConfig fields, and the
 layer spec is Transformer Engine's. Only stateless recipes (tensorwise = current scaling, blockwise, mxfp8): they keep
@@ -11,9 +11,9 @@ import importlib.util
 
 import torch
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.config import PrecisionSection
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.records import Architecture
 
 # precision.fp8_recipe -> megatron.core.enums.Fp8Recipe value, and the compute capability it needs
 FP8_RECIPES = {
@@ -21,6 +21,12 @@ FP8_RECIPES = {
     "blockwise": ("blockwise", (9, 0)),
     "mxfp8": ("mxfp8", (10, 0)),
 }
+
+
+def _recipe(precision: PrecisionSection) -> str:
+    """Of FP8, with which `config_rules.py` leaves none unsaid."""
+    assert precision.fp8_recipe is not None, precision.dtype
+    return precision.fp8_recipe
 
 
 def params_dtype(precision: PrecisionSection) -> torch.dtype:
@@ -58,7 +64,7 @@ def fp8_violations(precision: PrecisionSection) -> list[str]:
             "precision.dtype=fp8 needs Transformer Engine, which is not importable; "
             "pip install megatron_powerflow[te], or use the Dockerfile's image, or precision.dtype=bf16"
         ]
-    needed = FP8_RECIPES[precision.fp8_recipe][1]
+    needed = FP8_RECIPES[_recipe(precision)][1]
     found = torch.cuda.get_device_capability()
     if found < needed:
         return [
@@ -88,7 +94,7 @@ def transformer_config_fields(precision: PrecisionSection) -> dict:
     fields: dict = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype is torch.bfloat16}
     if precision.dtype == "fp8":
         # fp8_param stays off: FP8 parameters cost memory beside bf16 main copies and clash with offloading
-        fields |= {"fp8": precision.fp8_format, "fp8_recipe": FP8_RECIPES[precision.fp8_recipe][0]}
+        fields |= {"fp8": precision.fp8_format, "fp8_recipe": FP8_RECIPES[_recipe(precision)][0]}
     return fields
 
 
@@ -96,4 +102,4 @@ def token_alignment(precision: PrecisionSection) -> int:
     """Tokens of a forward pass must be a multiple of this: the FP8 matrix products' own rule."""
     if precision.dtype != "fp8":
         return 1
-    return {"mxfp8": 32, "blockwise": 16, "tensorwise": 16}[precision.fp8_recipe]
+    return {"mxfp8": 32, "blockwise": 16, "tensorwise": 16}[_recipe(precision)]

@@ -46,10 +46,6 @@ class SwapReference:
         self._base = [_host_copy(parameter) for parameter in self._parameters]
         self._policy = [_host_copy(parameter) for parameter in self._parameters]
 
-    @property
-    def host_bytes(self) -> int:
-        return 2 * sum(tensor.numel() * tensor.element_size() for tensor in self._base)
-
     @contextlib.contextmanager
     def weights(self) -> Iterator[list[PolicyModel]]:
         training = [chunk.training for chunk in self._chunks]

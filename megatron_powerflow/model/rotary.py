@@ -13,7 +13,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from megatron_powerflow.records import Rope
+from megatron_powerflow.architecture import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -57,25 +57,22 @@ def _yarn_frequencies(frequencies: Tensor, rope: Rope, head_dim: int) -> Tensor:
     return divided * frequencies / rope.factor + (1 - divided) * frequencies
 
 
-class PositionedRotaryEmbedding(RotaryEmbedding):
+class _RopeEmbedding(RotaryEmbedding):
     """`positions` None: positions 0..s-1, the same for each row. Else: the position of every token in turn.
 
-    With positions [t] (int64) the answer is [t, 1, 1, rotated] fp32 angles, whatever length is asked for; Megatron
-    rotates so many dimensions of a head and passes the others through. While `decoding` it is None, which Megatron's
-    attention takes for "no rotation": the core attention then rotates by the cosines and sines of `rotation`, made once
-    for all layers of a pass.
+    With positions [t] (int64) the angles are [t, 1, 1, rotated] fp32, whatever length is asked for; Megatron
+    rotates so many dimensions of a head and passes the others through.
     """
+
+    inv_freq: Tensor
 
     def __init__(self, rope: Rope, head_dim: int, **megatron_arguments) -> None:
         super().__init__(kv_channels=rope.rotated(head_dim), rotary_base=rope.theta, **megatron_arguments)
         self.inv_freq = inverse_frequencies(rope, head_dim).to(self.inv_freq.device)
         self.attention_factor = rope.attention_factor  # elsewhere than in decoding Megatron's attention applies it
         self.positions: Tensor | None = None
-        self.decoding = False
 
-    def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor | None:
-        if self.decoding:
-            return None
+    def angles(self, max_seq_len: int, *args, **kwargs) -> Tensor:
         if self.positions is None:
             return super().forward(max_seq_len, *args, **kwargs)
         angles = self._angles(self.positions)
@@ -97,16 +94,22 @@ class PositionedRotaryEmbedding(RotaryEmbedding):
         return torch.outer(positions.float(), self.inv_freq)
 
 
-class LatentRotaryEmbedding(PositionedRotaryEmbedding):
+class PositionedRotaryEmbedding(_RopeEmbedding):
+    """The angles. While `decoding` the answer is None, which Megatron's attention takes for "no rotation": the core
+    attention then rotates by the cosines and sines of `rotation`, made once for all layers of a pass."""
+
+    decoding = False
+
+    def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor | None:
+        return None if self.decoding else self.angles(max_seq_len, *args, **kwargs)
+
+
+class LatentRotaryEmbedding(_RopeEmbedding):
     """The same for Megatron's latent attention, which wants (angles, factor of cosines and sines) and rotates by them
     itself, while decoding as well."""
 
-    def __init__(self, rope: Rope, head_dim: int, **megatron_arguments) -> None:
-        super().__init__(rope, head_dim, **megatron_arguments)
-        self.attention_factor = rope.attention_factor
-
     def forward(self, max_seq_len: int, *args, **kwargs) -> tuple[Tensor, float]:
-        return super().forward(max_seq_len, *args, **kwargs), self.attention_factor
+        return self.angles(max_seq_len, *args, **kwargs), self.attention_factor
 
 
 def rotate(tensor: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:

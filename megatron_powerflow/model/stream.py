@@ -17,14 +17,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_powerflow.parallel.collectives import sum_over
-from megatron_powerflow.records import MicroBatch, Stream
+from megatron_powerflow.records import MicroBatch, Piece, Stream
 
 
 @dataclass
 class Pieces(PackedSeqParams):
     """What `SdpaCoreAttention` needs of a `Stream`. `qkv_format` is not thd, so Megatron keeps [t, b, heads, d]."""
 
-    pieces: tuple[tuple[int, int, int, int], ...] = ()
+    pieces: tuple[Piece, ...] = ()
     positions: Tensor | None = None  # for latent attention, which rotates in each layer
     key_order: Tensor | None = None
     key_group: dist.ProcessGroup | None = None  # ranks that hold the other keys

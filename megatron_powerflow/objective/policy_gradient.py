@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_powerflow.objective.trajectory_balance import Norm, Ratio
+from megatron_powerflow.objective.presets import Norm, Ratio
 
 
 def power_reward(

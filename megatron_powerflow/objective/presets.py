@@ -11,9 +11,13 @@ Left out: the formulas (`objective/`), the rewards of text (`training/rewards.py
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Norm = Literal["none", "length"]
+LogZ = Literal["mlp", "scalar", "group", "loo", "contrastive"]  # who says log Z'(q)
+LearnedLogZ = Literal["mlp", "scalar"]  # a head; the others are estimates of the group
+LEARNED_LOG_Z: tuple[LearnedLogZ, ...] = get_args(LearnedLogZ)
+Ratio = Literal["none", "seq", "seq_mean", "token"]  # what an importance weight is taken of
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,22 @@ class EntropyMinimum:
 
 Form = Balance | PolicyGradient | EntropyMinimum
 
+PresetName = Literal[
+    "la_tb",
+    "tb_traj",
+    "tb_token_target",
+    "tb_token_score",
+    "tb_token_step",
+    "flow_rl",
+    "rl_traj",
+    "rl_token",
+    "grpo",
+    "empo",
+    "ttrl",
+    "intuitor",
+    "format_only",
+    "one_shot_em",
+]  # the keys of PRESETS, in their order, where a type is asked for
 PRESETS: dict[str, Form] = {
     # length-aware trajectory balance: Eq. 10, arXiv 2603.18363; fixed point p_base^alpha exp(-lambda |y|)
     "la_tb": Balance("length", "length"),

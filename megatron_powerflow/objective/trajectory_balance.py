@@ -16,13 +16,12 @@ Left out: where the log-probs come from, sums over ranks, the learned head.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Norm = Literal["none", "length"]
-Ratio = Literal["none", "seq", "seq_mean", "token"]
+from megatron_powerflow.objective.presets import Norm, Ratio
 
 
 def partial_residual(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.targets import write_file
+from megatron_powerflow.whole_files import write_file
 
 HERE = Path(__file__).parent
 IN_THE_REPOSITORY = "megatron_powerflow/recipes/"  # how the files call their prompts

@@ -106,11 +106,11 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
     ]
     if twice:
         raise UserError(twice)
-    members = [tuple(sorted(group, key=lambda run: natural(run.seed))) for group in groups.values()]
-    trained = [group for group in members if group[0].config is not None]
+    by_arm = [tuple(sorted(group, key=lambda run: natural(run.seed))) for group in groups.values()]
+    trained = [group for group in by_arm if group[0].config is not None]
     names = dict(zip(map(id, trained), _labels(trained), strict=True))
-    labels = [names.get(id(group)) or _label_of_evaluation(group[0].files[0]) for group in members]
-    return [Arm(label, group) for label, group in zip(_unique(labels), members, strict=True)]
+    labels = [names.get(id(group)) or _label_of_evaluation(group[0].files[0]) for group in by_arm]
+    return [Arm(label, group) for label, group in zip(_unique(labels), by_arm, strict=True)]
 
 
 def differing_keys(configs: Sequence[Mapping[str, str]]) -> list[str]:
@@ -143,8 +143,8 @@ def _other_data(one: Run, other: Run) -> bool:
 
 
 def _labels(groups: Sequence[tuple[Run, ...]]) -> list[str]:
-    """The name the runs were given, or the fewest keys that tell the arms apart."""
-    configs = [group[0].config for group in groups]
+    """The name the runs were given, or the fewest keys that tell the arms apart. groups: of runs that were trained."""
+    configs = [_config_of(group[0]) for group in groups]
     telling: list[str] = []
     for key in differing_keys(configs):
         if len({_values(c, [*telling, key]) for c in configs}) > len({_values(c, telling) for c in configs}):
@@ -152,10 +152,15 @@ def _labels(groups: Sequence[tuple[Run, ...]]) -> list[str]:
     telling = telling or ["objective.preset", "objective.alpha"]
     labels = []
     for group, config in zip(groups, configs, strict=True):
-        names = {run.config.get("run.name") for run in group}
+        names = {_config_of(run).get("run.name") for run in group}
         given = names.pop() if len(names) == 1 else None
         labels.append(given or " ".join(_word(key, config[key]) for key in telling if key in config) or group[0].shown)
     return labels
+
+
+def _config_of(run: Run) -> Mapping[str, str]:
+    assert run.config is not None, f"{run.shown} was not trained"
+    return run.config
 
 
 def _values(config: Mapping[str, str], keys: Sequence[str]) -> tuple:

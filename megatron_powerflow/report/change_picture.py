@@ -10,7 +10,7 @@ from megatron_powerflow.metrics.change import Changes
 from megatron_powerflow.metrics.counts import mean, standard_error
 from megatron_powerflow.metrics.names import heading
 from megatron_powerflow.report.plot_style import STYLE
-from megatron_powerflow.targets import write_file
+from megatron_powerflow.whole_files import write_file
 
 CHANGE_NAME = "before_after.png"  # in a run's folder
 

@@ -13,7 +13,8 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.names import METRICS, heading
 from megatron_powerflow.metrics.writers import read_metrics
 from megatron_powerflow.report.plot_style import STYLE, LineStyle, line_styles
-from megatron_powerflow.targets import file_refusals, require, write_file
+from megatron_powerflow.targets import file_refusals, require
+from megatron_powerflow.whole_files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,14 +109,15 @@ def _draw(axis: Axes, panel: Panel, lines: dict[Path, Lines]) -> None:
             style = next(styles)
             steps, values = _series(of_run, name)
             if steps:
-                # one style of line has no marker, and a run of one step would show nothing
-                marker = {"marker": style.marker} if len(steps) == 1 else {}
-                axis.plot(steps, values, label=_label(panel, run, name, len(lines)), **style.line(), **marker)
+                drawn = style.line()
+                if len(steps) == 1:  # one style of line has no marker, and a run of one step would show nothing
+                    drawn["marker"] = style.marker
+                axis.plot(steps, values, label=_label(panel, run, name, len(lines)), **drawn)
             if name == panel.lines[0] and panel.band:
-                bands.append((style, of_run))
+                bands.append((style, of_run, panel.band))
     limits = axis.get_ylim()
-    for style, of_run in bands:
-        _shade(axis, style, of_run, *panel.band)
+    for style, of_run, (low, high) in bands:
+        _shade(axis, style, of_run, low, high)
     if panel.band:
         axis.set_ylim(limits)  # an interval may be wide where little is known: the lines say how high the panel is
     shares = all(METRICS[name].share for name in panel.lines)
@@ -126,8 +128,7 @@ def _draw(axis: Axes, panel: Panel, lines: dict[Path, Lines]) -> None:
     if len(axis.lines) > 1:
         if not shares:
             make_room_above(axis, LEGEND_LINE * len(axis.lines))
-        place = "best" if shares else "upper left"
-        axis.legend(loc=place, fontsize=9, frameon=True, framealpha=0.8, edgecolor="none")
+        axis.legend(loc="best" if shares else "upper left", fontsize=9, frameon=True, framealpha=0.8, edgecolor="none")
 
 
 def _label(panel: Panel, run: Path, name: str, num_runs: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.markers import MarkerStyle
 
 from megatron_powerflow.report.accuracy_and_length import (
@@ -69,7 +70,7 @@ def swatch(style: LineStyle) -> str:
     """A line with its marker as inline SVG, 46 by 14 pixels."""
     marker = MarkerStyle(style.marker)
     outline = marker.get_path().transformed(marker.get_transform())
-    points = " ".join(f"{23 + 8 * x:.1f},{7 - 8 * y:.1f}" for x, y in outline.to_polygons()[0])
+    points = " ".join(f"{23 + 8 * x:.1f},{7 - 8 * y:.1f}" for x, y in np.asarray(outline.to_polygons()[0]))
     dashes = ",".join(f"{1.9 * length:.1f}" for length in style.dashes) or "none"
     return (
         '<svg class="swatch" width="46" height="14" viewBox="0 0 46 14" aria-hidden="true">'

@@ -114,7 +114,8 @@ def _path(arm: Arm, in_training: bool, x_name: str, y_name: str) -> tuple[Place,
 
 def _one_place(evaluations: Sequence[Evaluation], x_name: str, y_name: str) -> tuple[Place, ...]:
     both = [e for e in evaluations if x_name in e.values and y_name in e.values]
-    return (Place(estimate_of(both, x_name), estimate_of(both, y_name)),) if both else ()
+    x, y = estimate_of(both, x_name), estimate_of(both, y_name)
+    return () if x is None or y is None else (Place(x, y),)
 
 
 def _draw_view(axis: Axes, cast: Cast, view: View) -> str:
@@ -180,8 +181,8 @@ def _reference(arms: Sequence[Arm], view: View) -> tuple[str, Place]:
     trained = [(arms[place], path) for place, path in view.paths if arms[place].trained]
     starts = {arm.config("model.hf_path") for arm, _ in trained}
     first = [path[0] for arm, path in trained if view.in_training and _starts_at_0(arm)]
-    if first and len(starts) == 1:
-        x, y = estimate([p.x.mean for p in first]), estimate([p.y.mean for p in first])
+    x, y = estimate([p.x.mean for p in first]), estimate([p.y.mean for p in first])
+    if x is not None and y is not None and len(starts) == 1:
         return "the policy before training (step 0, mean over arms)", Place(x, y)
     evaluated = [(arms[place], path) for place, path in view.paths if not arms[place].trained]
     arm, path = (evaluated or trained)[0]

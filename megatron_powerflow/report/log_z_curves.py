@@ -28,11 +28,17 @@ from megatron_powerflow.report.pictures import (
     wrapped,
     zero_line,
 )
-from megatron_powerflow.report.plot_style import LineStyle
+from megatron_powerflow.report.plot_style import LineStyle, MarkKeywords
 from megatron_powerflow.report.runs import Run
 from megatron_powerflow.report.seeds import Band, band
 
-ALARM = {"marker": "X", "markersize": 13, "markerfacecolor": "white", "markeredgewidth": 1.8, "linestyle": "none"}
+ALARM: MarkKeywords = {
+    "marker": "X",
+    "markersize": 13,
+    "markerfacecolor": "white",
+    "markeredgewidth": 1.8,
+    "linestyle": "none",
+}
 QUANTILES = ("residual_p05", "residual_p25", "residual_p50", "residual_p75", "residual_p95")
 # Of a trapped run: loop_nats a token of the loop costs, entry_nats the way into it, both under the base model.
 TRAP = ("trap_margin", "trap_lambda", "trap_loop_nats", "trap_entry_nats")
@@ -127,7 +133,8 @@ def _fan(arm: Arm) -> list[Band]:
         steps = set(series[0]).intersection(*series[1:])
         if steps:
             seeds.append([{step: points[step] for step in steps} for points in series])
-    return [band([seed[place] for seed in seeds]) for place in range(len(QUANTILES))] if seeds else []
+    bands = [band([seed[place] for seed in seeds]) for place in range(len(QUANTILES))]
+    return [found for found in bands if found is not None]
 
 
 def _mark_alarms(axis: Axes, arm: Arm, style: LineStyle) -> int:

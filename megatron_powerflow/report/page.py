@@ -27,7 +27,8 @@ from megatron_powerflow.report.reading import visible
 from megatron_powerflow.report.realised_alpha import alpha_table
 from megatron_powerflow.report.runs import Origin, read_runs
 from megatron_powerflow.report.tables import arms_table, differences_table, evaluations_table, start_sentence
-from megatron_powerflow.targets import file_refusals, require, write_file
+from megatron_powerflow.targets import file_refusals, require
+from megatron_powerflow.whole_files import write_file
 
 PAGE_NAME = "index.html"
 GENERATOR = b'<meta name="generator" content="powerflow report">'  # as the template writes it

@@ -15,13 +15,13 @@ from megatron_powerflow.metrics.axes import end_at_share
 from megatron_powerflow.metrics.names import label
 from megatron_powerflow.report.arms import Arm, estimate_pass_at
 from megatron_powerflow.report.pictures import GREY, Cast, Picture, finish, in_style, panels, wrapped
-from megatron_powerflow.report.plot_style import LineStyle
+from megatron_powerflow.report.plot_style import LineKeywords, LineStyle
 from megatron_powerflow.report.runs import Evaluation
-from megatron_powerflow.report.seeds import error_lengths
+from megatron_powerflow.report.seeds import Estimate, error_lengths
 
 MAX_PANELS = 8
 MAX_TICKS = 10
-BEFORE = {"color": GREY, "linestyle": ":", "linewidth": 2.2}
+BEFORE: LineKeywords = {"color": GREY, "linestyle": ":", "linewidth": 2.2}
 
 Curves = list[tuple[int, list[Evaluation]]]  # (place of the arm in the cast, one evaluation per seed)
 
@@ -95,11 +95,17 @@ def _worth_drawing(found: dict[int, list[Evaluation]]) -> Curves:
 
 def _draw_curve(axis: Axes, style: LineStyle, evaluations: Sequence[Evaluation], shift: float) -> None:
     """shift: of log2 k."""
-    points = [(k, estimate_pass_at(evaluations, k)) for k in sorted({k for e in evaluations for k in e.pass_at})]
+    points = _points(evaluations)
     xs = [k * 2.0**shift for k, _ in points]
     ys = [found.mean for _, found in points]
     lengths = error_lengths(ys, [found.se for _, found in points], share=True)
     axis.errorbar(xs, ys, yerr=lengths, **style.marked(), elinewidth=1.2, capsize=2.5)
+
+
+def _points(evaluations: Sequence[Evaluation]) -> list[tuple[int, Estimate]]:
+    """(k, pass@k), by k."""
+    ks = sorted({k for e in evaluations for k in e.pass_at})
+    return [(k, found) for k in ks if (found := estimate_pass_at(evaluations, k)) is not None]
 
 
 def _draw_start(axis: Axes, arms: Sequence[Arm]) -> bool:
@@ -108,7 +114,7 @@ def _draw_start(axis: Axes, arms: Sequence[Arm]) -> bool:
     first = [e for arm in trained for e in _ends(arm, last=False)]
     if not first or len({arm.config("model.hf_path") for arm in trained}) > 1:
         return False
-    points = [(k, estimate_pass_at(first, k)) for k in sorted({k for e in first for k in e.pass_at})]
+    points = _points(first)
     axis.plot([k for k, _ in points], [found.mean for _, found in points], **BEFORE)
     return True
 

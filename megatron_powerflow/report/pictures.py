@@ -1,7 +1,7 @@
 """What do all pictures of a report share? Size, legend, bands, how numbers too far apart are scaled, the PNG.
 
-Left out: which numbers are shown; that is `training_curves.py`, `accuracy_and_length.py`, `frontier.py`, `pass_at_k.py`
-and `log_z_curves.py`, each `draw(cast) -> Picture | None`.
+Left out: which numbers are shown. Each picture is a file of its own that `drawing.py` names, with a function
+`draw(cast) -> Picture | None`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -86,9 +87,9 @@ def panels(count: int, *, columns: int = 2, height: float = 3.5) -> tuple[Figure
     """A figure of `count` panels, and their axes. Call within `rc_context(STYLE)`, as `render` needs."""
     columns = min(columns, count)
     rows = ceil(count / columns)
-    figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
+    gaps = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, hspace=0.03, wspace=0.03)
+    figure = Figure(figsize=(WIDTH, rows * height), layout=gaps)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.03, wspace=0.03)
     grid = figure.add_gridspec(rows, columns)
     return figure, [figure.add_subplot(grid[place // columns, place % columns]) for place in range(count)]
 
@@ -103,7 +104,7 @@ def finish(figure: Figure, shown: Sequence[tuple[Arm, LineStyle]], extra: Sequen
     handles = [_handle(arm, style) for arm, style in shown] + list(extra)
     if handles:
         columns = _legend_columns(handles)
-        heights = [handle.get_label().count("\n") + 1 for handle in handles]
+        heights = [str(handle.get_label()).count("\n") + 1 for handle in handles]
         lines = sum(max(heights[start : start + columns]) for start in range(0, len(handles), columns))
         figure.set_figheight(figure.get_figheight() + 0.25 * lines + 0.15)
         along_rows = [handle for start in range(columns) for handle in handles[start::columns]]  # matplotlib goes down
@@ -115,7 +116,7 @@ def finish(figure: Figure, shown: Sequence[tuple[Arm, LineStyle]], extra: Sequen
 
 def _legend_columns(handles: Sequence[Line2D]) -> int:
     """As many as fit; a column is as wide as its longest label: 7.8 points a character, 75 for line and gaps."""
-    widths = [75 + 7.8 * max(map(len, handle.get_label().split("\n"))) for handle in handles]
+    widths = [75 + 7.8 * max(map(len, str(handle.get_label()).split("\n"))) for handle in handles]
     fitting = [n for n in range(1, len(widths) + 1) if sum(max(widths[at::n]) for at in range(n)) <= WIDTH * 72]
     return max(fitting, default=1)
 

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import cos, radians, sin
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from matplotlib.typing import LineStyleType, MarkerType, RcKeyType
 
 DASHES = ((), (6, 2), (1.2, 1.6), (7, 2, 1.2, 2), (3, 1.4, 3, 1.4, 1.2, 1.4))  # in line widths; (): solid
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS: tuple[MarkerType, ...] = ("o", "s", "^", "D", "v", "P", "X")
 HUES = (260.0, 60.0, 310.0, 110.0, 210.0, 20.0)  # OKLCH degrees: blue, orange, violet, olive, teal, red
 CHROMA = 0.16
 DARKEST, LIGHTEST = 22.0, 70.0  # CIE L*: the lightest still stands out on white
 
 # For matplotlib.rc_context. Pictures are 11 inches wide and shown at 1056 CSS pixels or less; at 760, the narrowest
 # the page is meant for, 12.8 points are still 9.
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
     "font.size": 12.8,
     "axes.titlesize": 13.5,
@@ -47,27 +51,45 @@ STYLE = {
 }
 
 
+class MarkKeywords(TypedDict, total=False):
+    """What `Axes.plot` and a `Line2D` are told of markers."""
+
+    marker: MarkerType
+    markersize: float
+    markerfacecolor: str
+    markeredgecolor: str
+    markeredgewidth: float
+    linestyle: LineStyleType
+
+
+class LineKeywords(MarkKeywords, total=False):
+    """And of a line."""
+
+    color: str
+    linewidth: float
+
+
 @dataclass(frozen=True, slots=True)
 class LineStyle:
     """How one line looks. Example: color "#1f4e9c", dashes (6, 2), marker "s"."""
 
     color: str
     dashes: tuple[float, ...]
-    marker: str
+    marker: MarkerType
     edge: str = "white"  # of the marker; black: evaluated only
     width: float = 1.9
 
-    def line(self) -> dict:
+    def line(self) -> LineKeywords:
         """Keywords for `axis.plot`; without the marker."""
-        linestyle = (0, self.dashes) if self.dashes else "-"
+        linestyle: LineStyleType = (0, self.dashes) if self.dashes else "-"
         return {"color": self.color, "linestyle": linestyle, "linewidth": self.width}
 
-    def marked(self) -> dict:
-        return self.line() | {"marker": self.marker, "markeredgecolor": self.edge, "markeredgewidth": 0.7}
+    def marked(self) -> LineKeywords:
+        return {**self.line(), "marker": self.marker, "markeredgecolor": self.edge, "markeredgewidth": 0.7}
 
-    def point(self) -> dict:
+    def point(self) -> LineKeywords:
         """Keywords of a marker that stands alone."""
-        return self.marked() | {"linestyle": "none", "markeredgecolor": "black", "markersize": 11.0}
+        return {**self.marked(), "linestyle": "none", "markeredgecolor": "black", "markersize": 11.0}
 
 
 def line_styles(count: int) -> list[LineStyle]:

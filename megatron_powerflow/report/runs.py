@@ -36,13 +36,19 @@ class Evaluation:
 
     values: accuracy, accuracy_se, response_length_mean (tokens), truncated_fraction, boxed_rate, maj, policy_entropy,
     distinct_2, quality, ...: those that were measured. pass_at: k -> share of questions with a right answer
-    among k. step: of the run, None for an evaluation.json.
+    among k.
     """
 
     values: Mapping[str, float]
     pass_at: Mapping[int, float]
     pass_at_se: Mapping[int, float]  # over questions
-    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvaluation(Evaluation):
+    """One of a run in training, at a step of it."""
+
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ class Run:
     seed: str
     config: Mapping[str, str] | None
     metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # name -> step -> value
-    evaluations: Sequence[Evaluation] = ()  # in training, by step
+    evaluations: Sequence[StepEvaluation] = ()  # in training, by step
     samples: Sequence[Mapping[str, Any]] = ()
     files: Sequence[EvaluationFile] = ()
     launches: Sequence[Origin] = ()  # each start of the run, the first one first
@@ -179,9 +185,13 @@ def _metrics(path: Path, notes: list[str]) -> dict[str, dict[int, float]]:
     return series
 
 
-def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:
-    by_step = {line["step"]: _evaluation(line, line["step"]) for line in _with_step(path, notes)}
-    return [by_step[step] for step in sorted(by_step) if by_step[step].values]
+def _evaluations(path: Path, notes: list[str]) -> list[StepEvaluation]:
+    by_step = {line["step"]: _evaluation(line) for line in _with_step(path, notes)}
+    return [
+        StepEvaluation(found.values, found.pass_at, found.pass_at_se, step)
+        for step, found in sorted(by_step.items())
+        if found.values
+    ]
 
 
 def _with_step(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
@@ -197,19 +207,19 @@ def _with_step(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         notes.append(f"{path}: {dropped} lines without a usable step are left out")
 
 
-def _evaluation(fields: Mapping[str, Any], step: int | None = None, **more: Mapping[str, Any]) -> Evaluation:
-    """fields: one X of evaluation.json or a line of evaluations.jsonl; more: what stands beside X."""
+def _evaluation(fields: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> Evaluation:
+    """fields: one X of evaluation.json or a line of evaluations.jsonl; beside: what stands beside X."""
     values = {
         RENAMED.get(name, name): got
-        for name, value in {**fields, **more}.items()
+        for name, value in {**fields, **(beside or {})}.items()
         if name != "step" and (got := number(value)) is not None
     }
-    return Evaluation(values, _by_count(fields.get("pass_at")), _by_count(fields.get("pass_at_se")), step)
+    return Evaluation(values, _by_count(fields.get("pass_at")), _by_count(fields.get("pass_at_se")))
 
 
 def _judged(kinds: Mapping[str, Any]) -> dict[str, Any]:
     """What a judge said: quality and quality_se (of texts), strategies and strategies_se (1 to 5, of solutions)."""
-    found = {}
+    found: dict[str, Any] = {}
     for kind, name in JUDGED.items():
         said = _mapping(kinds.get(kind))
         found |= {name: said.get("mean"), f"{name}_se": said.get("se")}
@@ -230,7 +240,7 @@ def _read_file(path: Path, run: Path, notes: list[str]) -> EvaluationFile | None
     if fields is None:
         return None
     beside = _mapping(fields.get("diversity")) | _judged(_mapping(fields.get("judge")))
-    overall = _evaluation(_mapping(fields.get("all")), **beside)
+    overall = _evaluation(_mapping(fields.get("all")), beside)
     if not overall.values:
         notes.append(f'{path}: no number under "all", left out')
         return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class Estimate:
     mean: float
     se: float | None
     num_seeds: int
-    over: str | None
+    over: Literal["seeds", "questions"] | None
 
 
 def estimate(values: Sequence[float], own_se: Sequence[float | None] = ()) -> Estimate | None:
@@ -39,7 +40,9 @@ def estimate(values: Sequence[float], own_se: Sequence[float | None] = ()) -> Es
     return Estimate(float(values[0]), known, 1, None if known is None else "questions")
 
 
-def error_lengths(means: Sequence[float], errors: Sequence[float | None], *, share: bool) -> np.ndarray:
+def error_lengths(
+    means: Sequence[float] | np.ndarray, errors: Sequence[float | None] | np.ndarray, *, share: bool
+) -> np.ndarray:
     """[2, n] how far an error bar goes below and above each mean. share: it ends at 0 and 1; None: no bar."""
     middle, length = np.asarray(means, float), np.array([error or 0.0 for error in errors])
     if not share:

@@ -11,7 +11,7 @@ from pathlib import PurePath
 
 from megatron_powerflow.metrics.names import label
 from megatron_powerflow.report.arms import Arm, differing_keys, estimate_of, estimate_pass_at, short_name
-from megatron_powerflow.report.runs import Evaluation, EvaluationFile
+from megatron_powerflow.report.runs import Evaluation, EvaluationFile, StepEvaluation
 from megatron_powerflow.report.seeds import Estimate
 
 # value -> decimals
@@ -80,7 +80,7 @@ def arms_table(arms: Sequence[Arm]) -> Table:
     return _without_empty(Table(columns, tuple(rows)), keep=2)
 
 
-def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+def best_of(evaluations: Sequence[StepEvaluation]) -> StepEvaluation | None:
     """The one with the highest accuracy; of equals the earliest."""
     having = [e for e in evaluations if "accuracy" in e.values]
     return max(having, key=lambda e: e.values["accuracy"], default=None)
@@ -102,11 +102,11 @@ def start_sentence(arms: Sequence[Arm]) -> str:
 def differences_table(arms: Sequence[Arm]) -> Table | None:
     """Every config key that is not the same in all trained arms; None when there is none."""
     trained = [(place, arm) for place, arm in enumerate(arms) if arm.trained]
-    keys = differing_keys([arm.members[0].config for _, arm in trained])
+    keys = differing_keys([config for arm in arms if (config := arm.members[0].config) is not None])
     if len(trained) < 2 or not keys:
         return None
     rows = [
-        Row(place, True, (), tuple(Cell(arm.config(key) if arm.config(key) is not None else "–") for key in keys))
+        Row(place, True, (), tuple(Cell("–" if (value := arm.config(key)) is None else value) for key in keys))
         for place, arm in trained
     ]
     return Table(tuple(keys), tuple(rows))
@@ -121,8 +121,8 @@ def evaluations_table(arms: Sequence[Arm]) -> Table | None:
         for run in arm.members:
             for file in run.files:
                 for task, evaluation in _tasks(file):
-                    cells = _cells([evaluation], EVALUATION_COLUMNS), _cells([evaluation], DIVERSITY_COLUMNS)
-                    cells = (*cells[0], _at_largest([evaluation], largest), *cells[1])
+                    how_good, how_diverse = (_cells([evaluation], c) for c in (EVALUATION_COLUMNS, DIVERSITY_COLUMNS))
+                    cells = (*how_good, _at_largest([evaluation], largest), *how_diverse)
                     seed = run.seed if arm.trained else file.seed
                     mine.append(Row(place, not mine, (*_protocol(file), seed, task), cells))
         rows += [Row(r.arm, r.first, r.head, r.cells, len(mine)) for r in mine]
@@ -131,7 +131,7 @@ def evaluations_table(arms: Sequence[Arm]) -> Table | None:
     return _without_empty(Table(columns, tuple(rows)), keep=len(heads)) if rows else None
 
 
-def _lines(arm: Arm) -> list[tuple[str, str, list[Evaluation]]]:
+def _lines(arm: Arm) -> list[tuple[str, str, Sequence[Evaluation]]]:
     """(which, at which steps, one evaluation per seed)."""
     files = arm.measured()
     of_files = [file.overall for file in files]
@@ -140,9 +140,13 @@ def _lines(arm: Arm) -> list[tuple[str, str, list[Evaluation]]]:
     having = [run.evaluations for run in arm.members if run.evaluations]
     best = [found for evaluations in having if (found := best_of(evaluations))]
     last = [evaluations[-1] for evaluations in having]
-    lines = [("best* at ", _range(best), best)] if best else []
-    lines += [("last, at ", _range(last), last)] if last else []
-    lines += [(_of_the_files(files), "", of_files)] if files else []
+    lines: list[tuple[str, str, Sequence[Evaluation]]] = []
+    if best:
+        lines.append(("best* at ", _range(best), best))
+    if last:
+        lines.append(("last, at ", _range(last), last))
+    if files:
+        lines.append((_of_the_files(files), "", of_files))
     return lines or [("not evaluated", "", [])]
 
 
@@ -178,7 +182,7 @@ def _cell(found: Estimate | None, decimals: int, suffix: str = "") -> Cell:
     if found is None:
         return Cell("–", "not measured")
     over = {"seeds": f"standard error over {found.num_seeds} seeds", "questions": "standard error over questions"}
-    hint = over.get(found.over, "one seed, and the evaluation gives no standard error")
+    hint = "one seed, and the evaluation gives no standard error" if found.over is None else over[found.over]
     return Cell(_number(found, decimals) + suffix, hint)
 
 
@@ -214,7 +218,7 @@ def _steps(arm: Arm) -> str:
     return f", {_span(made)} steps" if made else ""
 
 
-def _range(evaluations: Sequence[Evaluation]) -> str:
+def _range(evaluations: Sequence[StepEvaluation]) -> str:
     return _span([e.step for e in evaluations])
 
 

@@ -11,12 +11,12 @@ from typing import Protocol
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 
 # called with (responses finished, responses asked for) on this data-parallel rank, now and then
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 class Engine(Protocol):
     def generate(
-        self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams, progress: Progress | None = None
+        self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams, progress: ProgressCallback | None = None
     ) -> list[Rollout]:
         """Responses for (slot, prompt) pairs of this data-parallel rank.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -21,6 +20,7 @@ from typing import Any
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Prompt, Rollout
+from megatron_powerflow.whole_files import write_file
 
 ROLLOUTS_NAME = "rollouts"
 FORMAT = 1
@@ -98,12 +98,7 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout], *, step: int, vocab_
         sha256=hashlib.sha256(body).hexdigest(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(json.dumps(asdict(header)).encode() + b"\n" + body)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_file(path, json.dumps(asdict(header)).encode() + b"\n" + body)
 
 
 def read_header(path: Path) -> Header:
@@ -150,11 +145,11 @@ def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
 def replay_violations(folder: Path, steps: range, wanted: Wanted) -> list[str]:
     """Why a run cannot train on these files, each reason once; empty when it can. Reads first lines only."""
     missing = [step for step in steps if not step_file(folder, step).is_file()]
-    found = []
+    violations = []
     if missing:
         shown = ", ".join(map(str, missing[:SHOWN_STEPS])) + (", ..." if len(missing) > SHOWN_STEPS else "")
         there = sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
-        found.append(
+        violations.append(
             f"rollout.replay={str(folder)!r}: no rollouts of step {shown} (steps {there[0]} to {there[-1]} are there, "
             f"{len(there)} files); lower run.num_steps or save those steps"
         )
@@ -165,11 +160,11 @@ def replay_violations(folder: Path, steps: range, wanted: Wanted) -> list[str]:
         try:
             header = read_header(step_file(folder, step))
         except UserError as error:
-            found += error.violations
+            violations += error.violations
             continue
         for reason in _mismatches(header, step, wanted):
             reasons.setdefault(reason, step)
-    return found + [f"{step_file(folder, step)}: {reason}" for reason, step in reasons.items()]
+    return violations + [f"{step_file(folder, step)}: {reason}" for reason, step in reasons.items()]
 
 
 def _mismatches(header: Header, step: int, wanted: Wanted) -> list[str]:

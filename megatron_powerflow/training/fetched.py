@@ -15,7 +15,8 @@ from megatron_powerflow.hub.fetch import locate
 from megatron_powerflow.hub.located import Located, Wanted
 from megatron_powerflow.parallel.initialize import Launch
 from megatron_powerflow.training.inputs import read_inputs
-from megatron_powerflow.training.plan import find_resume, make_plan
+from megatron_powerflow.training.plan import make_plan
+from megatron_powerflow.training.resume import find_resume
 
 
 def fetch_inputs(config: Config, launch: Launch, *, world_size: int, weights: bool = True) -> Located:

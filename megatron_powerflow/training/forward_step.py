@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_powerflow.log_probs.kernel_choice import LogProbKernel
 from megatron_powerflow.log_probs.token_log_probs import TokenStatistics
@@ -57,8 +58,8 @@ class Scorer:
     def statistics(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> TokenStatistics:
         """`log_probs` with the entropy and certainty of the same distributions, each [b, s] fp32, 0 where masked."""
         arguments, places = self._kernel_arguments(hidden, chunk, batch)
-        found = self.kernel.statistics(**arguments) if len(places) else [_of_nothing(arguments["hidden"])] * 3
-        return TokenStatistics(*(to_rows(values, places, batch, self.groups.cp) for values in found))
+        columns = self.kernel.statistics(**arguments) if len(places) else [_of_nothing(arguments["hidden"])] * 3
+        return TokenStatistics(*(to_rows(values, places, batch, self.groups.cp) for values in columns))
 
     def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
         """This rank's response tokens alone, hidden [k, H], targets [k]; and their places [k] in the flat rows."""
@@ -98,7 +99,7 @@ def run_forward(
 
 
 def run_forward_backward(
-    ddp_chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], scorer: Scorer, loss_and_rows: Readout
+    ddp_chunks: Sequence[DistributedDataParallel], batches: Sequence[MicroBatch], scorer: Scorer, loss_and_rows: Readout
 ) -> list[Any]:
     """Forward and backward. `loss_and_rows` gives (scalar share of the loss, anything); gradients are summed over
     micro-batches and data-parallel ranks, never averaged. Returns the anythings on the last stage."""
@@ -111,10 +112,15 @@ def run_forward_backward(
     return _run(ddp_chunks, batches, at_the_end, forward_only=False, collect_non_loss_data=False)
 
 
-def _run(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], at_the_end: Callable, **schedule) -> list[Any]:
-    def forward_step(iterator: Iterator[MicroBatch], model: nn.Module):
+def _run(
+    chunks: Sequence[PolicyModel] | Sequence[DistributedDataParallel],
+    batches: Sequence[MicroBatch],
+    at_the_end: Callable,
+    **schedule,
+) -> list[Any]:
+    def forward_step(iterator: Iterator[MicroBatch], model: PolicyModel | DistributedDataParallel):
         batch = next(iterator)
-        bare = model if isinstance(model, PolicyModel) else model.module
+        bare: PolicyModel = model if isinstance(model, PolicyModel) else model.module
         with bare.streaming(batch.stream) as packed_seq_params:
             hidden = model(model_tokens(batch), None, None, packed_seq_params=packed_seq_params)
         return hidden, partial(at_the_end, chunk=bare, batch=batch)

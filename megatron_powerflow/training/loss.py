@@ -9,17 +9,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_powerflow.config import ObjectiveSection
 from megatron_powerflow.metrics.loops import MIN_TURNS, find_loop
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.objective.objective import (
+    BalanceObjective,
+    EntropyObjective,
+    Objective,
+    PolicyGradientObjective,
+)
 from megatron_powerflow.objective.policy_gradient import kl_terms, surrogate_terms
-from megatron_powerflow.objective.presets import Balance, PolicyGradient
 from megatron_powerflow.objective.trajectory_balance import balance_loss, token_spread
-from megatron_powerflow.records import ANNOTATION_COLUMNS, ROLLOUT_COLUMNS, MicroBatch
+from megatron_powerflow.records import (
+    ANNOTATION_COLUMNS,
+    ROLLOUT_COLUMNS,
+    EstimatedBatch,
+    RewardedBatch,
+    ScoredBatch,
+)
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.group_baseline import with_log_z
-from megatron_powerflow.training.residual import partial_of, residual_weight, weight_of
+from megatron_powerflow.training.residual import importance_of, residual_weight, residual_without_log_z
 
 Columns = dict[str, Tensor]
 
@@ -27,24 +37,28 @@ Columns = dict[str, Tensor]
 def micro_batch_loss(
     hidden: Tensor,
     chunk: PolicyModel,
-    batch: MicroBatch,
+    batch: ScoredBatch,
     scorer: Scorer,
-    objective: ObjectiveSection,
-    alpha: float | None,
+    objective: Objective,
     head: LogZHead | None,
     num_kept: int,
 ) -> tuple[Tensor, Tensor]:
-    """(this micro-batch's share of the step's loss, its rows [b, len(ROLLOUT_COLUMNS)] fp64 detached)."""
-    form = objective.form
-    if isinstance(form, Balance):
+    """(this micro-batch's share of the step's loss, its rows [b, len(ROLLOUT_COLUMNS)] fp64 detached).
+
+    hidden: [t / cp, r, H], whole over tp. num_kept: rollouts of the update that take part, over all ranks.
+    """
+    if isinstance(objective, BalanceObjective):
         log_probs = scorer.log_probs(hidden, chunk, batch)
-        if head is None and batch.whole_groups:
-            (batch,) = with_log_z([batch], [log_probs.detach()], objective, form, alpha)
-        log_z = batch.log_z if head is None else head(scorer.prompt_pool(hidden, batch))
-        loss, columns = balance(log_probs, log_z, batch, objective, form, alpha, num_kept)
-    elif isinstance(form, PolicyGradient):
+        if head is not None:
+            log_z, factor = head(scorer.prompt_pool(hidden, batch)), torch.ones_like(batch.psi)
+        else:
+            estimated = batch if isinstance(batch, EstimatedBatch) else _estimated(batch, log_probs.detach(), objective)
+            log_z, factor = estimated.log_z, estimated.weight_factor
+        loss, columns = balance(log_probs, log_z, factor, batch, objective, num_kept)
+    elif isinstance(objective, PolicyGradientObjective):
+        assert isinstance(batch, RewardedBatch)
         log_probs = scorer.log_probs(hidden, chunk, batch)
-        loss, columns = policy_gradient(log_probs, batch, objective, form, num_kept)
+        loss, columns = policy_gradient(log_probs, batch, objective, num_kept)
     else:
         statistics = scorer.statistics(hidden, chunk, batch)
         log_probs = statistics.log_probs
@@ -54,70 +68,78 @@ def micro_batch_loss(
     return loss, torch.stack([columns.get(name, missing).detach().double() for name in ROLLOUT_COLUMNS], dim=1)
 
 
+def _estimated(batch: ScoredBatch, log_probs: Tensor, objective: BalanceObjective) -> EstimatedBatch:
+    """With log Z' from this very forward pass: the groups are whole in the micro-batch."""
+    assert batch.whole_groups
+    return with_log_z([batch], [log_probs], objective)[0]
+
+
 def balance(
     log_probs: Tensor,
     log_z: Tensor,
-    batch: MicroBatch,
-    objective: ObjectiveSection,
-    form: Balance,
-    alpha: float,
+    factor: Tensor,
+    batch: ScoredBatch,
+    objective: BalanceObjective,
     num_kept: int,
 ) -> tuple[Tensor, Columns]:
-    """w m (log Z' + ...)^2, summed over the micro-batch, over num_kept."""
+    """w m (log Z' + ...)^2, summed over the micro-batch, over num_kept (Eq. 10, arXiv 2603.18363).
+
+    log_probs: [b, s] with gradient; log_z: [b], with gradient where a head says it; factor: [b], on the weight w m.
+    """
     sequence = log_probs.sum(dim=1)
-    weight, ratio = weight_of(sequence, batch, objective)
-    effective = weight * residual_weight(batch, form)
-    if batch.weight_factor is not None:
-        effective = effective * batch.weight_factor
-    partial = partial_of(sequence, batch, objective, form, alpha)
-    spread = token_spread(log_probs, batch.ref_log_probs, batch.loss_mask, alpha) if form.per_token else 0.0
-    loss, residual, terms = balance_loss(partial, log_z, effective, batch.kept, max(num_kept, 1), spread)
-    columns = {"loss_term": terms, "log_z": log_z, "residual": residual, "weight": effective, "ratio": ratio}
-    if objective.ratio != "none":
-        columns["clipped"] = (weight != ratio).float()
+    importance, ratio = importance_of(sequence, batch, objective)
+    weight = importance * residual_weight(batch, objective) * factor
+    partial = residual_without_log_z(sequence, batch, objective)
+    spread: Tensor | float = 0.0
+    if objective.form.per_token:
+        spread = token_spread(log_probs, batch.ref_log_probs, batch.loss_mask, objective.alpha)
+    loss, residual, terms = balance_loss(partial, log_z, weight, batch.kept, max(num_kept, 1), spread)
+    columns = {"loss_term": terms, "log_z": log_z, "residual": residual, "weight": weight, "ratio": ratio}
+    if objective.importance.ratio != "none":
+        columns["clipped"] = (importance != ratio).float()
     return loss, columns
 
 
 def policy_gradient(
-    log_probs: Tensor, batch: MicroBatch, objective: ObjectiveSection, form: PolicyGradient, num_kept: int
+    log_probs: Tensor, batch: RewardedBatch, objective: PolicyGradientObjective, num_kept: int
 ) -> tuple[Tensor, Columns]:
     """-A S / a or its clipped surrogate, and the KL term, summed over the micro-batch, over num_kept."""
-    old = batch.old_log_probs if batch.old_log_probs is not None else log_probs.detach()
+    old, rule = batch.old_log_probs if batch.old_log_probs is not None else log_probs.detach(), objective.importance
     terms, ratio, clipped = surrogate_terms(
         log_probs,
         old,
         batch.loss_mask,
         batch.advantage,
         batch.num_response_tokens,
-        ratio=objective.ratio,
-        score_norm=form.score_norm,
-        clip_epsilon=objective.clip_epsilon or 0.0,
-        upper_only=objective.clip == "upper",
+        ratio=rule.ratio,
+        score_norm=objective.form.score_norm,
+        clip_epsilon=rule.epsilon,
+        upper_only=rule.upper_only,
     )
-    terms = _kept_with_kl(terms, log_probs, batch, objective)
+    terms = _kept_with_kl(terms, log_probs, batch, objective.kl_coefficient)
     columns = {"loss_term": terms, "advantage": batch.advantage, "ratio": ratio, "weight": torch.ones_like(ratio)}
-    if objective.ratio != "none":
+    if rule.ratio != "none":
         columns["clipped"] = clipped
     return terms.sum() / max(num_kept, 1), columns
 
 
 def entropy_minimum(
-    log_probs: Tensor, entropy: Tensor, batch: MicroBatch, objective: ObjectiveSection, num_kept: int
+    log_probs: Tensor, entropy: Tensor, batch: ScoredBatch, objective: EntropyObjective, num_kept: int
 ) -> tuple[Tensor, Columns]:
     """Mean over a response's tokens of -sum_v p_v log p_v, by its own gradient (arXiv 2505.20282), over num_kept."""
-    terms = _kept_with_kl(entropy.sum(dim=1) / batch.num_response_tokens, log_probs, batch, objective)
+    mean_entropy = entropy.sum(dim=1) / batch.num_response_tokens
+    terms = _kept_with_kl(mean_entropy, log_probs, batch, objective.kl_coefficient)
     ones = torch.ones_like(batch.psi)
     return terms.sum() / max(num_kept, 1), {"loss_term": terms, "ratio": ones, "weight": ones}
 
 
-def _kept_with_kl(terms: Tensor, log_probs: Tensor, batch: MicroBatch, objective: ObjectiveSection) -> Tensor:
-    if objective.kl_coefficient:
-        kl = kl_terms(log_probs, batch.ref_log_probs, batch.num_response_tokens)
-        terms = terms + objective.kl_coefficient * kl
+def _kept_with_kl(terms: Tensor, log_probs: Tensor, batch: ScoredBatch, kl_coefficient: float) -> Tensor:
+    if kl_coefficient:
+        terms = terms + kl_coefficient * kl_terms(log_probs, batch.ref_log_probs, batch.num_response_tokens)
     return torch.where(batch.kept, terms, 0.0)
 
 
-def common_columns(log_probs: Tensor, batch: MicroBatch) -> Columns:
+def common_columns(log_probs: Tensor, batch: ScoredBatch) -> Columns:
     """What is known of a rollout whatever the form. log_probs: [b, s] detached."""
     old = log_probs if batch.old_log_probs is None else batch.old_log_probs
     difference = torch.where(batch.loss_mask, old - batch.rollout_log_probs, 0.0)
@@ -145,14 +167,14 @@ def common_columns(log_probs: Tensor, batch: MicroBatch) -> Columns:
     }
 
 
-def _loops(batch: MicroBatch) -> Tensor:
+def _loops(batch: ScoredBatch) -> Tensor:
     """[b, 3] tokens, nats a token and entry nats of each response's longest repetition; NaN without one. How long it
     must be to count as a loop depends on the run's limit, and is for the metrics to say."""
-    found = np.full((len(batch.psi), 3), np.nan, dtype=np.float32)
+    loops = np.full((len(batch.psi), 3), np.nan, dtype=np.float32)
     masks, targets, ref_log_probs = (
         tensor.cpu().numpy() for tensor in (batch.loss_mask, batch.targets, batch.ref_log_probs)
     )
     for row, mask in enumerate(masks):
         if loop := find_loop(targets[row][mask], ref_log_probs[row][mask], min_tokens=MIN_TURNS):
-            found[row] = loop.num_tokens, loop.nats, loop.entry_nats
-    return torch.from_numpy(found).to(batch.psi.device)
+            loops[row] = loop.num_tokens, loop.nats, loop.entry_nats
+    return torch.from_numpy(loops).to(batch.psi.device)

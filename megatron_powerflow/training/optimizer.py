@@ -29,8 +29,8 @@ def build_trainable(chunks: Sequence[PolicyModel], head: LogZHead | None, config
         grad_reduce_in_fp32=True, use_distributed_optimizer=section.distributed, overlap_grad_reduce=False
     )
     ddp_chunks = [
-        DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=place > 0)
-        for place, chunk in enumerate(chunks)
+        DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
     ]
     # the loss is a sum already divided by the rollouts of the global batch: gradients are added, never scaled
     transformer.finalize_model_grads_func = lambda model, num_tokens, **kw: finalize_model_grads(model, None, **kw)
@@ -60,12 +60,13 @@ def set_learning_rates(trainable: Trainable, section: OptimizerSection, step: in
     for group in trainable.optimizer.param_groups:
         group["lr"] = lr
     if trainable.head is not None:
+        assert log_z_lr is not None, "config_rules.py fills it in where log Z' is learned"
         trainable.head.rate = log_z_lr
     return lr
 
 
 @dataclass(frozen=True, slots=True)
-class Stepped:
+class OptimizerStep:
     """grad_norm: of the policy, before clipping, global. applied: False when something was not finite."""
 
     grad_norm: float
@@ -74,7 +75,7 @@ class Stepped:
 
 def step_optimizers(
     trainable: Trainable, *, clip_grad: float, mean_weight: float, loss_is_finite: bool, groups: Groups
-) -> Stepped:
+) -> OptimizerStep:
     """Apply the gradients, unless the loss or a gradient is not finite: then nothing moves, on any rank.
 
     clip_grad bounds the policy's gradient. The head's is not clipped: its norm grows with the width, and its step is a
@@ -93,7 +94,7 @@ def step_optimizers(
         optimizer.step_with_ready_grads()
         if trainable.head is not None:
             trainable.head.step(mean_weight)
-    return Stepped(grad_norm, applied)
+    return OptimizerStep(grad_norm, applied)
 
 
 def _reduce_head_gradients(trainable: Trainable, groups: Groups) -> float:

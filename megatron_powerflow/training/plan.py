@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from megatron_powerflow.checkpoint.first_files import CONFIG_MARK, holds_a_run, holds_a_step, not_ours
+from megatron_powerflow.architecture import Architecture
+from megatron_powerflow.checkpoint.first_files import CONFIG_MARK
 from megatron_powerflow.checkpoint.folder import (
     CHECKPOINTS_NAME,
     CONFIG_NAME,
     EXPORT_NAME,
-    INPUTS_NAME,
     hf_folder_of,
     is_converted,
-    latest_checkpoint,
 )
 from megatron_powerflow.config import Config, ObjectiveSection
-from megatron_powerflow.config_file import dump_config, load_config
+from megatron_powerflow.config_file import dump_config
 from megatron_powerflow.data.prompt_format import PromptFormat
 from megatron_powerflow.data.prompts import PromptFile, load_prompts
 from megatron_powerflow.data.tokenizer import Conversation, Tokenizer, load_tokenizer
@@ -35,21 +35,16 @@ from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.files import SafetensorsFolder
 from megatron_powerflow.hub.located import AS_NAMED, Located
 from megatron_powerflow.parallel.layout import Layout, plan_layout
-from megatron_powerflow.records import Architecture, Prompt
+from megatron_powerflow.records import Prompt
 from megatron_powerflow.rollout.rollout_files import Wanted, find_rollouts, replay_violations
 from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
 from megatron_powerflow.training.resources import resource_violations
+from megatron_powerflow.training.resume import find_resume
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
+from megatron_powerflow.whole_files import write_file
 
-# A run's folder belongs to the run that has these; anything else may change when a run is continued.
-CHANGEABLE = frozenset(
-    {"run.name", "run.num_steps", "run.export", "model.reference", "model.recompute", "optimizer.distributed"}
-    | {"optimizer.max_skipped_steps", "rollout.max_concurrent_rows", "rollout.save", "run.stop_on_alarm"}
-    | {"run.stop_at_alpha"}
-)
-BY_CONTENT = frozenset({"model.hf_path", "prompts.path", "rollout.replay"})
-CHANGEABLE_SECTIONS = frozenset({"alarm", "parallel", "checkpoint", "evaluation", "metrics"})
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ class Plan:
     def hf_folder(self) -> Path:
         return hf_folder_of(self.model_folder)
 
-    def share_of(self, prompts: Sequence[Prompt], dp_rank: int) -> list[tuple[int, Prompt]]:
+    def share_of(self, prompts: Sequence[T], dp_rank: int) -> list[tuple[int, T]]:
         """(slot, prompt) pairs of one data-parallel rank: equal, contiguous shares of the step's prompts, cut so
         that each of the step's updates takes an equal share of every rank."""
         per_update = len(prompts) // self.config.optimizer.updates_per_rollout
@@ -109,9 +104,7 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
     """
     violations: list[str] = []
     notices: list[str] = []
-    start = located.folder(config.model.hf_path)
-    on_hub = located.model(config.model.hf_path)
-    hf_folder = hf_folder_of(start)
+    hf_folder = hf_folder_of(start := located.folder(config.model.hf_path))
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
     resume_from = _collect(violations, lambda: find_resume(config))
     before = _collect(violations, lambda: read_inputs(resume_from)) if resume_from else None
@@ -125,19 +118,13 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
     if model is not None:
         architecture, family = model
         layout = _collect(violations, lambda: plan_layout(config, architecture, world_size))
-        if is_converted(start):
-            pass
-        elif on_hub and on_hub.missing:
-            notices.append(
-                f"the weights of {config.model.hf_path} stay on the hub: that they fit config.json was not looked at"
-            )
-        elif weights or SafetensorsFolder.is_there(start):
-            _collect(violations, lambda: open_checked(start, architecture, family))
+        if notice := _weights_elsewhere(config, located, weights):
+            notices.append(notice)
         else:
-            notices.append(f"{start} holds no weights: that they fit config.json was not looked at")
+            _collect(violations, lambda: _check_weights(start, architecture, family))
         violations += _length_violations(config, architecture)
-        if config.rollout.replay is not None:
-            replay_from = _collect(violations, lambda: _check_replay(config, architecture, resume_from))
+        if (replay := config.rollout.replay) is not None:
+            replay_from = _collect(violations, lambda: _check_replay(config, replay, architecture, resume_from))
     if model is not None and tokenizer is not None:
         stop_token_ids = _collect(violations, lambda: stop_token_ids_of(config, hf_folder, tokenizer, model[0]))
         read = partial(_read_prompts, config, located, tokenizer, model[0])
@@ -146,12 +133,12 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
             violations += _answer_violations(config, prompt_file)
         if path := config.evaluation.prompts:
             evaluation_file = _collect(violations, lambda: read([path]))
-    if not violations:
-        inputs = _inputs_of(config, located, today, prompt_file, evaluation_file, replay_from)
-        violations += changes(before, inputs) if before else []
     if violations:
         raise UserError(violations)
-    assert model and layout and stop_token_ids and prompt_file
+    assert model and layout and tokenizer is not None and stop_token_ids and prompt_file
+    inputs = _inputs_of(config, located, today, prompt_file, evaluation_file, replay_from)
+    if before and (changed := changes(before, inputs)):
+        raise UserError(changed)
     return Plan(
         inputs=inputs,
         config=config,
@@ -213,7 +200,7 @@ def num_parameters(architecture: Architecture) -> int:
     return total
 
 
-def _collect(violations: list[str], function: Callable):
+def _collect(violations: list[str], function: Callable[[], T]) -> T | None:
     """The function's value; or None, and its violations noted."""
     try:
         return function()
@@ -270,6 +257,23 @@ def stop_token_ids_of(
     return frozenset(chosen)
 
 
+def _weights_elsewhere(config: Config, located: Located, weights: bool) -> str | None:
+    """Why the weights are not looked at: they are not there, and need not be. None where they are to be looked at."""
+    start, on_hub = located.folder(config.model.hf_path), located.model(config.model.hf_path)
+    if on_hub and on_hub.missing:
+        return f"the weights of {config.model.hf_path} stay on the hub: that they fit config.json was not looked at"
+    if weights or is_converted(start) or SafetensorsFolder.is_there(start):
+        return None
+    return f"{start} holds no weights: that they fit config.json was not looked at"
+
+
+def _check_weights(start: Path, architecture: Architecture, family: Family) -> None:
+    """Raises UserError where the tensors are not those of config.json. A converted checkpoint was checked as it was
+    written, and says so of its files."""
+    if not is_converted(start):
+        open_checked(start, architecture, family)
+
+
 def _answer_violations(config: Config, prompt_file: PromptFile) -> list[str]:
     without = [prompt.id for prompt in prompt_file.prompts if prompt.answer is None]
     if config.objective.text_reward != "gold" or not without:
@@ -307,9 +311,9 @@ def _length_violations(config: Config, architecture: Architecture) -> list[str]:
     ]
 
 
-def _check_replay(config: Config, architecture: Architecture, resume_from: Path | None) -> Path:
+def _check_replay(config: Config, replay: str, architecture: Architecture, resume_from: Path | None) -> Path:
     """The folder of saved rollouts. Raises UserError unless it holds every step still to do, as this run wants."""
-    rollout, folder = config.rollout, find_rollouts(config.rollout.replay)
+    rollout, folder = config.rollout, find_rollouts(replay)
     first = int(resume_from.name.removeprefix("step_")) if resume_from else 0
     wanted = Wanted(
         num_prompts=rollout.prompts_per_step,
@@ -324,35 +328,6 @@ def _check_replay(config: Config, architecture: Architecture, resume_from: Path 
     return folder
 
 
-def find_resume(config: Config) -> Path | None:
-    """The checkpoint to continue from. Raises UserError when the folder is another run's, or no run's.
-
-    A folder in which a start was killed before its first step is no run's yet, whatever its settings were.
-    """
-    folder = Path(config.run.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run.output_dir={str(folder)!r} is a file; name a folder")
-    if not folder.is_dir() or not ((held := not_ours(folder)) or holds_a_step(folder)):
-        return None
-    if not holds_a_run(folder):
-        raise UserError(
-            f"run.output_dir={str(folder)!r} holds other files and no run ({', '.join(held[:3])}); name a new folder"
-        )
-    differences = _differences(load_config(folder / CONFIG_NAME), config, by_content=(folder / INPUTS_NAME).is_file())
-    if differences:
-        raise UserError(
-            [f"run.output_dir={str(folder)!r} is the folder of another run: {item}" for item in differences]
-            + ["name a new run.output_dir, or take these keys back"]
-        )
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is not None and config.checkpoint.resume == "never":
-        raise UserError(
-            f"run.output_dir={str(folder)!r} holds {checkpoint.name} and checkpoint.resume=never; "
-            "name a new folder, or continue with checkpoint.resume=auto"
-        )
-    return checkpoint
-
-
 def _export_violations(config: Config, start: Path) -> list[str]:
     """Why RUN/hf_export may not be written when the run ends."""
     run = Path(config.run.output_dir)
@@ -363,22 +338,6 @@ def _export_violations(config: Config, start: Path) -> list[str]:
     )
 
 
-def _differences(theirs: Config, ours: Config, *, by_content: bool) -> list[str]:
-    """by_content: what the paths name is compared by its content, elsewhere."""
-    found, elsewhere = [], BY_CONTENT if by_content else frozenset()
-    for section, values in ours.model_dump().items():
-        other = theirs.model_dump()[section]
-        for key, value in values.items():
-            name = f"{section}.{key}"
-            if section in CHANGEABLE_SECTIONS or name in CHANGEABLE | elsewhere or name == "run.output_dir":
-                continue
-            if other[key] != value:
-                found.append(f"its {name} is {other[key]!r}, not {value!r}")
-    return found
-
-
 def write_config(plan: Plan) -> None:
     """The resolved config into the run's folder, which is there and held."""
-    partial = plan.run_folder / (CONFIG_NAME + ".partial")
-    partial.write_text(CONFIG_MARK + dump_config(plan.config), encoding="utf-8")
-    partial.replace(plan.run_folder / CONFIG_NAME)
+    write_file(plan.run_folder / CONFIG_NAME, CONFIG_MARK + dump_config(plan.config))

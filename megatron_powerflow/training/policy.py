@@ -1,4 +1,5 @@
-"""How does a policy come onto the devices? This rank's model chunks, with the weights of a folder.
+"""How does a policy come onto the devices, and who samples from it? This rank's model chunks, with the weights of a
+folder of any kind, and the engine over them.
 
 Left out: what is trained of it (`session.py`).
 """
@@ -6,11 +7,13 @@ Left out: what is trained of it (`session.py`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.checkpoint import storage
-from megatron_powerflow.checkpoint.folder import is_converted
-from megatron_powerflow.config import ModelSection, PrecisionSection
+from megatron_powerflow.checkpoint.folder import is_checkpoint
+from megatron_powerflow.config import Config, ModelSection, PrecisionSection
 from megatron_powerflow.hf.checked import open_checked
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.live_weights import load_from_hf
@@ -19,7 +22,7 @@ from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import token_alignment
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.layout import Layout
-from megatron_powerflow.records import Architecture
+from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 
 
 def build_policy(
@@ -30,15 +33,32 @@ def build_policy(
     precision: PrecisionSection,
     groups: Groups,
 ) -> list[PolicyModel]:
-    """Model chunks of this rank, with the weights of model.hf_path: each rank reads its own slices."""
+    """Model chunks of this rank, with the weights of a folder: each rank reads its own slices. Collective.
+
+    model.hf_path: here a Hugging Face folder, a run's checkpoint or a converted one. Raises UserError when it is
+    damaged.
+    """
     config = transformer_config(architecture, layout, model, precision)
     chunks = build_chunks(config, architecture, layout, precision, groups.device)
     start = Path(model.hf_path)
-    if is_converted(start):
+    if is_checkpoint(start):
         storage.load_weights(start, chunks, groups)
     else:
         load_from_hf(chunks, open_checked(start, architecture, family), architecture, family, groups)
     return chunks
+
+
+def build_engine(
+    chunks: Sequence[PolicyModel], architecture: Architecture, layout: Layout, config: Config, groups: Groups
+) -> MegatronEngine:
+    """The engine over these chunks, as `rollout` of the config has it."""
+    return MegatronEngine(
+        chunks,
+        groups,
+        vocab_size=architecture.vocab_size,
+        max_concurrent_rows=config.rollout.max_concurrent_rows,
+        alignment=alignment(layout, config.precision),
+    )
 
 
 def alignment(layout: Layout, precision: PrecisionSection) -> int:

@@ -1,6 +1,6 @@
 """What does the text of each rollout say? Format penalty, reward, correctness, and numbers for the metrics.
 
-Left out: rewards made of log-probs (`group_values.py`), equality of answers (`data/answers.py`).
+Left out: rewards made of log-probs (`group_baseline.py`), equality of answers (`data/answers.py`).
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ OF_ANSWERS = {
 
 def _energy_rewards(rewards: Sequence[float], rollouts: Sequence[Rollout], objective: ObjectiveSection) -> list[float]:
     """beta r, or beta times the advantage of r in its group (FlowRL, arXiv 2509.15207)."""
+    assert objective.reward_scale is not None, "config_rules.py fills it in where there is a task_reward"
     values = torch.tensor(rewards, dtype=torch.float64)
     if objective.reward_advantage:
         slots = torch.tensor([rollout.slot for rollout in rollouts])

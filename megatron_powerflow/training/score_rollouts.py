@@ -16,7 +16,7 @@ from megatron_powerflow.model.precision import token_alignment
 from megatron_powerflow.parallel.collectives import last_stage_rows
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.training.plan import Plan
-from megatron_powerflow.training.score import score_reference
+from megatron_powerflow.training.score import score_reference, scored_batches
 from megatron_powerflow.training.session import Session
 
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away: replicas have equal shares
@@ -47,7 +47,10 @@ def reference_sequence_log_probs(rollouts: Sequence[Rollout], plan: Plan, sessio
     scored = score_reference(session.reference, batches, session.scorer)
     rows = None
     if groups.is_last_stage:
-        sums = [torch.stack([b.rollout_index.double(), b.ref_log_probs.double().sum(dim=1)], dim=1) for b in scored]
+        sums = [
+            torch.stack([batch.rollout_index.double(), batch.ref_log_probs.double().sum(dim=1)], dim=1)
+            for batch in scored_batches(scored)
+        ]
         rows = torch.cat(sums).cpu()
     table = last_stage_rows(rows, share, 2, groups).numpy()
     return table[table[:, 0].argsort(), 1][: len(rollouts)]

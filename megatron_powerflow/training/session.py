@@ -10,17 +10,17 @@ import uuid
 from dataclasses import dataclass
 
 from megatron_powerflow.checkpoint import storage
-from megatron_powerflow.checkpoint.state import Progress, Trainable
+from megatron_powerflow.checkpoint.state import RunProgress, Trainable
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.reference import Reference, ResidentReference, SwapReference
+from megatron_powerflow.objective.presets import LEARNED_LOG_Z
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.rollout.engine import Engine
-from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.optimizer import build_trainable
 from megatron_powerflow.training.plan import Plan
-from megatron_powerflow.training.policy import alignment, build_policy
+from megatron_powerflow.training.policy import build_engine, build_policy
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Session:
     reference: Reference
     engine: Engine
     scorer: Scorer
-    progress: Progress
+    progress: RunProgress
 
 
 def build_session(plan: Plan, groups: Groups) -> Session:
@@ -45,24 +45,18 @@ def build_session(plan: Plan, groups: Groups) -> Session:
 
     chunks = policy()
     reference = SwapReference(chunks) if config.model.reference == "swap" else ResidentReference(policy())
-    head = None
-    if config.objective.learns_log_z and groups.is_last_stage:
+    head, kind = None, config.objective.log_z
+    if kind in LEARNED_LOG_Z and groups.is_last_stage:
         head = LogZHead(
             architecture.hidden_size,
-            kind=config.objective.log_z,
+            kind=kind,
             detach=config.objective.log_z_detach is not False,
             seed=config.run.seed,
         ).to(groups.device)
     trainable = build_trainable(chunks, head, config, groups)
-    progress = Progress(step=0, position=0, skipped_in_a_row=0, num_skipped=0, wandb_run_id=uuid.uuid4().hex[:12])
+    progress = RunProgress(step=0, position=0, skipped_in_a_row=0, num_skipped=0, wandb_run_id=uuid.uuid4().hex[:12])
     if plan.resume_from is not None:
         progress = storage.load(plan.resume_from, trainable, groups)
-    engine = MegatronEngine(
-        chunks,
-        groups,
-        vocab_size=architecture.vocab_size,
-        max_concurrent_rows=config.rollout.max_concurrent_rows,
-        alignment=alignment(plan.layout, config.precision),
-    )
+    engine = build_engine(chunks, architecture, plan.layout, config, groups)
     scorer = Scorer(groups, architecture.vocab_size, config.rollout.temperature, plan.layout.sequence_parallel)
     return Session(groups, trainable, reference, engine, scorer, progress)

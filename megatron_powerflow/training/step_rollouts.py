@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.collectives import broadcast_object, every_rollout, first_failure
+from megatron_powerflow.parallel.collectives import every_rollout
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.together import attempt, broadcast_object, raise_together
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
-from megatron_powerflow.rollout.engine import Progress
+from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.rollout.rollout_files import ROLLOUTS_NAME, read_rollouts, step_file, write_rollouts
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.session import Session
@@ -29,7 +30,7 @@ def step_rollouts(
     session: Session,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Rollout]:
     """Rollouts of this replica's share of the step's prompts, by slot, then response; alike on all its ranks.
 
@@ -70,17 +71,17 @@ def _holds(path: Path, prompts: Sequence[Prompt], plan: Plan) -> bool:
 
 
 def _save(path: Path, rollouts: Sequence[Rollout], plan: Plan, groups: Groups, step: int) -> None:
-    failure: Exception | None = None
-    if groups.is_main:
-        try:
-            write_rollouts(
-                path,
-                rollouts,
-                step=step,
-                vocab_size=plan.architecture.vocab_size,
-                temperature=plan.config.rollout.temperature,
-            )
-        except OSError as error:
-            failure = error
-    if text := first_failure(failure, groups):
-        raise UserError(f"{path}: the rollouts could not be written ({text}); free space on that disk and start again")
+    def write() -> None:
+        write_rollouts(
+            path,
+            rollouts,
+            step=step,
+            vocab_size=plan.architecture.vocab_size,
+            temperature=plan.config.rollout.temperature,
+        )
+
+    raise_together(
+        attempt(write, OSError) if groups.is_main else None,
+        lambda text: f"{path}: the rollouts could not be written ({text}); free space on that disk and start again",
+        groups,
+    )

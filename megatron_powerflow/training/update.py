@@ -15,42 +15,42 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_powerflow.checkpoint.state import Trainable
-from megatron_powerflow.config import ObjectiveSection, OptimizerSection
+from megatron_powerflow.config import OptimizerSection
 from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.objective.objective import BalanceObjective, Objective
 from megatron_powerflow.objective.trajectory_balance import initial_log_z
 from megatron_powerflow.parallel.collectives import last_stage_rows
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.records import ROLLOUT_COLUMNS, MicroBatch
+from megatron_powerflow.records import ROLLOUT_COLUMNS, MicroBatch, ScoredBatch
 from megatron_powerflow.training.forward_step import Scorer, run_forward, run_forward_backward
-from megatron_powerflow.training.group_baseline import with_group_values
+from megatron_powerflow.training.group_baseline import with_group_baseline
 from megatron_powerflow.training.loss import micro_batch_loss
-from megatron_powerflow.training.optimizer import Stepped, step_optimizers
-from megatron_powerflow.training.residual import partial_of, residual_weight
-from megatron_powerflow.training.score import score_old, with_saved_old
+from megatron_powerflow.training.optimizer import OptimizerStep, step_optimizers
+from megatron_powerflow.training.residual import residual_weight, residual_without_log_z
+from megatron_powerflow.training.score import score_old, scored_batches, with_saved_old
 
 
 @dataclass(frozen=True)
-class Updated:
+class UpdateResult:
     """rows: [B, len(ROLLOUT_COLUMNS)] fp64, one per rollout of the step, sorted by rollout_index, on every rank."""
 
     rows: Tensor
-    steps: tuple[Stepped, ...]
+    optimizer_steps: tuple[OptimizerStep, ...]
 
 
 def update(
     trainable: Trainable,
     updates: Sequence[Sequence[MicroBatch]],
     scorer: Scorer,
-    objective: ObjectiveSection,
+    objective: Objective,
     section: OptimizerSection,
-    alpha: float | None,
     *,
     on_policy: bool = True,
-) -> Updated:
+) -> UpdateResult:
     """One optimizer update per element of `updates`: micro-batches of whole groups, reference scored.
 
-    alpha: the power of this step; None for an objective that knows none. on_policy: the policy as it is now sampled the
-    rollouts; False: another one did, of which the saved log-probs are left.
+    on_policy: the policy as it is now sampled the rollouts; False: another one did, of which the saved log-probs are
+    left. Collective.
     """
     groups = scorer.groups
     sampled_by = [list(batches) for batches in updates]
@@ -58,21 +58,23 @@ def update(
         sampled_by[1:] = [score_old(trainable.chunks, batches, scorer) for batches in sampled_by[1:]]
     else:
         sampled_by = [with_saved_old(batches) for batches in sampled_by]
-    rows, steps = [], []
+    tables, optimizer_steps = [], []
     for batches in sampled_by:
         num_kept = _num_kept(batches, groups)
-        batches = with_group_values(trainable.chunks, batches, scorer, objective, alpha)
+        batches = with_group_baseline(trainable.chunks, batches, scorer, objective)
         trainable.zero_grad()
 
         def loss_and_rows(hidden: Tensor, chunk: PolicyModel, batch: MicroBatch, num_kept=num_kept):
-            return micro_batch_loss(hidden, chunk, batch, scorer, objective, alpha, trainable.head, num_kept)
+            assert isinstance(batch, ScoredBatch)
+            return micro_batch_loss(hidden, chunk, batch, scorer, objective, trainable.head, num_kept)
 
-        found = run_forward_backward(trainable.ddp_chunks, batches, scorer, loss_and_rows)
+        tables_of_batches = run_forward_backward(trainable.ddp_chunks, batches, scorer, loss_and_rows)
         num_rollouts = sum(batch.tokens.shape[0] for batch in batches)
-        table = last_stage_rows(torch.cat(found).cpu() if found else None, num_rollouts, len(ROLLOUT_COLUMNS), groups)
+        local = torch.cat(tables_of_batches).cpu() if tables_of_batches else None
+        table = last_stage_rows(local, num_rollouts, len(ROLLOUT_COLUMNS), groups)
         finite = bool(table[:, ROLLOUT_COLUMNS.index("loss_term")].isfinite().all()) and num_kept > 0
         mean_weight = _mean_weight(table)
-        steps.append(
+        optimizer_steps.append(
             step_optimizers(
                 trainable,
                 clip_grad=section.clip_grad,
@@ -81,21 +83,20 @@ def update(
                 groups=groups,
             )
         )
-        rows.append(table)
-    everything = torch.cat(rows)
-    return Updated(everything[everything[:, 0].argsort()], tuple(steps))
+        tables.append(table)
+    everything = torch.cat(tables)
+    return UpdateResult(everything[everything[:, 0].argsort()], tuple(optimizer_steps))
 
 
 def calibrate_head(
     trainable: Trainable,
     updates: Sequence[Sequence[MicroBatch]],
-    objective: ObjectiveSection,
-    alpha: float,
+    objective: BalanceObjective,
     scorer: Scorer,
 ) -> float:
     """Give the head its start value: minus the mean residual of the first step's rollouts without it, over all ranks,
     S = S_ref. Returns it. A head that reads prompts also learns what all of them share. Collective."""
-    local, form, groups = None, objective.form, scorer.groups
+    local, groups = None, scorer.groups
     batches = [batch for of_update in updates for batch in of_update]
     if objective.log_z == "mlp":
         _centre_head(trainable, updates, scorer)
@@ -104,13 +105,13 @@ def calibrate_head(
             [
                 torch.stack(
                     [
-                        partial_of(batch.ref_log_probs.sum(dim=1), batch, objective, form, alpha),
-                        residual_weight(batch, form),
+                        residual_without_log_z(batch.ref_log_probs.sum(dim=1), batch, objective),
+                        residual_weight(batch, objective),
                         batch.kept,
                     ],
                     dim=1,
                 )
-                for batch in batches
+                for batch in scored_batches(batches)
             ]
         )
         local = local.double().cpu()

@@ -84,20 +84,11 @@ def test_a_step_does_not_depend_on_who_holds_the_experts(
 def gradients_by_name(config):
     """HF name -> gradient norm of every tensor after a step's backward pass, on rank 0's share of names."""
     from megatron_powerflow.hf.live_weights import placements
-    from megatron_powerflow.train import alpha_of_step, sampling_params
-    from megatron_powerflow.training.micro_batches import pack_updates
-    from megatron_powerflow.training.optimizer import set_learning_rates
-    from megatron_powerflow.training.score import score_reference
-    from megatron_powerflow.training.update import update
+    from megatron_powerflow.training.step import run_step
     from tests.distributed.megatron_sessions import opened_session
 
     with opened_session(config) as (plan, session):
-        share = plan.share_of(plan.prompts[: config.rollout.prompts_per_step], session.groups.dp_rank)
-        updates = pack_updates(session.engine.generate(share, sampling_params(plan, 0)), plan, session)
-        updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
-        set_learning_rates(session.trainable, config.optimizer, 0, config.run.num_steps)
-        alpha = alpha_of_step(config.objective, 0)
-        update(session.trainable, updates, session.scorer, config.objective, config.optimizer, alpha)
+        run_step(plan, session, plan.prompts[: config.rollout.prompts_per_step], 0)
         return {
             placed.hf_names[0]: (placed.parameter.main_grad.norm().item(), placed.parameter.detach().numpy().copy())
             for placed in placements(session.trainable.chunks, plan.family, session.groups.ep_rank)

@@ -86,13 +86,13 @@ def certainties(config):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from megatron_powerflow.train import sampling_params
     from megatron_powerflow.training.micro_batches import pack_updates
     from megatron_powerflow.training.score import score_certainty
+    from megatron_powerflow.training.step import sampling_of_step
     from tests.distributed.megatron_sessions import opened_session
 
     with opened_session(config) as (plan, session):
-        rollouts = session.engine.generate(plan.share_of(plan.prompts[:4], 0), sampling_params(plan, 0))
+        rollouts = session.engine.generate(plan.share_of(plan.prompts[:4], 0), sampling_of_step(plan, 0))
         (batches,) = pack_updates(rollouts, plan, session)
         ours = score_certainty(session.trainable.chunks, batches, session.scorer)
     by_index = {}

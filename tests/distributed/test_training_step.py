@@ -24,26 +24,13 @@ def prompts(tmp_path):
     return write_prompts(tmp_path)
 
 
-def one_step(config, step: int = 0):
-    """(rows, grad_norm, log Z' start value) of the first step, on every rank."""
-    from megatron_powerflow.train import alpha_of_step, sampling_params
-    from megatron_powerflow.training.micro_batches import pack_updates
-    from megatron_powerflow.training.optimizer import set_learning_rates
-    from megatron_powerflow.training.score import score_reference
-    from megatron_powerflow.training.update import calibrate_head, update
+def one_step(config):
+    """(rows, gradient norms, log Z' start value) of the first step, on every rank."""
+    from megatron_powerflow.training.step import run_step
 
     with opened_session(config) as (plan, session):
-        prompts = plan.prompts[: config.rollout.prompts_per_step]
-        share = plan.share_of(prompts, session.groups.dp_rank)
-        rollouts = session.engine.generate(share, sampling_params(plan, step))
-        updates = pack_updates(rollouts, plan, session)
-        updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
-        alpha, log_z = alpha_of_step(config.objective, step), None
-        if config.objective.learns_log_z:
-            log_z = calibrate_head(session.trainable, updates, config.objective, alpha, session.scorer)
-        set_learning_rates(session.trainable, config.optimizer, step, config.run.num_steps)
-        updated = update(session.trainable, updates, session.scorer, config.objective, config.optimizer, alpha)
-        return updated.rows.numpy(), [stepped.grad_norm for stepped in updated.steps], log_z
+        result = run_step(plan, session, plan.prompts[: config.rollout.prompts_per_step], 0)
+        return result.rows.numpy(), [taken.grad_norm for taken in result.optimizer_steps], result.log_z_start
 
 
 def column(rows: np.ndarray, name: str) -> np.ndarray:
@@ -133,19 +120,16 @@ def test_whole_groups_need_no_forward_pass_of_their_own(gloo, tiny_model, prompt
 
 
 def forward_passes_of_an_update(config) -> tuple[int, int]:
-    """(calls of the policy in `update`, micro-batches)."""
-    from megatron_powerflow.train import sampling_params
+    """(calls of the policy behind the reference's scores, micro-batches)."""
     from megatron_powerflow.training.micro_batches import pack_updates
-    from megatron_powerflow.training.score import score_reference
-    from megatron_powerflow.training.update import update
+    from megatron_powerflow.training.step import learn, sampling_of_step
 
     with opened_session(config) as (plan, session):
         share = plan.share_of(plan.prompts[: config.rollout.prompts_per_step], 0)
-        updates = pack_updates(session.engine.generate(share, sampling_params(plan, 0)), plan, session)
-        updates = [score_reference(session.reference, batches, session.scorer) for batches in updates]
+        updates = pack_updates(session.engine.generate(share, sampling_of_step(plan, 0)), plan, session)
         calls = []
         session.trainable.chunks[0].register_forward_hook(lambda *_: calls.append(1))
-        update(session.trainable, updates, session.scorer, config.objective, config.optimizer, 2.0)
+        learn(plan, session, updates, 0)
         return len(calls), sum(map(len, updates))
 
 

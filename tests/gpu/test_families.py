@@ -52,9 +52,9 @@ def session_of(folder, dtype: str, micro_batches: dict):
 
 
 def sample(plan, session):
-    from megatron_powerflow.train import sampling_params
+    from megatron_powerflow.training.step import sampling_of_step
 
-    return session.engine.generate(list(enumerate(plan.prompts)), sampling_params(plan, 0))
+    return session.engine.generate(list(enumerate(plan.prompts)), sampling_of_step(plan, 0))
 
 
 def scores(rollouts, plan, session) -> torch.Tensor:
@@ -93,13 +93,9 @@ def transformers_scores(rollouts, folder) -> torch.Tensor:
 
 def grad_norm(rollouts, plan, session) -> float:
     from megatron_powerflow.training.micro_batches import pack_updates
-    from megatron_powerflow.training.score import score_reference
-    from megatron_powerflow.training.update import update
+    from megatron_powerflow.training.step import learn
 
-    updates = [score_reference(session.reference, b, session.scorer) for b in pack_updates(rollouts, plan, session)]
-    config = plan.config
-    done = update(session.trainable, updates, session.scorer, config.objective, config.optimizer, 2.0)
-    return done.steps[0].grad_norm
+    return learn(plan, session, pack_updates(rollouts, plan, session), 0).optimizer_steps[0].grad_norm
 
 
 @pytest.mark.parametrize("shape", ["usual", "other"])

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_powerflow.architecture import Architecture, Experts, Mla, Rope
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.checked import open_checked
 from megatron_powerflow.hf.config import read_architecture, read_stop_token_ids
@@ -19,14 +20,12 @@ from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.hf.files import (
     INDEX_NAME,
     SafetensorsFolder,
-    SafetensorsWriter,
     check_tensor_names,
     copy_companions,
-    write_index,
 )
 from megatron_powerflow.hf.operations import ShardShape
 from megatron_powerflow.hf.shapes import expected_tensors, experts_of, layers_of
-from megatron_powerflow.records import Architecture, Experts, Mla, Rope
+from megatron_powerflow.hf.shard_files import ShardWriter, TensorInfo, plan_files, write_index
 from tests.tiny_models import FAMILIES as FAMILY_NAMES
 from tests.tiny_models import LLAMA3_ROPE, LONGROPE, MIXTURES, OTHER_SHAPES, make_tiny_model
 
@@ -485,11 +484,13 @@ def test_an_index_cannot_point_outside_its_folder_or_at_nothing(folder):
 
 def test_what_is_written_is_read_back_in_several_shards(tmp_path):
     tensors = {f"t{i}": torch.randn(10, 10) for i in range(7)}
-    writer = SafetensorsWriter(tmp_path, prefix="stage-0", max_shard_bytes=900)
+    files = plan_files([{name: TensorInfo("F32", (10, 10))} for name in tensors], 900, prefix="stage-0")
+    writer = ShardWriter(tmp_path, files)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
-    writer.flush()
-    write_index(tmp_path, writer.file_of, writer.total_bytes)
+    writer.close()
+    file_of = {name: file.name for file in files for name in file.tensors}
+    write_index(tmp_path, file_of, sum(file.num_bytes for file in files))
     index = json.loads((tmp_path / INDEX_NAME).read_text())
     assert index["metadata"]["total_size"] == 7 * 400
     assert sorted(set(index["weight_map"].values())) == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]

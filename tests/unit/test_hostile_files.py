@@ -31,7 +31,7 @@ from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.report.runs import read_runs
 from megatron_powerflow.rollout.rollout_files import find_rollouts, read_rollouts, step_file, write_rollouts
 from megatron_powerflow.training.inputs import read_inputs
-from megatron_powerflow.training.plan import find_resume
+from megatron_powerflow.training.resume import find_resume
 
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 3.5, -0.0, 1e308, 10**30, 2**63, float("nan"), float("inf"), "", " ", "x", "0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_powerflow"
 # Every file and folder at the top of the package, by floor: a floor imports lower ones only, and no room its neighbour.
 FLOORS = (
-    ("console", "errors", "log_probs", "objective", "records"),
+    ("architecture", "console", "errors", "log_probs", "objective", "records", "whole_files"),
     ("config", "random_streams", "targets"),
     ("config_rules", "data", "metrics", "parallel", "recipes"),
     ("config_file", "environment", "hf", "model", "report"),
@@ -31,9 +32,11 @@ FREE_OF_TORCH = (
     "config_rules",
     "config_file",
     "records",
+    "architecture",
     "random_streams",
     "cli",
     "targets",
+    "whole_files",
     "parallel.layout",
     "parallel.owner",
     "checkpoint.folder",
@@ -134,6 +137,18 @@ for name in sys.argv[1:]:
     names = ["megatron_powerflow", *(f"megatron_powerflow.{name}" for name in FREE_OF_TORCH)]
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_file_that_a_docstring_names_is_there():
+    """`packing.py` beside it, or `data/packing.py` from the top of the package."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            for name in re.findall(r"`([\w/]+\.(?:py|md))`", ast.get_docstring(node) or ""):
+                assert any((folder / name).is_file() for folder in (path.parent, PACKAGE, PACKAGE.parent)), (
+                    f"{path.relative_to(PACKAGE)} speaks of {name}"
+                )
 
 
 def test_no_grab_bags():

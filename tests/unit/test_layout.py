@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_powerflow.architecture import Architecture, Experts, Rope
 from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.layout import Layout, plan_layout
-from megatron_powerflow.records import Architecture, Experts, Rope
 
 ARCHITECTURE = Architecture(
     family="llama",

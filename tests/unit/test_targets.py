@@ -11,7 +11,8 @@ import pytest
 
 from megatron_powerflow import targets
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.targets import MARK_NAME, Target, export_target, file_refusals, starts_with_line_of, write_file
+from megatron_powerflow.targets import MARK_NAME, Target, export_target, file_refusals, starts_with_line_of
+from megatron_powerflow.whole_files import write_file
 
 
 def listing(folder: Path) -> dict[str, str]:

@@ -12,11 +12,11 @@ take them out of the folder first. The released files are FP8 (quantization_conf
 aux_loss_alpha, seq_aux, ep_size and the like only concern DeepSeek's own training and serving.
 """
 
+from megatron_powerflow.architecture import Experts, Mla
 from megatron_powerflow.hf.families.llama import ATTENTION, DEFAULTS, LAYER_OPS, MLP, MODEL_OPS
 from megatron_powerflow.hf.families.mixtral import expert_ops
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.operations import Columns, GateUp, InLayers, Replicated, Rows
-from megatron_powerflow.records import Experts, Mla
 
 OURS = "self_attention."
 SHARED = "model.layers.{layer}.mlp.shared_experts."

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_powerflow.hf.family import Family
-from megatron_powerflow.hf.operations import GateUp, Qkv, Replicated, Rows, VocabRows
+from megatron_powerflow.hf.operations import GateUp, Op, Qkv, Replicated, Rows, VocabRows
 
 ATTENTION = "model.layers.{layer}.self_attn."
 MLP = "model.layers.{layer}.mlp."
 
-LAYER_OPS = (
+LAYER_OPS: tuple[Op, ...] = (
     Replicated("input_layernorm.weight", "model.layers.{layer}.input_layernorm.weight"),
     Qkv(
         "self_attention.linear_qkv.weight",
@@ -26,7 +26,7 @@ LAYER_OPS = (
     GateUp("mlp.linear_fc1.weight", MLP + "gate_proj.weight", MLP + "up_proj.weight"),
     Rows("mlp.linear_fc2.weight", MLP + "down_proj.weight", inputs="ffn"),
 )
-MODEL_OPS = (
+MODEL_OPS: tuple[Op, ...] = (
     VocabRows("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
     Replicated("decoder.final_layernorm.weight", "model.norm.weight"),
     VocabRows("output_layer.weight", "lm_head.weight"),

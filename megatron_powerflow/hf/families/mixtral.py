@@ -5,10 +5,10 @@ the router's softmax is over the chosen experts only, whatever the file says. ro
 output_router_logits add to transformers' own training loss: PowerFlow adds no auxiliary loss, so they change nothing.
 """
 
+from megatron_powerflow.architecture import Experts
 from megatron_powerflow.hf.families.llama import DEFAULTS, LAYER_OPS, MODEL_OPS
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.operations import GateUp, Op, Replicated, Rows
-from megatron_powerflow.records import Experts
 
 
 def expert_ops(block: str, gate: str, up: str, down: str) -> tuple[Op, ...]:

@@ -8,11 +8,11 @@ router_aux_loss_coef and output_router_logits add to transformers' own training 
 so they change nothing.
 """
 
+from megatron_powerflow.architecture import Experts
 from megatron_powerflow.hf.families import qwen3
 from megatron_powerflow.hf.families.llama import DEFAULTS, MODEL_OPS
 from megatron_powerflow.hf.families.mixtral import expert_ops
 from megatron_powerflow.hf.family import Family
-from megatron_powerflow.records import Experts
 
 FAMILY = Family(
     model_type="qwen3_moe",
@@ -43,6 +43,6 @@ FAMILY = Family(
             bool(fields["norm_topk_prob"]),
         ),
     },
-    layer_ops=expert_ops("mlp", "gate_proj", "up_proj", "down_proj") + qwen3.NORMS,
+    layer_ops=(*expert_ops("mlp", "gate_proj", "up_proj", "down_proj"), *qwen3.NORMS),
     model_ops=MODEL_OPS,
 )

@@ -1,0 +1,40 @@
+"""Which objective does a step have? The config's keys, and alpha where it still rises, as one `Objective`."""
+
+from __future__ import annotations
+
+from megatron_powerflow.config import ObjectiveSection
+from megatron_powerflow.objective.objective import (
+    BalanceObjective,
+    EntropyObjective,
+    ImportanceRule,
+    Objective,
+    PolicyGradientObjective,
+)
+from megatron_powerflow.objective.presets import Balance, PolicyGradient
+
+
+def objective_of_step(section: ObjectiveSection, step: int) -> Objective:
+    """section: resolved, as `config_file.parse_config` leaves it. step: counted from 0."""
+    form, alpha = section.form, alpha_of_step(section, step)
+    if isinstance(form, Balance):
+        assert alpha is not None and section.log_z is not None
+        return BalanceObjective(form, alpha, section.log_z, importance_rule(section), section.tilt_cap)
+    if isinstance(form, PolicyGradient):
+        return PolicyGradientObjective(form, alpha, importance_rule(section), section.kl_coefficient or 0.0)
+    return EntropyObjective(section.kl_coefficient or 0.0)
+
+
+def alpha_of_step(section: ObjectiveSection, step: int) -> float | None:
+    """The power of the base model that this step aims at: from 1 to objective.alpha, linearly, then constant.
+
+    None for an objective that aims at no power.
+    """
+    warmup_steps = section.alpha_warmup_steps or 0
+    if section.alpha is None or step + 1 >= warmup_steps:
+        return section.alpha
+    return 1.0 + (section.alpha - 1.0) * (step + 1) / warmup_steps
+
+
+def importance_rule(section: ObjectiveSection) -> ImportanceRule:
+    """objective.ratio, objective.clip_epsilon and objective.clip."""
+    return ImportanceRule(section.ratio or "none", section.clip_epsilon or 0.0, section.clip == "upper")

@@ -1,0 +1,61 @@
+"""How is a file written so that whoever reads it finds the old one or the new one, whatever happens meanwhile?
+
+By way of a new file beside it, which is on the disk before it takes the name. Left out: whole folders (`targets.py`),
+and files that grow line by line.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which is `path` when the block ends and nothing when it raises. Raises OSError."""
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL_SUFFIX, dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        give_usual_mode(Path(partial))  # mkstemp's own is for secrets
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    sync(path.parent)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """The whole file or none of it; a text in UTF-8. Raises OSError."""
+    with whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def is_partial_of(name: str, files: tuple[str, ...]) -> bool:
+    """Whether a file of this name is what a kill in `whole_file` left of one of these files."""
+    return name.endswith(PARTIAL_SUFFIX) and any(name.startswith(f".{file}.") for file in files)
+
+
+def give_usual_mode(path: Path) -> None:
+    """What a file has that is opened and written: the umask's mode. safetensors leaves files that their owner alone can
+    read, which a server under another user then cannot serve."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def sync(path: Path) -> None:
+    """Have the kernel write a file or folder out."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
