@@ -9,16 +9,19 @@ formula of your own; this is a row of settings of those there are (`megatron_pow
 
 from __future__ import annotations
 
-from megatron_powerflow.objective.presets import PRESETS, PolicyGradient
+from typing import Literal
+
+from megatron_powerflow.objective import presets
 
 NAME = "rl_traj_std"
 # A = (r - mean) / (std + 1e-6) with r = alpha S_ref - S + alpha psi, loss = -A S
-ROW = PolicyGradient("power", divide_by_std=True, score_norm="none")
+ROW = presets.PolicyGradient("power", divide_by_std=True, score_norm="none")
 
 
 def main() -> None:
-    """Add the row before anything reads the table, which the config does when it is imported."""
-    PRESETS[NAME] = ROW
+    """Add the row, and its name to those that a config accepts. The config reads both when it is imported."""
+    presets.PRESETS[NAME] = ROW
+    presets.PresetName = Literal[*presets.PRESETS]
     from megatron_powerflow.cli import main as powerflow
 
     powerflow()
