@@ -100,8 +100,8 @@ def configuration() -> str:
         "",
         "A config is a YAML file of sections. Every key can also be given behind the command as `section.key=value`, "
         "which counts before the file; `null` takes a value away. An unknown key, a wrong type, a value out of its "
-        "range and a key that would have no effect are errors. Those of names, types and ranges are reported together, then "
-        "those of rules between keys. "
+        "range and a key that would have no effect are errors. Those of names, types and ranges are reported together, "
+        "then those of rules between keys. "
         "`powerflow config KEY` prints the same as this page. Interpolation of other keys, "
         "`${run.output_dir}/x`, is read; nothing else is evaluated.",
         "",

@@ -405,7 +405,6 @@ def test_what_make_docs_checks_it_also_says(monkeypatch, tmp_path):
     assert (tmp_path / "one.md").read_text() == "text\n"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("material") is None, reason='the site needs pip install -e ".[docs]"')
 def test_the_site_is_built_without_a_warning(tmp_path: Path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", "docs/mkdocs.yml", "-d", str(tmp_path)]
