@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -54,11 +55,16 @@ WARM = (
         "rich.console",
     ),
 )
-ARGUMENTS = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow and not long", "--hypothesis-seed", "0")
+ARGUMENTS = (
+    *("-x", "-q", "-m", "not slow and not long", "--hypothesis-seed", "0", "-p", "no:cacheprovider"),
+    *("-p", "no:unraisableexception", "-p", "no:threadexception"),  # they collect garbage, for seconds
+    *("-p", "_hypothesis_pytestplugin", "-p", "pytest_timeout"),  # and no others: one process, no plugins of libraries
+)
 
 
 class Outcome:
-    """verdict: killed, timeout, survived, or broken (the tests could not be collected: no fault of this kind)."""
+    """verdict: killed, timeout, survived, or broken (the tests could not be collected: no fault of this kind).
+    seconds: of processor time, which a busy machine does not change."""
 
     def __init__(self, verdict: str, noticed_by: str = "", seconds: float = 0.0) -> None:
         self.verdict, self.noticed_by, self.seconds = verdict, noticed_by, seconds
@@ -100,12 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(faults: Sequence[Fault], repository: Path, say: Callable[[str], None] = print) -> list[Outcome]:
     """The outcome of each fault. Raises RuntimeError where a guard fails without any."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # threads do not survive a fork
     for name in WARM:
         with contextlib.suppress(ImportError):  # an extra of the project that is not installed
             importlib.import_module(name)
     ours = [name for name in sys.modules if name.partition(".")[0] == PACKAGE]
     assert not ours, f"imported before the fork: {ours}"
+    gc.collect()
+    gc.freeze()  # what was imported is not looked through again in each fork
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copy = Path(folder)
         _copy(repository, copy)
@@ -178,7 +186,6 @@ def _outcome(fault: Fault, copy: Path) -> Outcome:
 
 def _forked(guards: Sequence[str], copy: Path, *, write_bytecode: bool) -> Outcome:
     """The guards' tests in a process of their own, up to the first that fails."""
-    begun = time.monotonic()
     ours, theirs = os.pipe()
     sys.stdout.flush()
     child = os.fork()
@@ -199,9 +206,11 @@ def _forked(guards: Sequence[str], copy: Path, *, write_bytecode: bool) -> Outco
     if not ended:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _, status, usage = os.wait4(child, 0)
+    code = os.waitstatus_to_exitcode(status)
     verdict = {0: "survived", 1: "killed"}.get(code, "broken") if ended else "timeout"
-    return Outcome(verdict, said or ("" if verdict == "survived" else f"exit code {code}"), time.monotonic() - begun)
+    noticed_by = said or ("" if verdict == "survived" else f"exit code {code}")
+    return Outcome(verdict, noticed_by, usage.ru_utime + usage.ru_stime)
 
 
 def _read_all(pipe: int, seconds: float) -> tuple[str, bool]:
