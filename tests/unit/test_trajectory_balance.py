@@ -15,6 +15,7 @@ from megatron_powerflow.objective.trajectory_balance import (
     importance_weight,
     initial_log_z,
     partial_residual,
+    token_spread,
 )
 
 
@@ -162,6 +163,20 @@ def test_weights_by_hand():
     assert weight.tolist() == ratio.tolist()
     weight, _ = importance_weight(sequence, old, num_tokens, ratio="none", clip_epsilon=0.2)
     assert weight.tolist() == [1, 1, 1]
+
+
+def test_the_sides_of_the_clip_by_hand():
+    arguments = (t(-3, 0, 3), t(0, 0, 0), t(1, 1, 1))
+    both = importance_weight(*arguments, ratio="seq", clip_epsilon=0.2).weight
+    assert both.tolist() == pytest.approx([0.8, 1.0, 1.2])
+    upper = importance_weight(*arguments, ratio="seq", clip_epsilon=0.2, upper_only=True).weight
+    assert upper.tolist() == pytest.approx([math.exp(-3), 1.0, 1.2])
+
+
+def test_the_spread_of_tokens_by_hand():
+    """log pi - 2 log p = 1, 3, and padding: mean 2, variance 1."""
+    mask = torch.tensor([[True, True, False]])
+    assert token_spread(t(-1, -1, 0)[None], t(-1, -2, 0)[None], mask, 2.0).tolist() == [1.0]
 
 
 def test_no_gradient_flows_through_the_weight():
