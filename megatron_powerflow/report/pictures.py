@@ -90,8 +90,7 @@ def cast(arms: Sequence[Arm]) -> Cast:
 
 
 def panels(count: int, *, columns: int = 2, height: float = 3.5) -> tuple[Figure, list[Axes]]:
-    """Make a figure of `count` panels, to be called within `in_style()`; returns it with their axes. height: inches
-    a row."""
+    """Make a figure of `count` panels, within `in_style()`, and return it with its axes. height: inches of a row."""
     columns = min(columns, count)
     rows = ceil(count / columns)
     gaps = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, hspace=0.03, wspace=0.03)

@@ -156,8 +156,7 @@ def _lines(arm: Arm) -> list[tuple[str, str, Sequence[Evaluation]]]:
 
 
 def _of_the_files(files: Sequence[EvaluationFile]) -> str:
-    """Name what the files evaluated, with the checkpoint if it is one for all seeds. Example: step_000340 on
-    MATH-500, T=1."""
+    """Name what was evaluated, with the checkpoint where seeds share it. Example: step_000340 on MATH-500, T=1."""
     policies = {PurePath(file.model).name for file in files}
     policy = f"{policies.pop()} " if len(policies) == 1 else ""
     temperature = "" if files[0].temperature is None else f", T={files[0].temperature:g}"
