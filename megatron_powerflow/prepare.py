@@ -73,18 +73,22 @@ class Outputs:
 
     @property
     def held_out(self) -> Path:
+        """Return the path of the held-out prompts."""
         return self.prompts.with_name(f"{self.prompts.stem}-held_out{self.prompts.suffix}")
 
     @property
     def report(self) -> Path:
+        """Return the path of the report."""
         return self.prompts.with_name(f"{self.prompts.stem}.report.json")
 
     @property
     def fell_out(self) -> Path:
+        """Return the path of the rows that fell out."""
         return self.prompts.with_name(f"{self.prompts.stem}.fell_out.jsonl")
 
     @property
     def partial(self) -> Path:
+        """Return the path of what an unfinished command has read."""
         return self.prompts.with_name(f"{self.prompts.stem}.partial.json")
 
     def refusals(self) -> list[str]:
@@ -241,8 +245,7 @@ def _read(path: Path, judge: Judge, prepared: PreparedRows) -> None:
 
 
 def _chosen(prepared: PreparedRows, each: int) -> list[dict[str, str]]:
-    """Return all reasoning prompts, and of every other kind the `each` with the first ids, which follow from their
-    words."""
+    """Return all reasoning prompts, and of every other kind the `each` with the first ids: hashes of their words."""
     taken: list[dict[str, str]] = []
     for task in ("reasoning", *INSTRUCTIONS):
         rows = [row for row in prepared.kept if row["task"] == task]

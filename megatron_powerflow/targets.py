@@ -46,18 +46,22 @@ class TargetFolder:
 
     @property
     def real(self) -> Path:
+        """Return OUT's path with every link resolved."""
         return self.out.resolve()
 
     @property
     def partial(self) -> Path:
+        """Return the path under which OUT is written until it is whole."""
         return self.real.with_name(self.real.name + ".partial")
 
     @property
     def old(self) -> Path:
+        """Return the path of the older OUT while it is being replaced."""
         return self.real.with_name(self.real.name + ".old")
 
     @property
     def lock(self) -> Path:
+        """Return the path of the lock of who writes OUT."""
         return self.real.with_name(self.real.name + ".lock")
 
     def refusals(self, *, apart_from: Sequence[Path] = (), not_over: Sequence[Path] = ()) -> list[str]:

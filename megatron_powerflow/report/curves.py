@@ -135,7 +135,7 @@ def _draw(axis: Axes, panel: CurvePanel, lines: dict[Path, Lines]) -> None:
 
 
 def _label(panel: CurvePanel, run: Path, name: str, num_runs: int) -> str:
-    """What tells a line from the others of its panel."""
+    """Return what tells a line from the others of its panel."""
     parts = ([run.name] if num_runs > 1 else []) + ([METRICS[name].name] if len(panel.lines) > 1 else [])
     text = ": ".join(parts)
     return f" {text}" if text.startswith("_") else text  # matplotlib leaves names with an underscore out
@@ -148,7 +148,7 @@ def _shade(axis: Axes, style: LineStyle, of_run: Lines, low: str, high: str) -> 
 
 
 def _series(of_run: Lines, name: str) -> tuple[list[float], list[float]]:
-    """Steps and finite values."""
+    """Return the steps and the finite values of a metric."""
     points = [(line["step"], line[name]) for line in of_run if isfinite(line.get(name, float("nan")))]
     return [step for step, _ in points], [value for _, value in points]
 

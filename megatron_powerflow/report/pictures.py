@@ -41,7 +41,7 @@ class Panel:
     """A panel shows one metric of metrics.jsonl over steps.
 
     `name` is drawn with band and markers, `thin` (another metric) as a thin line in the arm's colour; `note` ends
-    the title; `around_0` asks for an axis with signs and a line at 0.
+    the title; `around_0`: the values lie on both sides of 0.
     """
 
     name: str

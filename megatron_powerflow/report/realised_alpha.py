@@ -67,6 +67,6 @@ def _mean(run: Run, name: str) -> float | None:
 
 
 def _last_steps(run: Run) -> list[int]:
-    """The last ten steps of the run, those that have an estimate."""
+    """Return those of the run's last ten steps that have an estimate."""
     last = max((max(series) for series in run.metrics.values() if series), default=0)
     return [step for step in sorted(run.metrics.get(NAME, {})) if step > last - LAST_STEPS]
