@@ -189,9 +189,10 @@ class _FilePart(io.RawIOBase):
 
 
 def _audit_common(path: Path) -> None:
-    """common.pt is not needed for the tensors; what cannot be read without running code is refused all the same.
+    """Refuse a common.pt that cannot be read without running code, though the tensors do not need it.
 
     Megatron-Core 0.19 keeps what 0.16 writes there among the other entries, which `audit_checkpoint` has looked at.
+    Raises UserError.
     """
     try:
         torch.load(path, weights_only=True, map_location="cpu")

@@ -80,14 +80,16 @@ class Arm:
 
 def estimate_of(evaluations: Sequence[Evaluation], name: str) -> Estimate | None:
     """Average one value over evaluations, one per seed; None where none has it."""
-    having = [e.values for e in evaluations if name in e.values]
-    return estimate([values[name] for values in having], [values.get(f"{name}_se") for values in having])
+    measured_values = [e.values for e in evaluations if name in e.values]
+    return estimate(
+        [values[name] for values in measured_values], [values.get(f"{name}_se") for values in measured_values]
+    )
 
 
 def estimate_pass_at(evaluations: Sequence[Evaluation], k: int) -> Estimate | None:
     """Average pass@k over evaluations, one per seed; None where none has that k."""
-    having = [e for e in evaluations if k in e.pass_at]
-    return estimate([e.pass_at[k] for e in having], [e.pass_at_se.get(k) for e in having])
+    measured = [e for e in evaluations if k in e.pass_at]
+    return estimate([e.pass_at[k] for e in measured], [e.pass_at_se.get(k) for e in measured])
 
 
 def group_runs(runs: Sequence[Run]) -> list[Arm]:

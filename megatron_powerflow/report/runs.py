@@ -177,11 +177,11 @@ def _metrics(path: Path, notes: list[str]) -> dict[str, dict[int, float]]:
         for name, value in line.items():
             if name == "step":
                 continue
-            got = number(value)
-            if got is None:
+            finite = number(value)
+            if finite is None:
                 dropped.add(visible(name, 40))
             else:
-                series.setdefault(name, {})[line["step"]] = got
+                series.setdefault(name, {})[line["step"]] = finite
     if dropped:
         names = ", ".join(sorted(dropped)[:8])
         notes.append(f"{path}: values that are no finite numbers are left out, in: {names}")
@@ -213,9 +213,9 @@ def _with_step(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 def _evaluation(fields: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> Evaluation:
     """Make an evaluation of one X of evaluation.json or a line of evaluations.jsonl. beside: what stands beside X."""
     values = {
-        RENAMED.get(name, name): got
+        RENAMED.get(name, name): finite
         for name, value in {**fields, **(beside or {})}.items()
-        if name != "step" and (got := number(value)) is not None
+        if name != "step" and (finite := number(value)) is not None
     }
     return Evaluation(values, _by_count(fields.get("pass_at")), _by_count(fields.get("pass_at_se")))
 
@@ -232,9 +232,9 @@ def _judged(kinds: Mapping[str, Any]) -> dict[str, Any]:
 def _by_count(value: Any) -> dict[int, float]:
     pairs = {}
     for key, item in _mapping(value).items():
-        got = number(item)
-        if re.fullmatch(r"[0-9]{1,10}", str(key)) and 1 <= int(key) <= MAX_PASS_AT and got is not None:
-            pairs[int(key)] = got
+        finite = number(item)
+        if re.fullmatch(r"[0-9]{1,10}", str(key)) and 1 <= int(key) <= MAX_PASS_AT and finite is not None:
+            pairs[int(key)] = finite
     return dict(sorted(pairs.items()))
 
 

@@ -87,8 +87,8 @@ def arms_table(arms: Sequence[Arm]) -> Table:
 
 def best_of(evaluations: Sequence[StepEvaluation]) -> StepEvaluation | None:
     """Return the evaluation with the highest accuracy, the earliest of equals; None where none has an accuracy."""
-    having = [e for e in evaluations if "accuracy" in e.values]
-    return max(having, key=lambda e: e.values["accuracy"], default=None)
+    with_accuracy = [e for e in evaluations if "accuracy" in e.values]
+    return max(with_accuracy, key=lambda e: e.values["accuracy"], default=None)
 
 
 def start_sentence(arms: Sequence[Arm]) -> str:
@@ -142,9 +142,9 @@ def _lines(arm: Arm) -> list[tuple[str, str, Sequence[Evaluation]]]:
     of_files = [file.overall for file in files]
     if not arm.trained:
         return [("evaluated only", "", of_files)]
-    having = [run.evaluations for run in arm.members if run.evaluations]
-    best = [best_evaluation for evaluations in having if (best_evaluation := best_of(evaluations))]
-    last = [evaluations[-1] for evaluations in having]
+    by_seed = [run.evaluations for run in arm.members if run.evaluations]
+    best = [best_evaluation for evaluations in by_seed if (best_evaluation := best_of(evaluations))]
+    last = [evaluations[-1] for evaluations in by_seed]
     lines: list[tuple[str, str, Sequence[Evaluation]]] = []
     if best:
         lines.append(("best* at ", _range(best), best))
