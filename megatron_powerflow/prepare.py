@@ -144,12 +144,11 @@ def prepare(
     console: Console,
     **limits: Unpack[Limits],
 ) -> dict[str, Any]:
-    """Write the prompts of `data` and what was held out; returns the report, which is written too.
+    """Write the prompts of `data`, those held out and a report; returns the report.
 
-    data: names of files by their task, "reasoning" or those of INSTRUCTIONS. against: evaluation sets no prompt may be
-    of. held_out: the share of prompts that is held out. each: the most prompts of one kind that a creative set keeps.
-    located: where the files of names on the hub are.
-    Raises UserError when a file cannot be read, the outputs may not be written, or no row is left.
+    data: names of files by task, "reasoning" or those of INSTRUCTIONS. against: evaluation sets of which no prompt
+    may be. held_out: a share in [0, 1]. each: the most prompts of one creative kind. located: the files of names on
+    the hub. Raises UserError when a file cannot be read, the outputs may not be written, or no row is left.
     """
     outputs = Outputs(out)
     require(outputs.refusals())
