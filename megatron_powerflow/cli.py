@@ -207,13 +207,13 @@ def prepare(
     Example: powerflow prepare numina --out prompts.parquet --against HuggingFaceH4/MATH-500
     """
     from megatron_powerflow.hub.fetch import locate
-    from megatron_powerflow.hub.located import Wanted
+    from megatron_powerflow.hub.located import RequestedName
     from megatron_powerflow.prepare import lines_of, named_files
     from megatron_powerflow.prepare import prepare as run
 
     files = named_files(data, {"poem": poems or (), "story": stories or (), "joke": jokes or ()})
-    wanted = [Wanted("dataset", name, "DATA") for names in files.values() for name in names]
-    wanted += [Wanted("dataset", name, "--against") for name in against or ()]
+    wanted = [RequestedName("dataset", name, "DATA") for names in files.values() for name in names]
+    wanted += [RequestedName("dataset", name, "--against") for name in against or ()]
     report = run(
         files,
         out,
@@ -338,11 +338,11 @@ def evaluate(
     launch = read_launch()
     prepare_imports()
     from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_named
-    from megatron_powerflow.evaluation.evaluate import Request
+    from megatron_powerflow.evaluation.evaluate import EvaluationRequest
     from megatron_powerflow.evaluation.evaluate import evaluate as run
     from megatron_powerflow.evaluation.judge import make_judge
 
-    request = Request(
+    request = EvaluationRequest(
         data=tuple(data),
         num_responses=num_responses,
         greedy=greedy,
@@ -385,11 +385,11 @@ def export(
     prepare_imports()
     from megatron_powerflow.commands.export import export_file
     from megatron_powerflow.commands.open_model import COMMON_KEYS, open_model
-    from megatron_powerflow.hub.push import judge_push, push
+    from megatron_powerflow.hub.push import check_push, push
     from megatron_powerflow.targets import export_target
 
     opened = open_model(checkpoint, overrides or (), COMMON_KEYS, launch.world_size)
-    asked = judge_push(push_to_hub, private, export_target(out), launch) if push_to_hub is not None else None
+    asked = check_push(push_to_hub, private, export_target(out), launch) if push_to_hub is not None else None
     export_file(opened, out, launch, make_console(), command=_command())
     if asked is not None and launch.is_main:
         print(f"pushing {out} to {asked.repository}", flush=True)

@@ -28,13 +28,13 @@ from typing import Any, Protocol, TypedDict, Unpack
 from rich.console import Console
 
 from megatron_powerflow.commands.rounds import progress_bar
-from megatron_powerflow.data.creative_preparation import ASKS, CreativePreparation
+from megatron_powerflow.data.creative_preparation import INSTRUCTIONS, CreativePreparation
 from megatron_powerflow.data.overlap import Overlap
 from megatron_powerflow.data.preparation import REASONS, Preparation, content_key, is_held_out
 from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import load_questions
-from megatron_powerflow.hub.located import AS_NAMED, Located
+from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths
 from megatron_powerflow.targets import file_refusals, require, starts_with_line_of
 from megatron_powerflow.whole_files import write_file
 
@@ -55,13 +55,13 @@ class Limits(TypedDict, total=False):
 
 
 class Judge(Protocol):
-    """Of rows. judge: ("kept", "") or (a reason of REASONS, what exactly); prepared: what a kept row becomes."""
+    """Of rows. judge: ("kept", "") or (a reason of REASONS, what exactly); prepared_row: what a kept row becomes."""
 
     seen: set[bytes]
 
     def judge(self, row: Mapping[str, Any]) -> tuple[str, str]: ...
 
-    def prepared(self, row: Mapping[str, Any]) -> dict[str, str]: ...
+    def prepared_row(self, row: Mapping[str, Any]) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Outputs:
 
 
 @dataclass
-class Found:
+class PreparedRows:
     """What has been read so far. done: SHA-256 of the files, in order; fallen: as in OUT's name .fell_out.jsonl."""
 
     done: list[str] = field(default_factory=list)
@@ -132,14 +132,14 @@ def prepare(
     against: Sequence[str],
     held_out: float,
     each: int = EACH,
-    located: Located = AS_NAMED,
+    located: LocalPaths = NO_DOWNLOADS,
     console: Console,
     **limits: Unpack[Limits],
 ) -> dict[str, Any]:
     """Write the prompts of `data`; returns the report. Raises UserError.
 
-    data: names of files by their task, "reasoning" or those of ASKS. each: prompts of one kind that a creative set
-    keeps at most. located: which of `data` and `against` are names on the hub, and where their files are.
+    data: names of files by their task, "reasoning" or those of INSTRUCTIONS. each: prompts of one kind that a creative
+    set keeps at most. located: which of `data` and `against` are names on the hub, and where their files are.
     """
     outputs = Outputs(out)
     require(outputs.refusals())
@@ -183,7 +183,7 @@ def prepare(
 
 
 def _write_all(
-    outputs: Outputs, kept: Sequence[dict[str, str]], held_out: float, found: Found, report: dict[str, Any]
+    outputs: Outputs, kept: Sequence[dict[str, str]], held_out: float, found: PreparedRows, report: dict[str, Any]
 ) -> None:
     parts: dict[bool, list[dict[str, str]]] = {True: [], False: []}
     for row in kept:
@@ -215,26 +215,26 @@ def named_files(data: Sequence[str], creative: Mapping[str, Sequence[str]]) -> d
 
 def _judges(against: Overlap, limits: Limits) -> dict[str, Judge]:
     creative: set[bytes] = set()
-    found: dict[str, Judge] = {task: CreativePreparation(task, against, creative) for task in ASKS}
+    found: dict[str, Judge] = {task: CreativePreparation(task, against, creative) for task in INSTRUCTIONS}
     return found | {"reasoning": Preparation(against, **limits)}
 
 
-def _read(path: Path, judge: Judge, found: Found) -> None:
+def _read(path: Path, judge: Judge, found: PreparedRows) -> None:
     violations: list[str] = []
     for number, row in read_file(path, violations):
         reason, detail = judge.judge(row)
         if reason == "kept":
-            found.kept.append(judge.prepared(row))
+            found.kept.append(judge.prepared_row(row))
         else:
             found.fell_out(f"{path.name}:{number}", reason, detail)
     for violation in violations:  # which begins with file and row
         found.fell_out(violation, "unreadable")
 
 
-def _chosen(found: Found, each: int) -> list[dict[str, str]]:
+def _chosen(found: PreparedRows, each: int) -> list[dict[str, str]]:
     """All of reasoning, `each` of every other kind: those whose ids, which follow from their words, come first."""
     taken: list[dict[str, str]] = []
-    for task in ("reasoning", *ASKS):
+    for task in ("reasoning", *INSTRUCTIONS):
         rows = [row for row in found.kept if row["task"] == task]
         if task != "reasoning" and len(rows) > each:
             rows.sort(key=lambda row: row["id"])
@@ -245,19 +245,19 @@ def _chosen(found: Found, each: int) -> list[dict[str, str]]:
     return taken
 
 
-def _continued(path: Path, key: str) -> Found:
+def _continued(path: Path, key: str) -> PreparedRows:
     """What a try of the same command left, or nothing."""
     try:
         state = json.loads(path.read_bytes())
         if state["key"] != key:
-            return Found()
-        found = Found(state["done"], state["kept"], state["fallen"])
-        tasks = ("reasoning", *ASKS)
+            return PreparedRows()
+        found = PreparedRows(state["done"], state["kept"], state["fallen"])
+        tasks = ("reasoning", *INSTRUCTIONS)
         whole = all(content_key(row["question"]).hex() == row["id"] and row["task"] in tasks for row in found.kept)
         whole = whole and all(tuple(row) == FALLEN and row["reason"] in REASONS for row in found.fallen)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return Found()
-    return found if whole else Found()
+        return PreparedRows()
+    return found if whole else PreparedRows()
 
 
 def _digest(path: Path) -> str:

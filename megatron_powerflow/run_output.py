@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_powerflow.checkpoint.state import RunProgress
-from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, ringing
-from megatron_powerflow.metrics.alarm_words import ADVICE, ends_run, thresholds_of
+from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, raised_alarms
+from megatron_powerflow.metrics.alarm_words import ADVICE, alarms_that_end_run, thresholds_of
 from megatron_powerflow.metrics.change import change_table, changes_of
 from megatron_powerflow.metrics.realised_alpha import alpha_reached
-from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
+from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, read_step_log, write_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, read_metrics
@@ -60,7 +60,7 @@ class RunOutput:
                 self._console.print(f"continuing after step {first_step} from {plan.resume_from}")
             self._writers = [JsonlWriter(plan.run_folder, first_step=first_step)]
             self._lines = read_metrics(plan.run_folder)
-            self._alarms = ringing(self._lines, self._thresholds)
+            self._alarms = raised_alarms(self._lines, self._thresholds)
             self._diverged = has_diverged(self._lines, self._thresholds)
             self._note_reached()
             if plan.config.metrics.tensorboard:
@@ -118,7 +118,7 @@ class RunOutput:
     def write(self, step: int, result: StepResult, progress: RunProgress) -> None:
         """One step's metrics, everywhere. Collective: the peak memory is that of the worst rank."""
         config, groups = self._plan.config, self._session.groups
-        target = Target(
+        target = ReductionSettings(
             responses_per_prompt=config.rollout.responses_per_prompt,
             max_response_tokens=config.rollout.max_response_tokens,
             alpha=result.alpha,
@@ -144,7 +144,7 @@ class RunOutput:
     def _listen(self, step: int, values: dict[str, float]) -> None:
         """Note the alarms in the metrics; say so when one begins."""
         self._lines.append(values)
-        rings = ringing(self._lines, self._thresholds)
+        rings = raised_alarms(self._lines, self._thresholds)
         self._note_reached()
         values["alarm"] = float(bool(rings))
         values |= {f"alarm_{name}": float(name in rings) for name in ALARMS}
@@ -156,7 +156,7 @@ class RunOutput:
 
     def alarmed(self) -> bool:
         """An alarm rings that is to end the run. Collective; the same answer everywhere."""
-        return any_rank(bool(self._alarms.keys() & ends_run(self._plan.config)), self._session.groups)
+        return any_rank(bool(self._alarms.keys() & alarms_that_end_run(self._plan.config)), self._session.groups)
 
     def may_export(self) -> bool:
         """Not where the policy has diverged; says so of every alarm that rings. Collective."""

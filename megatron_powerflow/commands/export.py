@@ -14,7 +14,7 @@ from megatron_powerflow.checkpoint.folder import (
     is_converted,
     run_of,
 )
-from megatron_powerflow.commands.open_model import Opened, load_chunks
+from megatron_powerflow.commands.open_model import OpenModel, load_chunks
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.model_card import card_files
@@ -22,7 +22,7 @@ from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.targets import export_target, require
 
 
-def export_file(opened: Opened, out: Path, launch: Launch, console: Console, *, command: str = "") -> None:
+def export_file(opened: OpenModel, out: Path, launch: Launch, console: Console, *, command: str = "") -> None:
     """A checkpoint's policy as an HF folder, with a model card where it is a run's. Raises UserError for a folder that
     is no checkpoint."""
     if opened.checkpoint is None:

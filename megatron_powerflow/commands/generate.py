@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_powerflow.commands.open_model import Opened, engine_of, load_chunks, say_notices
+from megatron_powerflow.commands.open_model import OpenModel, engine_of, load_chunks, say_notices
 from megatron_powerflow.commands.rounds import BY_GENERATE, ROUND_ROWS, output_refusals, write_rounds
 from megatron_powerflow.data.prompts import Rewrite, load_prompts
 from megatron_powerflow.data.tokenizer import Tokenizer
@@ -24,7 +24,13 @@ from megatron_powerflow.training.plan import stop_token_ids_of
 
 
 def generate_file(
-    opened: Opened, prompts: str | Path, out: Path, num_responses: int, greedy: bool, launch: Launch, console: Console
+    opened: OpenModel,
+    prompts: str | Path,
+    out: Path,
+    num_responses: int,
+    greedy: bool,
+    launch: Launch,
+    console: Console,
 ) -> None:
     """One line per response: id, response_index, text, response_token_ids, log_probs, finish_reason."""
     require(output_refusals(out, *BY_GENERATE))
@@ -46,7 +52,7 @@ def generate_file(
 
 
 def load_generation_prompts(
-    opened: Opened, name: str | Path, launch: Launch, console: Console, rewrite: Rewrite | None = None
+    opened: OpenModel, name: str | Path, launch: Launch, console: Console, rewrite: Rewrite | None = None
 ) -> tuple[Prompt, ...]:
     """The prompts to answer; UserError where they, or the model, have no room for what is asked. name: a file, or data
     on the hub."""
@@ -66,7 +72,7 @@ def load_generation_prompts(
     return prompts.prompts
 
 
-def check_room(opened: Opened) -> None:
+def check_room(opened: OpenModel) -> None:
     """Raises UserError where the model has no positions for the longest prompt and response."""
     rollout = opened.config.rollout
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
@@ -77,7 +83,7 @@ def check_room(opened: Opened) -> None:
         )
 
 
-def sampling_of_answers(opened: Opened, *, responses_per_prompt: int, temperature: float) -> SamplingParams:
+def sampling_of_answers(opened: OpenModel, *, responses_per_prompt: int, temperature: float) -> SamplingParams:
     """How a command's answers are drawn, with uniforms of their own."""
     return sampling_params(
         opened.config,
@@ -88,7 +94,7 @@ def sampling_of_answers(opened: Opened, *, responses_per_prompt: int, temperatur
     )
 
 
-def prompts_per_round(opened: Opened, responses_per_prompt: int) -> int:
+def prompts_per_round(opened: OpenModel, responses_per_prompt: int) -> int:
     """Prompts a data-parallel rank answers between two writes."""
     return max(1, max(ROUND_ROWS, opened.config.rollout.max_concurrent_rows) // responses_per_prompt)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
-from megatron_powerflow.commands.open_model import SCORE_KEYS, Opened, load_chunks, open_model
+from megatron_powerflow.commands.open_model import SCORE_KEYS, OpenModel, load_chunks, open_model
 from megatron_powerflow.commands.score import log_probs_by_slot
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.shapes import expected_tensors
@@ -51,7 +51,7 @@ def free_memory_bytes() -> int:
     raise AssertionError("/proc/meminfo has no MemAvailable")
 
 
-def _rows(opened: Opened, texts: Sequence[str]) -> list[Rollout]:
+def _rows(opened: OpenModel, texts: Sequence[str]) -> list[Rollout]:
     """Every token of a text but the first, given those before it. The last text: ids from all over the vocabulary."""
     vocab_size, length = opened.architecture.vocab_size, min(MAX_TOKENS, opened.architecture.max_positions)
     spread = [i * vocab_size // SPREAD_TOKENS for i in range(min(SPREAD_TOKENS, length))]
@@ -64,7 +64,7 @@ def _rows(opened: Opened, texts: Sequence[str]) -> list[Rollout]:
     return rows
 
 
-def _score(opened: Opened, rows: Sequence[Rollout], groups: Groups) -> dict[int, list[float]]:
+def _score(opened: OpenModel, rows: Sequence[Rollout], groups: Groups) -> dict[int, list[float]]:
     chunks = load_chunks(opened, groups)
     scorer = Scorer(groups, opened.architecture.vocab_size, 1.0, opened.layout.sequence_parallel)
     return log_probs_by_slot(rows, chunks, scorer, opened)

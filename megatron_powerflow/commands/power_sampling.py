@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from megatron_powerflow.commands.generate import load_generation_prompts, prompts_per_round, sampling_of_answers
-from megatron_powerflow.commands.open_model import GENERATE_KEYS, Opened, engine_of, load_chunks
+from megatron_powerflow.commands.open_model import GENERATE_KEYS, OpenModel, engine_of, load_chunks
 from megatron_powerflow.commands.rounds import BY_GENERATE, output_refusals, write_rounds
 from megatron_powerflow.commands.score import log_probs_by_slot
 from megatron_powerflow.model.policy_model import PolicyModel
@@ -38,7 +38,7 @@ POWER_SAMPLING_KEYS = (*(key for key in GENERATE_KEYS if key not in _NOT_HERE), 
 
 
 def power_sample_file(
-    opened: Opened,
+    opened: OpenModel,
     prompts_name: str | Path,
     out: Path,
     num_responses: int,
@@ -86,7 +86,7 @@ def _propose(
 
 
 def _score(
-    opened: Opened, chunks: Sequence[PolicyModel], scorer: Scorer, rollouts: Sequence[Rollout]
+    opened: OpenModel, chunks: Sequence[PolicyModel], scorer: Scorer, rollouts: Sequence[Rollout]
 ) -> list[np.ndarray]:
     """Log-probs of the last stage on every rank of the replica: all of them run the chain and must agree."""
     found = log_probs_by_slot(rollouts, chunks, scorer, opened)
@@ -98,7 +98,7 @@ def _score(
     return np.split(everywhere, np.cumsum(lengths)[:-1])
 
 
-def _chain_line(chain: Chain, num_responses: int, num_moves: int, opened: Opened) -> dict:
+def _chain_line(chain: Chain, num_responses: int, num_moves: int, opened: OpenModel) -> dict:
     state = chain.state
     return {
         "id": chain.prompt.id,

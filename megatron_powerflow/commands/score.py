@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_powerflow.commands.open_model import Opened, load_chunks, say_notices
+from megatron_powerflow.commands.open_model import OpenModel, load_chunks, say_notices
 from megatron_powerflow.commands.rounds import ROUND_ROWS, SCORED, output_refusals, write_rounds
-from megatron_powerflow.data.packing import Annotated, pack
+from megatron_powerflow.data.packing import AnnotatedRollout, pack
 from megatron_powerflow.data.prompts import check_token_ids, prompt_token_ids
 from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.data.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ from megatron_powerflow.training.score import score
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away
 
 
-def score_file(opened: Opened, data: str | Path, out: Path, launch: Launch, console: Console) -> None:
+def score_file(opened: OpenModel, data: str | Path, out: Path, launch: Launch, console: Console) -> None:
     """One line per row of `data`, a file or one on the hub: id, log_probs (one per response token, natural logarithm),
     sequence_log_prob."""
     say_notices(opened, launch, console)
@@ -58,7 +58,7 @@ def _as_many_as_others(mine: Sequence[Rollout], groups: Groups) -> list[Rollout]
 
 
 def score_rollouts(
-    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: Opened
+    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: OpenModel
 ) -> list[tuple[int, dict]]:
     """(slot, output line) of each rollout on the last stage, an empty list elsewhere."""
     by_slot = {rollout.slot: rollout for rollout in rollouts}
@@ -69,13 +69,13 @@ def score_rollouts(
 
 
 def log_probs_by_slot(
-    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: Opened
+    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: OpenModel
 ) -> dict[int, list[float]]:
     """Log-probs of each rollout's response tokens on the last stage, nothing elsewhere. Slots are unique."""
     micro_batch_size = opened.config.parallel.micro_batch_size
     assert micro_batch_size is not None, "no command may ask for packing"
     batches = pack(
-        [Annotated(rollout) for rollout in rollouts],
+        [AnnotatedRollout(rollout) for rollout in rollouts],
         micro_batch_size=micro_batch_size,
         responses_per_prompt=1,
         drop_truncated=False,
@@ -92,7 +92,7 @@ def log_probs_by_slot(
     return found
 
 
-def read_scored_rows(path: Path, opened: Opened) -> list[Rollout]:
+def read_scored_rows(path: Path, opened: OpenModel) -> list[Rollout]:
     """Rows to score: a prompt in any of its forms, and `response` (text) or `response_token_ids`.
 
     A text is scored as it is, without an EOS behind it. Raises UserError with the bad lines.

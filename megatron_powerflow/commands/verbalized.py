@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_powerflow.commands.generate import load_generation_prompts, prompts_per_round, sampling_of_answers
-from megatron_powerflow.commands.open_model import Opened, engine_of, load_chunks
+from megatron_powerflow.commands.open_model import OpenModel, engine_of, load_chunks
 from megatron_powerflow.commands.rounds import BY_GENERATE, output_refusals, write_rounds
 from megatron_powerflow.data.verbalized import parse_verbalized, verbalized_row
 from megatron_powerflow.parallel.groups import Groups
@@ -36,7 +36,7 @@ class VerbalizedSampling:
 
 
 def verbalize_file(
-    opened: Opened, prompts_name: str | Path, out: Path, recipe: VerbalizedSampling, launch: Launch, console: Console
+    opened: OpenModel, prompts_name: str | Path, out: Path, recipe: VerbalizedSampling, launch: Launch, console: Console
 ) -> None:
     """One line per verbalized response: id, response_index, text, probability (as stated, not renormalised).
 

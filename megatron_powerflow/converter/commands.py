@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_powerflow.converter.compare import CARD_NAME, Comparison, card_refusals, compare, write_card
-from megatron_powerflow.converter.convert import Request, hf_to_megatron, megatron_to_hf
+from megatron_powerflow.converter.convert import ConversionRequest, hf_to_megatron, megatron_to_hf
 from megatron_powerflow.converter.model_folders import open_model_folder, total_bytes
 from megatron_powerflow.converter.ranks import Ranks
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hub.fetch import locate
-from megatron_powerflow.hub.located import Located, Wanted
+from megatron_powerflow.hub.located import LocalPaths, RequestedName
 from megatron_powerflow.parallel.initialize import Launch, cpu_group, prepare_imports
 from megatron_powerflow.targets import require
 
@@ -41,12 +41,12 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def locate_models(names: Mapping[str, str], launch: Launch) -> Located:
+def locate_models(names: Mapping[str, str], launch: Launch) -> LocalPaths:
     """Models by the option that they were given to: paths, or names on the hub, which are fetched."""
-    return locate([Wanted("model", name, option) for option, name in names.items()], launch)
+    return locate([RequestedName("model", name, option) for option, name in names.items()], launch)
 
 
-def convert(request: Request, launch: Launch, console: Console, *, to_hf: bool) -> None:
+def convert(request: ConversionRequest, launch: Launch, console: Console, *, to_hf: bool) -> None:
     """Run a conversion with a bar, say what was written."""
     _quiet()
     started = perf_counter()

@@ -42,7 +42,13 @@ from megatron_powerflow.hf.shard_files import (
     torch_dtype,
     write_index,
 )
-from megatron_powerflow.hf.torch_dist_names import Place, Stored, extra_states, parameter_shape, stored_parameters
+from megatron_powerflow.hf.torch_dist_names import (
+    StoredParameter,
+    StoredSlice,
+    extra_states,
+    parameter_shape,
+    stored_parameters,
+)
 from megatron_powerflow.metrics.provenance import provenance
 from megatron_powerflow.parallel.layout import padded_vocab_size
 from megatron_powerflow.parallel.owner import Owner
@@ -51,7 +57,7 @@ from megatron_powerflow.targets import Target, require
 MADE_BY = "conversion"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what the command lines call them -> safetensors' names
 
-Told = Callable[[int], object]  # told numbers of bytes
+BytesCallback = Callable[[int], object]  # told numbers of bytes
 Kind = TypeVar("Kind", HfModel, MegatronModel)
 
 
@@ -60,7 +66,7 @@ def _untold(num_bytes: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ConversionRequest:
     """What is asked of a conversion. dtype: fp32, bf16, fp16, or None: as it is in the source. revisions: name on the
     hub -> commit, of a source that came from there."""
 
@@ -76,7 +82,7 @@ class Request:
 
 
 def hf_to_megatron(
-    request: Request, ranks: Ranks, advance: Told = _untold, announce: Told = _untold
+    request: ConversionRequest, ranks: Ranks, advance: BytesCallback = _untold, announce: BytesCallback = _untold
 ) -> Comparison | None:
     """Write a torch_dist checkpoint that any layout loads. Collective. Returns what `verify` found.
 
@@ -85,7 +91,7 @@ def hf_to_megatron(
     """
     model = ranks.together(lambda: _open_source(request, ranks, HfModel))
     padded = padded_vocab_size(model.architecture, 1)
-    of_place: dict[Place, Stored] = {}
+    of_place: dict[StoredSlice, StoredParameter] = {}
     chunks: list[Chunk] = []
     shape_of: dict[str, tuple[int, ...]] = {}
     parameters = list(stored_parameters(model.architecture, model.family))
@@ -93,20 +99,20 @@ def hf_to_megatron(
         if stored.op.megatron not in shape_of:
             shape_of[stored.op.megatron] = parameter_shape(stored, model.architecture, padded)
         dtype = torch_dtype(_one_dtype(model, stored, request.dtype))
-        for place in stored.written:
+        for place in stored.written_slices:
             of_place[place] = stored
             chunks.append(Chunk(place, shape_of[stored.op.megatron], dtype))
     mine = ranks.share(chunks, lambda chunk: chunk.num_bytes)
     dtype_of = {chunk.place: chunk.dtype for chunk in mine}
     announce(sum(chunk.num_bytes for chunk in mine))
 
-    def read(place: Place) -> torch.Tensor:
+    def read(place: StoredSlice) -> torch.Tensor:
         return model.parameter(of_place[place], padded).to(dtype_of[place])
 
     def write(folder: Path) -> None:
         ahead = OneAhead(read, [chunk.place for chunk in mine])
 
-        def make(place: Place) -> torch.Tensor:
+        def make(place: StoredSlice) -> torch.Tensor:
             tensor = ahead(place)
             advance(tensor.nbytes)
             return tensor
@@ -133,7 +139,7 @@ def hf_to_megatron(
 
 
 def megatron_to_hf(
-    request: Request, ranks: Ranks, advance: Told = _untold, announce: Told = _untold
+    request: ConversionRequest, ranks: Ranks, advance: BytesCallback = _untold, announce: BytesCallback = _untold
 ) -> Comparison | None:
     """Write a plain HF folder. Collective. Returns what `verify` found.
 
@@ -187,7 +193,7 @@ def megatron_to_hf(
         return _verify(request, model, partial, ranks)
 
 
-def _open_source(request: Request, ranks: Ranks, kind: type[Kind]) -> Kind:
+def _open_source(request: ConversionRequest, ranks: Ranks, kind: type[Kind]) -> Kind:
     """The source, of the kind that this direction starts from; and a place for `out`."""
     _check_out(request)
     model = open_model_folder(request.source, ranks, step=request.step)
@@ -198,14 +204,14 @@ def _open_source(request: Request, ranks: Ranks, kind: type[Kind]) -> Kind:
     raise UserError(f"{request.source}: a Hugging Face folder already; give a run's folder or a checkpoint")
 
 
-def _check_out(request: Request) -> None:
+def _check_out(request: ConversionRequest) -> None:
     target, keeps = Target(request.out, MADE_BY), keeps_of(request.source, request.step)
     require(target.refusals(apart_from=(request.source, *keeps.apart_from), not_over=keeps.not_over))
     if target.is_there() and not request.overwrite:
         raise UserError(f"--out {request.out}: exists; give another folder, or --overwrite to replace it when done")
 
 
-def _one_dtype(model: HfModel, stored: Stored, dtype: str | None) -> str:
+def _one_dtype(model: HfModel, stored: StoredParameter, dtype: str | None) -> str:
     """safetensors' name of the dtype that the parameter will have."""
     if stored.fp32:
         return DTYPES["fp32"]
@@ -218,7 +224,7 @@ def _one_dtype(model: HfModel, stored: Stored, dtype: str | None) -> str:
 
 
 @contextmanager
-def _published(request: Request, model: Model, ranks: Ranks, num_bytes: int) -> Iterator[Path]:
+def _published(request: ConversionRequest, model: Model, ranks: Ranks, num_bytes: int) -> Iterator[Path]:
     """OUT.partial, made anew; renamed to OUT behind the block, or gone when anything was raised in it. Collective.
 
     num_bytes: of the tensors, for the mark.
@@ -269,7 +275,7 @@ def _copy_companions(model: Model, target: Path, dtypes: set[str]) -> None:
     copy_companions(model.hf_folder, target, dtype=None if stated in now or len(now) > 1 else now.pop())
 
 
-def _verify(request: Request, model: Model, partial: Path, ranks: Ranks) -> Comparison | None:
+def _verify(request: ConversionRequest, model: Model, partial: Path, ranks: Ranks) -> Comparison | None:
     """Compare, when asked, and leave the proof beside what was written. Collective."""
     ranks.gather(None)
     if not request.verify:

@@ -27,7 +27,14 @@ from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.files import FLOATS, SafetensorsFolder, companion_files
 from megatron_powerflow.hf.shapes import impossible_sizes
 from megatron_powerflow.hf.shard_files import TensorInfo
-from megatron_powerflow.hf.torch_dist_names import EMBEDDING, Place, Stored, parameter_shape, stored_parameters, whole
+from megatron_powerflow.hf.torch_dist_names import (
+    EMBEDDING,
+    StoredParameter,
+    StoredSlice,
+    parameter_shape,
+    stored_parameters,
+    whole,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,15 +55,15 @@ class HfModel:
     def hf_folder(self) -> Path:
         return self.path
 
-    def info(self, stored: Stored) -> dict[str, TensorInfo]:
+    def info(self, stored: StoredParameter) -> dict[str, TensorInfo]:
         """Header entries of the parameter's HF tensors."""
         return {name: TensorInfo(self.source.dtype(name), self.source.shape(name)) for name in stored.hf_names}
 
-    def read(self, stored: Stored) -> dict[str, Tensor]:
+    def read(self, stored: StoredParameter) -> dict[str, Tensor]:
         """The parameter's HF tensors."""
         return {name: self.source.read(name) for name in stored.hf_names}
 
-    def parameter(self, stored: Stored, padded_vocab_size: int) -> Tensor:
+    def parameter(self, stored: StoredParameter, padded_vocab_size: int) -> Tensor:
         """The parameter as Megatron holds it."""
         return stored.op.shard(self.source, stored.hf_names, whole(self.architecture, padded_vocab_size))
 
@@ -76,16 +83,16 @@ class MegatronModel:
     def hf_folder(self) -> Path:
         return self.path / HF_NAME
 
-    def places(self, stored: Stored) -> list[Place]:
-        return [place for place in stored.places if place.key in self.dtypes]
+    def places(self, stored: StoredParameter) -> list[StoredSlice]:
+        return [place for place in stored.slices if place.key in self.dtypes]
 
-    def info(self, stored: Stored) -> dict[str, TensorInfo]:
+    def info(self, stored: StoredParameter) -> dict[str, TensorInfo]:
         """Header entries of the parameter's HF tensors."""
         dtype = self.dtypes[self.places(stored)[0].key]
         shapes = stored.op.hf_shapes(self.architecture)
         return {name: TensorInfo(dtype, shape) for name, shape in zip(stored.hf_names, shapes, strict=True)}
 
-    def read(self, stored: Stored) -> dict[str, Tensor]:
+    def read(self, stored: StoredParameter) -> dict[str, Tensor]:
         """The parameter's HF tensors. Raises UserError where its places do not agree."""
         import torch
 
@@ -163,10 +170,10 @@ def _violations(model: MegatronModel, shapes: dict[str, tuple[int, ...]]) -> lis
     padded = max(model.padded_vocab_size, architecture.vocab_size)
     of_op: dict[str, tuple[int, ...]] = {}
     for stored in stored_parameters(architecture, model.family):
-        known |= {place.key for place in stored.places}
-        places = [place for place in stored.places if place.key in shapes]
+        known |= {place.key for place in stored.slices}
+        places = [place for place in stored.slices if place.key in shapes]
         if not places:
-            found[stored.places[0].key] = "is missing"
+            found[stored.slices[0].key] = "is missing"
             continue
         if stored.op.megatron not in of_op:
             of_op[stored.op.megatron] = parameter_shape(stored, architecture, padded)

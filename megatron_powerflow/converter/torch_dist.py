@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 
 from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.hf.torch_dist_names import Place
+from megatron_powerflow.hf.torch_dist_names import StoredSlice
 
 COMMON_NAME = "common.pt"
 BACKEND_NAME = "metadata.json"
@@ -88,7 +88,7 @@ class TorchDistFolder:
             if isinstance(entry, TensorStorageMetadata)
         }
 
-    def read(self, place: Place) -> Tensor:
+    def read(self, place: StoredSlice) -> Tensor:
         """tensor[place.index], on CPU, put together from the chunks that overlap it."""
         entry = self._metadata.state_dict_metadata[place.key]
         assert isinstance(entry, TensorStorageMetadata), f"{place.key} is none of `tensors()`"
@@ -199,7 +199,7 @@ def _audit_common(path: Path) -> None:
 class Chunk:
     """A parameter to write. shape: without the leading axes of `place`."""
 
-    place: Place
+    place: StoredSlice
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -228,7 +228,7 @@ class _LazyPlanner(SavePlanner):
     empty: keys of objects that hold nothing.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], make: Callable[[Place], Tensor], empty: Sequence[str]) -> None:
+    def __init__(self, chunks: Sequence[Chunk], make: Callable[[StoredSlice], Tensor], empty: Sequence[str]) -> None:
         self._empty = empty
         self._chunks = {(chunk.place.key, chunk.offsets): chunk for chunk in chunks}
         self._make = make
@@ -260,7 +260,7 @@ class _LazyPlanner(SavePlanner):
 
 
 def write_tensors(
-    folder: Path, chunks: Sequence[Chunk], make: Callable[[Place], Tensor], empty: Sequence[str], world_size: int
+    folder: Path, chunks: Sequence[Chunk], make: Callable[[StoredSlice], Tensor], empty: Sequence[str], world_size: int
 ) -> None:
     """Write this rank's share of the chunks, and on rank 0 the index of all. Collective where there are ranks.
 

@@ -43,7 +43,7 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ReplayRequirements:
     """What a run can train on: equal group sizes, vocabulary and temperature; lengths up to these."""
 
     num_prompts: int
@@ -142,7 +142,7 @@ def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
     return rollouts
 
 
-def replay_violations(folder: Path, steps: range, wanted: Wanted) -> list[str]:
+def replay_violations(folder: Path, steps: range, wanted: ReplayRequirements) -> list[str]:
     """Why a run cannot train on these files, each reason once; empty when it can. Reads first lines only."""
     missing = [step for step in steps if not step_file(folder, step).is_file()]
     violations = []
@@ -167,7 +167,7 @@ def replay_violations(folder: Path, steps: range, wanted: Wanted) -> list[str]:
     return violations + [f"{step_file(folder, step)}: {reason}" for reason, step in reasons.items()]
 
 
-def _mismatches(header: Header, step: int, wanted: Wanted) -> list[str]:
+def _mismatches(header: Header, step: int, wanted: ReplayRequirements) -> list[str]:
     found = [] if header.step == step else [f"holds step {header.step}; files keep the name they were written under"]
     for name, (key, remedy) in _EQUAL.items():
         theirs, ours = getattr(header, name), getattr(wanted, name)

@@ -21,7 +21,7 @@ from megatron_powerflow.log_probs.kernel_choice import LogProbKernel
 from megatron_powerflow.log_probs.token_log_probs import TokenStatistics
 from megatron_powerflow.model.log_z_head import pool_prompt
 from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.model.stream import chosen, extent, model_tokens, pool_prompts, to_rows
+from megatron_powerflow.model.stream import chosen_tokens, extent, model_tokens, pool_prompts, to_rows
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import MicroBatch
 
@@ -45,9 +45,9 @@ class Scorer:
 
     def log_probs(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> Tensor:
         """hidden [t / cp, r, H] (whole over tp) -> [b, s] fp32 log-probs of the targets, 0 where loss_mask is False."""
-        arguments, places = self._kernel_arguments(hidden, chunk, batch)
-        values = self.kernel.log_probs(**arguments) if len(places) else _of_nothing(arguments["hidden"])
-        return to_rows(values, places, batch, self.groups.cp)
+        arguments, row_index = self._kernel_arguments(hidden, chunk, batch)
+        values = self.kernel.log_probs(**arguments) if len(row_index) else empty_log_probs(arguments["hidden"])
+        return to_rows(values, row_index, batch, self.groups.cp)
 
     def prompt_pool(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """hidden [t / cp, r, H] (whole over tp) -> [b, H] fp32, its mean over the prompt of each rollout."""
@@ -57,26 +57,26 @@ class Scorer:
 
     def statistics(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> TokenStatistics:
         """`log_probs` with the entropy and certainty of the same distributions, each [b, s] fp32, 0 where masked."""
-        arguments, places = self._kernel_arguments(hidden, chunk, batch)
-        columns = self.kernel.statistics(**arguments) if len(places) else [_of_nothing(arguments["hidden"])] * 3
-        return TokenStatistics(*(to_rows(values, places, batch, self.groups.cp) for values in columns))
+        arguments, row_index = self._kernel_arguments(hidden, chunk, batch)
+        columns = self.kernel.statistics(**arguments) if len(row_index) else [empty_log_probs(arguments["hidden"])] * 3
+        return TokenStatistics(*(to_rows(values, row_index, batch, self.groups.cp) for values in columns))
 
     def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
-        """This rank's response tokens alone, hidden [k, H], targets [k]; and their places [k] in the flat rows."""
-        mask, places = chosen(batch.loss_mask, batch)
+        """This rank's response tokens alone, hidden [k, H], targets [k]; and where each stands [k] in the flat rows."""
+        mask, row_index = chosen_tokens(batch.loss_mask, batch)
         arguments = {
             "hidden": hidden.transpose(0, 1)[mask],
             "output_weight": chunk.output_weight(),
-            "targets": batch.targets.flatten()[places],
+            "targets": batch.targets.flatten()[row_index],
             "tp_group": self.groups.tp,
             "vocab_size": self.vocab_size,
             "temperature": self.temperature,
             "softcap": chunk.logit_softcap,
         }
-        return arguments, places
+        return arguments, row_index
 
 
-def _of_nothing(hidden: Tensor) -> Tensor:
+def empty_log_probs(hidden: Tensor) -> Tensor:
     """hidden [0, H] -> [0] fp32: no tokens (a dummy, a share that is all prompt), and a graph for the backward pass."""
     return hidden.float().sum(dim=1)
 

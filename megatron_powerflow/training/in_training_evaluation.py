@@ -18,7 +18,7 @@ import numpy as np
 from megatron_powerflow.data.answers import extract_answer, grade
 from megatron_powerflow.metrics.counts import QuestionCounts, summarize
 from megatron_powerflow.metrics.realised_alpha import realised_alpha
-from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
+from megatron_powerflow.metrics.repetition import distinct_share, repeated_share
 from megatron_powerflow.objective.presets import Balance
 from megatron_powerflow.parallel.collectives import every_rollout
 from megatron_powerflow.records import Purpose, Rollout, SamplingParams
@@ -53,7 +53,7 @@ def evaluation_line(rollouts: Sequence[Rollout], reference: np.ndarray, plan: Pl
     summary = summarize(counts)
     tokens = [[rollout.response_token_ids for rollout in members] for members in by_prompt]
     lengths = np.array([len(response) for group in tokens for response in group])
-    distinct_2 = [distinct_n(group, 2) for group in tokens]
+    distinct_2 = [distinct_share(group, 2) for group in tokens]
     per_prompt = {
         "id": [members[0].prompt.id for members in by_prompt],
         "ref_log_prob_mean": _per_token(reference, lengths, by_prompt),
@@ -70,7 +70,7 @@ def evaluation_line(rollouts: Sequence[Rollout], reference: np.ndarray, plan: Pl
         "num_prompts": len(by_prompt),
         "num_responses": plan.config.evaluation.num_responses,
         "distinct_2": float(np.mean(distinct_2)),
-        "distinct_3": float(np.mean([distinct_n(group, 3) for group in tokens])),
+        "distinct_3": float(np.mean([distinct_share(group, 3) for group in tokens])),
         "repeated_share": float(np.mean([repeated_share(response) for group in tokens for response in group])),
         **_realised(rollouts, reference, lengths, plan),
         "by_prompt": per_prompt,

@@ -13,7 +13,7 @@ import torch
 
 from megatron_powerflow.config import Config
 from megatron_powerflow.data.bins import BinRule, flop_count, groups_fit, plan_update
-from megatron_powerflow.data.packing import Annotated, pack, pack_streams
+from megatron_powerflow.data.packing import AnnotatedRollout, pack, pack_streams
 from megatron_powerflow.model.precision import token_alignment
 from megatron_powerflow.objective.presets import Balance
 from megatron_powerflow.parallel.collectives import every_rollout
@@ -106,5 +106,5 @@ def _pack_streams(
     ]
 
 
-def _name(rollout: Rollout | Annotated) -> tuple[int, int]:
+def _name(rollout: Rollout | AnnotatedRollout) -> tuple[int, int]:
     return rollout.slot, rollout.response_index

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_powerflow.config import AlarmName
-from megatron_powerflow.metrics.alarm import ALARMS, Thresholds, ringing
+from megatron_powerflow.metrics.alarm import ALARMS, Thresholds, raised_alarms
 from megatron_powerflow.metrics.prompt_statistics import length_statistics
 
 SEEDS = range(3)
@@ -45,14 +45,14 @@ def line(truncated=0.01, log_length=5.0, **other):
     ],
 )
 def test_each_alarm_rings_for_its_own_reason(before, after, names):
-    assert ringing([before] * 20, DEFAULTS) == {}
-    assert ringing([before] * 20 + [after] * 5, DEFAULTS).keys() == names
+    assert raised_alarms([before] * 20, DEFAULTS) == {}
+    assert raised_alarms([before] * 20 + [after] * 5, DEFAULTS).keys() == names
 
 
 def test_lines_of_older_runs_ring_no_alarm_on_lengths():
     old = {"num_rollouts_kept": 4.0, "truncated_fraction": 0.0}
-    assert ringing([old] * 30 + [old | {"truncated_fraction": 1.0}] * 30, DEFAULTS) == {}
-    assert ringing([], DEFAULTS) == {}
+    assert raised_alarms([old] * 30 + [old | {"truncated_fraction": 1.0}] * 30, DEFAULTS) == {}
+    assert raised_alarms([], DEFAULTS) == {}
 
 
 def simulated(seed: int, steps: int, *, num_prompts=16, drift=0.0, begins=0) -> list[dict[str, float]]:
@@ -77,7 +77,7 @@ def simulated(seed: int, steps: int, *, num_prompts=16, drift=0.0, begins=0) -> 
 
 def ring_at(lines: list[dict[str, float]]) -> tuple[int, str] | None:
     """The first step, counted from 0, and the name of the alarm."""
-    return next(((i, name) for i in range(len(lines)) for name in ringing(lines[: i + 1], DEFAULTS)), None)
+    return next(((i, name) for i in range(len(lines)) for name in raised_alarms(lines[: i + 1], DEFAULTS)), None)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -118,16 +118,16 @@ def losses(values) -> list[dict[str, float]]:
 def test_a_noisy_loss_rings_in_less_than_one_run_of_a_hundred():
     """A standard deviation of .8 in its logarithm, as at a high rate: of ten steps the least is a fifth of the rest."""
     runs = np.exp(0.8 * np.random.default_rng(0).normal(size=(300, 60)))
-    rang = [any("loss" in ringing(losses(run[:length]), DEFAULTS) for length in range(1, 61)) for run in runs]
+    rang = [any("loss" in raised_alarms(losses(run[:length]), DEFAULTS) for length in range(1, 61)) for run in runs]
     assert np.mean(rang) < 0.01
 
 
 def test_a_loss_that_the_first_update_spoils_rings():
-    assert "loss" in ringing(losses([1.0, *[50.0] * 9]), DEFAULTS)
-    assert "loss" not in ringing(losses([1.0, *[5.0] * 9]), DEFAULTS)
+    assert "loss" in raised_alarms(losses([1.0, *[50.0] * 9]), DEFAULTS)
+    assert "loss" not in raised_alarms(losses([1.0, *[5.0] * 9]), DEFAULTS)
 
 
 def test_a_loss_is_compared_at_its_own_alpha():
     """Where alpha rises from 1 the loss begins at nothing."""
     rising = [line | {"alpha": 1.0 + step / 10} for step, line in enumerate(losses(np.linspace(0.001, 1.0, 30)))]
-    assert "loss" not in ringing([*rising, *losses([1.0] * 30)], DEFAULTS)
+    assert "loss" not in raised_alarms([*rising, *losses([1.0] * 30)], DEFAULTS)

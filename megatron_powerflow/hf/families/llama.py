@@ -33,8 +33,9 @@ MODEL_OPS: tuple[Op, ...] = (
 )
 
 
-def heads_divide(fields: Mapping[str, Any]) -> list[str]:
-    """transformers 5 asks it of Llama and Gemma 2, whatever head_dim says."""
+def head_violations(fields: Mapping[str, Any]) -> list[str]:
+    """Return a violation when hidden_size is no multiple of the heads, which transformers 5 refuses for Llama and Gemma
+    2, whatever head_dim says; else nothing."""
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     return [f"num_attention_heads={heads} does not divide hidden_size={hidden}"] if hidden % heads else []
 
@@ -49,5 +50,5 @@ FAMILY = Family(
     layer_ops=LAYER_OPS,
     model_ops=MODEL_OPS,
     nullable=("num_key_value_heads", "head_dim"),
-    violations=heads_divide,
+    violations=head_violations,
 )
