@@ -128,11 +128,12 @@ def test_a_bin_may_be_full_to_the_last_token():
 
 
 def test_bins_that_evenness_cannot_fill_are_as_many_as_asked_for():
-    sizes = [6, 5, 5, 4]
-    assert fill_evenly(sizes, [1.0, 9.0, 9.0, 1.0], 10, 2) == [[0, 3], [1, 2]]
-    found = fill_evenly([6, 6, 3, 3, 3, 3, 3, 3], [1, 1, 9, 9, 9, 9, 9, 9], 10, 4)
-    assert len(found) == 4
-    assert sorted(place for bin in found for place in bin) == list(range(8))
+    """Seven bins are enough for these; by costs not even eight are, so seven of them it is, and an empty one."""
+    sizes = [6, 10, 8, 7, 6, 7, 9, 9, 9, 6, 9, 7, 7, 6, 7, 10, 9]
+    costs = [67, 1, 8, 49, 75, 49, 44, 8, 1000, 6, 1, 41, 0, 36, 1, 1, 81]
+    found = fill_evenly(sizes, costs, 20, 8)
+    assert found == [*first_fit(sizes, 20), []]
+    assert len(found) == 8
 
 
 def test_the_budget_is_rounded_down_and_sequences_up():

@@ -36,9 +36,11 @@ class InMemory:
 
     def read(self, name, *, rows=None, columns=None):
         tensor = self.tensors[name]
-        if rows is not None:
-            tensor = tensor[slice(*rows)]
-        return tensor if columns is None else tensor[:, slice(*columns)]
+        for dim, part in enumerate((rows, columns)):
+            if part is not None:
+                assert 0 <= part[0] <= part[1] <= tensor.shape[dim], f"{name} has no {part} of {tensor.shape}"
+                tensor = tensor.narrow(dim, part[0], part[1] - part[0])
+        return tensor
 
 
 shapes = st.fixed_dictionaries(

@@ -112,6 +112,19 @@ def test_prompts_without_spread_add_nothing():
     assert fit(odd, more) == {}
 
 
+@pytest.mark.parametrize(("squares", "told"), [(1.2e-6, True), (0.8e-6, False)])
+def test_a_spread_is_taken_per_degree_of_freedom(squares, told):
+    """Three responses, constant and slope taken out: one degree is left, and .001 nats are asked of it."""
+    beside = np.array([1.0, -2.0, 1.0]) * np.sqrt(squares / 6)
+    given = {
+        "reference": beside - [0.3, 0.6, 0.9],
+        "lengths": np.array([1.0, 2, 3]),
+        "prompts": np.zeros(3),
+        "added": np.zeros(3),
+    }
+    assert ("alpha_realised" in fit(2 * given["reference"], given)) == told
+
+
 def test_what_cannot_be_told_apart_is_not_told():
     given = step()
     given["added"] = given["reference"] * 2

@@ -182,6 +182,7 @@ def test_the_margin_is_that_of_the_miniature():
     margins = trap_margin(nats, entry, alpha=4, tilt=1.57, max_response_tokens=40, tilt_cap=None)
     assert margins == pytest.approx([57.9 - 20, 45.9 - 23, 36.8 - 24, 16.8 - 23], abs=0.1)
     capped = trap_margin(nats, entry, alpha=4, tilt=1.57, max_response_tokens=40, tilt_cap=20)
+    assert capped == pytest.approx([20 * 1.57 - 4 * (40 * r + c) for r, c in zip(nats, entry, strict=True)])
     assert (capped < margins).all()
     assert capped[1] < 0 < margins[1]  # a tilt cap of half the limit disarms the trap
     shorter = trap_margin(nats, entry, alpha=4, tilt=1.57, max_response_tokens=15, tilt_cap=None)
