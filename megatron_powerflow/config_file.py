@@ -38,7 +38,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(values: Any, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
-    """`load_config` on values that are already in memory (a dict of sections)."""
+    """Validate values that are in memory (a dict of sections), with overrides applied, as `load_config` does.
+
+    Raises UserError with every violation. source: what messages call the values.
+    """
     malformed = [item for item in overrides if not re.match(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+=", item)]
     if malformed:
         raise UserError([f"override {item!r} is not of the form section.key=value" for item in malformed])
@@ -53,12 +56,12 @@ def parse_config(values: Any, overrides: Sequence[str] = (), *, source: str = "c
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML; `load_config` of it gives an equal config."""
+    """Write the resolved config as YAML; `load_config` of it gives an equal config."""
     return yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
 
 
 def config_keys() -> list[str]:
-    """Every dotted key, in the order of the sections."""
+    """Return every dotted key, in the order of the sections."""
     return [f"{name}.{key}" for name in Config.model_fields for key in _fields_of(name)]
 
 
@@ -86,7 +89,7 @@ def _with(config: Config, key: str, value: Any) -> Config:
 
 
 def _sentence(item: Any, plain: dict) -> str:
-    """One pydantic error as: key, what was got, what holds, what to do."""
+    """Write one pydantic error as: key, what was given, what must hold, what to do."""
     path = [str(part) for part in item["loc"]]
     key, kind, got = ".".join(path), item["type"], item["input"]
     if kind == "extra_forbidden":
@@ -109,7 +112,7 @@ def _description(path: list[str]) -> str:
 
 
 def _fields_of(section: str) -> dict[str, FieldInfo]:
-    """The fields of a section, by the keys that a file has for them."""
+    """Return the fields of a section, by the keys that a file has for them."""
     fields = Config.model_fields[section].annotation
     assert isinstance(fields, type) and issubclass(fields, Section), section
     return {field.alias or name: field for name, field in fields.model_fields.items()}
@@ -121,7 +124,7 @@ def _get(config: Config, key: str) -> Any:
 
 
 def _refuse_resolvers(value: Any, source: str) -> None:
-    """Interpolation of other keys is welcome; resolvers (`${oc.env:..}`) read what is not in the file."""
+    """Refuse resolvers (`${oc.env:..}`), which read what is not in the file. Other keys may be interpolated."""
     if isinstance(value, dict):
         for item in value.values():
             _refuse_resolvers(item, source)

@@ -29,7 +29,7 @@ USED_FOR = {
 
 
 def describe() -> list[str]:
-    """A line each. Imports torch to ask for devices, where it is there."""
+    """Return what is installed and which devices there are, a line each. Imports torch, where it is installed."""
     lines = [
         f"megatron_powerflow {megatron_powerflow.__version__}",
         f"python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPU cores",

@@ -19,8 +19,10 @@ from megatron_powerflow.training.resume import find_resume
 
 @contextmanager
 def run_folder(plan: Plan) -> Iterator[Owner]:
-    """The owner of the run's folder, still to be taken. Given free at the end, however that comes; a start that ends
-    with a UserError before its first step takes away what it wrote."""
+    """Yield the owner of the run's folder, which has yet to take it; the folder is free again at the end.
+
+    A start that ends with a UserError before its first step removes what it wrote.
+    """
     folder = plan.run_folder
     with Owner(folder, folder / LOCK_NAME, "powerflow train") as owner:
         try:
@@ -32,7 +34,7 @@ def run_folder(plan: Plan) -> Iterator[Owner]:
 
 
 def take_run_folder(plan: Plan, owner: Owner) -> None:
-    """Become the folder's owner, before anything is written in it. The main rank's.
+    """Become the folder's owner, before anything is written in it. For the main rank.
 
     Raises UserError where another process holds it, or held it since the plan was made and went on with the run.
     """
@@ -50,5 +52,5 @@ def take_run_folder(plan: Plan, owner: Owner) -> None:
 
 
 def holder_of(folder: Path) -> str | None:
-    """What `powerflow train` would say of a folder that another process holds; None where it is free."""
+    """Return what `powerflow train` prints of a folder that another process holds; None where it is free."""
     return held_by_another(folder, folder / LOCK_NAME)

@@ -83,7 +83,7 @@ class RunOutput:
             self._draw(CURVES_NAME, lambda out: draw_curves([self._plan.run_folder], out), later)
 
     def show_change(self) -> None:
-        """What the run did to its answers to the held-out prompts: a table and a picture, where there are two looks."""
+        """Show by a table and a picture how answers to the held-out prompts changed, if there are two evaluations."""
         if not self._session.groups.is_main or not self._plan.evaluation_prompts:
             return
         changes = changes_of(read_step_log(self._plan.run_folder / EVALUATIONS_NAME))
@@ -102,13 +102,14 @@ class RunOutput:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Say what is going on, and count its seconds for the next line of metrics."""
+        """Show what is going on, and count its seconds for the next line of metrics."""
         self._say(name)
         with self._clock(name):
             yield
         self._say("")
 
     def rollout_progress(self, done: int, total: int) -> None:
+        """Show how many of the responses are done."""
         self._say(f"rollout {done}/{total}")
 
     def _say(self, text: str) -> None:
@@ -116,7 +117,7 @@ class RunOutput:
             self._line.phase(text)
 
     def write(self, step: int, result: StepResult, progress: RunProgress) -> None:
-        """One step's metrics, everywhere. Collective: the peak memory is that of the worst rank."""
+        """Write one step's metrics everywhere. Collective: the peak memory, in bytes, is that of the worst rank."""
         config, groups = self._plan.config, self._session.groups
         target = ReductionSettings(
             responses_per_prompt=config.rollout.responses_per_prompt,
@@ -142,7 +143,7 @@ class RunOutput:
             writer.write(StepMetrics(step, values))
 
     def _listen(self, step: int, values: dict[str, float]) -> None:
-        """Note the alarms in the metrics; say so when one begins."""
+        """Add the alarms to the metrics, and print each one when it begins."""
         self._lines.append(values)
         rings = raised_alarms(self._lines, self._thresholds)
         self._note_reached()
@@ -155,35 +156,35 @@ class RunOutput:
         self._alarms, self._diverged = rings, has_diverged(self._lines, self._thresholds)
 
     def alarmed(self) -> bool:
-        """An alarm rings that is to end the run. Collective; the same answer everywhere."""
+        """Whether an alarm rings that is to end the run. Collective; the same answer on every rank."""
         return any_rank(bool(self._alarms.keys() & alarms_that_end_run(self._plan.config)), self._session.groups)
 
     def may_export(self) -> bool:
-        """Not where the policy has diverged; says so of every alarm that rings. Collective."""
+        """Whether the policy may be exported: not where it has diverged. Prints every alarm that rings. Collective."""
         diverged = any_rank(self._diverged, self._session.groups)
         if self._alarms:
             what = "the policy has diverged and is not exported" if diverged else "the exported policy is that one"
-            said = (
+            message = (
                 f" {', '.join(self._alarms)} rings at the end of this run: {what}. Checkpoints are in "
                 f"{self._plan.run_folder}; `powerflow export` writes one that you choose"
             )
-            self._console.print(Text.assemble(("alarm", "bold red"), said))
+            self._console.print(Text.assemble(("alarm", "bold red"), message))
         return not diverged
 
     def _note_reached(self) -> None:
-        """Whether the lines of metrics say that run.stop_at_alpha is reached; said when it begins."""
+        """Note whether the metrics reached run.stop_at_alpha, and print it when it begins."""
         before, stop_at = self._reached, self._plan.config.run.stop_at_alpha
         self._reached = None if stop_at is None else alpha_reached(self._lines, stop_at)
         if self._reached and not before:
             self._console.print(f"{self._reached}: the run ends after step {len(self._lines)}")
 
     def reached(self) -> bool:
-        """The policy has come as far as run.stop_at_alpha asks. Collective; the same answer everywhere."""
+        """Whether the policy has come as far as run.stop_at_alpha asks. Collective; the same answer on every rank."""
         asked = self._plan.config.run.stop_at_alpha is not None
         return asked and any_rank(self._reached is not None, self._session.groups)
 
     def evaluate_if_due(self, step: int) -> None:
-        """Where it is due before `step`: samples, and answers to the held-out prompts. Collective."""
+        """Sample, and answer the held-out prompts, where that is due before `step`. Collective."""
         interval = self._plan.config.evaluation.interval
         ended = step == self._plan.config.run.num_steps or self.alarmed() or self.reached()
         if step == 0 or ended or (interval and step % interval == 0):
@@ -191,7 +192,7 @@ class RunOutput:
             self._evaluate(step)
 
     def _evaluate(self, step: int) -> None:
-        """The held-out prompts into evaluations.jsonl."""
+        """Evaluate on the held-out prompts, into evaluations.jsonl."""
         plan, section = self._plan, self._plan.config.evaluation
         if not plan.evaluation_prompts:
             return
@@ -203,7 +204,7 @@ class RunOutput:
             write_step_log(plan.run_folder / EVALUATIONS_NAME, step, [line])
 
     def _sampling(self, responses_per_prompt: int) -> SamplingParams:
-        """As in training, with the same uniforms each time: what differs is the policy."""
+        """Return the sampling of training, with the same uniforms each time: what differs is the policy."""
         return sampling_params(
             self._plan.config,
             self._plan.stop_token_ids,
@@ -212,7 +213,7 @@ class RunOutput:
         )
 
     def _sample(self, step: int) -> None:
-        """Answers to the first prompts of the file into samples.jsonl."""
+        """Answer the first prompts of the file, into samples.jsonl."""
         plan, section, groups = self._plan, self._plan.config.evaluation, self._session.groups
         if not section.samples:
             return
@@ -240,7 +241,7 @@ class RunOutput:
 
 @contextlib.contextmanager
 def announced(what: str, console: Console | None) -> Iterator[None]:
-    """Say that something long begins, and how long it took. No console: a rank that does not print."""
+    """Print that something long begins, then how many seconds it took. console: None on ranks that do not print."""
     start = time.monotonic()
     if console is not None:
         console.print(what)

@@ -77,7 +77,7 @@ def is_converted(folder: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Keeps:
-    """What a command that reads a model must leave alone, as `Target.refusals` takes it."""
+    """What a command that reads a model must leave alone, as `TargetFolder.refusals` takes it."""
 
     apart_from: tuple[Path, ...]
     not_over: tuple[Path, ...]

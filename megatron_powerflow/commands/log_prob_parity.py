@@ -27,7 +27,11 @@ MEMORY_SHARE = 0.6  # of the free memory that the model may take
 
 
 def max_log_prob_difference(a: Path, b: Path, texts: Sequence[str], launch: Launch) -> tuple[float | None, str]:
-    """The largest difference of a token's log-prob, in nats, or None; and what it is of, or why there is none."""
+    """Return the largest difference of a token's log-prob, in nats, and what was compared.
+
+    The difference is None where several processes run or memory is short; the text then says why. Raises UserError
+    where the two tokenizers read a text differently.
+    """
     if launch.world_size > 1:
         return None, "no log-probs: several processes; without torchrun they are compared too"
     opened = [open_model(folder, ["precision.dtype=fp32"], SCORE_KEYS, 1) for folder in (a, b)]
@@ -44,7 +48,7 @@ def max_log_prob_difference(a: Path, b: Path, texts: Sequence[str], launch: Laun
 
 
 def free_memory_bytes() -> int:
-    """What Linux can give without swapping."""
+    """Return how many bytes Linux can give without swapping."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -52,7 +56,10 @@ def free_memory_bytes() -> int:
 
 
 def _rows(opened: OpenModel, texts: Sequence[str]) -> list[Rollout]:
-    """Every token of a text but the first, given those before it. The last text: ids from all over the vocabulary."""
+    """Make a row of each text: every token but the first is scored, given those before it.
+
+    The last row is of no text but of ids from all over the vocabulary.
+    """
     vocab_size, length = opened.architecture.vocab_size, min(MAX_TOKENS, opened.architecture.max_positions)
     spread = [i * vocab_size // SPREAD_TOKENS for i in range(min(SPREAD_TOKENS, length))]
     rows: list[Rollout] = []

@@ -1,4 +1,4 @@
-"""What does a command outside a run work with? A model, found usable before anything of it is on a device.
+"""What does a command outside a run work with? A model, which is checked before anything of it is on a device.
 
 An HF folder, a run's folder, a checkpoint of it or a converted checkpoint; by path or by a name on the hub. The model
 code, the scorer and the engine are those of training, under any layout.
@@ -73,7 +73,7 @@ OF_THE_RUN = (
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model folder that has been found usable; nothing of it is on a device yet."""
+    """A model folder that was checked and is usable; nothing of it is on a device yet."""
 
     config: Config
     layout: Layout
@@ -95,10 +95,10 @@ def open_named(
     reference: bool = False,
     data: Mapping[str, Sequence[str]] | None = None,
 ) -> OpenModel:
-    """`open_model` of a path or of a name on the hub, which is fetched; so is what of `data` is the hub's.
+    """Open a model by a path or by a name on the hub, and fetch what of it and of `data` lies on the hub.
 
-    data: names of data by the option that they were given to. Collective where a name is the hub's; UserErrors of its
-    part are raised on all processes alike.
+    data: names of data by the option that they were given to. Collective where a name is the hub's. Raises UserError
+    as `open_model` does, or where something cannot be fetched, on all processes alike.
     """
     wanted = [RequestedName("model", model, "--model")]
     recorded: Mapping[str, str] = {}
@@ -124,12 +124,11 @@ def open_model(
     reference: bool = False,
     located: LocalPaths = NO_DOWNLOADS,
 ) -> OpenModel:
-    """An HF folder, a run's folder (its latest checkpoint), a checkpoint or a converted one.
+    """Open an HF folder, a run's folder (its latest checkpoint), a checkpoint or a converted one.
 
-    Raises UserError with every violation. Numbers default to what the folder says: the run's precision, temperature and
-    lengths, or config.json's dtype.
-    reference: not the run's policy but the base model that it started from, with the run's numbers. located: what
-    `locate` found; by default every name is a path.
+    Numbers default to what the folder says: the run's precision, temperature and lengths, or config.json's dtype.
+    reference: open the base model that the run started from, with the run's numbers. located: what `locate`
+    returned; by default every name is a path. Raises UserError with every violation.
     """
     foreign = [item for item in overrides if "=" in item and item.split("=", 1)[0] not in allowed]
     if foreign:
@@ -170,19 +169,19 @@ def open_model(
 
 
 def say_notices(opened: OpenModel, launch: Launch, console: Console) -> None:
-    """What the tokenizer's files leave open, before any text is read by them."""
+    """Print what the tokenizer's files leave open, before any text is read by them."""
     if launch.is_main:
         for notice in opened.tokenizer.notices:
             console.print(f"notice: {notice}")
 
 
 def engine_of(opened: OpenModel, chunks: Sequence[PolicyModel], groups: Groups) -> MegatronEngine:
-    """The engine over these chunks."""
+    """Return the engine of training over these chunks."""
     return build_engine(chunks, opened.architecture, opened.layout, opened.config, groups)
 
 
 def load_chunks(opened: OpenModel, groups: Groups) -> list[PolicyModel]:
-    """This rank's model chunks, with the folder's weights, for forward passes only. Collective."""
+    """Load the folder's weights into this rank's model chunks, for forward passes only. Collective."""
     weights = opened.checkpoint or opened.hf_folder
     model = opened.config.model.model_copy(update={"hf_path": str(weights)})
     chunks = build_policy(opened.architecture, opened.family, opened.layout, model, opened.config.precision, groups)

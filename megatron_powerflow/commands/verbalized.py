@@ -27,8 +27,8 @@ from megatron_powerflow.targets import require
 
 @dataclass(frozen=True)
 class VerbalizedSampling:
-    """num_responses: asked for in one answer; target_words: asked for in each, None: not mentioned; temperature 0:
-    greedy."""
+    """The settings of verbalized sampling. num_responses: asked for in one answer; target_words: asked for in each
+    response, None where lengths are not mentioned; temperature: of the policy, 0 is greedy."""
 
     num_responses: int
     target_words: int | None
@@ -38,9 +38,10 @@ class VerbalizedSampling:
 def verbalize_file(
     opened: OpenModel, prompts_name: str | Path, out: Path, recipe: VerbalizedSampling, launch: Launch, console: Console
 ) -> None:
-    """One line per verbalized response: id, response_index, text, probability (as stated, not renormalised).
+    """Ask each prompt for several responses at once and write one JSON line per response.
 
-    Responses that cannot be read have no line; they are counted, by reason, in what is printed.
+    A line holds id, response_index, text and probability (as stated, not renormalised). Responses that cannot be
+    read have no line; what is printed counts them by reason. Raises UserError as `generate_file` does.
     """
     require(output_refusals(out, *BY_GENERATE))
     rewrite = partial(verbalized_row, num_responses=recipe.num_responses, target_words=recipe.target_words)
@@ -51,15 +52,15 @@ def verbalize_file(
         engine = engine_of(opened, load_chunks(opened, groups), groups)
         reports = groups.pp_rank == 0 and groups.tp_rank == 0
 
-        def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
-            rollouts = engine.generate(mine, sampling)
+        def one_round(round_prompts: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
+            rollouts = engine.generate(round_prompts, sampling)
             if not reports:
                 return None
             lines = []
             for rollout in rollouts:
-                found = parse_verbalized(opened.tokenizer.decode(rollout.response_token_ids), recipe.num_responses)
-                failures.update(found.failures)
-                for index, response in enumerate(found.responses):
+                parsed = parse_verbalized(opened.tokenizer.decode(rollout.response_token_ids), recipe.num_responses)
+                failures.update(parsed.failures)
+                for index, response in enumerate(parsed.responses):
                     line = {"id": rollout.prompt.id, "response_index": index}
                     lines.append((rollout.slot, {**line, "text": response.text, "probability": response.probability}))
             return lines

@@ -27,7 +27,7 @@ from megatron_powerflow.hub.failures import hub_errors, one_line, silence_hub
 from megatron_powerflow.hub.names import is_repository
 from megatron_powerflow.parallel.agreement import main_first
 from megatron_powerflow.parallel.initialize import Launch
-from megatron_powerflow.targets import MARK_NAME, Target
+from megatron_powerflow.targets import MARK_NAME, TargetFolder
 
 OPTION = "--push-to-hub"
 ANSWER_SECONDS = 10
@@ -50,7 +50,7 @@ class Push:
     replaced: tuple[str, ...] = ()
 
 
-def check_push(repository: str, private: bool, target: Target, launch: Launch) -> Push:
+def check_push(repository: str, private: bool, target: TargetFolder, launch: Launch) -> Push:
     """Asks the hub whether the repository may be overwritten by an export to `target`. Changes nothing.
 
     Collective. Raises UserError on all processes alike where it may not.

@@ -37,8 +37,10 @@ END: MarkKeywords = {
 
 
 def draw_accuracy_against_length(cast: Cast) -> Picture | None:
-    """The path of each arm through (mean length, accuracy); a point for an arm without in-training evaluations. None
-    where no trained arm was evaluated."""
+    """Draw each arm's path through (mean length in tokens, accuracy), or a point without in-training evaluations.
+
+    Returns None where no trained arm was evaluated.
+    """
     paths = [(arm, style, path) for arm, style in cast.pairs() if (path := _path(arm)) is not None]
     if not paths and not any(arm.trained and arm.point("accuracy") for arm in cast.arms):
         return None
@@ -77,25 +79,28 @@ def draw_accuracy_against_length(cast: Cast) -> Picture | None:
 
 
 def draw_accuracy_by_step(cast: Cast) -> Picture | None:
-    """Accuracy, and what it may be paid with, against step; level dashed lines for arms that were only evaluated."""
+    """Draw accuracy, and what it may be paid with, against step; arms that were only evaluated are level lines.
+
+    Returns None where no arm was evaluated in training.
+    """
     trained = [(arm, style) for arm, style in cast.pairs() if arm.evaluated("accuracy")]
     if not trained:
         return None
     level = [(arm, style) for arm, style in cast.pairs() if not arm.trained and arm.point("accuracy")]
     with in_style():
-        there = [name for name in BY_STEP if any(_by_step(arm, name) for arm, _ in trained)]
-        figure, axes = panels(len(there), height=3.7)
-        for axis, name in zip(axes, there, strict=True):
+        available = [name for name in BY_STEP if any(_by_step(arm, name) for arm, _ in trained)]
+        figure, axes = panels(len(available), height=3.7)
+        for axis, name in zip(axes, available, strict=True):
             for arm, style in trained:
                 draw_band(axis, style, _by_step(arm, name))
-            for place, (arm, style) in enumerate(level):
-                _draw_level(axis, arm, style, name, place, len(level))
+            for level_index, (arm, style) in enumerate(level):
+                _draw_level(axis, arm, style, name, level_index, len(level))
             if METRICS[name].share:
                 end_at_share(axis)
             axis.set_title(heading(name))
             step_axis(axis)
         png = finish(figure, trained + level)
-    shown = ", ".join(METRICS[name].name for name in there)
+    shown = ", ".join(METRICS[name].name for name in available)
     return Picture(
         name="accuracy_by_step",
         title="Accuracy, KL, truncated share and length against step",
@@ -114,13 +119,13 @@ def _by_step(arm: Arm, name: str) -> Sequence[Mapping[int, float]]:
 
 
 def _path(arm: Arm) -> tuple[Band, Band] | None:
-    """(length, accuracy) bands at the steps that have both, or None."""
+    """Return the bands of length and of accuracy at the steps that have both, or None."""
     both = [
         [e for e in run.evaluations if "accuracy" in e.values and "response_length_mean" in e.values]
         for run in arm.members
     ]
     length, accuracy = (
-        band([{e.step: e.values[name] for e in found} for found in both], max_points=10**9)
+        band([{e.step: e.values[name] for e in evaluations} for evaluations in both], max_points=10**9)
         for name in ("response_length_mean", "accuracy")
     )
     return None if length is None or accuracy is None else (length, accuracy)
@@ -140,13 +145,13 @@ def _draw_point(axis: Axes, arm: Arm, style: LineStyle) -> bool:
     return True
 
 
-def _draw_level(axis: Axes, arm: Arm, style: LineStyle, name: str, place: int, count: int) -> None:
+def _draw_level(axis: Axes, arm: Arm, style: LineStyle, name: str, level_index: int, count: int) -> None:
     point = arm.point(name)
     if point is None:
         return
     axis.axhline(point.mean, **style.line())
-    # one marker, so that level lines that lie close are told apart
-    across = (place + 1) / (count + 1)
+    # one marker, so that level lines that lie close can be distinguished
+    across = (level_index + 1) / (count + 1)
     axis.plot(across, point.mean, **style.point(), transform=axis.get_yaxis_transform(), zorder=4)
     if point.se:
         (below,), (above,) = error_lengths([point.mean], [point.se], share=METRICS[name].share)

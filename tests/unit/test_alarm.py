@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_powerflow.config import AlarmName
-from megatron_powerflow.metrics.alarm import ALARMS, Thresholds, raised_alarms
+from megatron_powerflow.metrics.alarm import ALARMS, Thresholds, has_diverged, raised_alarms
 from megatron_powerflow.metrics.prompt_statistics import length_statistics
 
 SEEDS = range(3)
@@ -131,3 +131,53 @@ def test_a_loss_is_compared_at_its_own_alpha():
     """Where alpha rises from 1 the loss begins at nothing."""
     rising = [line | {"alpha": 1.0 + step / 10} for step, line in enumerate(losses(np.linspace(0.001, 1.0, 30)))]
     assert "loss" not in raised_alarms([*rising, *losses([1.0] * 30)], DEFAULTS)
+
+
+def test_ten_times_nearly_nothing_is_nothing():
+    assert "loss" not in raised_alarms(losses([1e-5] * 20 + [5e-3] * 5), DEFAULTS)
+    assert "loss" in raised_alarms(losses([1e-5] * 20 + [2e-2] * 5), DEFAULTS)
+
+
+def test_one_loss_of_five_rings_nothing():
+    assert "loss" not in raised_alarms(losses([1.0] * 20 + [1.0, 900.0, 1.0, 900.0, 1.0]), DEFAULTS)
+    assert "loss" in raised_alarms(losses([1.0] * 20 + [1.0, 900.0, 900.0, 900.0, 1.0]), DEFAULTS)
+
+
+def test_the_recent_losses_are_not_among_the_first():
+    """Six steps: the first alone is before the last five."""
+    assert "loss" in raised_alarms(losses([1.0, 20.0, 20.0, 20.0, 20.0, 20.0]), DEFAULTS)
+    assert "loss" not in raised_alarms(losses([1.0, 20.0, 20.0, 20.0, 20.0]), DEFAULTS)
+
+
+def test_the_sampler_gap_rings_above_its_bound():
+    assert "sampler_gap" not in raised_alarms([line(sampler_gap_mean=1e-3)], DEFAULTS)
+    assert "sampler_gap" in raised_alarms([line(sampler_gap_mean=1.1e-3)], DEFAULTS)
+
+
+def test_nothing_kept_rings_after_three_steps_in_a_row():
+    nothing = line(num_rollouts_kept=0.0)
+    assert "nothing_kept" not in raised_alarms([nothing, line(), nothing, nothing], DEFAULTS)
+    assert "nothing_kept" in raised_alarms([line(), nothing, nothing, nothing], DEFAULTS)
+    assert "nothing_kept" not in raised_alarms([nothing, nothing], DEFAULTS)
+
+
+def test_a_high_truncated_share_that_does_not_rise_rings_nothing():
+    """A rise of .02 is significant here, and allowed."""
+    quiet = {"truncated_fraction_error": 0.0005}
+    before, after = line(truncated=0.5, **quiet), line(truncated=0.52, **quiet)
+    assert raised_alarms([before] * 20 + [after] * 5, DEFAULTS) == {}
+    assert "length" in raised_alarms([before] * 20 + [line(truncated=0.54, **quiet)] * 5, DEFAULTS)
+
+
+@pytest.mark.parametrize(("factor", "rings"), [(1.25, False), (1.35, True), (0.55, False), (0.45, True)])
+def test_lengths_ring_at_the_factors_of_the_config(factor, rings):
+    quiet = {"response_log_length_error": 0.001}
+    after = line(log_length=5.0 + np.log(factor), **quiet)
+    assert bool(raised_alarms([line(**quiet)] * 20 + [after] * 5, DEFAULTS)) == rings
+
+
+def test_a_run_has_diverged_where_its_loss_grew_or_half_of_it_came_to_be_cut():
+    assert not has_diverged([line()] * 25, DEFAULTS)
+    assert has_diverged([line(truncated=0.1)] + [line(truncated=0.9)] * 20, DEFAULTS)
+    assert not has_diverged([line(truncated=0.9)] + [line(truncated=0.1)] * 20, DEFAULTS)
+    assert has_diverged([*losses([1.0] * 20), *losses([100.0] * 5)], DEFAULTS)

@@ -119,6 +119,28 @@ def test_evenness_gives_way_to_the_budget():
     assert fill_evenly(sizes, [1.0, 9.0, 9.0, 1.0], 10, 2) == [[0, 3], [1, 2]]
 
 
+def test_a_bin_may_be_full_to_the_last_token():
+    assert first_fit([6, 4, 5, 5], 10) == [[0, 1], [2, 3]]
+    assert fill_evenly([6, 4, 5, 5], [6.0, 4.0, 5.0, 5.0], 10, 2) == [[0, 1], [2, 3]]
+    assert groups_fit([[6, 4], [5, 5]], rule_of(10))
+    assert not groups_fit([[6, 4], [5, 6]], rule_of(10))
+    assert not groups_fit([[6, 4]], rule_of(10, sequence=4, total=4))  # 8 + 4 of 8
+
+
+def test_bins_that_evenness_cannot_fill_are_as_many_as_asked_for():
+    sizes = [6, 5, 5, 4]
+    assert fill_evenly(sizes, [1.0, 9.0, 9.0, 1.0], 10, 2) == [[0, 3], [1, 2]]
+    found = fill_evenly([6, 6, 3, 3, 3, 3, 3, 3], [1, 1, 9, 9, 9, 9, 9, 9], 10, 4)
+    assert len(found) == 4
+    assert sorted(place for bin in found for place in bin) == list(range(8))
+
+
+def test_the_budget_is_rounded_down_and_sequences_up():
+    rule = rule_of(30, sequence=4, total=8)
+    assert rule.capacity == 24
+    assert [rule.padded(n) for n in (1, 4, 5)] == [4, 4, 8]
+
+
 def test_too_few_rollouts_leave_dummies():
     plan = plan_update([[5], [60]], 1, rule_of(count=4), FLOPS, together=False)
     assert [len(bin) for bin in plan[0]] == [1, 1, 0, 0]
@@ -148,6 +170,22 @@ def test_work_is_even_over_ranks_and_micro_batches():
     micro_batches = [[sum(LONG_FLOPS(groups[q][i]) for q, i in bin) for bin in rank] for rank in plan]
     assert excess([sum(work) for work in micro_batches]) < 0.05
     assert max(map(excess, micro_batches)) < 0.15
+
+
+@pytest.mark.parametrize("seed", range(10, 16))
+def test_no_plan_could_be_much_better(seed):
+    """The busiest rank has at most 1.08 of the least that is possible: the mean, or the heaviest group in the lightest
+    company. The busiest micro-batch of a rank has at most 1.25 of its mean, or of its longest rollout. Over 16 seeds
+    1.07 and 1.22; dealt in any order 2.0, in turns 2.9; without the quadratic term 1.3 and 1.35; first fit: 2.2."""
+    groups = long_tailed(seed)
+    plan = plan_update(groups, 8, BinRule(8192, 1, 1, 1), LONG_FLOPS, together=False)
+    work = [[sum(LONG_FLOPS(groups[q][i]) for q, i in bin) for bin in rank] for rank in plan]
+    costs = sorted(sum(map(LONG_FLOPS, group)) for group in groups)
+    ranks = [sum(rank) for rank in work]
+    assert max(ranks) < 1.08 * max(sum(ranks) / 8, costs[-1] + sum(costs[:7]))
+    for rank, bins in zip(work, plan, strict=True):
+        longest = max(LONG_FLOPS(groups[q][i]) for bin in bins for q, i in bin)
+        assert max(rank) < 1.25 * max(sum(rank) / len(rank), longest)
 
 
 def test_micro_batches_are_even_where_there_is_room():

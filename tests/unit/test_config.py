@@ -115,6 +115,127 @@ def test_a_key_without_effect_is_an_error(overrides, reason):
     assert reason in line
 
 
+# key: (settings where it applies, its default there, a value that is welcome there, settings where it does not apply,
+# the reason). No settings in the fourth place: it applies everywhere.
+CASES = {
+    "objective.alpha": ([], 4.0, 2.0, ["objective.preset=grpo"], "knows no alpha"),
+    "objective.alpha_warmup_steps": ([], 0, 3, ["objective.preset=one_shot_em"], "knows no alpha"),
+    "objective.psi": ([], 0.0, -0.5, ["objective.preset=grpo"], "knows no energy"),
+    "objective.psi_exempt_tasks": (["objective.psi=-0.5"], ["creative"], ["poem"], ["objective.psi=0"], "psi=0"),
+    "objective.log_z": ([], "group", "loo", ["objective.preset=rl_token"], "has no log Z'"),
+    "objective.log_z_detach": (["objective.log_z=mlp"], True, False, ["objective.log_z=scalar"], "is not mlp"),
+    "objective.tilt_cap": ([], None, 9, ["objective.preset=tb_token_step"], "no tilt on length"),
+    "objective.task_reward": ([], "none", "gold", ["objective.preset=grpo"], "no energy to add to"),
+    "objective.reward_scale": (["objective.task_reward=gold"], 1.0, 2.0, [], "objective.task_reward=none"),
+    "objective.reward_advantage": (["objective.task_reward=gold"], False, True, [], "objective.task_reward=none"),
+    "objective.kl_coefficient": (["objective.preset=grpo"], 0.0, 0.1, [], "p_base in its target"),
+    "objective.ratio": ([], "none", "seq", None, ""),
+    "objective.clip": (["objective.ratio=seq"], "two_sided", "upper", [], "objective.ratio=none"),
+    "objective.clip_epsilon": (["objective.ratio=seq"], 0.2, 0.3, [], "objective.ratio=none"),
+    "optimizer.log_z_lr": (["objective.log_z=scalar"], 0.5, 0.1, ["objective.log_z=loo"], "log_z is not learned"),
+    "optimizer.min_lr": (["optimizer.lr_decay=linear"], 0.0, 1e-7, [], "optimizer.lr_decay=constant"),
+    "precision.fp8_recipe": (["precision.dtype=fp8"], "tensorwise", "mxfp8", [], "precision.dtype is not fp8"),
+    "precision.fp8_format": (["precision.dtype=fp8"], "hybrid", "e4m3", [], "precision.dtype is not fp8"),
+    "parallel.micro_batch_size": ([], 4, 2, ["parallel.max_tokens_per_micro_batch=9999"], "packs instead"),
+    "parallel.vpp": (["parallel.pp=2"], None, 2, [], "parallel.pp=1"),
+    "evaluation.samples": ([], 3, 0, ["rollout.replay=x"], "trains without an engine"),
+    "evaluation.prompts": ([], None, "p", ["rollout.replay=x"], "trains without an engine"),
+    "evaluation.num_prompts": (["evaluation.prompts=p"], None, 5, [], "evaluation.prompts is not given"),
+    "evaluation.num_responses": (["evaluation.prompts=p"], 4, 1, [], "evaluation.prompts is not given"),
+    "run.stop_at_alpha": ([], None, 2.0, ["objective.preset=tb_token_target"], "is no power of the base model"),
+    "metrics.wandb_project": ([], "megatron_powerflow", "x", ["metrics.wandb=off"], "metrics.wandb=off"),
+}
+
+
+def value_of(config: Config, key: str):
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def test_every_conditional_key_has_its_case():
+    assert list(CASES) == [key for key, *_ in CONDITIONAL]
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_a_conditional_key_has_its_default_where_it_applies_and_is_refused_elsewhere(key):
+    where, default, welcome, elsewhere, reason = CASES[key]
+    assert value_of(parse_config(MINIMAL, where), key) == default
+    assert value_of(parse_config(MINIMAL, [*where, f"{key}={welcome}"]), key) == welcome
+    if elsewhere is None:
+        return
+    assert value_of(parse_config(MINIMAL, elsewhere), key) is None
+    (line,) = violations(*elsewhere, f"{key}={welcome}")
+    assert line.startswith(f"{key}=")
+    assert "has no effect because" in line
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("preset", "defaults"),
+    [
+        ("flow_rl", {"alpha": 1.0, "task_reward": "gold", "reward_scale": 15.0, "reward_advantage": True}),
+        ("la_tb", {"alpha": 4.0, "task_reward": "none", "reward_scale": None, "kl_coefficient": None}),
+        ("rl_token", {"alpha": 4.0, "psi": 0.0, "log_z": None, "tilt_cap": None, "kl_coefficient": None}),
+        ("intuitor", {"alpha": None, "psi": None, "kl_coefficient": 0.0, "ratio": "none"}),
+    ],
+)
+def test_the_defaults_of_a_preset(preset, defaults):
+    objective = parse_config(MINIMAL, [f"objective.preset={preset}"]).objective
+    assert {name: getattr(objective, name) for name in defaults} == defaults
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["objective.preset=grpo", "objective.psi=0"], ["objective.log_z=scalar", "objective.log_z_detach=false"]],
+)
+def test_0_and_false_are_values_too_and_refused_where_they_have_no_effect(overrides):
+    (line,) = violations(*overrides)
+    assert "has no effect" in line
+
+
+def test_0_and_false_stay_where_they_are_given():
+    assert (
+        parse_config(MINIMAL, ["objective.log_z=mlp", "objective.log_z_detach=false"]).objective.log_z_detach is False
+    )
+    assert parse_config(MINIMAL, ["objective.log_z=mlp", "optimizer.log_z_lr=0"]).optimizer.log_z_lr == 0
+    assert parse_config(MINIMAL, ["evaluation.samples=0"]).evaluation.samples == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer.updates_per_rollout=3"], "does not divide rollout.prompts_per_step=32"),
+        (["run.stop_on_alarm=[nothing_kept]", "alarm.nothing_kept_steps=5"], "max_skipped_steps=5 fails the run first"),
+        (["optimizer.lr_decay=linear", "optimizer.min_lr=1e-5"], "min_lr=1e-05 is above optimizer.lr=1e-06"),
+        (["objective.ratio=token"], "a residual belongs to a whole response"),
+        (["objective.preset=one_shot_em", "objective.ratio=seq"], "it has no reward to weigh"),
+        (["objective.preset=grpo", "rollout.responses_per_prompt=1"], "needs at least 2 responses"),
+        (["optimizer.betas=[0.9,1.0]"], "each must be in [0, 1)"),
+        (["rollout.replay=x", "rollout.save=true"], "rollout.save=true has no effect"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(overrides, words):
+    (line,) = violations(*overrides)
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer.updates_per_rollout=8"],
+        ["run.stop_on_alarm=[nothing_kept]", "alarm.nothing_kept_steps=4"],
+        ["run.stop_on_alarm=[loss]", "alarm.nothing_kept_steps=9"],
+        ["optimizer.lr_decay=linear", "optimizer.min_lr=1e-6"],
+        ["objective.ratio=seq_mean"],
+        ["objective.preset=grpo", "objective.ratio=token"],
+        ["objective.preset=one_shot_em", "rollout.responses_per_prompt=1"],
+        ["optimizer.betas=[0.0,0.999]"],
+    ],
+)
+def test_their_neighbours_are_accepted(overrides):
+    parse_config(MINIMAL, overrides)
+
+
 def test_one_response_per_prompt_is_refused_for_group_estimates():
     for log_z in ("group", "loo", "contrastive"):
         (line,) = violations("rollout.responses_per_prompt=1", f"objective.log_z={log_z}")
@@ -124,6 +245,7 @@ def test_one_response_per_prompt_is_refused_for_group_estimates():
 def test_the_default_log_z_is_the_groups_where_there_is_a_group():
     assert parse_config(MINIMAL).objective.log_z == "group"
     assert parse_config(MINIMAL).optimizer.log_z_lr is None
+    assert parse_config(MINIMAL, ["rollout.responses_per_prompt=2"]).objective.log_z == "group"
     alone = parse_config(MINIMAL, ["rollout.responses_per_prompt=1"])
     assert (alone.objective.log_z, alone.optimizer.log_z_lr) == ("mlp", 0.5)
 
@@ -207,6 +329,15 @@ def test_nothing_of_a_config_runs_or_reads_the_environment(tmp_path):
     path.write_text("model: {hf_path: '${oc.env:HOME}'}\nprompts: {path: p}\nrun: {output_dir: o}\n")
     with pytest.raises(UserError, match="resolver"):
         load_config(path)
+    path.write_text("model: {hf_path: m}\nprompts: {path: ['${oc.env:HOME}']}\nrun: {output_dir: o}\n")
+    with pytest.raises(UserError, match="resolver"):
+        load_config(path)
+
+
+def test_an_override_overrides():
+    values = {**MINIMAL, "objective": {"alpha": 2.0}}
+    assert parse_config(values, ["objective.alpha=3"]).objective.alpha == 3
+    assert parse_config(values).objective.alpha == 2
 
 
 def test_a_key_may_refer_to_another():

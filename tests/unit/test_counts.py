@@ -112,6 +112,7 @@ def test_a_summary_by_hand():
     assert row["response_length_mean"] == 30 / 8
     assert row["truncated_fraction"] == 1 / 8
     assert row["boxed_rate"] == 7 / 8
+    assert row["policy_entropy"] == pytest.approx(8 * 5.0 / 30)
 
 
 def test_tasks_keep_their_order_and_questions_without_gold_are_counted_but_not_graded():

@@ -35,5 +35,15 @@ def test_the_floor_holds_for_the_policy_after_its_warm_up():
     assert learning_rates(section_, 11, 12) == (5e-4, pytest.approx(0.05))
 
 
+def test_the_cosine_is_half_a_wave():
+    values = [decay(section(lr_decay="cosine"), step, 12) for step in (0, 3, 4, 6, 8, 12)]
+    assert values == pytest.approx([1, (1 + 0.5**0.5) / 2, 0.75, 0.5, 0.25, 0])
+
+
+def test_the_heads_rate_warms_up_and_decays_with_the_policys():
+    section_ = section(lr=1.0, log_z_lr=0.4, warmup_steps=2, lr_decay="linear")
+    assert [learning_rates(section_, step, 6)[1] for step in (0, 1, 2, 4)] == pytest.approx([0.2, 0.4, 0.4, 0.2])
+
+
 def test_nobody_learns_log_z_with_a_group_estimate():
     assert learning_rates(section(lr=1.0), 0, 12) == (1.0, None)

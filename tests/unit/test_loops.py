@@ -124,3 +124,15 @@ def test_a_loop_that_gets_cheaper_is_prolonged_at_its_settled_price():
     loop = find_loop(np.full(12, 7), -costs, min_tokens=8)
     assert loop.nats == pytest.approx(0.1)
     assert loop.entry_nats == pytest.approx(1.9 + 0.9 + 0.4 + 0.15)
+
+
+def test_the_longest_of_two_repetitions_counts():
+    """Nine 4s at a nat each, then twelve 4s at .2."""
+    tokens, costs = np.array([*[4] * 9, 5, *[4] * 12]), np.array([*[1.0] * 9, 3.0, *[0.2] * 12])
+    loop = find_loop(tokens, -costs, min_tokens=8)
+    assert (loop.num_tokens, loop.nats, loop.entry_nats) == (12, pytest.approx(0.2), pytest.approx(0.0, abs=1e-12))
+
+
+def test_a_loop_that_gets_dearer_has_no_way_in_that_pays():
+    loop = find_loop(np.full(12, 7), -np.array([*[0.1] * 6, *[0.5] * 6]), min_tokens=8)
+    assert (loop.nats, loop.entry_nats) == (pytest.approx(0.5), 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -74,13 +76,40 @@ def test_the_order_does_not_depend_on_the_order_given():
         assert torch.equal(one.rollout_index, other.rollout_index)
 
 
+def test_a_prompt_that_comes_twice_in_a_step_makes_two_groups():
+    """The slot names a group, not the prompt's line in its file."""
+    twice = [replace(rollout([1], [5, 6], slot=7, index=i), slot=slot) for slot in (0, 1) for i in (0, 1)]
+    (batch,) = packed(twice, micro_batch_size=4)
+    assert batch.group.tolist() == [0, 0, 1, 1]
+    assert batch.rollout_index.tolist() == [0, 1, 2, 3]
+
+
+def test_what_the_text_says_goes_with_its_rollout():
+    items = [
+        AnnotatedRollout(rollout([1], [5, 6]), psi=-0.5, reward=2.0),
+        AnnotatedRollout(rollout([1], [5], index=1), reward=3.0),
+    ]
+    (batch,) = pack(
+        items, micro_batch_size=2, responses_per_prompt=2, drop_truncated=False, multiple=1, uniform=False, device=CPU
+    )
+    assert batch.psi.tolist() == [-0.5, 0.0]
+    assert batch.reward.tolist() == [2.0, 3.0]
+    assert batch.annotations.isnan().all()
+
+
+def test_the_long_ones_come_first_in_a_stream_too():
+    (batch,) = streams_of([[rollout([1], [5]), rollout([1, 1, 1], [5, 6], index=1)]])
+    assert batch.num_response_tokens.tolist() == [2, 1]
+    assert batch.rollout_index.tolist() == [1, 0]
+
+
 def test_truncated_responses_are_kept_or_dropped_as_declared():
     rollouts = [rollout([1], [5, 2]), rollout([1], [5, 5], index=1, reason="length")]
     (kept,) = packed(rollouts)
     (dropped,) = packed(rollouts, drop_truncated=True)
     assert kept.kept.all()
     assert (dropped.kept == ~dropped.truncated).all()
-    assert dropped.truncated.sum() == 1
+    assert dropped.truncated.tolist() == [False, True]
 
 
 @pytest.mark.parametrize(

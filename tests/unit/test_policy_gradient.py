@@ -86,6 +86,42 @@ def test_the_clip_acts_on_the_side_that_the_advantage_names():
     assert clipped.tolist() == [1, 1, 0, 0]
 
 
+def test_the_reward_of_a_policy_gradient_has_no_gradient():
+    policy = t(-4).requires_grad_()
+    assert not power_reward(policy, t(-3), t(2), t(-0.5), 2.0, "length").requires_grad
+    assert not group_advantage(policy * 2, torch.tensor([0]), torch.tensor([True]), divide_by_std=True).requires_grad
+
+
+def test_two_make_a_group():
+    advantage = group_advantage(t(1, 3, 100, 100, 5, 9), GROUPS, torch.tensor([True] * 6), divide_by_std=False)
+    assert advantage.tolist()[4:] == [-2, 2]
+
+
+def test_padding_takes_no_part_in_a_surrogate():
+    """n = 2 of 3 positions; token ratios e^.1, e^-.3, of which the second is clipped at .8; A = 2."""
+    old = torch.tensor([[-1.0, -1.0, 0.0]], dtype=torch.float64)
+    arguments = (old + torch.tensor([[0.1, -0.3, 0.0]]), old, torch.tensor([[True, True, False]]), t(2), t(2))
+    settings = {"score_norm": "none", "clip_epsilon": 0.2}
+    terms, _, clipped = surrogate_terms(*arguments, ratio="token", **settings)
+    assert terms.tolist() == pytest.approx([-2 * (math.exp(0.1) + math.exp(-0.3))])
+    assert clipped.tolist() == [0.5]
+    terms, ratio, clipped = surrogate_terms(*arguments, ratio="seq_mean", **settings)
+    assert ratio.tolist() == pytest.approx([math.exp(-0.1)])
+    assert terms.tolist() == pytest.approx([-2 * 2 * math.exp(-0.1)])
+    assert clipped.tolist() == [0]
+    terms, _, clipped = surrogate_terms(*arguments, ratio="seq", score_norm="length", clip_epsilon=0.1)
+    assert terms.tolist() == pytest.approx([-2 * math.exp(-0.2) / 2])
+    assert clipped.tolist() == [1]
+
+
+def test_the_kl_estimate_by_hand():
+    """d = log p - log pi = 1, -1, and padding: (e - 2 + 1/e) / 2."""
+    log_probs, reference = t(-2, -1, 0)[None], t(-1, -2, 0)[None]
+    assert kl_terms(log_probs, reference, t(2)).tolist() == pytest.approx([(math.e - 2 + 1 / math.e) / 2])
+    one_sided = kl_terms(log_probs[:, :1], reference[:, :1], t(1))
+    assert one_sided.tolist() == pytest.approx([math.e - 2])
+
+
 def test_kl_is_0_for_equals_and_positive_for_others():
     assert kl_terms(LOG_PROBS, LOG_PROBS, NUM_TOKENS).tolist() == [0, 0]
     assert (kl_terms(LOG_PROBS, LOG_PROBS - torch.tensor([0.1, -0.2, 0.0]), NUM_TOKENS) > 0).all()

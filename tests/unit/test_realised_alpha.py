@@ -75,6 +75,13 @@ def test_a_reward_in_the_energy_does_not_pass_for_alpha(kappa):
     assert abs(without["alpha_realised"] - 3.0) > 0.2  # there was something to get wrong
 
 
+def test_a_reward_that_only_some_prompts_have_is_seen():
+    given = step(16, 16)
+    unboxed = (given["reference"] + 0.3 * given["lengths"] > 0) & (given["prompts"] < 8)
+    given["added"] = -2.0 * unboxed * given["lengths"]
+    assert fit(3.0 * given["reference"] + 0.5 * given["added"], given)["alpha_realised"] == pytest.approx(3.0, abs=1e-8)
+
+
 def test_neither_order_nor_names_nor_constants_of_prompts_matter():
     given = step()
     generator = np.random.default_rng(2)
@@ -198,6 +205,9 @@ def test_reached_by_the_median_of_ten_steps_and_not_by_one_of_them():
     first = next(n for n in range(42) if alpha_reached(lines(rising[:n]), 2.0))
     assert np.median(rising[first - 10 : first]) >= 2.0 > np.median(rising[first - 11 : first - 1])
     assert alpha_reached(lines(1.5 - rising / 2)[:first], 0.5) is not None  # seen from 1, downwards
+    assert alpha_reached(lines([2.0] * 10), 2.0) is not None  # at it, not beyond
+    assert alpha_reached(lines([0.5] * 10), 0.5) is not None
+    assert alpha_reached(lines([3.0] * 10 + [1.0] * 10), 2.0) is None  # the last ten
     assert alpha_reached(lines([1.2] * 30 + [900.0] * 4), 2.0) is None
     assert alpha_reached(lines([3.0] * 9), 2.0) is None
     assert alpha_reached(lines([3.0] * 4 + [None] * 6), 2.0) is None

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from megatron_powerflow.config import ObjectiveSection
+from megatron_powerflow.data.packing import Annotated
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.training.rewards import (
+    annotate,
     boxed_reward,
     cluster_reward,
     grade_rollouts,
@@ -77,3 +79,51 @@ def test_which_reward_an_objective_uses():
     assert ObjectiveSection(preset="intuitor").text_reward == "none"
     assert ObjectiveSection(preset="la_tb", task_reward="majority").text_reward == "majority"
     assert ObjectiveSection(preset="la_tb").text_reward == "none"
+
+
+class Words:
+    """In the place of a tokenizer: 0 is a thought, another number n is \\boxed{n}."""
+
+    def decode(self, token_ids) -> str:
+        return " ".join(f"\\boxed{{{token}}}" if token else "hm" for token in token_ids)
+
+
+def annotated(responses, tasks=(None,), **settings) -> list[Annotated]:
+    """One group per task, of the same responses; the gold answer is 7."""
+    rollouts = [
+        Rollout(Prompt("q", slot, (3, 3, 3, 3, 3, 3), answer="7", task=task), slot, i, tuple(tokens), (0.0,), "eos")
+        for slot, task in enumerate(tasks)
+        for i, tokens in enumerate(responses)
+    ]
+    return annotate(rollouts, ObjectiveSection(**settings), Words())
+
+
+RESPONSES = [(0, 7), (0, 8), (0, 0), (0, 0, 0, 0, 0, 0)]
+
+
+def test_psi_is_for_responses_without_an_answer_outside_exempt_tasks():
+    found = annotated(RESPONSES, ("math", "creative"), psi=-0.5, psi_exempt_tasks=["creative"])
+    assert [item.psi for item in found] == [0, 0, -0.5, -0.5, 0, 0, 0, 0]
+    assert {item.psi for item in annotated(RESPONSES)} == {0.0}
+
+
+def test_what_the_text_says_for_the_metrics():
+    """boxed, correct, repeated 4-grams (two of three), distinct 2-grams 3/8, 3-grams 1/4 of all in the group."""
+    found = [item.annotations for item in annotated(RESPONSES)]
+    assert [values[:2] for values in found] == [(1, 1), (1, 0), (0, 0), (0, 0)]
+    assert [values[2] for values in found] == pytest.approx([0, 0, 0, 2 / 3])
+    assert {values[3:] for values in found} == {(3 / 8, 1 / 4)}
+
+
+def test_the_energys_reward_is_scaled_and_only_flow_rls_is_an_advantage():
+    """Gold: 1 0 0 0, mean 1/4, deviation with G - 1 1/2."""
+    found = annotated(RESPONSES, task_reward="gold", reward_scale=3.0, reward_advantage=False)
+    assert [item.reward for item in found] == [3, 0, 0, 0]
+    found = annotated(RESPONSES, (None, None), task_reward="gold", reward_scale=3.0, reward_advantage=True)
+    assert [item.reward for item in found] == pytest.approx([4.5, -1.5, -1.5, -1.5] * 2, rel=1e-5)
+
+
+def test_the_reward_of_a_rival_is_neither_scaled_nor_centred():
+    assert [item.reward for item in annotated(RESPONSES, preset="grpo")] == [1, 0, 0, 0]
+    assert [item.reward for item in annotated(RESPONSES, preset="format_only")] == [1, 1, 0, 0]
+    assert [item.reward for item in annotated(RESPONSES, preset="la_tb", task_reward="none")] == [0, 0, 0, 0]

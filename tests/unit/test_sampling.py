@@ -61,6 +61,15 @@ def test_tokens_invert_the_cumulative_distribution(alone):
     torch.testing.assert_close(log_probs, logits[0][tokens])
 
 
+def test_a_token_is_named_by_its_global_id(alone):
+    """Column 0 of a shard is the token `first`."""
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    for uniform in (torch.tensor([0.5], dtype=torch.float64), None):
+        tokens, log_probs = sample_tokens(logits.clone(), uniform, tp_group=alone, first=100)
+        assert tokens.tolist() == [102 if uniform is not None else 103]
+        torch.testing.assert_close(log_probs, logits[0, tokens - 100])
+
+
 def test_impossible_tokens_are_never_drawn(alone):
     logits = torch.full((3, 6), -torch.inf)
     logits[:, 1] = logits[:, 3] = 0.0

@@ -15,6 +15,7 @@ from megatron_powerflow.objective.trajectory_balance import (
     importance_weight,
     initial_log_z,
     partial_residual,
+    token_spread,
 )
 
 
@@ -39,6 +40,43 @@ def test_a_dropped_response_counts_nowhere():
     loss, residual, _ = balance_loss(*arguments, torch.tensor([True, False, True]), num_kept=2)
     assert float(loss) == pytest.approx((1 + 4) / 2)
     assert residual.tolist() == [-1, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("policy_norm", "reference_norm", "partial"),
+    [
+        ("length", "length", [0 - 0.5, 3 + 1 + 1, 3]),
+        ("none", "none", [0 - 0.5, 6 + 1 + 1, 3]),
+        ("none", "length", [-4 - 0.5, 1 + 1 + 1, 3]),
+        ("length", "none", [4 - 0.5, 8 + 1 + 1, 3]),
+    ],
+)
+def test_the_residual_of_every_normalisation_by_hand(policy_norm, reference_norm, partial):
+    """The three responses of above: S / a - 2 S_ref / c - 2 psi - r, rewards .5, -1, 0."""
+    norms = {"policy_norm": policy_norm, "reference_norm": reference_norm}
+    arguments = (t(-6, -4, -1), t(-3, -5, -2), t(3, 2, 1), t(0, -0.5, 0))
+    assert partial_residual(*arguments, alpha=2.0, reward=t(0.5, -1, 0), **norms).tolist() == partial
+
+
+def test_the_denominator_is_the_whole_steps():
+    """Two micro-batches of a step with three kept rollouts: their shares add up to the loss of all together."""
+    arguments = (t(0, 4, 3), t(-1, -1, -1), t(1, 0.5, 1))
+    kept = torch.tensor([True] * 3)
+    whole = balance_loss(*arguments, kept, 3).loss
+    parts = [balance_loss(*(x[part] for x in (*arguments, kept)), 3).loss for part in (slice(0, 1), slice(1, 3))]
+    assert float(whole) == pytest.approx((1 + 4.5 + 4) / 3)
+    assert float(sum(parts)) == pytest.approx(float(whole))
+
+
+def test_the_spread_of_tokens_weighs_and_is_dropped_as_the_residual():
+    terms = balance_loss(t(0, 4, 3), t(-1, -1, -1), t(2, 1, 1), torch.tensor([True, True, False]), 2, t(5, 6, 7)).terms
+    assert terms.tolist() == [2 * (1 + 5), 9 + 6, 0]
+
+
+def test_the_start_value_is_weighted_and_of_kept_responses():
+    partial, weight = t(1, 5, 100), t(3, 1, 7)
+    assert initial_log_z(partial, weight, torch.tensor([True, True, False])) == pytest.approx(-(3 + 5) / 4)
+    assert initial_log_z(partial, weight, torch.tensor([True, True, True])) == pytest.approx(-708 / 11)
 
 
 batches = st.integers(1, 6).flatmap(
@@ -127,6 +165,20 @@ def test_weights_by_hand():
     assert weight.tolist() == [1, 1, 1]
 
 
+def test_the_sides_of_the_clip_by_hand():
+    arguments = (t(-3, 0, 3), t(0, 0, 0), t(1, 1, 1))
+    both = importance_weight(*arguments, ratio="seq", clip_epsilon=0.2).weight
+    assert both.tolist() == pytest.approx([0.8, 1.0, 1.2])
+    upper = importance_weight(*arguments, ratio="seq", clip_epsilon=0.2, upper_only=True).weight
+    assert upper.tolist() == pytest.approx([math.exp(-3), 1.0, 1.2])
+
+
+def test_the_spread_of_tokens_by_hand():
+    """log pi - 2 log p = 1, 3, and padding: mean 2, variance 1."""
+    mask = torch.tensor([[True, True, False]])
+    assert token_spread(t(-1, -1, 0)[None], t(-1, -2, 0)[None], mask, 2.0).tolist() == [1.0]
+
+
 def test_no_gradient_flows_through_the_weight():
     sequence = t(-1.0, -2.0).requires_grad_()
     weight, ratio = importance_weight(sequence, t(-1.2, -2.2), t(1, 1), ratio="seq", clip_epsilon=0.5)
@@ -160,6 +212,21 @@ def test_dropped_members_do_not_enter_the_mean():
     assert estimate.tolist() == [-2, -2, -2, -10, -10]
     alone = loo_log_z(t(1, 3, 100, 10, 50), GROUPS, t(1, 1, 1, 1, 1), kept)
     assert (t(10) + alone[3]).item() == 0.0  # nobody to compare with: no residual
+
+
+def test_weighted_leave_one_out_by_hand():
+    """Weights 1 2 1 | 1 3: -(2 * 2 + 6) / 3, ..., -14, -10."""
+    partial, weight = t(1, 2, 6, 10, 14), t(1, 2, 1, 1, 3)
+    expected = [-(4 + 6) / 3, -(1 + 6) / 2, -(1 + 4) / 3, -14, -10]
+    assert loo_log_z(partial, GROUPS, weight, KEPT).tolist() == pytest.approx(expected)
+
+
+def test_the_contrastive_factor_counts_kept_members():
+    """Of three with weights 1 2 4 the last is dropped: W / (G - 1) = 3 / 1; alone: the weight itself."""
+    kept = torch.tensor([True, True, False, True, False])
+    log_z, factor = contrastive_log_z(t(1, 4, 6, 10, 14), GROUPS, t(1, 2, 4, 0.5, 3), kept)
+    assert log_z.tolist() == [-3, -3, -3, -10, -10]
+    assert factor.tolist() == [3, 3, 3, 0.5, 0.5]
 
 
 def gradient_of(estimator: str, partial: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -160,6 +160,22 @@ def test_a_loop_without_a_box_pays_its_psi():
     assert trap_margin(0.01, 5.0, **arguments) > 0 > trap_margin(0.01, 5.0, **arguments, bonus=4.0 * -0.5)
 
 
+def test_the_loops_of_a_step_have_their_own_psi():
+    """alpha psi = -2 nats on each of 3,072 tokens; lambda is of the others."""
+    rows, _ = exact_samples(np.full(32, -1.5), loops=0.5)
+    looping = np.isfinite(rows[:, ROLLOUT_COLUMNS.index("loop_nats")])
+    boxed = reported(rows, ALPHA)
+    rows[looping, ROLLOUT_COLUMNS.index("psi")] = -0.5
+    unboxed = reported(rows, ALPHA)
+    assert unboxed["trap_margin"] == pytest.approx(boxed["trap_margin"] - 2.0 * LIMIT)
+    assert unboxed["trap_lambda"] == boxed["trap_lambda"]
+
+
+def test_a_tilt_cap_beyond_the_limit_is_none():
+    arguments = {"alpha": 4, "tilt": 1.57, "max_response_tokens": 40}
+    assert trap_margin(0.1, 5.0, **arguments, tilt_cap=99) == trap_margin(0.1, 5.0, **arguments, tilt_cap=None)
+
+
 def test_the_margin_is_that_of_the_miniature():
     """N (|lambda| - alpha r) - alpha c at N = 40, alpha 4, |lambda| 1.57: cheap loops are trapped, dear ones safe."""
     nats, entry = -np.log([0.97, 0.90, 0.85, 0.75]), np.array([5.0, 5.75, 6.0, 5.75])

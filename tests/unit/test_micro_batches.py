@@ -1,0 +1,108 @@
+"""A step's rollouts become micro-batches as the config says: padded or packed, by updates, groups whole where asked."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_powerflow.config_file import parse_config
+from megatron_powerflow.parallel.layout import Layout
+from megatron_powerflow.records import Prompt, Rollout
+from megatron_powerflow.training import micro_batches
+from megatron_powerflow.training.micro_batches import bin_rule, pack_updates
+from tests.unit.test_config import MINIMAL
+from tests.unit.test_layout import ARCHITECTURE
+
+PACKED = "parallel.max_tokens_per_micro_batch=24"
+GROUP = 2
+
+
+def plan(*overrides: str, **sizes):
+    layout = Layout(**{"tp": 1, "pp": 1, "vpp": None, "cp": 1, "ep": 1, "dp": 1, "sequence_parallel": False} | sizes)
+    small = [f"rollout.responses_per_prompt={GROUP}", "precision.dtype=fp32"]
+    return SimpleNamespace(
+        config=parse_config(MINIMAL, [*small, *overrides]),
+        layout=layout,
+        architecture=ARCHITECTURE,
+        tokenizer=SimpleNamespace(decode=lambda token_ids: ""),
+    )
+
+
+def session(dp_rank: int = 0, dp_size: int = 1):
+    groups = SimpleNamespace(device=torch.device("cpu"), cp_rank=0, cp_size=1, dp_rank=dp_rank, dp_size=dp_size)
+    return SimpleNamespace(groups=groups)
+
+
+def rollouts(num_groups: int = 4, reason: str = "eos") -> list[Rollout]:
+    """Prompts of 8 tokens, responses of 2 and 3."""
+    return [
+        Rollout(Prompt(str(q), q, (1,) * 8), q, i, (5,) * (2 + i), (-1.0,) * (2 + i), reason)
+        for q in range(num_groups)
+        for i in range(GROUP)
+    ]
+
+
+def slots(updates) -> list[list[int]]:
+    """The groups of each update, one entry per response."""
+    return [sorted(slot for batch in batches for slot in batch.group.tolist()) for batches in updates]
+
+
+@pytest.mark.parametrize("packed", [[], [PACKED]])
+def test_each_update_takes_its_share_of_whole_groups(packed):
+    updates = pack_updates(rollouts(), plan("optimizer.updates_per_rollout=2", *packed), session())
+    assert slots(updates) == [[0, 0, 1, 1], [2, 2, 3, 3]]
+    assert slots(pack_updates(rollouts(), plan(*packed), session())) == [[0, 0, 1, 1, 2, 2, 3, 3]]
+
+
+@pytest.mark.parametrize("packed", [[], [PACKED]])
+@pytest.mark.parametrize(("truncated", "kept"), [("drop", False), ("keep", True)])
+def test_responses_that_are_cut_are_dropped_where_the_config_says_so(packed, truncated, kept):
+    cut = rollouts(reason="length")
+    for batches in pack_updates(cut, plan(f"objective.truncated={truncated}", *packed), session()):
+        assert all(bool((batch.kept == kept).all()) for batch in batches)
+
+
+def test_prompts_count_in_the_budget():
+    """21 tokens a group of 24: one group in a micro-batch, two of the responses alone would be 10."""
+    (batches,) = pack_updates(rollouts(), plan(PACKED), session())
+    assert [batch.stream.num_positions for batch in batches] == [21] * 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "whole"),
+    [
+        ([PACKED], True),
+        ([PACKED, "objective.log_z=loo"], True),
+        ([PACKED, "objective.log_z=mlp"], False),
+        ([PACKED, "objective.preset=grpo"], False),
+        (["parallel.max_tokens_per_micro_batch=20"], False),  # no room for a group of 21
+        ([], False),
+    ],
+)
+def test_groups_are_whole_in_a_micro_batch_where_log_z_is_theirs_and_there_is_room(overrides, whole):
+    (batches,) = pack_updates(rollouts(), plan(*overrides), session())
+    assert {batch.whole_groups for batch in batches} == {whole}
+
+
+def test_every_replica_takes_its_own_part_of_one_plan(monkeypatch):
+    monkeypatch.setattr(micro_batches, "every_rollout", lambda everyone, groups, *, shared_over_cp: everyone)
+    parts = [slots(pack_updates(rollouts(), plan(PACKED, dp=2), session(rank, 2)))[0] for rank in range(2)]
+    assert sorted(parts[0] + parts[1]) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(parts[0]) == len(parts[1]) == 4
+
+
+def test_interleaved_pipelines_get_micro_batches_of_one_shape_and_a_multiple_of_pp():
+    config = plan(PACKED).config
+    rule = bin_rule(Layout(2, 3, 2, 2, 1, 1, sequence_parallel=True), config)
+    assert (rule.max_tokens, rule.sequence_multiple, rule.total_multiple, rule.count_multiple) == (24, 4, 4, 3)
+    assert bin_rule(Layout(1, 3, None, 1, 1, 1, sequence_parallel=False), config).count_multiple == 1
+    uneven = [*rollouts(), *(Rollout(Prompt("9", 9, (1,)), 9, i, (5,), (-1.0,), "eos") for i in range(GROUP))]
+    for overrides in (["parallel.micro_batch_size=2"], [PACKED]):
+        shapes = []
+        for vpp in (None, 2):
+            (batches,) = pack_updates(uneven, plan("parallel.pp=2", *overrides, pp=2, vpp=vpp), session())
+            shapes.append({batch.stream.num_positions if batch.stream else batch.tokens.shape[1] for batch in batches})
+        assert len(shapes[0]) > 1
+        assert len(shapes[1]) == 1
