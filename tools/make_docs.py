@@ -22,7 +22,7 @@ import yaml
 from megatron_powerflow.cli import app, exit_codes
 from megatron_powerflow.config import Config
 from megatron_powerflow.config_file import parse_config
-from megatron_powerflow.config_help import SMALLEST, Key, keys
+from megatron_powerflow.config_help import SMALLEST, KeyHelp, keys
 from megatron_powerflow.config_rules import CONDITIONAL
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.names import METRICS
@@ -115,7 +115,7 @@ def configuration() -> str:
     return _page("the keys in megatron_powerflow/config.py and the rules in config_rules.py", lines)
 
 
-def _key_row(key: Key, rule: tuple | None) -> str:
+def _key_row(key: KeyHelp, rule: tuple | None) -> str:
     meaning = [_cell(_sentence(key.meaning))]
     default = _value(key.default)
     if rule is not None:
