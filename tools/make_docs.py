@@ -195,6 +195,7 @@ def commands() -> str:
         "",
         "`powerflow COMMAND --help` prints the same. `MODEL` is a Hugging Face folder, a run's folder, a checkpoint, a "
         "converted checkpoint or a name on the hub. `OVERRIDES` are settings `section.key=value`, as many as wanted. "
+        "Commands that open a model take any layout, such as `parallel.tp=2 parallel.pp=4` on 8 processes. "
         "`powerflow --install-completion` lets the shell complete commands and keys.",
         "",
         "Every command ends with one of these exit codes:",

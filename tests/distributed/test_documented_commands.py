@@ -109,13 +109,25 @@ def test_the_commands_of_the_pages(repository, gloo):
     assert (repository / "report" / "index.html").is_file()
 
 
+def this_environment(folder: Path, extras: str) -> Path:
+    """An environment as tools/environment.sh wants it, which is the one of this process: nothing is installed."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    sums = ["bash", "-c", 'cat setup.py constraints.txt <(echo "$1") | cksum', "_", extras]
+    stamp = subprocess.run(sums, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    (folder / "installed").write_text(stamp)
+    return folder
+
+
 def test_the_sweep_over_alpha(tmp_path):
     """examples/sweep_alpha.sh, with one alpha of two steps."""
     model = make_tiny_model(tmp_path / "model", "llama", max_position_embeddings=512)
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text('{"question": "one and one", "answer": "2"}\n{"question": "two and two", "answer": "4"}\n')
     environment = os.environ | {
-        "VENV": str(Path(sys.executable).parents[1]),
+        "VENV": str(this_environment(tmp_path / "venv", "plot,eval,example")),
         "ALPHAS": "2",
         "MODEL": str(model),
         "HELD_OUT": str(held_out),
