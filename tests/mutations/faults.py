@@ -857,7 +857,7 @@ _SAMPLING = (
     ("torch.where(positive.any(dim=dim), last, 0)", "last", "a token that does not exist"),
     ("index=step, slot=slot, response=response", "index=0, slot=slot, response=response", "alike in every step"),
     ("- running.gather(1, place) + parts.gather(1, place)", "- running.gather(1, place)", "less than the sum before"),
-    ("candidate == lowest", "candidate <= columns + first", "every rank says it is here"),
+    ("logits.sub_(maxima[:, None]).exp_()", "logits.exp_()", "logits of hundreds overflow"),
 )
 
 _PLAIN = (
@@ -888,7 +888,7 @@ _TOKEN_LOG_PROBS = (
     ("sums[3] / vocab_size", "sums[3] / weight.shape[0]", "padding in the certainty"),
     ("min(max(vocab_size - first, 0), weight.shape[0])", "weight.shape[0]", "padding in the softmax"),
     ("(targets < vocab_size)", "(targets <= vocab_size)", "a target outside of the vocabulary"),
-    ("~(log_probs > ROUNDING).any()", "(log_probs < torch.inf).any()", "a broken kernel passes"),
+    ("~(log_probs > ROUNDING).any()", "~(log_probs > torch.inf).any()", "a broken kernel passes"),
     ("        ctx.mark_non_differentiable(certainty)\n", "", "certainty asks for a gradient"),
     ("(columns - block.start, log_normaliser", "(columns, log_normaliser", "the gradient of the first tile's target"),
     (

@@ -233,3 +233,9 @@ def test_math_verify_agrees_on_the_stored_responses_but_where_it_misses_a_full_s
 def test_labels_made_by_hand_agree_on_the_stored_responses():
     rows = [json.loads(s) for s in (Path(__file__).parent / "data" / "fifty_responses.jsonl").read_text().splitlines()]
     assert [same_answer(row["gold"], extract_answer(row["text"])) for row in rows] == [row["right"] for row in rows]
+
+
+def test_without_a_gold_answer_nobody_is_right_or_wrong():
+    assert verdicts(["5", None], None) == [None, None]
+    assert [item.correct for item in grade(["5", None], None)] == [None, None]
+    assert verdicts(["5", None], "5") == [True, False]

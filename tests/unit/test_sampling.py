@@ -70,6 +70,13 @@ def test_a_token_is_named_by_its_global_id(alone):
         torch.testing.assert_close(log_probs, logits[0, tokens - 100])
 
 
+def test_logits_of_hundreds_are_sampled_as_small_ones(alone):
+    logits, uniform = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log() + 500, torch.tensor([0.5], dtype=torch.float64)
+    tokens, log_probs = sample_tokens(logits.clone(), uniform, tp_group=alone, first=0)
+    assert tokens.tolist() == [2]
+    torch.testing.assert_close(log_probs, torch.tensor([0.3]).log(), rtol=1e-3, atol=1e-3)
+
+
 def test_impossible_tokens_are_never_drawn(alone):
     logits = torch.full((3, 6), -torch.inf)
     logits[:, 1] = logits[:, 3] = 0.0
