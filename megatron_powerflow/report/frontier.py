@@ -98,12 +98,6 @@ def _views(arms: Sequence[Arm]) -> list[View]:
     return views
 
 
-def _everything(arm: Arm, in_training: bool) -> list[Evaluation]:
-    if arm.trained and in_training:
-        return [e for run in arm.members for e in run.evaluations]
-    return [file.overall for run in arm.members for file in run.files]
-
-
 def _path(arm: Arm, in_training: bool, x_name: str, y_name: str) -> tuple[Point, ...]:
     if not arm.trained or not in_training:
         return _mean_point([file.overall for file in arm.measured()], x_name, y_name)
