@@ -7,6 +7,7 @@ and files that grow line by line.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,8 +41,12 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def is_partial_of(name: str, files: tuple[str, ...]) -> bool:
-    """Whether a file of this name is what a kill in `whole_file` left of one of these files."""
-    return name.endswith(PARTIAL_SUFFIX) and any(name.startswith(f".{file}.") for file in files)
+    """Return whether a file of this name is what a kill in `whole_file` left of one of these files.
+
+    Only a name that mkstemp makes counts, .NAME.xxxxxxxx.partial: a user's .NAME.old.partial is the user's.
+    """
+    names = "|".join(map(re.escape, files))
+    return re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}{re.escape(PARTIAL_SUFFIX)}", name) is not None
 
 
 def give_usual_mode(path: Path) -> None:

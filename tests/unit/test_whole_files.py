@@ -1,0 +1,51 @@
+"""A kill while a file is written leaves one that is known as ours; nothing else is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_powerflow.checkpoint.first_files import not_ours, remove_cut_off_files
+from megatron_powerflow.whole_files import is_partial_of, whole_file, write_file
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_what_is_left_of_a_killed_write_is_known_and_a_users_file_is_not(tmp_path):
+    with whole_file(tmp_path / "config.yaml"):
+        (partial,) = tmp_path.iterdir()
+        assert is_partial_of(partial.name, ("metrics.jsonl", "config.yaml"))
+        assert not is_partial_of(partial.name, ("metrics.jsonl",))
+    for name in (
+        ".config.yaml.old.partial",
+        ".config.yaml.partial",
+        "config.yaml.partial",
+        ".config.yaml.MY_NOTES.partial",
+    ):
+        assert not is_partial_of(name, ("config.yaml",))
+
+
+def test_only_what_we_made_is_swept_away(tmp_path):
+    (tmp_path / ".config.yaml.x1_2ab3c.partial").write_text("half a")
+    (tmp_path / ".config.yaml.old.partial").write_text("precious")
+    assert not_ours(tmp_path) == [".config.yaml.old.partial"]
+    remove_cut_off_files(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".config.yaml.old.partial"]
+
+
+def write_half(path: Path) -> None:
+    with whole_file(path) as file:
+        file.write(b"step_0")
+        raise Killed
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "latest"
+    write_file(path, "step_000001\n")
+    with pytest.raises(Killed):
+        write_half(path)
+    assert path.read_text() == "step_000001\n"
+    assert [left.name for left in tmp_path.iterdir()] == ["latest"]
