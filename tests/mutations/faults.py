@@ -853,7 +853,7 @@ _TOKEN_LOG_PROBS = (
     ("(columns - block.start, log_normaliser", "(columns, log_normaliser", "the gradient of the first tile's target"),
     (
         "            if wants_weight and sums.dtype != weight.dtype:\n",
-        "            if not wants_weight:\n",
+        "            if wants_weight and sums.dtype == weight.dtype:\n",
         "in bf16 no gradient of the weight",
     ),
 )
