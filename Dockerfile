@@ -7,7 +7,7 @@
 FROM nvcr.io/nvidia/pytorch:25.09-py3
 
 WORKDIR /workspace/megatron_powerflow
-COPY setup.py constraints.txt pyproject.toml README.md ./
+COPY setup.py constraints.txt pyproject.toml README.md LICENSE ./
 COPY megatron_powerflow megatron_powerflow
 # The image's own torch, numpy, Transformer Engine and Apex stay: they are pinned as they are found.
 RUN pip freeze | grep -iE '^(torch|numpy|transformer[-_]engine|apex|triton)[ =@]' | grep -v ' @ ' > /tmp/image.txt; \

@@ -18,6 +18,7 @@ extras = {
     "tensorboard": ["tensorboard>=2.16"],
     "parquet": ["pyarrow>=15"],
     "example": ["gguf>=0.10", "accelerate>=1.0"],
+    "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6"],
 }
 extras["dev"] = [
     "pytest>=8",
@@ -27,11 +28,13 @@ extras["dev"] = [
     "ruff>=0.9",
     "mypy>=1.15",
     "types-PyYAML",
+    "types-psutil",
     "pyarrow>=15",
     "math-verify>=0.8",  # what equality of answers is compared with
     *extras["tensorboard"],
     *extras["example"],
     *extras["eval"],
+    *extras["docs"],
 ]
 
 setup(
@@ -40,6 +43,17 @@ setup(
     description="PowerFlow (arXiv 2603.18363) on Megatron-Core: label-free power-distribution fine-tuning",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["megatron_powerflow", "megatron_powerflow.*"]),
     package_data={
         "megatron_powerflow.report": ["*.jinja"],

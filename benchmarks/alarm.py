@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from megatron_powerflow.metrics.alarm import Thresholds, ringing
+from megatron_powerflow.metrics.alarm import Thresholds, raised_alarms
 from megatron_powerflow.metrics.length_shift import windows
 from megatron_powerflow.metrics.prompt_statistics import length_statistics
 
@@ -53,7 +53,7 @@ def rings(case: tuple, seed: int) -> bool:
     every = {"truncated": truncated[0].ravel(), "num_response_tokens": tokens[0].ravel()}
     told = length_statistics(every | {"rollout_index": np.arange(prompts * responses)}, responses)
     assert all(np.isclose(lines[0][name], value) for name, value in told.items())
-    return any(ringing(lines[: step + 1], DEFAULTS) for step in far_enough(columns))
+    return any(raised_alarms(lines[: step + 1], DEFAULTS) for step in far_enough(columns))
 
 
 def far_enough(columns: dict[str, np.ndarray]) -> np.ndarray:

@@ -3,4 +3,4 @@
 Importing this package imports neither torch nor megatron; the command line relies on that.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

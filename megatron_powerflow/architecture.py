@@ -1,6 +1,6 @@
-"""What is a model, as far as its computation goes? What its config.json says, read into numbers.
+"""What is a model, as far as its computation goes? These classes hold what its config.json says, as numbers.
 
-Left out: reading it (`hf/config.py`), building it (`model/build.py`). Imports nothing.
+Left out: reading it (`hf/config.py`), building it (`model/build.py`). This module imports nothing of ours and no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position embedding as the model's config.json states it."""
+    """The rotary position embedding as the model's config.json states it."""
 
     theta: float
     # "default", "linear", "llama3", "longrope" or, with Mla only, "yarn"; the readers refuse every other kind
@@ -31,16 +31,17 @@ class Rope:
     fraction: float = 1.0  # of each head's dimensions, from the first, that are rotated; the others stay as they are
 
     def rotated(self, head_dim: int) -> int:
-        """Dimensions of a head that are rotated."""
+        """Return the number of dimensions of a head that are rotated, of head_dim."""
         return int(head_dim * self.fraction)
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts in the place of a layer's MLP; Architecture.ffn_hidden_size is that of one expert.
+    """A mixture of experts, which replaces a layer's MLP; Architecture.ffn_hidden_size is that of one expert.
 
-    Each token goes to the per_token experts with the highest scores. Their weights are these scores (normalized False),
-    or those divided by their sum over the chosen ones (True), times scaling.
+    Each of a layer's `num` experts is an MLP. A token goes to the per_token experts with the highest scores, and their
+    weights are these scores (normalized False), or the scores divided by their sum over the chosen experts (True),
+    times scaling.
     Example: Mixtral-8x7B 8, 2, True. DeepSeek-V3 256, 8, True, "sigmoid", True, 8, 4, 2.5, 3, 18432, 2048.
     """
 
@@ -49,7 +50,8 @@ class Experts:
     normalized: bool
     score: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits: over all experts, or of each
     choice_bias: bool = False  # a number for each expert is added to its score for the choice, not for the weight
-    # the experts stand in groups; a token's are of its groups_per_token best ones, by the sum of the two best scores
+    # the experts stand in groups, and a token's come from its groups_per_token best groups, which are those with the
+    # largest sum of their two best scores
     num_groups: int = 1
     groups_per_token: int = 1
     scaling: float = 1.0
@@ -60,10 +62,10 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Mla:
-    """Multi-head latent attention: keys and values are made of one short vector a token, queries of another.
+    """Multi-head latent attention: keys and values are made of one short vector per token, queries of another.
 
-    Architecture.head_dim is that of queries and keys, nope_head_dim + rope_head_dim; the latter part alone is rotated,
-    and a key's is the same for all heads. Example (DeepSeek-V3): 1536, 512, 128, 64, 128.
+    Architecture.head_dim is that of queries and keys, nope_head_dim + rope_head_dim. Only the latter part is rotated,
+    and that part of a key is the same for all heads. Example (DeepSeek-V3): 1536, 512, 128, 64, 128.
     """
 
     q_lora_rank: int | None  # None: queries are made of the hidden state itself
@@ -113,14 +115,16 @@ class Architecture:
 
     @property
     def positions_field(self) -> str:
-        """The field of config.json that max_positions is."""
+        """The name of the config.json field that max_positions comes from."""
         limited = self.rope.scaling == "longrope" and self.rope.original_max_positions == self.max_positions
         return "original_max_position_embeddings" if limited else "max_position_embeddings"
 
     @property
     def query_width(self) -> int:
+        """The size of all queries of a token together."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_width(self) -> int:
+        """The size of all keys of a token together."""
         return self.num_query_groups * self.head_dim

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -68,6 +68,7 @@ def options(
 class PromptAs(StrEnum):
     """How a benchmark's question is put: the user message of the model's chat template, or bare text."""
 
+    _value_: Literal["chat", "text"]
     chat = "chat"
     text = "text"
 
@@ -206,13 +207,13 @@ def prepare(
     Example: powerflow prepare numina --out prompts.parquet --against HuggingFaceH4/MATH-500
     """
     from megatron_powerflow.hub.fetch import locate
-    from megatron_powerflow.hub.located import Wanted
+    from megatron_powerflow.hub.located import RequestedName
     from megatron_powerflow.prepare import lines_of, named_files
     from megatron_powerflow.prepare import prepare as run
 
     files = named_files(data, {"poem": poems or (), "story": stories or (), "joke": jokes or ()})
-    wanted = [Wanted("dataset", name, "DATA") for names in files.values() for name in names]
-    wanted += [Wanted("dataset", name, "--against") for name in against or ()]
+    wanted = [RequestedName("dataset", name, "DATA") for names in files.values() for name in names]
+    wanted += [RequestedName("dataset", name, "--against") for name in against or ()]
     report = run(
         files,
         out,
@@ -304,8 +305,8 @@ def generate(
         power_sample_file(opened, prompts, out, num_responses, recipe, launch, console)
     elif decoding is Decoding.verbalized:
         temperature = 0.0 if greedy else opened.config.rollout.temperature
-        recipe = VerbalizedSampling(num_responses, target_words, temperature)
-        verbalize_file(opened, prompts, out, recipe, launch, console)
+        request = VerbalizedSampling(num_responses, target_words, temperature)
+        verbalize_file(opened, prompts, out, request, launch, console)
     else:
         generate_file(opened, prompts, out, num_responses, greedy, launch, console)
 
@@ -337,17 +338,17 @@ def evaluate(
     launch = read_launch()
     prepare_imports()
     from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_named
-    from megatron_powerflow.evaluation.evaluate import Request
+    from megatron_powerflow.evaluation.evaluate import EvaluationRequest
     from megatron_powerflow.evaluation.evaluate import evaluate as run
     from megatron_powerflow.evaluation.judge import make_judge
 
-    request = Request(
+    request = EvaluationRequest(
         data=tuple(data),
         num_responses=num_responses,
         greedy=greedy,
         format=format,
         suffix=suffix,
-        prompt_as=prompt_as and prompt_as.value,
+        prompt_as=None if prompt_as is None else prompt_as.value,
         diversity=diversity,
         judge=make_judge(judge_url, judge_model, judge_key_file),
     )
@@ -384,11 +385,11 @@ def export(
     prepare_imports()
     from megatron_powerflow.commands.export import export_file
     from megatron_powerflow.commands.open_model import COMMON_KEYS, open_model
-    from megatron_powerflow.hub.push import judge_push, push
+    from megatron_powerflow.hub.push import check_push, push
     from megatron_powerflow.targets import export_target
 
     opened = open_model(checkpoint, overrides or (), COMMON_KEYS, launch.world_size)
-    asked = judge_push(push_to_hub, private, export_target(out), launch) if push_to_hub is not None else None
+    asked = check_push(push_to_hub, private, export_target(out), launch) if push_to_hub is not None else None
     export_file(opened, out, launch, make_console(), command=_command())
     if asked is not None and launch.is_main:
         print(f"pushing {out} to {asked.repository}", flush=True)
@@ -451,7 +452,7 @@ def _done(run: Path) -> str:
     return "\n".join([*lines, f"  measure it   {shlex.join(measure)}", f"  look at it   {shlex.join(look)}"])
 
 
-def _refuse_options(options: dict[str, object], unused: bool, why: str) -> None:
+def _refuse_options(options: Mapping[str, object], unused: bool, why: str) -> None:
     """UserError for the options that were given where they change nothing."""
     given = [name for name, value in options.items() if value is not None]
     if unused and given:

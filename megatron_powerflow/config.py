@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from megatron_powerflow.objective.presets import LEARNED_LOG_Z, PRESETS, Form, LogZ, PolicyGradient, Ratio
+from megatron_powerflow.objective.presets import LEARNED_LOG_Z, PRESETS, Form, LogZ, PolicyGradient, PresetName, Ratio
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -124,7 +124,7 @@ class RolloutSection(Section):
 class ObjectiveSection(Section):
     """Where a key says "default ..." it is None until the config is resolved, and stays None where it has no effect."""
 
-    preset: Literal[*PRESETS] = Field(
+    preset: PresetName = Field(
         "la_tb", description="which loss; objective/presets.py has each one's formula and source"
     )
     alpha: PositiveFloat | None = Field(

@@ -10,14 +10,15 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from megatron_powerflow.config import Config
+from megatron_powerflow.config import Config, Section
 from megatron_powerflow.config_rules import CONDITIONAL, contradictions
 from megatron_powerflow.errors import UserError
 
@@ -37,7 +38,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(values: Any, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
-    """`load_config` on values that are already in memory (a dict of sections)."""
+    """Validate values that are in memory (a dict of sections), with overrides applied, as `load_config` does.
+
+    Raises UserError with every violation. source: what messages call the values.
+    """
     malformed = [item for item in overrides if not re.match(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+=", item)]
     if malformed:
         raise UserError([f"override {item!r} is not of the form section.key=value" for item in malformed])
@@ -47,17 +51,18 @@ def parse_config(values: Any, overrides: Sequence[str] = (), *, source: str = "c
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{source}: {_one_line(error)}") from None
+    assert isinstance(plain, dict), "sections"
     return _validate(plain)
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML; `load_config` of it gives an equal config."""
+    """Write the resolved config as YAML; `load_config` of it gives an equal config."""
     return yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
 
 
 def config_keys() -> list[str]:
-    """Every dotted key, in the order of the sections."""
-    return [f"{name}.{key}" for name, field in Config.model_fields.items() for key in _keys_of(field.annotation)]
+    """Return every dotted key, in the order of the sections."""
+    return [f"{name}.{key}" for name in Config.model_fields for key in _fields_of(name)]
 
 
 def _validate(plain: dict) -> Config:
@@ -84,11 +89,11 @@ def _with(config: Config, key: str, value: Any) -> Config:
 
 
 def _sentence(item: Any, plain: dict) -> str:
-    """One pydantic error as: key, what was got, what holds, what to do."""
+    """Write one pydantic error as: key, what was given, what must hold, what to do."""
     path = [str(part) for part in item["loc"]]
     key, kind, got = ".".join(path), item["type"], item["input"]
     if kind == "extra_forbidden":
-        siblings = list(Config.model_fields) if len(path) == 1 else _keys_of(Config.model_fields[path[0]].annotation)
+        siblings = list(Config.model_fields) if len(path) == 1 else list(_fields_of(path[0]))
         close = difflib.get_close_matches(path[-1], siblings, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{key}={got!r}: unknown key; {hint}known: {', '.join(siblings)}"
@@ -103,14 +108,14 @@ def _sentence(item: Any, plain: dict) -> str:
 
 
 def _description(path: list[str]) -> str:
-    section = Config.model_fields[path[0]].annotation
-    fields = {field.alias or name: field for name, field in section.model_fields.items()}
-    return fields[path[1]].description or path[1]
+    return _fields_of(path[0])[path[1]].description or path[1]
 
 
-def _keys_of(annotation: Any) -> list[str]:
-    section = annotation if isinstance(annotation, type) else get_args(annotation)[0]
-    return [field.alias or name for name, field in section.model_fields.items()]
+def _fields_of(section: str) -> dict[str, FieldInfo]:
+    """Return the fields of a section, by the keys that a file has for them."""
+    fields = Config.model_fields[section].annotation
+    assert isinstance(fields, type) and issubclass(fields, Section), section
+    return {field.alias or name: field for name, field in fields.model_fields.items()}
 
 
 def _get(config: Config, key: str) -> Any:
@@ -119,7 +124,7 @@ def _get(config: Config, key: str) -> Any:
 
 
 def _refuse_resolvers(value: Any, source: str) -> None:
-    """Interpolation of other keys is welcome; resolvers (`${oc.env:..}`) read what is not in the file."""
+    """Refuse resolvers (`${oc.env:..}`), which read what is not in the file. Other keys may be interpolated."""
     if isinstance(value, dict):
         for item in value.values():
             _refuse_resolvers(item, source)

@@ -24,8 +24,9 @@ SMALLEST = {"model": {"hf_path": "model"}, "prompts": {"path": "prompts"}, "run"
 
 
 @dataclass(frozen=True)
-class Key:
-    """presets: the objectives that know it; empty: all, or it has nothing to do with them."""
+class KeyHelp:
+    """What `powerflow config` shows of one key. presets: the objectives for which it has an effect; empty: all of
+    them, or the key does not depend on the objective."""
 
     name: str
     type: str
@@ -34,23 +35,23 @@ class Key:
     presets: tuple[str, ...] = ()
 
 
-def keys() -> Iterator[Key]:
-    """Every key, in the order of the sections."""
+def keys() -> Iterator[KeyHelp]:
+    """Yield every key, in the order of the sections."""
     for section, outer in Config.model_fields.items():
         for name, field in _section(outer).model_fields.items():
             key = f"{section}.{field.alias or name}"
-            yield Key(key, _type(field.annotation, field), _default(field), field.description or "", _presets(key))
+            yield KeyHelp(key, _type(field.annotation, field), _default(field), field.description or "", _presets(key))
 
 
-def explain(name: str) -> list[Key]:
-    """The key, or all of a section. Raises UserError for what is neither, with the likely ones."""
-    found = [key for key in keys() if key.name == name or key.name.startswith(f"{name}.")]
-    if not found:
+def explain(name: str) -> list[KeyHelp]:
+    """Return the key, or all keys of a section. Raises UserError for a name that is neither, with the likely ones."""
+    matching = [key for key in keys() if key.name == name or key.name.startswith(f"{name}.")]
+    if not matching:
         names = [key.name for key in keys()]
         close = difflib.get_close_matches(name, [*names, *Config.model_fields], n=3, cutoff=0.5)
         close += [key for key in names if key.endswith(f".{name}") and key not in close]
         raise UserError(f"{name}: no such key" + (f"; did you mean {', '.join(close)}?" if close else ""))
-    return found
+    return matching
 
 
 def _section(field: FieldInfo) -> Any:
@@ -66,7 +67,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type(annotation: Any, field: FieldInfo | None = None) -> str:
-    """In the words of YAML."""
+    """Name a type in the words of YAML."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type(arguments[0])
@@ -83,7 +84,7 @@ def _type(annotation: Any, field: FieldInfo | None = None) -> str:
 
 
 def _presets(key: str) -> tuple[str, ...]:
-    """Asked of the rules themselves: a config of each preset, without anything else."""
+    """Ask the rules themselves which objectives know a key: a config of each preset, without anything else."""
     rule = next((rule for rule in CONDITIONAL if rule[0] == key), None)
     if rule is None or not key.startswith(("objective.", "run.stop_at_alpha")):
         return ()

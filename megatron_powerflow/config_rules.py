@@ -104,64 +104,65 @@ CONDITIONAL: tuple[_Conditional, ...] = (
 def contradictions(config: Config) -> list[str]:
     """What is wrong with values that are each right by themselves: a sentence each."""
     rollout, objective, optimizer = config.rollout, config.objective, config.optimizer
-    found = []
+    violations = []
     if config.parallel.sequence_parallel and config.parallel.tp == 1:
-        found.append("parallel.sequence_parallel=true has no effect because parallel.tp=1; remove it")
+        violations.append("parallel.sequence_parallel=true has no effect because parallel.tp=1; remove it")
     if rollout.save and rollout.replay is not None:
-        found.append("rollout.save=true has no effect because rollout.replay is given; remove it")
+        violations.append("rollout.save=true has no effect because rollout.replay is given; remove it")
     by_group = objective.log_z or f"the advantage of objective.preset={objective.preset}"
     alone = objective.learns_log_z or isinstance(objective.form, EntropyMinimum)
     if not alone and rollout.responses_per_prompt == 1:
-        found.append(
+        violations.append(
             f"rollout.responses_per_prompt=1 with {by_group}: it is a mean over the group and needs at least 2 "
             "responses; raise it" + (" or choose objective.log_z=mlp" if objective.log_z else "")
         )
     if objective.ratio == "token" and isinstance(objective.form, Balance):
-        found.append(
+        violations.append(
             f"objective.ratio=token with objective.preset={objective.preset}: a residual belongs to a whole response; "
             "must be one of 'none', 'seq', 'seq_mean'"
         )
     if objective.ratio != "none" and isinstance(objective.form, EntropyMinimum):
-        found.append(f"objective.ratio={objective.ratio} with one_shot_em: it has no reward to weigh; remove it")
+        violations.append(f"objective.ratio={objective.ratio} with one_shot_em: it has no reward to weigh; remove it")
     if rollout.prompts_per_step % optimizer.updates_per_rollout:
-        found.append(
+        violations.append(
             f"optimizer.updates_per_rollout={optimizer.updates_per_rollout} does not divide "
             f"rollout.prompts_per_step={rollout.prompts_per_step}: each update takes whole groups"
         )
-    found += _alpha_out_of_reach(config)
+    violations += _alpha_out_of_reach(config)
     asked, steps = config.run.stop_on_alarm, config.alarm.nothing_kept_steps
     if isinstance(asked, list) and "nothing_kept" in asked and steps >= optimizer.max_skipped_steps:
-        found.append(
+        violations.append(
             f"run.stop_on_alarm=[nothing_kept] with alarm.nothing_kept_steps={steps}: "
             f"optimizer.max_skipped_steps={optimizer.max_skipped_steps} fails the run first; make it larger"
         )
     if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
-        found.append(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
+        violations.append(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
     if optimizer.log_z_lr is not None and 0 < optimizer.log_z_lr < SLOWEST_LOG_Z_LR:
-        found.append(
+        violations.append(
             f"optimizer.log_z_lr={optimizer.log_z_lr}: it is the share of the mean residual that an update takes out "
             f"of log Z' (in earlier versions Adam's rate, 1e-3); below {SLOWEST_LOG_Z_LR} log Z' is a hundred updates "
             "behind the policy; 0.5 is the default, 0 keeps the start value"
         )
     if any(not 0 <= beta < 1 for beta in optimizer.betas):
-        found.append(f"optimizer.betas={optimizer.betas}: each must be in [0, 1)")
-    return found
+        violations.append(f"optimizer.betas={optimizer.betas}: each must be in [0, 1)")
+    return violations
 
 
 def _alpha_out_of_reach(config: Config) -> list[str]:
     """Why run.stop_at_alpha would never end the run."""
-    stop_at, alpha, found = config.run.stop_at_alpha, config.objective.alpha, []
+    stop_at, alpha = config.run.stop_at_alpha, config.objective.alpha
+    violations: list[str] = []
     if stop_at is None or alpha is None:
-        return found
+        return violations
     if not (1 < stop_at <= alpha or alpha <= stop_at < 1):
         between = f"above 1, up to {alpha:g}" if alpha > 1 else f"from {alpha:g}, below 1"
-        found.append(
+        violations.append(
             f"run.stop_at_alpha={stop_at:g} with objective.alpha={alpha:g}: training goes from 1 to objective.alpha; "
             + ("there is nothing to reach; remove it" if alpha == 1 else f"choose a value {between}")
         )
     if config.rollout.responses_per_prompt < 3:
-        found.append(
+        violations.append(
             f"run.stop_at_alpha={stop_at:g} with rollout.responses_per_prompt={config.rollout.responses_per_prompt}: "
             "the power that a prompt's responses show takes at least 3 of them; raise it"
         )
-    return found
+    return violations

@@ -1,6 +1,6 @@
 """How does a command speak? In plain text: a path is shown as it is and is never wrapped.
 
-Left out: what is said; errors, which go to stderr (`cli.py`).
+Left out: the words themselves; errors, which go to stderr (`cli.py`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ QUIET_SECONDS = 60.0  # between two lines where there is no terminal, at most
 
 
 def make_console(file: IO[str] | None = None, *, width: int | None = None) -> Console:
-    """A console that prints to stdout, or to `file`. A `[bracket]` or a `:word:` in a path is text, not markup."""
+    """Make a console that prints to stdout, or to `file`. A `[bracket]` or a `:word:` in a path is text, not markup."""
     return Console(file=file, width=width, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """Example: 42 s, 7 min, 3.5 h."""
+    """Write seconds for people. Example: 42 s, 7 min, 3.5 h."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 59.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
 class Heartbeat:
-    """A context. Prints `line()` whenever a minute has passed without a line, so that a log shows what takes long. It
-    prints nothing on a terminal, where a bar shows it.
+    """Prints `line()` when a minute has passed without a line, so that a log shows what takes long.
 
-    line: called in another thread; "" when there is nothing to say. A print between two of them tells `spoke`.
+    A context. It prints nothing on a terminal, where a bar shows it. line: called in another thread; returns "" when
+    there is nothing to print. Whoever prints in between calls `spoke`.
     """
 
     def __init__(self, console: Console, line: Callable[[], str], *, quiet_seconds: float = QUIET_SECONDS) -> None:
@@ -41,11 +41,13 @@ class Heartbeat:
         self.spoke()
 
     def start(self) -> Heartbeat:
+        """Start the thread, unless this is a terminal."""
         if not self._console.is_terminal:
             self._thread.start()
         return self
 
     def close(self) -> None:
+        """Stop the thread and wait for it."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -57,7 +59,7 @@ class Heartbeat:
         self.close()
 
     def spoke(self) -> None:
-        """A line was printed just now: the next one is due in a minute."""
+        """Note that a line was printed just now: the next one is due in a minute."""
         self._due = time.monotonic() + self._quiet_seconds
 
     def _beat(self) -> None:

@@ -14,18 +14,9 @@ from importlib import metadata
 import megatron_powerflow
 from megatron_powerflow.parallel.initialize import settings_that_count
 
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "transformers", "tokenizers", "safetensors")
-PACKAGES += (
-    "numpy",
-    "scipy",
-    "pydantic",
-    "omegaconf",
-    "wandb",
-    "tensorboard",
-    "matplotlib",
-    "pyarrow",
-    "vllm",
-    "triton",
+PACKAGES = (
+    *("torch", "megatron-core", "transformer-engine", "apex", "transformers", "tokenizers", "safetensors"),
+    *("numpy", "scipy", "pydantic", "omegaconf", "wandb", "tensorboard", "matplotlib", "pyarrow", "vllm", "triton"),
 )
 # what is missing without it
 USED_FOR = {
@@ -38,7 +29,7 @@ USED_FOR = {
 
 
 def describe() -> list[str]:
-    """A line each. Imports torch to ask for devices, where it is there."""
+    """Return what is installed and which devices there are, a line each. Imports torch, where it is installed."""
     lines = [
         f"megatron_powerflow {megatron_powerflow.__version__}",
         f"python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPU cores",
@@ -69,9 +60,9 @@ def _devices() -> list[str]:
 
     if not torch.cuda.is_available():
         return ["no CUDA device: CPU processes over gloo"]
-    found = [torch.cuda.get_device_properties(place) for place in range(torch.cuda.device_count())]
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [
-        f"CUDA {torch.version.cuda}, device {place}: {device.name}, {device.total_memory / 2**30:.0f} GiB, "
+        f"CUDA {torch.version.cuda}, device {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB, "
         f"compute capability {device.major}.{device.minor}"
-        for place, device in enumerate(found)
+        for index, device in enumerate(devices)
     ]

@@ -32,8 +32,11 @@ LICENCE = re.compile(r"^license:\s*['\"]?([\w.+-]+)['\"]?\s*$", re.MULTILINE)
 
 
 def card_files(run: Path, step: int, command: str, base_folder: Path | None = None) -> dict[str, str]:
-    """File name -> text, of a run's policy after `step` steps. command: what exports it. base_folder: where the base
-    model lies, to ask for its licence; None: where the run's config says. Raises UserError for a damaged file."""
+    """Return file name -> text of the card and the provenance, for a run's policy after `step` steps.
+
+    command: what exports it. base_folder: where the base model lies, to ask for its licence; None: where the run's
+    config says. Raises UserError for a damaged file.
+    """
     config = load_config(run / CONFIG_NAME)
     lines = [line for line in read_metrics(run) if line.get("step", step) < step]
     inputs, base = _json(run / INPUTS_NAME), config.model.hf_path
@@ -87,7 +90,7 @@ def _card(config: Config, facts: Mapping[str, Any], base: str, licence: str | No
 
 
 def _evaluation_table(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of the run's own looks at its held-out prompts: the first and the last."""
+    """Tabulate the first and the last of the run's own evaluations on its held-out prompts."""
     if not lines:
         return []
     shown = [lines[0], lines[-1]] if len(lines) > 1 else [lines[-1]]
@@ -121,34 +124,33 @@ def _power(alpha: float | None) -> str:
 
 
 def _realised(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over the last steps of the numbers that say how far the policy came."""
+    """Average, over the last steps, the numbers that say how far the policy came."""
     names = ("alpha_realised", "alpha_realised_low", "alpha_realised_high", "alpha_realised_r2")
     last = lines[-LAST_STEPS:]
-    found = {name: [line[name] for line in last if name in line] for name in names}
-    return {name: float(np.mean(values)) for name, values in found.items() if values}
+    series = {name: [line[name] for line in last if name in line] for name in names}
+    return {name: float(np.mean(values)) for name, values in series.items() if values}
 
 
-def _realised_rows(found: Mapping[str, float]) -> list[str]:
-    if "alpha_realised" not in found:
+def _realised_rows(realised: Mapping[str, float]) -> list[str]:
+    if "alpha_realised" not in realised:
         return []
-    text = f"{found['alpha_realised']:.2f}"
-    if "alpha_realised_low" in found:
-        text += f" [{found['alpha_realised_low']:.2f}, {found['alpha_realised_high']:.2f}]"
+    text = f"{realised['alpha_realised']:.2f}"
+    if "alpha_realised_low" in realised:
+        text += f" [{realised['alpha_realised_low']:.2f}, {realised['alpha_realised_high']:.2f}]"
     return [f"| alpha, realised (last {LAST_STEPS} steps) | {text} |"]
 
 
 def _licence(base: Path) -> str | None:
-    """As the base's own model card states it."""
+    """Return the licence that the base's own model card states; None where it states none."""
     try:
-        found = LICENCE.search((base / CARD_NAME).read_text(encoding="utf-8", errors="replace")[:20_000])
+        match = LICENCE.search((base / CARD_NAME).read_text(encoding="utf-8", errors="replace")[:20_000])
     except OSError:
         return None
-    return found[1] if found else None
+    return match[1] if match else None
 
 
 def _evaluations(path: Path, step: int) -> list[dict[str, Any]]:
-    """Of the policy that is exported and those before it, the last line of each step; none where it was not looked at.
-    Values of single prompts stay in the run's folder."""
+    """Return the last line of each step up to `step`, without single prompts' values; [] if `step` has none."""
     by_step = {line["step"]: line for line in _json_lines(path) if isinstance(line.get("step"), int)}
     if step not in by_step:
         return []

@@ -2,14 +2,14 @@
 
     Prompt --rollout--> Rollout --pack--> MicroBatch --score--> ScoredBatch --update--> StepMetrics
 
-Left out: anything that computes. Tensors appear in annotations only, so importing this is free.
+Left out: anything that computes. Tensors appear in annotations only, so importing this module brings no torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,18 +19,18 @@ FinishReason = Literal["eos", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question. `index` is its line in the prompts file (0-based) and names it in seeds."""
+    """A question. `index` is its line in the prompts file, from 0, and stands for the prompt in seeds."""
 
     id: str
     index: int
     token_ids: tuple[int, ...]
     answer: str | None = None
     task: str | None = None
-    text: str = ""  # what a person reads: the prompt, or the last message; empty for token ids
+    text: str = ""  # what a person reads: the prompt, or its last message; empty where the file has token ids
 
 
 class Purpose(IntEnum):
-    """What random numbers are drawn for. Their values are part of what a seed means: never reuse one."""
+    """What random numbers are drawn for. The values are part of what a seed means: never reuse one."""
 
     ROLLOUTS = 0  # of training steps
     PROMPT_ORDER = 1
@@ -41,7 +41,8 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How responses are drawn. Untruncated by construction: no top_p, no top_k (their log-probs would lie)."""
+    """How responses are drawn. There is no top_p and no top_k, under which log-probs would not be those of the
+    distribution that was sampled."""
 
     responses_per_prompt: int
     max_response_tokens: int
@@ -57,7 +58,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One prompt, one sampled response.
+    """A prompt with one sampled response.
 
     Example: prompt of 12 tokens, response (318, 257, 2), finish_reason "eos", slot 5, response_index 1,
     rollout_log_probs of 3 numbers, all <= 0, natural logarithm, at the sampling temperature.
@@ -72,13 +73,26 @@ class Rollout:
     finish_reason: FinishReason
 
 
+class Piece(NamedTuple):
+    """A run of queries and the keys that they attend to.
+
+    This rank's queries first, ..., end - 1 attend causally to the stream's keys first_key, ..., end_key - 1; the last
+    query attends to all of these.
+    """
+
+    first: int
+    end: int
+    first_key: int
+    end_key: int
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """How the tokens of a micro-batch go through the model on this rank, where they do not go row by row.
 
-    Packed: one stream holds all sequences behind each other, without the padding of rows. Context parallel: of each
-    sequence, cut into 2 cp equal pieces, rank i holds the pieces i and 2 cp - 1 - i, which gives all ranks equally many
-    keys to attend to. Both at once: so is each packed sequence.
+    Packed: one stream holds all sequences behind each other, without the padding of rows. Context parallel: each
+    sequence is cut into 2 cp equal pieces, of which rank i holds the pieces i and 2 cp - 1 - i, so that all ranks have
+    equally many keys to attend to. Both at once: each packed sequence is cut in this way.
 
     Example, rows (7 8 9 2) and (5 6 2 -), s = 4, packed, cp = 1:
     index 0 1 2 3 4 5 6 / positions 0 1 2 3 0 1 2 / pieces (0 4 0 4) (4 7 4 7) / cu_seqlens 0 4 7.
@@ -86,26 +100,26 @@ class Stream:
     (1 2 0 4) (2 3 4 5) (3 4 4 8) / key_order 0 4 5 1 2 6 7 3 / cu_seqlens 0 4 8.
     """
 
-    index: Tensor  # [r, t / cp] int64, place of each token in MicroBatch.tokens.flatten(); -1: padding. Packed: r = 1
-    positions: Tensor  # [t / cp] int64, of each token in its sequence, which is what rotation goes by
-    # (a, b, c, d): this rank's queries a..b attend to the stream's keys c..d, causally, query b - 1 to all of them
-    pieces: tuple[tuple[int, int, int, int], ...]
-    key_order: Tensor | None  # [t] int64, where the keys of the stream stand in those of rank 0, 1, ...; None: cp = 1
+    index: Tensor  # [r, t / cp] int64, of each token in MicroBatch.tokens.flatten(); -1: padding. Packed: r = 1
+    positions: Tensor  # [t / cp] int64, of each token in its sequence, by which it is rotated
+    pieces: tuple[Piece, ...]
+    # [t] int64, index of each key of the stream in the keys of rank 0, 1, ... behind each other; None: cp = 1
+    key_order: Tensor | None
     cu_seqlens: Tensor | None  # [n + 1] int32, where each packed sequence starts, all ranks together; None: rows
     num_positions: int  # t
-    longest: int  # positions of a sequence
+    longest: int  # positions of the longest sequence
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rollouts of one forward pass. b rollouts, s token positions; all on the compute device.
+    """The rollouts of one forward pass: b rollouts, s token positions, all on the compute device.
 
-    Position t predicts `targets[:, t]`, the token at t + 1: labels are rolled here, once, before anything
-    splits the sequence. Example: prompt (7, 8), response (9, 2), s = 4:
+    Position t predicts `targets[:, t]`, the token at t + 1: targets are shifted once, when the batch is made, before
+    anything splits the sequence. Example: prompt (7, 8), response (9, 2), s = 4:
     tokens 7 8 9 2 / targets 8 9 2 0 / loss_mask F T T F / prompt_mask T T F F.
 
-    The numbers of a token stand in its rollout's row, whole on every rank, whatever way the tokens take through the
-    model: sums over a response are sums over a row. `stream` is that way. b = 0: a dummy, which weighs nothing.
+    The numbers of a token stand in its rollout's row, and rows are whole on every rank, whatever way the tokens take
+    through the model (`stream`): sums over a response are sums over a row. b = 0 is a dummy, which weighs nothing.
     """
 
     tokens: Tensor  # [b, s] int64, right-padded with 0
@@ -127,7 +141,8 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredBatch(MicroBatch):
-    """A micro-batch with the log-probs that a loss compares; on the last pipeline stage, where losses are made."""
+    """A micro-batch with the log-probs that a loss compares. It exists on the last pipeline stage, where losses are
+    made."""
 
     ref_log_probs: Tensor  # [b, s] fp32, 0 where masked, by the frozen reference
     # [b, s] fp32, 0 where masked, by the policy that sampled; None: that is the policy as it is
@@ -137,7 +152,7 @@ class ScoredBatch(MicroBatch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EstimatedBatch(ScoredBatch):
-    """With log Z' as the responses of each whole group say it, detached."""
+    """A scored batch with log Z' as the responses of each whole group estimate it, detached."""
 
     log_z: Tensor  # [b] fp32
     weight_factor: Tensor  # [b] fp32, 1 but for `contrastive`
@@ -145,7 +160,7 @@ class EstimatedBatch(ScoredBatch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardedBatch(ScoredBatch):
-    """With the advantage of each response within its group, detached; `reward` is what it is made of."""
+    """A scored batch with the advantage of each response within its group, detached; it is made of `reward`."""
 
     advantage: Tensor  # [b] fp32
 
@@ -154,7 +169,7 @@ Batch = TypeVar("Batch", bound=MicroBatch)
 
 
 def extended(batch: MicroBatch, kind: type[Batch], **late: object) -> Batch:
-    """The batch as one of a kind that has more fields; `late` names those, or others that change."""
+    """Return the batch as one of a class with more fields. late: the values of those fields, and of any that change."""
     return kind(**{field.name: getattr(batch, field.name) for field in fields(batch)} | late)
 
 
@@ -196,7 +211,7 @@ ROLLOUT_COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one step tells the world: one line of metrics.jsonl.
+    """The metrics of one step: one line of metrics.jsonl.
 
     values: name -> number; names and denominators are those of `metrics/reduce.py`. NaN never appears:
     a quantity that does not exist in this step is absent.

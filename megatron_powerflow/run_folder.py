@@ -19,8 +19,10 @@ from megatron_powerflow.training.resume import find_resume
 
 @contextmanager
 def run_folder(plan: Plan) -> Iterator[Owner]:
-    """The owner of the run's folder, still to be taken. Given free at the end, however that comes; a start that ends
-    with a UserError before its first step takes away what it wrote."""
+    """Yield the owner of the run's folder, which has yet to take it; the folder is free again at the end.
+
+    A start that ends with a UserError before its first step removes what it wrote.
+    """
     folder = plan.run_folder
     with Owner(folder, folder / LOCK_NAME, "powerflow train") as owner:
         try:
@@ -32,23 +34,23 @@ def run_folder(plan: Plan) -> Iterator[Owner]:
 
 
 def take_run_folder(plan: Plan, owner: Owner) -> None:
-    """Become the folder's owner, before anything is written in it. The main rank's.
+    """Become the folder's owner, before anything is written in it. For the main rank.
 
     Raises UserError where another process holds it, or held it since the plan was made and went on with the run.
     """
     owner.take()
-    found = find_resume(plan.config)
-    if found != plan.resume_from:
+    newest = find_resume(plan.config)
+    if newest != plan.resume_from:
         raise UserError(
-            f"{plan.run_folder}: another process went on with this run, to {found.name if found else 'nothing'}, while "
-            "this one started; start again"
+            f"{plan.run_folder}: another process went on with this run, to {newest.name if newest else 'nothing'}, "
+            "while this one started; start again"
         )
-    if found is None:
+    if newest is None:
         remove_first_files(plan.run_folder)  # of a start that was killed, perhaps with other settings
     remove_cut_off_files(plan.run_folder)
     (plan.run_folder / STOP_NAME).unlink(missing_ok=True)  # of a try before this one
 
 
 def holder_of(folder: Path) -> str | None:
-    """What `powerflow train` would say of a folder that another process holds; None where it is free."""
+    """Return what `powerflow train` prints of a folder that another process holds; None where it is free."""
     return held_by_another(folder, folder / LOCK_NAME)

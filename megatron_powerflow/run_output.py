@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_powerflow.checkpoint.state import RunProgress
-from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, ringing
-from megatron_powerflow.metrics.alarm_words import ADVICE, ends_run, thresholds_of
+from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, raised_alarms
+from megatron_powerflow.metrics.alarm_words import ADVICE, alarms_that_end_run, thresholds_of
 from megatron_powerflow.metrics.change import change_table, changes_of
 from megatron_powerflow.metrics.realised_alpha import alpha_reached
-from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
+from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, read_step_log, write_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, read_metrics
-from megatron_powerflow.parallel.collectives import any_rank
+from megatron_powerflow.parallel.together import any_rank
 from megatron_powerflow.records import Purpose, SamplingParams, StepMetrics
 from megatron_powerflow.report.change_picture import CHANGE_NAME, draw_change
 from megatron_powerflow.report.curves import CURVES_NAME, draw_curves
@@ -34,6 +34,9 @@ from megatron_powerflow.training.in_training_evaluation import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.session import Session
 from megatron_powerflow.training.step import StepResult
+
+# Every evaluation of a run draws with the uniforms of this step: what differs between two of them is the policy.
+EVALUATION_SEED_STEP = 0
 
 
 class RunOutput:
@@ -57,7 +60,7 @@ class RunOutput:
                 self._console.print(f"continuing after step {first_step} from {plan.resume_from}")
             self._writers = [JsonlWriter(plan.run_folder, first_step=first_step)]
             self._lines = read_metrics(plan.run_folder)
-            self._alarms = ringing(self._lines, self._thresholds)
+            self._alarms = raised_alarms(self._lines, self._thresholds)
             self._diverged = has_diverged(self._lines, self._thresholds)
             self._note_reached()
             if plan.config.metrics.tensorboard:
@@ -80,7 +83,7 @@ class RunOutput:
             self._draw(CURVES_NAME, lambda out: draw_curves([self._plan.run_folder], out), later)
 
     def show_change(self) -> None:
-        """What the run did to its answers to the held-out prompts: a table and a picture, where there are two looks."""
+        """Show by a table and a picture how answers to the held-out prompts changed, if there are two evaluations."""
         if not self._session.groups.is_main or not self._plan.evaluation_prompts:
             return
         changes = changes_of(read_step_log(self._plan.run_folder / EVALUATIONS_NAME))
@@ -99,13 +102,14 @@ class RunOutput:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Say what is going on, and count its seconds for the next line of metrics."""
+        """Show what is going on, and count its seconds for the next line of metrics."""
         self._say(name)
         with self._clock(name):
             yield
         self._say("")
 
     def rollout_progress(self, done: int, total: int) -> None:
+        """Show how many of the responses are done."""
         self._say(f"rollout {done}/{total}")
 
     def _say(self, text: str) -> None:
@@ -113,9 +117,9 @@ class RunOutput:
             self._line.phase(text)
 
     def write(self, step: int, result: StepResult, progress: RunProgress) -> None:
-        """One step's metrics, everywhere. Collective: the peak memory is that of the worst rank."""
+        """Write one step's metrics everywhere. Collective: the peak memory, in bytes, is that of the worst rank."""
         config, groups = self._plan.config, self._session.groups
-        target = Target(
+        target = ReductionSettings(
             responses_per_prompt=config.rollout.responses_per_prompt,
             max_response_tokens=config.rollout.max_response_tokens,
             alpha=result.alpha,
@@ -139,9 +143,9 @@ class RunOutput:
             writer.write(StepMetrics(step, values))
 
     def _listen(self, step: int, values: dict[str, float]) -> None:
-        """Note the alarms in the metrics; say so when one begins."""
+        """Add the alarms to the metrics, and print each one when it begins."""
         self._lines.append(values)
-        rings = ringing(self._lines, self._thresholds)
+        rings = raised_alarms(self._lines, self._thresholds)
         self._note_reached()
         values["alarm"] = float(bool(rings))
         values |= {f"alarm_{name}": float(name in rings) for name in ALARMS}
@@ -152,35 +156,35 @@ class RunOutput:
         self._alarms, self._diverged = rings, has_diverged(self._lines, self._thresholds)
 
     def alarmed(self) -> bool:
-        """An alarm rings that is to end the run. Collective; the same answer everywhere."""
-        return any_rank(bool(self._alarms.keys() & ends_run(self._plan.config)), self._session.groups)
+        """Whether an alarm rings that is to end the run. Collective; the same answer on every rank."""
+        return any_rank(bool(self._alarms.keys() & alarms_that_end_run(self._plan.config)), self._session.groups)
 
     def may_export(self) -> bool:
-        """Not where the policy has diverged; says so of every alarm that rings. Collective."""
+        """Whether the policy may be exported: not where it has diverged. Prints every alarm that rings. Collective."""
         diverged = any_rank(self._diverged, self._session.groups)
         if self._alarms:
             what = "the policy has diverged and is not exported" if diverged else "the exported policy is that one"
-            said = (
+            message = (
                 f" {', '.join(self._alarms)} rings at the end of this run: {what}. Checkpoints are in "
                 f"{self._plan.run_folder}; `powerflow export` writes one that you choose"
             )
-            self._console.print(Text.assemble(("alarm", "bold red"), said))
+            self._console.print(Text.assemble(("alarm", "bold red"), message))
         return not diverged
 
     def _note_reached(self) -> None:
-        """Whether the lines of metrics say that run.stop_at_alpha is reached; said when it begins."""
+        """Note whether the metrics reached run.stop_at_alpha, and print it when it begins."""
         before, stop_at = self._reached, self._plan.config.run.stop_at_alpha
         self._reached = None if stop_at is None else alpha_reached(self._lines, stop_at)
         if self._reached and not before:
             self._console.print(f"{self._reached}: the run ends after step {len(self._lines)}")
 
     def reached(self) -> bool:
-        """The policy has come as far as run.stop_at_alpha asks. Collective; the same answer everywhere."""
+        """Whether the policy has come as far as run.stop_at_alpha asks. Collective; the same answer on every rank."""
         asked = self._plan.config.run.stop_at_alpha is not None
         return asked and any_rank(self._reached is not None, self._session.groups)
 
-    def look(self, step: int) -> None:
-        """Where it is due before `step`: samples, and answers to the held-out prompts. Collective."""
+    def evaluate_if_due(self, step: int) -> None:
+        """Sample, and answer the held-out prompts, where that is due before `step`. Collective."""
         interval = self._plan.config.evaluation.interval
         ended = step == self._plan.config.run.num_steps or self.alarmed() or self.reached()
         if step == 0 or ended or (interval and step % interval == 0):
@@ -188,10 +192,11 @@ class RunOutput:
             self._evaluate(step)
 
     def _evaluate(self, step: int) -> None:
-        """The held-out prompts into evaluations.jsonl."""
+        """Evaluate on the held-out prompts, into evaluations.jsonl."""
         plan, section = self._plan, self._plan.config.evaluation
         if not plan.evaluation_prompts:
             return
+        assert section.num_responses is not None, "config_rules.py fills it in where there are prompts"
         sampling = self._sampling(section.num_responses)
         with self.phase("evaluation"):
             line = evaluate_held_out(plan, self._session, sampling, step, self.rollout_progress)
@@ -199,11 +204,16 @@ class RunOutput:
             write_step_log(plan.run_folder / EVALUATIONS_NAME, step, [line])
 
     def _sampling(self, responses_per_prompt: int) -> SamplingParams:
-        """As in training, with the same uniforms each time: what differs is the policy."""
-        return sampling_params(self._plan.config, self._plan.stop_token_ids, responses_per_prompt=responses_per_prompt)
+        """Return the sampling of training, with the same uniforms each time: what differs is the policy."""
+        return sampling_params(
+            self._plan.config,
+            self._plan.stop_token_ids,
+            step=EVALUATION_SEED_STEP,
+            responses_per_prompt=responses_per_prompt,
+        )
 
     def _sample(self, step: int) -> None:
-        """Answers to the first prompts of the file into samples.jsonl."""
+        """Answer the first prompts of the file, into samples.jsonl."""
         plan, section, groups = self._plan, self._plan.config.evaluation, self._session.groups
         if not section.samples:
             return
@@ -231,7 +241,7 @@ class RunOutput:
 
 @contextlib.contextmanager
 def announced(what: str, console: Console | None) -> Iterator[None]:
-    """Say that something long begins, and how long it took. No console: a rank that does not print."""
+    """Print that something long begins, then how many seconds it took. console: None on ranks that do not print."""
     start = time.monotonic()
     if console is not None:
         console.print(what)

@@ -1,4 +1,4 @@
-"""May a path that a user named be written, and how does a new folder take the place of an older one without loss?
+"""May a path that a user named be written, and how does a new folder replace an older one without loss?
 
 A folder is written whole under OUT.partial and gets its name at the end. What stands under one of these names is
 replaced only where its mark says that the same kind of command wrote it, and it holds nothing else:
@@ -34,7 +34,7 @@ START_BYTES = 2**20  # of a file, read to see who wrote it
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetFolder:
     """A folder that a command writes whole. made_by: the kind of command; only its own work may be replaced.
 
     label: what the path is called in messages.
@@ -46,25 +46,29 @@ class Target:
 
     @property
     def real(self) -> Path:
+        """Return OUT's path with every link resolved."""
         return self.out.resolve()
 
     @property
     def partial(self) -> Path:
+        """Return the path under which OUT is written until it is whole."""
         return self.real.with_name(self.real.name + ".partial")
 
     @property
     def old(self) -> Path:
+        """Return the path of the older OUT while it is being replaced."""
         return self.real.with_name(self.real.name + ".old")
 
     @property
     def lock(self) -> Path:
+        """Return the path of the lock of who writes OUT."""
         return self.real.with_name(self.real.name + ".lock")
 
     def refusals(self, *, apart_from: Sequence[Path] = (), not_over: Sequence[Path] = ()) -> list[str]:
-        """Why this folder may not be written, a sentence each; empty when it may. Reads only.
+        """Return why this folder may not be written, a sentence each; [] when it may. Reads only.
 
-        apart_from: neither may lie in the other (the source model, a checkpoint). not_over: the target may lie in them,
-        and may not be or hold them (a run's folder); the current folder and the home always count among these.
+        apart_from: neither may lie in the other (the source model, a checkpoint). not_over: the target may lie in
+        them, and may not be or hold them (a run's folder); the current folder and the home always count among these.
         """
         try:
             return self._refusals(apart_from, not_over)
@@ -80,7 +84,7 @@ class Target:
             other = path.resolve()
             if real.is_relative_to(other) or other.is_relative_to(real):
                 return [f"{name}: one of it and {path} lies in the other; write elsewhere"]
-        for path in (*not_over, *_places_of_the_user()):
+        for path in (*not_over, *_user_folders()):
             if path.resolve().is_relative_to(real):
                 return [f"{name}: is or holds {path}, which is not to be replaced; name a new folder"]
         if real.parent == real or os.path.ismount(real):
@@ -88,20 +92,20 @@ class Target:
         above = next(folder for folder in real.parents if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             return [f"{name}: {above} is {'no folder' if not above.is_dir() else 'not writable'}; write elsewhere"]
-        found = []
+        refusals = []
         if reason := self._not_ours(real):
-            found.append(f"{name}: {reason}; name a folder that is not there")
+            refusals.append(f"{name}: {reason}; name a folder that is not there")
         for beside in (self.partial, self.old):
             if reason := self._not_ours(beside, unfinished=beside == self.partial):
-                found.append(f"{name}: {beside} is in the way: {reason}; move it away or name another folder")
-        return found
+                refusals.append(f"{name}: {beside} is in the way: {reason}; move it away or name another folder")
+        return refusals
 
     def is_there(self) -> bool:
-        """Whether an older one would be replaced."""
+        """Whether an older folder would be replaced."""
         return self.real.is_dir() and any(self.real.iterdir())
 
     def begin(self) -> Path:
-        """OUT.partial, new and marked unfinished, after what a killed try left is put in order.
+        """Make OUT.partial, marked unfinished, after putting in order what a killed try left. Returns it.
 
         Raises UserError where something came in the way since it was judged, OSError where the disk refuses.
         """
@@ -120,7 +124,7 @@ class Target:
         return self.partial
 
     def publish(self, **about: Any) -> None:
-        """Mark OUT.partial as whole, have it on the disk and give it its name. about: what the mark says beside.
+        """Mark OUT.partial as whole, sync it to the disk and rename it to OUT. about: what the mark states beside.
 
         Raises UserError where OUT came to hold other files meanwhile, OSError where the disk refuses.
         """
@@ -149,11 +153,11 @@ class Target:
                 _remove(self.partial)
 
     def _judge_again(self) -> None:
-        if found := self.refusals():
-            raise UserError(found)
+        if refusals := self.refusals():
+            raise UserError(refusals)
 
     def _not_ours(self, folder: Path, *, unfinished: bool = False) -> str | None:
-        """Why `folder` may not be removed; None: it may, is empty or is not there."""
+        """Return why `folder` may not be removed; None: it may, is empty or is not there."""
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             return "it is no folder"
         if not folder.exists():
@@ -177,21 +181,21 @@ class Target:
         write_file(self.partial / MARK_NAME, json.dumps(values, indent=2) + "\n")
 
 
-def export_target(out: Path, *, label: str = "--out") -> Target:
-    """Of `powerflow export`, and of the export at the end of a run."""
-    return Target(out, "powerflow export", label)
+def export_target(out: Path, *, label: str = "--out") -> TargetFolder:
+    """Return the target of `powerflow export`, and of the export at the end of a run."""
+    return TargetFolder(out, "powerflow export", label)
 
 
 def require(refusals: Sequence[str]) -> None:
-    """Raises UserError with what is wrong, if anything is."""
+    """Raise UserError with the refusals, if there are any."""
     if refusals:
         raise UserError(refusals)
 
 
 def file_refusals(path: Path, is_ours: Callable[[bytes], bool], *, label: str = "--out") -> list[str]:
-    """Why a file may not be written: it is there and not of the kind that the command writes, or is no file at all.
+    """Return why a file may not be written; [] when it may. A file that another program wrote may not be replaced.
 
-    is_ours: told the first MiB of a file that is there. An empty file may be replaced.
+    is_ours: called with the first MiB of a file that exists. An empty file may be replaced.
     """
     try:
         name = f"{label} {path}"
@@ -215,8 +219,10 @@ def file_refusals(path: Path, is_ours: Callable[[bytes], bool], *, label: str = 
 
 
 def starts_with_line_of(*kinds: Sequence[str]) -> Callable[[bytes], bool]:
-    """For `file_refusals`: JSON lines, the first of which has exactly the keys of one of these kinds, or is cut in the
-    middle and begins like one."""
+    """Return an `is_ours` for `file_refusals`, which recognises JSON lines by the keys of the first.
+
+    kinds: the keys of each kind of line. A first line that is cut must begin like one.
+    """
     begins = [f'{{"{keys[0]}": '.encode() for keys in kinds]
 
     def is_ours(start: bytes) -> bool:
@@ -230,22 +236,22 @@ def starts_with_line_of(*kinds: Sequence[str]) -> Callable[[bytes], bool]:
     return is_ours
 
 
-def _places_of_the_user() -> Iterator[Path]:
-    for place in (Path.cwd, Path.home):
+def _user_folders() -> Iterator[Path]:
+    for folder_of in (Path.cwd, Path.home):
         with contextlib.suppress(OSError, RuntimeError):
-            yield place()
+            yield folder_of()
 
 
 def _names(folder: Path) -> list[str]:
-    """Everything that is no folder, and every empty folder, relative to `folder`."""
-    found = []
+    """Return everything that is no folder, and every empty folder, relative to `folder`."""
+    paths = []
     for where, folders, files in os.walk(folder):
-        here = Path(where)
-        links = [name for name in folders if (here / name).is_symlink()]
-        found += [here / name for name in (*files, *links)]
-        if not folders and not files and here != folder:
-            found.append(here)
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+        directory = Path(where)
+        links = [name for name in folders if (directory / name).is_symlink()]
+        paths += [directory / name for name in (*files, *links)]
+        if not folders and not files and directory != folder:
+            paths.append(directory)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
@@ -262,7 +268,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """The mark goes last: a removal that was killed leaves a folder that is still known as ours."""
+    """Remove a folder, its mark last: a removal that was killed leaves a folder that is still known as ours."""
     for path in folder.iterdir():
         if path.name == MARK_NAME:
             continue

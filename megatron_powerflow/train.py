@@ -20,8 +20,8 @@ from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.model_card import card_files
-from megatron_powerflow.parallel.collectives import on_main
 from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.together import on_main
 from megatron_powerflow.run_folder import run_folder, take_run_folder
 from megatron_powerflow.run_output import RunOutput, announced
 from megatron_powerflow.training.plan import Plan, write_config
@@ -78,10 +78,10 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
     for step in range(progress.step, config.run.num_steps):
         if output.alarmed() or output.reached():
             break
-        output.look(step)
+        output.evaluate_if_due(step)
         prompts = stream.take(config.rollout.prompts_per_step)
         result = run_step(plan, session, prompts, step, phase=output.phase, progress=output.rollout_progress)
-        progress = after(progress, stream, skipped=result.skipped)
+        progress = advance(progress, stream, skipped=result.skipped)
         output.write(step, result, progress)
         refuse_endless_skipping(progress, config.optimizer.max_skipped_steps)
         last = step + 1 == config.run.num_steps or output.alarmed() or output.reached()
@@ -98,12 +98,12 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
                 )
         if stopping and not last:
             raise RequeueRequested(f"stopped after step {step + 1}; the same command continues")
-    output.look(progress.step)
+    output.evaluate_if_due(progress.step)
     return progress
 
 
-def after(progress: RunProgress, stream: PromptStream, *, skipped: bool) -> RunProgress:
-    """One step further."""
+def advance(progress: RunProgress, stream: PromptStream, *, skipped: bool) -> RunProgress:
+    """Count one more step. skipped: it left the weights as they were."""
     return replace(
         progress,
         step=progress.step + 1,
@@ -114,6 +114,7 @@ def after(progress: RunProgress, stream: PromptStream, *, skipped: bool) -> RunP
 
 
 def refuse_endless_skipping(progress: RunProgress, limit: int) -> None:
+    """Raise UserError when `limit` steps in a row changed nothing."""
     if progress.skipped_in_a_row >= limit:
         raise UserError(
             f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, or no response to "

@@ -32,11 +32,11 @@ def main(
     Example: python tools/convert_hf_to_megatron.py --hf models/SmolLM2-135M-Instruct --out smollm2-megatron --verify
     """
     from megatron_powerflow.converter.commands import convert, locate_models
-    from megatron_powerflow.converter.convert import Request
+    from megatron_powerflow.converter.convert import ConversionRequest
 
     launch, command = read_launch(), shlex.join(["python", *sys.argv])
     located = locate_models({"--hf": hf}, launch)
-    request = Request(
+    request = ConversionRequest(
         located.folder(hf),
         out,
         dtype,

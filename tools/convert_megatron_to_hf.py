@@ -34,9 +34,9 @@ def main(
     Example: python tools/convert_megatron_to_hf.py --checkpoint runs/local --out exported --verify
     """
     from megatron_powerflow.converter.commands import convert, parse_size
-    from megatron_powerflow.converter.convert import Request
+    from megatron_powerflow.converter.convert import ConversionRequest
 
-    request = Request(
+    request = ConversionRequest(
         checkpoint,
         out,
         dtype,

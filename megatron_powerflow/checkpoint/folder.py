@@ -32,8 +32,8 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in (run / CHECKPOINTS_NAME).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    paths = [path for path in (run / CHECKPOINTS_NAME).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -59,10 +59,10 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
         return folder
     if step is None:
         return latest_checkpoint(folder)
-    found = {path.name: path for path in checkpoints_of(folder)}
-    if checkpoint_name(step) not in found:
-        raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(found) or 'none'}")
-    return found[checkpoint_name(step)]
+    by_name = {path.name: path for path in checkpoints_of(folder)}
+    if checkpoint_name(step) not in by_name:
+        raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(by_name) or 'none'}")
+    return by_name[checkpoint_name(step)]
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -77,7 +77,7 @@ def is_converted(folder: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Keeps:
-    """What a command that reads a model must leave alone, as `Target.refusals` takes it."""
+    """What a command that reads a model must leave alone, as `TargetFolder.refusals` takes it."""
 
     apart_from: tuple[Path, ...]
     not_over: tuple[Path, ...]

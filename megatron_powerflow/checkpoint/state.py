@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_powerflow.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
-    from torch import nn
 
     from megatron_powerflow.model.log_z_head import LogZHead
     from megatron_powerflow.model.policy_model import PolicyModel
@@ -33,7 +33,7 @@ class Trainable:
     """
 
     chunks: list[PolicyModel]
-    ddp_chunks: list[nn.Module]
+    ddp_chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     head: LogZHead | None
 

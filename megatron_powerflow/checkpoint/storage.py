@@ -40,8 +40,9 @@ from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
 from megatron_powerflow.checkpoint.state import FORMAT, RunProgress, Trainable
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.files import copy_companions
-from megatron_powerflow.parallel.collectives import attempt, gather_to_main, raise_together
+from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.together import attempt, gather_to_main, raise_together
 from megatron_powerflow.whole_files import give_usual_mode, sync, write_file
 
 HEAD_FILE = "log_z_head.safetensors"
@@ -72,8 +73,9 @@ def save(
     _stop_together(failure, partial, groups)
     failure = attempt(lambda: _save_policy(partial / POLICY_NAME, trainable, groups), *IO_ERRORS)
     _stop_together(failure, partial, groups)
-    if trainable.head is not None and groups.tp_rank == groups.cp_rank == groups.dp_rank == 0:
-        failure = attempt(lambda: _save_head(partial / HEAD_FILE, trainable), *IO_ERRORS)
+    head = trainable.head
+    if head is not None and groups.tp_rank == groups.cp_rank == groups.dp_rank == 0:
+        failure = attempt(lambda: _save_head(partial / HEAD_FILE, head), *IO_ERRORS)
     if groups.is_main and failure is None:
         failure = attempt(lambda: _save_small_files(run, partial, progress, companions), *IO_ERRORS)
     _stop_together(failure, partial, groups)
@@ -105,7 +107,7 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> RunProgress:
     _load_chunks(trainable.chunks, state)
     _load_optimizer(trainable, _fitting(state["optimizer"], sharded["optimizer"], saved["optimizer"]))
     if trainable.head is not None:
-        _load_head(checkpoint / HEAD_FILE, trainable)
+        _load_head(checkpoint / HEAD_FILE, trainable.head)
     return progress
 
 
@@ -116,7 +118,7 @@ def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
         _refuse_damage(checkpoint, groups)
     folder = tensors_folder(checkpoint)
     audit_checkpoint(folder)
-    sharded = {f"model{place}": _model_state(chunk) for place, chunk in enumerate(chunks)}
+    sharded = {f"model{index}": _model_state(chunk) for index, chunk in enumerate(chunks)}
     try:
         state = dist_checkpointing.load(sharded, str(folder))
     except IO_ERRORS as error:
@@ -154,7 +156,7 @@ def _save_policy(folder: Path, trainable: Trainable, groups: Groups) -> None:
 def _sharded_state(trainable: Trainable, groups: Groups, *, is_loading: bool) -> dict:
     from megatron.core import parallel_state
 
-    models = {f"model{place}": _model_state(chunk) for place, chunk in enumerate(trainable.chunks)}
+    models = {f"model{index}": _model_state(chunk) for index, chunk in enumerate(trainable.chunks)}
     metadata = METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     optimizer = trainable.optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)
     return {**models, "optimizer": optimizer}
@@ -171,8 +173,8 @@ def _model_state(chunk) -> dict:
 
 
 def _load_chunks(chunks: list, state: dict) -> None:
-    for place, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(state[f"model{place}"], strict=False)
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
         missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
         assert not missing and not unexpected, f"{missing[:3]} {unexpected[:3]}: the load plan was made of this model"
 
@@ -210,9 +212,10 @@ def _fitting(state: dict, wanted: dict, saved: dict) -> dict:
     for number, part in parts.items():
         mine, now = wanted.get(number, wanted), _innermost(part)
         own = _innermost(mine)["param_groups"]
-        found = now.get("param_groups") or [{}] * len(own)  # which parameters; nothing for a distributed optimizer
+        # which parameters; nothing for a distributed optimizer
+        loaded = now.get("param_groups") or [{}] * len(own)
         steps = {key: value for key, value in then["param_groups"][0].items() if key == "step"}
-        now["param_groups"] = [{**group, **steps, **params} for group, params in zip(own, found, strict=True)]
+        now["param_groups"] = [{**group, **steps, **params} for group, params in zip(own, loaded, strict=True)]
         if "common_step" in then.get("state", {}):
             now["state"]["common_step"] = then["state"]["common_step"]
         if "param_state_sharding_type" in mine:
@@ -247,13 +250,13 @@ def _load_optimizer(trainable: Trainable, state: dict) -> None:
             part.optimizer.state[parameter]["step"] = step.clone()
 
 
-def _save_head(path: Path, trainable: Trainable) -> None:
-    tensors = {f"head.{name}": value.contiguous() for name, value in trainable.head.state_dict().items()}
+def _save_head(path: Path, head: LogZHead) -> None:
+    tensors = {f"head.{name}": value.contiguous() for name, value in head.state_dict().items()}
     save_file(tensors, path)
     give_usual_mode(path)
 
 
-def _load_head(path: Path, trainable: Trainable) -> None:
+def _load_head(path: Path, head: LogZHead) -> None:
     """The log Z' head. Raises UserError when the file does not fit the head of this run, or was written when the head
     was moved by Adam: its hidden layers are trained there, and its rate meant something else."""
     try:
@@ -265,7 +268,7 @@ def _load_head(path: Path, trainable: Trainable) -> None:
                 "otherwise. Continue the run with the version that wrote it, or start anew from its export"
             )
         own = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
-        trainable.head.load_state_dict(own, strict=True)
+        head.load_state_dict(own, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: does not hold the log Z' head of this run: {error}") from None
 
@@ -305,7 +308,7 @@ def _sync_all(folder: Path) -> None:
         sync(path)
 
 
-def _stop_together(failure: Exception | None, partial: Path, groups: Groups) -> None:
+def _stop_together(failure: BaseException | None, partial: Path, groups: Groups) -> None:
     """Where any rank has failed, a UserError on all of them, and the unfinished folder away."""
     try:
         raise_together(

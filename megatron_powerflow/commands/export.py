@@ -14,7 +14,7 @@ from megatron_powerflow.checkpoint.folder import (
     is_converted,
     run_of,
 )
-from megatron_powerflow.commands.open_model import Opened, load_chunks
+from megatron_powerflow.commands.open_model import OpenModel, load_chunks
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.model_card import card_files
@@ -22,9 +22,11 @@ from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.targets import export_target, require
 
 
-def export_file(opened: Opened, out: Path, launch: Launch, console: Console, *, command: str = "") -> None:
-    """A checkpoint's policy as an HF folder, with a model card where it is a run's. Raises UserError for a folder that
-    is no checkpoint."""
+def export_file(opened: OpenModel, out: Path, launch: Launch, console: Console, *, command: str = "") -> None:
+    """Write a checkpoint's policy as an HF folder, with a model card where the checkpoint is a run's.
+
+    Raises UserError for a folder that is no checkpoint, or when `out` may not be written.
+    """
     if opened.checkpoint is None:
         raise UserError(f"{opened.hf_folder}: no checkpoint of a run; it is a Hugging Face folder already")
     require(export_target(out).refusals(apart_from=opened.keeps.apart_from, not_over=opened.keeps.not_over))
@@ -48,7 +50,7 @@ def export_file(opened: Opened, out: Path, launch: Launch, console: Console, *, 
 
 
 def served_at(temperature: float) -> str:
-    """What an export of a run at a temperature other than 1 needs said: no file of it does. "" at 1."""
+    """Return the reminder to serve at the temperature of training, which no file of an export states; "" at 1."""
     if temperature == 1.0:
         return ""
     return f"; it was trained at rollout.temperature={temperature:g} and must be served at that temperature"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_powerflow.commands.open_model import Opened, engine_of, load_chunks, say_notices
+from megatron_powerflow.commands.open_model import OpenModel, engine_of, load_chunks, say_notices
 from megatron_powerflow.commands.rounds import BY_GENERATE, ROUND_ROWS, output_refusals, write_rounds
 from megatron_powerflow.data.prompts import Rewrite, load_prompts
 from megatron_powerflow.data.tokenizer import Tokenizer
@@ -24,32 +24,44 @@ from megatron_powerflow.training.plan import stop_token_ids_of
 
 
 def generate_file(
-    opened: Opened, prompts: str | Path, out: Path, num_responses: int, greedy: bool, launch: Launch, console: Console
+    opened: OpenModel,
+    prompts: str | Path,
+    out: Path,
+    num_responses: int,
+    greedy: bool,
+    launch: Launch,
+    console: Console,
 ) -> None:
-    """One line per response: id, response_index, text, response_token_ids, log_probs, finish_reason."""
+    """Answer a file of prompts and write one JSON line per response.
+
+    A line holds id, response_index, text, response_token_ids, log_probs (nats) and finish_reason. Raises UserError
+    when `out` may not be written, or as `load_generation_prompts` does.
+    """
     require(output_refusals(out, *BY_GENERATE))
-    asked = load_generation_prompts(opened, prompts, launch, console)
+    loaded_prompts = load_generation_prompts(opened, prompts, launch, console)
     temperature = 0.0 if greedy else opened.config.rollout.temperature
     sampling = sampling_of_answers(opened, responses_per_prompt=num_responses, temperature=temperature)
     with initialized(opened.layout, launch, seed=opened.config.run.seed) as groups:
         engine = engine_of(opened, load_chunks(opened, groups), groups)
         reports = groups.pp_rank == 0 and groups.tp_rank == 0
 
-        def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
-            rollouts = engine.generate(mine, sampling)
+        def one_round(round_prompts: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
+            rollouts = engine.generate(round_prompts, sampling)
             return (
                 [(rollout.slot, response_line(rollout, opened.tokenizer)) for rollout in rollouts] if reports else None
             )
 
         per_round = prompts_per_round(opened, num_responses)
-        write_rounds(list(enumerate(asked)), one_round, per_round, out, groups, console, "powerflow generate")
+        write_rounds(list(enumerate(loaded_prompts)), one_round, per_round, out, groups, console, "powerflow generate")
 
 
 def load_generation_prompts(
-    opened: Opened, name: str | Path, launch: Launch, console: Console, rewrite: Rewrite | None = None
+    opened: OpenModel, name: str | Path, launch: Launch, console: Console, rewrite: Rewrite | None = None
 ) -> tuple[Prompt, ...]:
-    """The prompts to answer; UserError where they, or the model, have no room for what is asked. name: a file, or data
-    on the hub."""
+    """Load the prompts to answer. name: a file, or data on the hub; rewrite: changes each row first.
+
+    Raises UserError where a row is bad, or the model has no room for the longest prompt and response.
+    """
     say_notices(opened, launch, console)
     check_room(opened)
     rollout = opened.config.rollout
@@ -66,8 +78,8 @@ def load_generation_prompts(
     return prompts.prompts
 
 
-def check_room(opened: Opened) -> None:
-    """Raises UserError where the model has no positions for the longest prompt and response."""
+def check_room(opened: OpenModel) -> None:
+    """Check that the model has positions for the longest prompt and response. Raises UserError when not."""
     rollout = opened.config.rollout
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     if longest > opened.architecture.max_positions:
@@ -77,8 +89,8 @@ def check_room(opened: Opened) -> None:
         )
 
 
-def sampling_of_answers(opened: Opened, *, responses_per_prompt: int, temperature: float) -> SamplingParams:
-    """How a command's answers are drawn, with uniforms of their own."""
+def sampling_of_answers(opened: OpenModel, *, responses_per_prompt: int, temperature: float) -> SamplingParams:
+    """Return how a command's answers are drawn: by the config, with uniforms of their own."""
     return sampling_params(
         opened.config,
         stop_token_ids_of(opened.config, opened.hf_folder, opened.tokenizer, opened.architecture),
@@ -88,13 +100,13 @@ def sampling_of_answers(opened: Opened, *, responses_per_prompt: int, temperatur
     )
 
 
-def prompts_per_round(opened: Opened, responses_per_prompt: int) -> int:
-    """Prompts a data-parallel rank answers between two writes."""
+def prompts_per_round(opened: OpenModel, responses_per_prompt: int) -> int:
+    """Return how many prompts a data-parallel rank answers between two writes."""
     return max(1, max(ROUND_ROWS, opened.config.rollout.max_concurrent_rows) // responses_per_prompt)
 
 
 def response_line(rollout: Rollout, tokenizer: Tokenizer) -> dict:
-    """What the output file says of a rollout."""
+    """Return the line that the output file gets for a rollout."""
     return {
         "id": rollout.prompt.id,
         "response_index": rollout.response_index,

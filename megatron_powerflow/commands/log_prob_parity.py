@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
-from megatron_powerflow.commands.open_model import SCORE_KEYS, Opened, load_chunks, open_model
+from megatron_powerflow.commands.open_model import SCORE_KEYS, OpenModel, load_chunks, open_model
 from megatron_powerflow.commands.score import log_probs_by_slot
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.shapes import expected_tensors
@@ -27,7 +27,11 @@ MEMORY_SHARE = 0.6  # of the free memory that the model may take
 
 
 def max_log_prob_difference(a: Path, b: Path, texts: Sequence[str], launch: Launch) -> tuple[float | None, str]:
-    """The largest difference of a token's log-prob, in nats, or None; and what it is of, or why there is none."""
+    """Return the largest difference of a token's log-prob, in nats, and what was compared.
+
+    The difference is None where several processes run or memory is short; the text then says why. Raises UserError
+    where the two tokenizers read a text differently.
+    """
     if launch.world_size > 1:
         return None, "no log-probs: several processes; without torchrun they are compared too"
     opened = [open_model(folder, ["precision.dtype=fp32"], SCORE_KEYS, 1) for folder in (a, b)]
@@ -44,18 +48,21 @@ def max_log_prob_difference(a: Path, b: Path, texts: Sequence[str], launch: Laun
 
 
 def free_memory_bytes() -> int:
-    """What Linux can give without swapping."""
+    """Return how many bytes Linux can give without swapping."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("/proc/meminfo has no MemAvailable")
 
 
-def _rows(opened: Opened, texts: Sequence[str]) -> list[Rollout]:
-    """Every token of a text but the first, given those before it. The last text: ids from all over the vocabulary."""
+def _rows(opened: OpenModel, texts: Sequence[str]) -> list[Rollout]:
+    """Make a row of each text: every token but the first is scored, given those before it.
+
+    The last row is of no text but of ids from all over the vocabulary.
+    """
     vocab_size, length = opened.architecture.vocab_size, min(MAX_TOKENS, opened.architecture.max_positions)
     spread = [i * vocab_size // SPREAD_TOKENS for i in range(min(SPREAD_TOKENS, length))]
-    rows = []
+    rows: list[Rollout] = []
     for ids in [*(opened.tokenizer.encode_plain(text)[:length] for text in texts), spread]:
         if len(ids) < 2:
             continue
@@ -64,7 +71,7 @@ def _rows(opened: Opened, texts: Sequence[str]) -> list[Rollout]:
     return rows
 
 
-def _score(opened: Opened, rows: Sequence[Rollout], groups: Groups) -> dict[int, list[float]]:
+def _score(opened: OpenModel, rows: Sequence[Rollout], groups: Groups) -> dict[int, list[float]]:
     chunks = load_chunks(opened, groups)
     scorer = Scorer(groups, opened.architecture.vocab_size, 1.0, opened.layout.sequence_parallel)
     return log_probs_by_slot(rows, chunks, scorer, opened)

@@ -1,4 +1,4 @@
-"""What does a command outside a run work with? A model, found usable before anything of it is on a device.
+"""What does a command outside a run work with? A model, which is checked before anything of it is on a device.
 
 An HF folder, a run's folder, a checkpoint of it or a converted checkpoint; by path or by a name on the hub. The model
 code, the scorer and the engine are those of training, under any layout.
@@ -31,7 +31,7 @@ from megatron_powerflow.hf.config import read_architecture, read_json
 from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hub.fetch import locate
-from megatron_powerflow.hub.located import AS_NAMED, Located, Wanted
+from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths, RequestedName
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.parallel.groups import Groups
@@ -72,8 +72,8 @@ OF_THE_RUN = (
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model folder that has been found usable; nothing of it is on a device yet."""
+class OpenModel:
+    """A model folder that was checked and is usable; nothing of it is on a device yet."""
 
     config: Config
     layout: Layout
@@ -83,7 +83,7 @@ class Opened:
     hf_folder: Path  # config and tokenizer; the weights too, unless there is a checkpoint
     checkpoint: Path | None
     keeps: Keeps  # what a command that reads this model may not replace
-    located: Located = AS_NAMED  # the command's names on the hub
+    located: LocalPaths = NO_DOWNLOADS  # the command's names on the hub
 
 
 def open_named(
@@ -94,24 +94,25 @@ def open_named(
     *,
     reference: bool = False,
     data: Mapping[str, Sequence[str]] | None = None,
-) -> Opened:
-    """`open_model` of a path or of a name on the hub, which is fetched; so is what of `data` is the hub's.
+) -> OpenModel:
+    """Open a model by a path or by a name on the hub, and fetch what of it and of `data` lies on the hub.
 
-    data: names of data by the option that they were given to. Collective where a name is the hub's; UserErrors of its
-    part are raised on all processes alike.
+    data: names of data by the option that they were given to. Collective where a name is the hub's. Raises UserError
+    as `open_model` does, or where something cannot be fetched, on all processes alike.
     """
-    wanted, recorded = [Wanted("model", model, "--model")], {}
-    wanted += [Wanted("dataset", name, option) for option, names in (data or {}).items() for name in names]
+    wanted = [RequestedName("model", model, "--model")]
+    recorded: Mapping[str, str] = {}
+    wanted += [RequestedName("dataset", name, option) for option, names in (data or {}).items() for name in names]
     checkpoint = find_checkpoint(Path(model)) if reference and Path(model).is_dir() else None
     if checkpoint is not None and not is_converted(checkpoint):
-        wanted.append(Wanted("model", load_config(checkpoint / CONFIG_NAME).model.hf_path, "--reference"))
+        wanted.append(RequestedName("model", load_config(checkpoint / CONFIG_NAME).model.hf_path, "--reference"))
         began = read_inputs(checkpoint)
         recorded = began.revisions if began else {}
 
-    def opened(located: Located) -> Opened:
+    def opened(located: LocalPaths) -> OpenModel:
         return open_model(model, overrides, allowed, launch.world_size, reference=reference, located=located)
 
-    return opened(locate(wanted, launch, recorded=lambda: recorded, judge=opened))
+    return opened(locate(wanted, launch, recorded=lambda: recorded, check=opened))
 
 
 def open_model(
@@ -121,14 +122,13 @@ def open_model(
     world_size: int,
     *,
     reference: bool = False,
-    located: Located = AS_NAMED,
-) -> Opened:
-    """An HF folder, a run's folder (its latest checkpoint), a checkpoint or a converted one.
+    located: LocalPaths = NO_DOWNLOADS,
+) -> OpenModel:
+    """Open an HF folder, a run's folder (its latest checkpoint), a checkpoint or a converted one.
 
-    Raises UserError with every violation. Numbers default to what the folder says: the run's precision, temperature and
-    lengths, or config.json's dtype.
-    reference: not the run's policy but the base model that it started from, with the run's numbers. located: what
-    `locate` found; by default every name is a path.
+    Numbers default to what the folder says: the run's precision, temperature and lengths, or config.json's dtype.
+    reference: open the base model that the run started from, with the run's numbers. located: what `locate`
+    returned; by default every name is a path. Raises UserError with every violation.
     """
     foreign = [item for item in overrides if "=" in item and item.split("=", 1)[0] not in allowed]
     if foreign:
@@ -139,10 +139,10 @@ def open_model(
     checkpoint = find_checkpoint(folder) if folder.is_dir() else None
     if reference and (checkpoint is None or is_converted(checkpoint)):
         raise UserError(f"{folder}: --reference asks for the base model of a run, and this is no run's folder")
-    of_a_run = checkpoint is not None and not is_converted(checkpoint)
     keeps = keeps_of(folder)
-    run = load_config(checkpoint / CONFIG_NAME) if of_a_run else None
+    run = None if checkpoint is None or is_converted(checkpoint) else load_config(checkpoint / CONFIG_NAME)
     if reference:
+        assert run is not None, "else refused above"
         folder = located.folder(run.model.hf_path)
         checkpoint = folder if is_converted(folder) else None
     hf_folder = checkpoint / HF_NAME if checkpoint else folder
@@ -165,23 +165,23 @@ def open_model(
     require_fp8_support(config.precision, architecture, config.parallel.cp)
     layout = inference_layout(config.parallel, architecture, world_size)
     tokenizer = load_tokenizer(hf_folder)
-    return Opened(config, layout, architecture, family, tokenizer, hf_folder, checkpoint, keeps, located)
+    return OpenModel(config, layout, architecture, family, tokenizer, hf_folder, checkpoint, keeps, located)
 
 
-def say_notices(opened: Opened, launch: Launch, console: Console) -> None:
-    """What the tokenizer's files leave open, before any text is read by them."""
+def say_notices(opened: OpenModel, launch: Launch, console: Console) -> None:
+    """Print what the tokenizer's files leave open, before any text is read by them."""
     if launch.is_main:
         for notice in opened.tokenizer.notices:
             console.print(f"notice: {notice}")
 
 
-def engine_of(opened: Opened, chunks: Sequence[PolicyModel], groups: Groups) -> MegatronEngine:
-    """The engine over these chunks."""
+def engine_of(opened: OpenModel, chunks: Sequence[PolicyModel], groups: Groups) -> MegatronEngine:
+    """Return the engine of training over these chunks."""
     return build_engine(chunks, opened.architecture, opened.layout, opened.config, groups)
 
 
-def load_chunks(opened: Opened, groups: Groups) -> list[PolicyModel]:
-    """This rank's model chunks, with the folder's weights, for forward passes only. Collective."""
+def load_chunks(opened: OpenModel, groups: Groups) -> list[PolicyModel]:
+    """Load the folder's weights into this rank's model chunks, for forward passes only. Collective."""
     weights = opened.checkpoint or opened.hf_folder
     model = opened.config.model.model_copy(update={"hf_path": str(weights)})
     chunks = build_policy(opened.architecture, opened.family, opened.layout, model, opened.config.precision, groups)

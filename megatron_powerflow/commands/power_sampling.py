@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from megatron_powerflow.commands.generate import load_generation_prompts, prompts_per_round, sampling_of_answers
-from megatron_powerflow.commands.open_model import GENERATE_KEYS, Opened, engine_of, load_chunks
+from megatron_powerflow.commands.open_model import GENERATE_KEYS, OpenModel, engine_of, load_chunks
 from megatron_powerflow.commands.rounds import BY_GENERATE, output_refusals, write_rounds
 from megatron_powerflow.commands.score import log_probs_by_slot
 from megatron_powerflow.model.policy_model import PolicyModel
@@ -31,14 +31,14 @@ from megatron_powerflow.training.forward_step import Scorer
 
 # The temperatures of power sampling are 1 and 1/alpha; it scores, so it takes a micro-batch size. Its chains end when
 # they end, so ranks that shared experts would wait for each other.
-_NOT_HERE = ("rollout.temperature", "parallel.ep")
+_KEYS_WITHOUT_EFFECT = ("rollout.temperature", "parallel.ep")
 
 
-POWER_SAMPLING_KEYS = (*(key for key in GENERATE_KEYS if key not in _NOT_HERE), "parallel.micro_batch_size")
+POWER_SAMPLING_KEYS = (*(key for key in GENERATE_KEYS if key not in _KEYS_WITHOUT_EFFECT), "parallel.micro_batch_size")
 
 
 def power_sample_file(
-    opened: Opened,
+    opened: OpenModel,
     prompts_name: str | Path,
     out: Path,
     num_responses: int,
@@ -46,8 +46,11 @@ def power_sample_file(
     launch: Launch,
     console: Console,
 ) -> None:
-    """One line per chain, num_responses chains a prompt: id, response_index, text, response_token_ids, log_probs (at
-    temperature 1), finish_reason, num_accepted and num_moves."""
+    """Answer a file of prompts by power sampling: num_responses chains a prompt, one JSON line per chain.
+
+    A line holds id, response_index, text, response_token_ids, log_probs (nats, at temperature 1), finish_reason,
+    num_accepted and num_moves. Raises UserError when `out` may not be written, or as `load_generation_prompts` does.
+    """
     require(output_refusals(out, *BY_GENERATE))
     max_tokens = opened.config.rollout.max_response_tokens
     num_moves = len(block_limits(max_tokens, recipe.num_blocks)) * recipe.num_moves
@@ -68,8 +71,10 @@ def power_sample_file(
         )
         reports = groups.pp_rank == 0 and groups.tp_rank == 0
 
-        def one_round(mine: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
-            numbered = [(slot * num_responses + r, prompt) for slot, prompt in mine for r in range(num_responses)]
+        def one_round(round_prompts: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:
+            numbered = [
+                (slot * num_responses + r, prompt) for slot, prompt in round_prompts for r in range(num_responses)
+            ]
             lines = [(chain.number, _chain_line(chain, num_responses, num_moves, opened)) for chain in run(numbered)]
             return lines if reports else None
 
@@ -86,19 +91,21 @@ def _propose(
 
 
 def _score(
-    opened: Opened, chunks: Sequence[PolicyModel], scorer: Scorer, rollouts: Sequence[Rollout]
+    opened: OpenModel, chunks: Sequence[PolicyModel], scorer: Scorer, rollouts: Sequence[Rollout]
 ) -> list[np.ndarray]:
-    """Log-probs of the last stage on every rank of the replica: all of them run the chain and must agree."""
-    found = log_probs_by_slot(rollouts, chunks, scorer, opened)
+    """Return the last stage's log-probs on every rank of the replica: all of them run the chain and must agree."""
+    log_probs = log_probs_by_slot(rollouts, chunks, scorer, opened)
     lengths = [len(rollout.response_token_ids) for rollout in rollouts]
-    flat = None
-    if found:
-        flat = torch.tensor([value for rollout in rollouts for value in found[rollout.slot]], dtype=torch.float64)
-    flat = from_last_stage(flat, (sum(lengths),), scorer.groups).numpy()
-    return np.split(flat, np.cumsum(lengths)[:-1])
+    all_log_probs = None
+    if log_probs:
+        all_log_probs = torch.tensor(
+            [value for rollout in rollouts for value in log_probs[rollout.slot]], dtype=torch.float64
+        )
+    shared_log_probs = from_last_stage(all_log_probs, (sum(lengths),), scorer.groups).numpy()
+    return np.split(shared_log_probs, np.cumsum(lengths)[:-1])
 
 
-def _chain_line(chain: Chain, num_responses: int, num_moves: int, opened: Opened) -> dict:
+def _chain_line(chain: Chain, num_responses: int, num_moves: int, opened: OpenModel) -> dict:
     state = chain.state
     return {
         "id": chain.prompt.id,

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_powerflow.console import Heartbeat
-from megatron_powerflow.parallel.collectives import gather_to_main, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner, held_by_another
+from megatron_powerflow.parallel.together import gather_to_main, on_main
 from megatron_powerflow.targets import file_refusals, starts_with_line_of
 from megatron_powerflow.whole_files import sync
 
@@ -33,9 +33,10 @@ BY_GENERATE = (GENERATED, POWER_SAMPLED, VERBALIZED)  # keys of a line, by what 
 def write_rounds(
     items: Sequence, one_round: Callable, per_rank: int, out: Path, groups: Groups, console: Console, what: str
 ) -> None:
-    """Deal items to the data-parallel ranks round by round, gather the lines, write them in order; `out` appears
-    when all is done. `output_refusals` has judged it before. what: the command, for the progress bar and the lock.
+    """Deal items to the data-parallel ranks round by round, gather their lines and write them in order.
 
+    one_round: this rank's items -> [(position, line)], None where another rank reports them. what: the command, for the
+    progress bar and the lock. `out`, which `output_refusals` judged before, appears when all is done.
     Collective. Raises UserError on all ranks where another process writes `out` by now.
     """
     partial = _partial_of(out)
@@ -49,6 +50,7 @@ def write_rounds(
             gathered = gather_to_main(one_round(block[groups.dp_rank :: groups.dp_size]), groups)
             on_main(owner.confirm, groups)
             if file is not None:
+                assert gathered is not None, "by the main rank, which has the file"
                 lines = sorted((item for part in gathered if part for item in part), key=lambda item: item[0])
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for _, line in lines)
             bar.advance(task, len(block))
@@ -62,12 +64,15 @@ def write_rounds(
 
 
 def output_refusals(out: Path, *kinds: Sequence[str]) -> list[str]:
-    """Why `out` may not be written: it, or what it is called until it is whole, is no file of lines with the keys of
-    one of these kinds; or another process writes it."""
+    """Return why `out` may not be written; [] when it may.
+
+    Refused are an `out` or `out`.partial that is no file of lines with the keys of one of these kinds, and an `out`
+    that another process writes.
+    """
     is_ours = starts_with_line_of(*kinds)
-    found = file_refusals(out, is_ours) or file_refusals(_partial_of(out), is_ours)
-    held = held_by_another(out, _lock_of(out))
-    return found or ([held] if held else [])
+    refusals = file_refusals(out, is_ours) or file_refusals(_partial_of(out), is_ours)
+    held_by = held_by_another(out, _lock_of(out))
+    return refusals or ([held_by] if held_by else [])
 
 
 def _partial_of(out: Path) -> Path:
@@ -79,14 +84,14 @@ def _lock_of(out: Path) -> Path:
 
 
 def blocks(items: Sequence, size: int) -> Iterator[Sequence]:
-    """Of `size` items each, the last one of what is left."""
+    """Split items into blocks of `size`; the last one has what is left."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
 @contextmanager
 def progress_bar(console: Console, is_main: bool) -> Iterator[Progress]:
-    """Shown by the main rank only, and gone when it is done. Where there is no terminal: a line a minute."""
+    """Show a bar on the main rank until the work is done; without a terminal, print a line a minute instead."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not (is_main and console.is_terminal))
 

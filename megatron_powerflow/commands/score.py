@@ -11,17 +11,17 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_powerflow.commands.open_model import Opened, load_chunks, say_notices
+from megatron_powerflow.commands.open_model import OpenModel, load_chunks, say_notices
 from megatron_powerflow.commands.rounds import ROUND_ROWS, SCORED, output_refusals, write_rounds
-from megatron_powerflow.data.packing import Annotated, pack
+from megatron_powerflow.data.packing import AnnotatedRollout, pack
 from megatron_powerflow.data.prompts import check_token_ids, prompt_token_ids
 from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.parallel.collectives import largest
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.together import largest
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.targets import require
 from megatron_powerflow.training.forward_step import Scorer
@@ -31,9 +31,12 @@ from megatron_powerflow.training.score import score
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away
 
 
-def score_file(opened: Opened, data: str | Path, out: Path, launch: Launch, console: Console) -> None:
-    """One line per row of `data`, a file or one on the hub: id, log_probs (one per response token, natural logarithm),
-    sequence_log_prob."""
+def score_file(opened: OpenModel, data: str | Path, out: Path, launch: Launch, console: Console) -> None:
+    """Score the responses in `data`, a file or one on the hub, and write one JSON line per row.
+
+    A line holds id, log_probs (nats, one per response token) and sequence_log_prob. Raises UserError when `out` may
+    not be written or rows are bad.
+    """
     say_notices(opened, launch, console)
     require(output_refusals(out, SCORED))
     rows = read_scored_rows(opened.located.file(data), opened)
@@ -44,23 +47,23 @@ def score_file(opened: Opened, data: str | Path, out: Path, launch: Launch, cons
         )
         reports = groups.is_last_stage and groups.tp_rank == 0
 
-        def one_round(mine: Sequence[Rollout]) -> list[tuple[int, dict]] | None:
-            rows = _as_many_as_others(mine, groups)
-            found = score_rollouts(rows, chunks, scorer, opened) if rows else []
-            return [(slot, line) for slot, line in found if slot != FILLER.slot] if reports else None
+        def one_round(round_rollouts: Sequence[Rollout]) -> list[tuple[int, dict]] | None:
+            rows = _as_many_as_others(round_rollouts, groups)
+            scored_lines = score_rollouts(rows, chunks, scorer, opened) if rows else []
+            return [(slot, line) for slot, line in scored_lines if slot != FILLER.slot] if reports else None
 
         write_rounds(rows, one_round, ROUND_ROWS, out, groups, console, "powerflow score")
 
 
-def _as_many_as_others(mine: Sequence[Rollout], groups: Groups) -> list[Rollout]:
-    """Filled up: ranks that share experts make the same number of forward passes."""
-    return [*mine, *[FILLER] * (largest(len(mine), groups) - len(mine))]
+def _as_many_as_others(rollouts: Sequence[Rollout], groups: Groups) -> list[Rollout]:
+    """Fill up with FILLER: ranks that share experts must make the same number of forward passes."""
+    return [*rollouts, *[FILLER] * (largest(len(rollouts), groups) - len(rollouts))]
 
 
 def score_rollouts(
-    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: Opened
+    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: OpenModel
 ) -> list[tuple[int, dict]]:
-    """(slot, output line) of each rollout on the last stage, an empty list elsewhere."""
+    """Return (slot, output line) of each rollout on the last stage, an empty list elsewhere."""
     by_slot = {rollout.slot: rollout for rollout in rollouts}
     return [
         (slot, {"id": by_slot[slot].prompt.id, "log_probs": log_probs, "sequence_log_prob": sum(log_probs)})
@@ -69,34 +72,37 @@ def score_rollouts(
 
 
 def log_probs_by_slot(
-    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: Opened
+    rollouts: Sequence[Rollout], chunks: Sequence[PolicyModel], scorer: Scorer, opened: OpenModel
 ) -> dict[int, list[float]]:
-    """Log-probs of each rollout's response tokens on the last stage, nothing elsewhere. Slots are unique."""
+    """Return slot -> log-probs (nats) of the response's tokens on the last stage, {} elsewhere. Slots are unique."""
+    micro_batch_size = opened.config.parallel.micro_batch_size
+    assert micro_batch_size is not None, "no command may ask for packing"
     batches = pack(
-        [Annotated(rollout) for rollout in rollouts],
-        micro_batch_size=opened.config.parallel.micro_batch_size,
+        [AnnotatedRollout(rollout) for rollout in rollouts],
+        micro_batch_size=micro_batch_size,
         responses_per_prompt=1,
         drop_truncated=False,
         multiple=alignment(opened.layout, opened.config.precision),
         uniform=False,
         device=scorer.groups.device,
     )
-    found = {}
+    log_probs = {}
     for batch, scored in zip(batches, score(chunks, batches, scorer), strict=True):
         if scored is None:
             continue
         for row, slot in enumerate(batch.group.tolist()):
-            found[slot] = scored[row][batch.loss_mask[row]].tolist()
-    return found
+            log_probs[slot] = scored[row][batch.loss_mask[row]].tolist()
+    return log_probs
 
 
-def read_scored_rows(path: Path, opened: Opened) -> list[Rollout]:
-    """Rows to score: a prompt in any of its forms, and `response` (text) or `response_token_ids`.
+def read_scored_rows(path: Path, opened: OpenModel) -> list[Rollout]:
+    """Read the rows to score: a prompt in any of its forms, and `response` (text) or `response_token_ids`.
 
     A text is scored as it is, without an EOS behind it. Raises UserError with the bad lines.
     """
     vocab_size, tokenizer = opened.architecture.vocab_size, opened.tokenizer
-    rows, violations = [], []
+    rows: list[Rollout] = []
+    violations: list[str] = []
     for number, row in read_file(path, violations):
         try:
             prompt = prompt_token_ids(row, tokenizer, vocab_size)

@@ -1,6 +1,6 @@
-"""What do the command lines under tools/ share? The processes, the bar, and what is said at the end.
+"""What do the command lines under tools/ share? The processes, the bar, and what is printed at the end.
 
-Left out: converting and comparing (`checkpoint/`), log-probs (`commands/log_prob_parity.py`).
+Left out: converting (`convert.py`) and comparing (`compare.py`), log-probs (`commands/log_prob_parity.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_powerflow.converter.compare import CARD_NAME, Comparison, card_refusals, compare, write_card
-from megatron_powerflow.converter.convert import Request, hf_to_megatron, megatron_to_hf
+from megatron_powerflow.converter.convert import ConversionRequest, hf_to_megatron, megatron_to_hf
 from megatron_powerflow.converter.model_folders import open_model_folder, total_bytes
 from megatron_powerflow.converter.ranks import Ranks
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hub.fetch import locate
-from megatron_powerflow.hub.located import Located, Wanted
+from megatron_powerflow.hub.located import LocalPaths, RequestedName
 from megatron_powerflow.parallel.initialize import Launch, cpu_group, prepare_imports
 from megatron_powerflow.targets import require
 
@@ -34,35 +34,41 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_size(text: str) -> int:
-    """ "5GB" -> 5000000000, as transformers reads it. Raises UserError."""
+    """Read a size in bytes, as transformers does: "5GB" is 5000000000. Raises UserError when it is not one."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", text.strip().upper())
     if match is None or float(match[1]) * UNITS[match[2]] < 1:
         raise UserError(f"--max-shard-size {text!r}: not a size; write it like 5GB or 500MB")
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def locate_models(names: Mapping[str, str], launch: Launch) -> Located:
-    """Models by the option that they were given to: paths, or names on the hub, which are fetched."""
-    return locate([Wanted("model", name, option) for option, name in names.items()], launch)
+def locate_models(names: Mapping[str, str], launch: Launch) -> LocalPaths:
+    """Find models by the option that they were given to; a name on the hub is fetched.
+
+    Raises UserError where one cannot be.
+    """
+    return locate([RequestedName("model", name, option) for option, name in names.items()], launch)
 
 
-def convert(request: Request, launch: Launch, console: Console, *, to_hf: bool) -> None:
-    """Run a conversion with a bar, say what was written."""
+def convert(request: ConversionRequest, launch: Launch, console: Console, *, to_hf: bool) -> None:
+    """Convert with a progress bar, and print what was written. Raises UserError as the conversion does."""
     _quiet()
     started = perf_counter()
     with cpu_group(launch), _bar(console, launch, f"writing {request.out.name}") as (advance, announce):
         ranks = Ranks(launch.rank, launch.world_size)
-        found = (megatron_to_hf if to_hf else hf_to_megatron)(request, ranks, advance, announce)
+        comparison = (megatron_to_hf if to_hf else hf_to_megatron)(request, ranks, advance, announce)
     if launch.is_main:
         console.print(f"wrote {request.out} in {perf_counter() - started:.1f} s")
-        if found is not None:
-            console.print(describe(found))
+        if comparison is not None:
+            console.print(describe(comparison))
 
 
 def verify(
     a: Path, b: Path, texts: tuple[str, ...] | None, card: Path | None, launch: Launch, console: Console, command: str
 ) -> Comparison:
-    """Compare two folders, write the card, raise UserError where they differ. texts: None leaves log-probs out."""
+    """Compare two model folders and write the card. texts: what both score, None leaves log-probs out.
+
+    Raises UserError where the folders differ, one cannot be read or the card may not be written.
+    """
     _quiet()
     path = card or Path(CARD_NAME)
     require(card_refusals(path))
@@ -72,35 +78,39 @@ def verify(
         second = ranks.together(lambda: open_model_folder(b, ranks))
         with _bar(console, launch, "comparing") as (advance, announce):
             announce(total_bytes(first) // launch.world_size)
-            found = compare(first, second, ranks, advance)
+            comparison = compare(first, second, ranks, advance)
     gap, what = None, "no log-probs: left out"
-    if texts is not None and not found.differences:
+    if texts is not None and not comparison.differences:
         prepare_imports()
         from megatron_powerflow.commands.log_prob_parity import max_log_prob_difference
 
         gap, what = max_log_prob_difference(a, b, texts, launch)
     if launch.is_main:
-        write_card(path, found, a=a, b=b, command=command, max_log_prob_difference=gap)
-        console.print(describe(found))
+        write_card(path, comparison, a=a, b=b, command=command, max_log_prob_difference=gap)
+        console.print(describe(comparison))
         text = what if gap is None else f"log-probs differ by at most {gap:.3g} nats ({what})"
         console.print(f"{text}\nwrote {path}")
-    if found.differences:
-        raise UserError(found.differences)
-    return found
+    if comparison.differences:
+        raise UserError(comparison.differences)
+    return comparison
 
 
-def describe(found: Comparison) -> str:
-    """One line for people."""
-    rounded = f", {found.num_equal_as_rounded} equal as rounded to {found.dtype}" if found.num_equal_as_rounded else ""
+def describe(comparison: Comparison) -> str:
+    """Describe a comparison in one line for people."""
+    rounded = (
+        f", {comparison.num_equal_as_rounded} equal as rounded to {comparison.dtype}"
+        if comparison.num_equal_as_rounded
+        else ""
+    )
     return (
-        f"{found.num_exactly_equal} of {found.num_tensors} tensors equal bit for bit{rounded} "
-        f"({found.num_bytes / 1e9:.3g} GB, {found.family}, sha256 {found.sha256[:16]})"
+        f"{comparison.num_exactly_equal} of {comparison.num_tensors} tensors equal bit for bit{rounded} "
+        f"({comparison.num_bytes / 1e9:.3g} GB, {comparison.family}, sha256 {comparison.sha256[:16]})"
     )
 
 
 @contextmanager
 def _bar(console: Console, launch: Launch, title: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """A bar of the bytes of the main rank's share: what to call with bytes that are done, and with all of them."""
+    """Show a bar of the main rank's bytes. Yields what to call with bytes that are done, and what with all of them."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(
         *columns,
@@ -115,5 +125,5 @@ def _bar(console: Console, launch: Launch, title: str) -> Iterator[tuple[Callabl
 
 
 def _quiet() -> None:
-    """torch says that a process alone is alone, and which of its functions will change."""
+    """Silence torch, which warns that a process alone is alone and which of its functions will change."""
     warnings.filterwarnings("ignore", module=r"torch\..*")

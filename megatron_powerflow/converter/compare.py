@@ -34,10 +34,10 @@ AS_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What was found. sha256: of A's tensors; dtype: the most frequent of B's.
+    """The result of comparing two models. sha256: of A's tensors; dtype: the most frequent of B's.
 
-    num_exactly_equal counts tensors of one dtype and the same bits; num_equal_as_rounded those that are A's, rounded to
-    B's dtype. All others are in `differences`, one sentence each, as is another computation that config.json asks for.
+    num_exactly_equal counts tensors of one dtype and the same bits; num_equal_as_rounded those that are A's, rounded
+    to B's dtype. All others are in `differences`, a sentence each, as are fields of config.json.
     """
 
     family: str
@@ -51,19 +51,23 @@ class Comparison:
 
 
 def compare(a: Model, b: Model, ranks: Ranks, advance: Callable[[int], object] = lambda size: None) -> Comparison:
-    """A against B. Collective: each rank compares a share of the tensors; all return the same."""
+    """Compare B with A, tensor by tensor. advance: called with the bytes of each tensor that was compared.
+
+    Collective: each rank compares a share of the tensors, and all return the same. Raises UserError where a tensor
+    cannot be read.
+    """
     if differences := _config_differences(a, b):
         return Comparison(b.family.model_type, "", "", 0, 0, 0, 0, tuple(differences))
     parameters = list(stored_parameters(a.architecture, a.family))
-    mine = ranks.share(parameters, lambda stored: sum(info.num_bytes for info in a.info(stored).values()))
+    my_share = ranks.share(parameters, lambda stored: sum(info.num_bytes for info in a.info(stored).values()))
     digests: dict[str, str] = {}
     dtypes: Counter[str] = Counter()
     num_bytes = exact = rounded = 0
-    found: list[str] = []
+    differing: list[str] = []
 
-    def look() -> None:
+    def compare_share() -> None:
         nonlocal num_bytes, exact, rounded
-        for stored in mine:
+        for stored in my_share:
             theirs = b.read(stored)
             for name, tensor in a.read(stored).items():
                 other = theirs[name]
@@ -75,11 +79,11 @@ def compare(a: Model, b: Model, ranks: Ranks, advance: Callable[[int], object] =
                 elif tensor.dtype != other.dtype and same_bits(tensor.to(other.dtype), other):
                     rounded += 1
                 else:
-                    found.append(_describe(name, tensor, other))
+                    differing.append(_describe(name, tensor, other))
                 advance(tensor.nbytes)
 
-    ranks.together(look)
-    shares = ranks.gather((digests, dtypes, num_bytes, exact, rounded, found))
+    ranks.together(compare_share)
+    shares = ranks.gather((digests, dtypes, num_bytes, exact, rounded, differing))
     everything = {name: digest for share in shares for name, digest in share[0].items()}
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(everything.items()))
     return Comparison(
@@ -95,14 +99,14 @@ def compare(a: Model, b: Model, ranks: Ranks, advance: Callable[[int], object] =
 
 
 def write_card(
-    path: Path, found: Comparison, *, a: Path, b: Path, command: str, max_log_prob_difference: float | None = None
+    path: Path, comparison: Comparison, *, a: Path, b: Path, command: str, max_log_prob_difference: float | None = None
 ) -> None:
-    """The proof as a file. max_log_prob_difference: in nats, of a token; None: no text was scored."""
+    """Write the comparison as a JSON file. max_log_prob_difference: in nats, of a token; None: no text was scored."""
     card = {
         "a": str(a.resolve()),
         "b": str(b.resolve()),
-        "equal": not found.differences,
-        **asdict(found),
+        "equal": not comparison.differences,
+        **asdict(comparison),
         "max_log_prob_difference": max_log_prob_difference,
         **provenance(command),
     }
@@ -110,7 +114,7 @@ def write_card(
 
 
 def card_refusals(path: Path) -> list[str]:
-    """Why the proof may not be written there: another file has the name."""
+    """Return why the card may not be written to `path`, such as another file of that name; [] when it may."""
 
     def is_ours(start: bytes) -> bool:
         try:
@@ -132,7 +136,7 @@ def _config_differences(a: Model, b: Model) -> list[str]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Of one dtype. NaN equals itself, 0.0 does not equal -0.0."""
+    """Whether two tensors of one dtype have the same shape and bits. NaN equals itself, 0.0 does not equal -0.0."""
     integers = AS_INTEGERS[a.itemsize]
     return a.shape == b.shape and torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
 
@@ -140,7 +144,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def _digest(name: str, tensor: Tensor) -> str:
     head = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
     digest = hashlib.sha256(head)
-    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

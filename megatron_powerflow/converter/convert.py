@@ -15,10 +15,11 @@ Left out: going on with a conversion that was killed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,8 +28,8 @@ from megatron_powerflow.checkpoint.folder import HF_NAME, RELEASE_NAME, TRACKER_
 from megatron_powerflow.converter.compare import CARD_NAME, Comparison, compare, write_card
 from megatron_powerflow.converter.model_folders import HfModel, MegatronModel, Model, open_model_folder
 from megatron_powerflow.converter.ranks import Ranks
-from megatron_powerflow.converter.read_ahead import OneAhead
-from megatron_powerflow.converter.torch_dist import Chunk, write_frame, write_tensors
+from megatron_powerflow.converter.read_ahead import ReadAhead
+from megatron_powerflow.converter.torch_dist import PlannedChunk, write_frame, write_tensors
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.config import read_json
 from megatron_powerflow.hf.files import FLOATS, copy_companions
@@ -41,26 +42,33 @@ from megatron_powerflow.hf.shard_files import (
     torch_dtype,
     write_index,
 )
-from megatron_powerflow.hf.torch_dist_names import Place, Stored, extra_states, parameter_shape, stored_parameters
+from megatron_powerflow.hf.torch_dist_names import (
+    StoredParameter,
+    StoredSlice,
+    extra_states,
+    parameter_shape,
+    stored_parameters,
+)
 from megatron_powerflow.metrics.provenance import provenance
 from megatron_powerflow.parallel.layout import padded_vocab_size
 from megatron_powerflow.parallel.owner import Owner
-from megatron_powerflow.targets import Target, require
+from megatron_powerflow.targets import TargetFolder, require
 
 MADE_BY = "conversion"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what the command lines call them -> safetensors' names
 
-Told = Callable[[int], object]  # told numbers of bytes
+BytesCallback = Callable[[int], object]  # called with numbers of bytes
+Kind = TypeVar("Kind", HfModel, MegatronModel)
 
 
-def _untold(num_bytes: int) -> None:
+def _ignore_bytes(num_bytes: int) -> None:
     pass
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked of a conversion. dtype: fp32, bf16, fp16, or None: as it is in the source. revisions: name on the
-    hub -> commit, of a source that came from there."""
+class ConversionRequest:
+    """What a conversion is asked for. dtype: fp32, bf16, fp16, or None to keep the source's. step: which checkpoint
+    of a run, None is the latest. revisions: name on the hub -> commit, of a source that came from there."""
 
     source: Path
     out: Path
@@ -74,43 +82,46 @@ class Request:
 
 
 def hf_to_megatron(
-    request: Request, ranks: Ranks, advance: Told = _untold, announce: Told = _untold
+    request: ConversionRequest,
+    ranks: Ranks,
+    advance: BytesCallback = _ignore_bytes,
+    announce: BytesCallback = _ignore_bytes,
 ) -> Comparison | None:
-    """Write a torch_dist checkpoint that any layout loads. Collective. Returns what `verify` found.
+    """Write a torch_dist checkpoint that any layout loads. Returns the comparison if request.verify, else None.
 
-    announce: told once what this rank will write; advance: each time it has written something.
+    announce: called once with the bytes this rank will write; advance: with those it has just written. Collective.
     Raises UserError with everything that is wrong with the source, or when the disk cannot take it.
     """
     model = ranks.together(lambda: _open_source(request, ranks, HfModel))
     padded = padded_vocab_size(model.architecture, 1)
-    of_place: dict[Place, Stored] = {}
-    chunks: list[Chunk] = []
+    parameter_of: dict[StoredSlice, StoredParameter] = {}
+    chunks: list[PlannedChunk] = []
     shape_of: dict[str, tuple[int, ...]] = {}
     parameters = list(stored_parameters(model.architecture, model.family))
     for stored in parameters:
         if stored.op.megatron not in shape_of:
             shape_of[stored.op.megatron] = parameter_shape(stored, model.architecture, padded)
         dtype = torch_dtype(_one_dtype(model, stored, request.dtype))
-        for place in stored.written:
-            of_place[place] = stored
-            chunks.append(Chunk(place, shape_of[stored.op.megatron], dtype))
-    mine = ranks.share(chunks, lambda chunk: chunk.num_bytes)
-    dtype_of = {chunk.place: chunk.dtype for chunk in mine}
-    announce(sum(chunk.num_bytes for chunk in mine))
+        for slice_ in stored.written_slices:
+            parameter_of[slice_] = stored
+            chunks.append(PlannedChunk(slice_, shape_of[stored.op.megatron], dtype))
+    my_share = ranks.share(chunks, lambda chunk: chunk.num_bytes)
+    dtype_of = {chunk.slice_: chunk.dtype for chunk in my_share}
+    announce(sum(chunk.num_bytes for chunk in my_share))
 
-    def read(place: Place) -> torch.Tensor:
-        return model.parameter(of_place[place], padded).to(dtype_of[place])
+    def read(slice_: StoredSlice) -> torch.Tensor:
+        return model.parameter(parameter_of[slice_], padded).to(dtype_of[slice_])
 
     def write(folder: Path) -> None:
-        ahead = OneAhead(read, [chunk.place for chunk in mine])
+        ahead = ReadAhead(read, [chunk.slice_ for chunk in my_share])
 
-        def make(place: Place) -> torch.Tensor:
-            tensor = ahead(place)
+        def make(slice_: StoredSlice) -> torch.Tensor:
+            tensor = ahead(slice_)
             advance(tensor.nbytes)
             return tensor
 
         try:
-            write_tensors(folder, mine, make, extra_states(parameters) if ranks.is_main else [], ranks.size)
+            write_tensors(folder, my_share, make, extra_states(parameters) if ranks.is_main else [], ranks.size)
         finally:
             ahead.close()
 
@@ -124,18 +135,21 @@ def hf_to_megatron(
             _copy_companions(
                 model,
                 partial / HF_NAME,
-                {dtype_name(chunk.dtype) for chunk in chunks if not of_place[chunk.place].fp32},
+                {dtype_name(chunk.dtype) for chunk in chunks if not parameter_of[chunk.slice_].fp32},
             )
             (partial / TRACKER_NAME).write_text("release", encoding="utf-8")
         return _verify(request, model, partial, ranks)
 
 
 def megatron_to_hf(
-    request: Request, ranks: Ranks, advance: Told = _untold, announce: Told = _untold
+    request: ConversionRequest,
+    ranks: Ranks,
+    advance: BytesCallback = _ignore_bytes,
+    announce: BytesCallback = _ignore_bytes,
 ) -> Comparison | None:
-    """Write a plain HF folder. Collective. Returns what `verify` found.
+    """Write a plain HF folder, each rank files of its own. Returns the comparison if request.verify, else None.
 
-    Each rank writes files of its own. Raises UserError as `hf_to_megatron` does.
+    announce, advance and errors are as for `hf_to_megatron`. Collective.
     """
     model = ranks.together(lambda: _open_source(request, ranks, MegatronModel))
     parameters = list(stored_parameters(model.architecture, model.family))
@@ -155,7 +169,7 @@ def megatron_to_hf(
         return {name: tensor.to(torch_dtype(groups[number][name].dtype)) for name, tensor in tensors.items()}
 
     def write_file(file: PlannedFile, partial: Path) -> None:
-        shard, ahead = ShardFile(partial / file.name, file.tensors), OneAhead(read, file.groups)
+        shard, ahead = ShardFile(partial / file.name, file.tensors), ReadAhead(read, file.groups)
         try:
             for number in file.groups:
                 for name, tensor in ahead(number).items():
@@ -166,10 +180,14 @@ def megatron_to_hf(
             ahead.close()
             shard.abandon()
 
+    def write_files(my_share: Sequence[PlannedFile], partial: Path) -> None:
+        for file in my_share:
+            write_file(file, partial)
+
     with _published(request, model, ranks, sum(file.num_bytes for file in files)) as partial:
-        mine = ranks.share(files, lambda file: file.num_bytes)
-        announce(sum(file.num_bytes for file in mine))
-        _writing(ranks, request.out, lambda: [write_file(file, partial) for file in mine])
+        my_share = ranks.share(files, lambda file: file.num_bytes)
+        announce(sum(file.num_bytes for file in my_share))
+        _writing(ranks, request.out, lambda: write_files(my_share, partial))
         if ranks.is_main:
             usual = [group for stored, group in zip(parameters, groups, strict=True) if not stored.fp32]
             _copy_companions(model, partial, {info.dtype for group in usual for info in group.values()})
@@ -181,8 +199,8 @@ def megatron_to_hf(
         return _verify(request, model, partial, ranks)
 
 
-def _open_source(request: Request, ranks: Ranks, kind: type) -> Model:
-    """The source, of the kind that this direction starts from; and a place for `out`."""
+def _open_source(request: ConversionRequest, ranks: Ranks, kind: type[Kind]) -> Kind:
+    """Open the source, which must be of the kind that this direction starts from, once `out` may be written."""
     _check_out(request)
     model = open_model_folder(request.source, ranks, step=request.step)
     if isinstance(model, kind):
@@ -192,32 +210,32 @@ def _open_source(request: Request, ranks: Ranks, kind: type) -> Model:
     raise UserError(f"{request.source}: a Hugging Face folder already; give a run's folder or a checkpoint")
 
 
-def _check_out(request: Request) -> None:
-    target, keeps = Target(request.out, MADE_BY), keeps_of(request.source, request.step)
+def _check_out(request: ConversionRequest) -> None:
+    target, keeps = TargetFolder(request.out, MADE_BY), keeps_of(request.source, request.step)
     require(target.refusals(apart_from=(request.source, *keeps.apart_from), not_over=keeps.not_over))
     if target.is_there() and not request.overwrite:
         raise UserError(f"--out {request.out}: exists; give another folder, or --overwrite to replace it when done")
 
 
-def _one_dtype(model: HfModel, stored: Stored, dtype: str | None) -> str:
-    """safetensors' name of the dtype that the parameter will have."""
+def _one_dtype(model: HfModel, stored: StoredParameter, dtype: str | None) -> str:
+    """Return safetensors' name of the dtype that the parameter will have."""
     if stored.fp32:
         return DTYPES["fp32"]
     if dtype is not None:
         return DTYPES[dtype]
-    found = {name: info.dtype for name, info in model.info(stored).items()}
-    if len(set(found.values())) > 1:
-        raise UserError(f"{model.path}: tensors {found} become one parameter and differ in dtype; give --dtype")
-    return next(iter(found.values()))
+    dtypes = {name: info.dtype for name, info in model.info(stored).items()}
+    if len(set(dtypes.values())) > 1:
+        raise UserError(f"{model.path}: tensors {dtypes} become one parameter and differ in dtype; give --dtype")
+    return next(iter(dtypes.values()))
 
 
 @contextmanager
-def _published(request: Request, model: Model, ranks: Ranks, num_bytes: int) -> Iterator[Path]:
-    """OUT.partial, made anew; renamed to OUT behind the block, or gone when anything was raised in it. Collective.
+def _published(request: ConversionRequest, model: Model, ranks: Ranks, num_bytes: int) -> Iterator[Path]:
+    """Make OUT.partial anew and yield it; it becomes OUT after the block, and is removed if anything was raised in it.
 
-    num_bytes: of the tensors, for the mark.
+    num_bytes: of the tensors, for the mark. Collective.
     """
-    target = Target(request.out, MADE_BY)
+    target = TargetFolder(request.out, MADE_BY)
     with ExitStack() as stack:
         owner = stack.enter_context(Owner(target.out, target.lock, MADE_BY))
 
@@ -244,7 +262,7 @@ def _published(request: Request, model: Model, ranks: Ranks, num_bytes: int) -> 
 
 
 def _writing(ranks: Ranks, out: Path, function: Callable[[], object]) -> None:
-    """Run what writes, on every rank; a full disk is the user's to mend."""
+    """Run what writes, on every rank. Raises UserError when the disk cannot take it, which the user can mend."""
 
     def attempt() -> None:
         try:
@@ -256,21 +274,21 @@ def _writing(ranks: Ranks, out: Path, function: Callable[[], object]) -> None:
 
 
 def _copy_companions(model: Model, target: Path, dtypes: set[str]) -> None:
-    """config.json is copied byte by byte unless its dtype is not the tensors' any more."""
+    """Copy the companion files. config.json is copied byte by byte unless its dtype is no longer the tensors'."""
     raw = read_json(model.hf_folder / "config.json", "the model's config.json")
     stated = raw.get("dtype", raw.get("torch_dtype"))
     now = {FLOATS[name][0] for name in dtypes}
     copy_companions(model.hf_folder, target, dtype=None if stated in now or len(now) > 1 else now.pop())
 
 
-def _verify(request: Request, model: Model, partial: Path, ranks: Ranks) -> Comparison | None:
-    """Compare, when asked, and leave the proof beside what was written. Collective."""
+def _verify(request: ConversionRequest, model: Model, partial: Path, ranks: Ranks) -> Comparison | None:
+    """Compare, when asked, and leave the card beside what was written. Collective."""
     ranks.gather(None)
     if not request.verify:
         return None
-    found = compare(model, ranks.together(lambda: open_model_folder(partial, ranks)), ranks)
-    if found.differences:
-        raise UserError([f"{request.out}: {difference}; nothing was kept" for difference in found.differences])
+    comparison = compare(model, ranks.together(lambda: open_model_folder(partial, ranks)), ranks)
+    if comparison.differences:
+        raise UserError([f"{request.out}: {difference}; nothing was kept" for difference in comparison.differences])
     if ranks.is_main:
-        write_card(partial / CARD_NAME, found, a=model.path, b=request.out, command=request.command)
-    return found
+        write_card(partial / CARD_NAME, comparison, a=model.path, b=request.out, command=request.command)
+    return comparison

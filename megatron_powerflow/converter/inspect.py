@@ -22,9 +22,10 @@ ITEM_BYTES = {**dict(FLOATS.values()), "float64": 8, "int64": 8, "int32": 4, "ui
 
 
 def inspect(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """kind, path, step, layout, training, config, num_files, num_bytes, tensors {name: {shape, dtype, num_bytes}}.
+    """Return kind, path, step, layout, training, config, num_files, num_bytes and tensors of a model's folder.
 
-    Raises UserError where there is no model, or an index that would run code.
+    tensors: name -> shape, dtype, num_bytes. Only a run's checkpoint has step, layout and training. Raises UserError
+    where there is no model, or an index that would run code.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -47,14 +48,14 @@ def inspect(folder: Path, step: int | None = None) -> dict[str, Any]:
             TorchDistFolder(stored).tensors().items(), key=lambda item: _by_number(item[0])
         )
     }
-    found = _entry("converted checkpoint", checkpoint, checkpoint / HF_NAME, tensors, list(stored.glob("*.distcp")))
+    summary = _entry("converted checkpoint", checkpoint, checkpoint / HF_NAME, tensors, list(stored.glob("*.distcp")))
     if is_converted(checkpoint):
-        return found
+        return summary
     run = load_config(checkpoint / CONFIG_NAME)
     progress = read_json(checkpoint / "progress.json", "the checkpoint's progress")
     sizes = run.parallel.model_dump()
     layout = {name: sizes[name] for name in ("tp", "cp", "pp", "vpp", "ep") if sizes.get(name) is not None}
-    return found | {
+    return summary | {
         "kind": "checkpoint of a run",
         "step": progress.get("step"),
         "layout": layout | {"processes": len({path.name.split("_")[2] for path in stored.glob("*.distcp")})},
@@ -77,19 +78,19 @@ def _entry(kind: str, path: Path, hf_folder: Path, tensors: dict, files: list[Pa
 
 
 def _by_number(name: str) -> list:
-    """model.layers.2 before model.layers.10."""
+    """Return a sort key that puts model.layers.2 before model.layers.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def describe(found: dict[str, Any]) -> str:
-    """For people: a few lines, then one for each tensor."""
-    lines = [f"{found['kind']}: {found['path']}"]
-    if "step" in found:
-        layout = ", ".join(f"{name}={value}" for name, value in found["layout"].items())
-        lines += [f"step {found['step']}, saved under {layout}", f"trained from {found['training']['hf_path']}"]
-    lines += [f"config: {json.dumps(found['config'])}"]
-    tensors = found["tensors"]
-    lines.append(f"{len(tensors)} tensors in {found['num_files']} files of {found['num_bytes'] / 1e9:.3f} GB")
+def describe(summary: dict[str, Any]) -> str:
+    """Describe what `inspect` returned for people: a few lines, then one for each tensor."""
+    lines = [f"{summary['kind']}: {summary['path']}"]
+    if "step" in summary:
+        layout = ", ".join(f"{name}={value}" for name, value in summary["layout"].items())
+        lines += [f"step {summary['step']}, saved under {layout}", f"trained from {summary['training']['hf_path']}"]
+    lines += [f"config: {json.dumps(summary['config'])}"]
+    tensors = summary["tensors"]
+    lines.append(f"{len(tensors)} tensors in {summary['num_files']} files of {summary['num_bytes'] / 1e9:.3f} GB")
     width = max((len(name) for name in tensors), default=0)
     for name, entry in tensors.items():
         shape = " x ".join(map(str, entry["shape"])) or "1"

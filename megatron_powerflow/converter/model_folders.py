@@ -27,7 +27,14 @@ from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.files import FLOATS, SafetensorsFolder, companion_files
 from megatron_powerflow.hf.shapes import impossible_sizes
 from megatron_powerflow.hf.shard_files import TensorInfo
-from megatron_powerflow.hf.torch_dist_names import EMBEDDING, Place, Stored, parameter_shape, stored_parameters, whole
+from megatron_powerflow.hf.torch_dist_names import (
+    EMBEDDING,
+    StoredParameter,
+    StoredSlice,
+    parameter_shape,
+    stored_parameters,
+    whole,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +44,7 @@ OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
 
 @dataclass(frozen=True)
 class HfModel:
-    """A Hugging Face folder."""
+    """A Hugging Face folder, opened and checked."""
 
     path: Path
     architecture: Architecture
@@ -46,24 +53,25 @@ class HfModel:
 
     @property
     def hf_folder(self) -> Path:
+        """Return the folder of config.json and the tokenizer."""
         return self.path
 
-    def info(self, stored: Stored) -> dict[str, TensorInfo]:
-        """Header entries of the parameter's HF tensors."""
+    def info(self, stored: StoredParameter) -> dict[str, TensorInfo]:
+        """Return the header entries of the parameter's HF tensors."""
         return {name: TensorInfo(self.source.dtype(name), self.source.shape(name)) for name in stored.hf_names}
 
-    def read(self, stored: Stored) -> dict[str, Tensor]:
-        """The parameter's HF tensors."""
+    def read(self, stored: StoredParameter) -> dict[str, Tensor]:
+        """Read the parameter's HF tensors."""
         return {name: self.source.read(name) for name in stored.hf_names}
 
-    def parameter(self, stored: Stored, padded_vocab_size: int) -> Tensor:
-        """The parameter as Megatron holds it."""
+    def parameter(self, stored: StoredParameter, padded_vocab_size: int) -> Tensor:
+        """Read the parameter as Megatron holds it, whole."""
         return stored.op.shard(self.source, stored.hf_names, whole(self.architecture, padded_vocab_size))
 
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """A checkpoint. places: where in it each parameter is; more than one place holds the same numbers."""
+    """A checkpoint of a run, or a converted one, opened and checked."""
 
     path: Path
     architecture: Architecture
@@ -74,27 +82,29 @@ class MegatronModel:
 
     @property
     def hf_folder(self) -> Path:
+        """Return the folder of config.json and the tokenizer."""
         return self.path / HF_NAME
 
-    def places(self, stored: Stored) -> list[Place]:
-        return [place for place in stored.places if place.key in self.dtypes]
+    def present_slices(self, stored: StoredParameter) -> list[StoredSlice]:
+        """Return the slices of the checkpoint that hold the parameter; all of them hold the same numbers."""
+        return [slice_ for slice_ in stored.slices if slice_.key in self.dtypes]
 
-    def info(self, stored: Stored) -> dict[str, TensorInfo]:
-        """Header entries of the parameter's HF tensors."""
-        dtype = self.dtypes[self.places(stored)[0].key]
+    def info(self, stored: StoredParameter) -> dict[str, TensorInfo]:
+        """Return the header entries of the parameter's HF tensors."""
+        dtype = self.dtypes[self.present_slices(stored)[0].key]
         shapes = stored.op.hf_shapes(self.architecture)
         return {name: TensorInfo(dtype, shape) for name, shape in zip(stored.hf_names, shapes, strict=True)}
 
-    def read(self, stored: Stored) -> dict[str, Tensor]:
-        """The parameter's HF tensors. Raises UserError where its places do not agree."""
+    def read(self, stored: StoredParameter) -> dict[str, Tensor]:
+        """Read the parameter as HF tensors. Raises UserError where its slices do not agree."""
         import torch
 
-        first, *others = [self.source.read(place) for place in self.places(stored)]
-        for place, other in zip(self.places(stored)[1:], others, strict=True):
+        first, *others = [self.source.read(slice_) for slice_ in self.present_slices(stored)]
+        for slice_, other in zip(self.present_slices(stored)[1:], others, strict=True):
             if not torch.equal(first, other):
                 raise UserError(
-                    f"{self.source.folder}: tensor {place.key}{list(place.index)} differs from "
-                    f"{self.places(stored)[0].key}, which is the same parameter; the checkpoint is damaged"
+                    f"{self.source.folder}: tensor {slice_.key}{list(slice_.index)} differs from "
+                    f"{self.present_slices(stored)[0].key}, which is the same parameter; the checkpoint is damaged"
                 )
         merged = stored.op.merge([first], whole(self.architecture, self.padded_vocab_size))
         return dict(zip(stored.hf_names, merged, strict=True))
@@ -104,7 +114,8 @@ Model = HfModel | MegatronModel
 
 
 def open_model_folder(path: Path, ranks: Ranks, *, step: int | None = None) -> Model:
-    """An HF folder, a checkpoint of a run, a run's folder (its latest, or that of `step`) or a converted checkpoint.
+    """Open an HF folder, a checkpoint of a run, a run's folder (its latest, or that of `step`) or a converted
+    checkpoint.
 
     Raises UserError with everything that is wrong with its config, names, shapes and dtypes. Collective: of a run's
     checkpoint every rank checks the digests of its share of the files.
@@ -130,8 +141,8 @@ def _open_megatron(checkpoint: Path, ranks: Ranks) -> MegatronModel:
     tensors = source.tensors()
     model = {name: value for name, value in tensors.items() if not name.startswith(OPTIMIZER_PREFIXES)}
     parts = sum(_num_parts(name, shape, architecture) for name, (shape, _) in model.items())
-    if found := impossible_sizes(architecture, parts):
-        raise UserError([f"{checkpoint / HF_NAME}: {violation}" for violation in found])
+    if impossible := impossible_sizes(architecture, parts):
+        raise UserError([f"{checkpoint / HF_NAME}: {violation}" for violation in impossible])
     by_torch_name = {f"torch.{name}": key for key, (name, _) in FLOATS.items()}
     dtypes = {name: by_torch_name.get(str(dtype), str(dtype)) for name, (_, dtype) in model.items()}
     padded = model.get(EMBEDDING, ((0,), None))[0][0]
@@ -142,7 +153,7 @@ def _open_megatron(checkpoint: Path, ranks: Ranks) -> MegatronModel:
 
 
 def _num_parts(name: str, shape: Sequence[int], architecture: Architecture) -> int:
-    """How many parameters a global tensor is made of."""
+    """Return how many parameters a global tensor is made of."""
     lead = 2 if ".experts.experts." in name else 1 if name.startswith("decoder.layers.") else 0
     count = 1
     for size in shape[:lead]:
@@ -151,38 +162,41 @@ def _num_parts(name: str, shape: Sequence[int], architecture: Architecture) -> i
 
 
 def _violations(model: MegatronModel, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Everything of a checkpoint that does not fit its config.json, by name."""
-    architecture, found, known = model.architecture, {}, set()
+    """Return everything of a checkpoint that does not fit its config.json, by the tensor's name."""
+    architecture, violations, known = model.architecture, {}, set()
     if model.padded_vocab_size < architecture.vocab_size:
         if EMBEDDING in shapes:
-            found[EMBEDDING] = (
+            violations[EMBEDDING] = (
                 f"has {model.padded_vocab_size} rows, config.json says vocab_size={architecture.vocab_size}"
             )
         else:
-            found[EMBEDDING] = "is missing"
+            violations[EMBEDDING] = "is missing"
     padded = max(model.padded_vocab_size, architecture.vocab_size)
     of_op: dict[str, tuple[int, ...]] = {}
     for stored in stored_parameters(architecture, model.family):
-        known |= {place.key for place in stored.places}
-        places = [place for place in stored.places if place.key in shapes]
-        if not places:
-            found[stored.places[0].key] = "is missing"
+        known |= {slice_.key for slice_ in stored.slices}
+        slices = [slice_ for slice_ in stored.slices if slice_.key in shapes]
+        if not slices:
+            violations[stored.slices[0].key] = "is missing"
             continue
         if stored.op.megatron not in of_op:
             of_op[stored.op.megatron] = parameter_shape(stored, architecture, padded)
-        for place in places:
-            wanted = (*place.lead, *of_op[stored.op.megatron])
-            if shapes[place.key] != wanted and place.key not in found:
-                found[place.key] = f"has shape {shapes[place.key]}, config.json implies {wanted}"
-            if model.dtypes[place.key] not in FLOATS:
-                found[place.key] = f"is {model.dtypes[place.key]}; only {', '.join(FLOATS)} are read"
-    found |= dict.fromkeys(sorted(set(shapes) - known), "is not part of this architecture")
-    return [f"tensor {name} {what}" for name, what in found.items()]
+        for slice_ in slices:
+            wanted = (*slice_.lead, *of_op[stored.op.megatron])
+            if shapes[slice_.key] != wanted and slice_.key not in violations:
+                violations[slice_.key] = f"has shape {shapes[slice_.key]}, config.json implies {wanted}"
+            if model.dtypes[slice_.key] not in FLOATS:
+                violations[slice_.key] = f"is {model.dtypes[slice_.key]}; only {', '.join(FLOATS)} are read"
+    violations |= dict.fromkeys(sorted(set(shapes) - known), "is not part of this architecture")
+    return [f"tensor {name} {what}" for name, what in violations.items()]
 
 
 def refuse_links_outside(folder: Path, paths: Sequence[Path]) -> None:
-    """Raises UserError for links that leave the folder, but for those into the blobs of Hugging Face's own cache: the
-    repository's, and since huggingface_hub 2 those of all repositories."""
+    """Refuse links that leave the folder. Raises UserError naming each.
+
+    Allowed are links into the blobs of Hugging Face's own cache: the repository's, and since huggingface_hub 2 those
+    of all repositories.
+    """
     real = folder.resolve()
     allowed = [real, real.parent.parent / "blobs"]
     if real.parent.name == "snapshots":
@@ -193,6 +207,6 @@ def refuse_links_outside(folder: Path, paths: Sequence[Path]) -> None:
 
 
 def total_bytes(model: Model) -> int:
-    """Of the model's HF tensors."""
+    """Return the bytes of the model's HF tensors."""
     parameters = stored_parameters(model.architecture, model.family)
     return sum(info.num_bytes for stored in parameters for info in model.info(stored).values())

@@ -16,27 +16,28 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among `size`."""
+    """This process, `rank`, among `size` of them."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_main(self) -> bool:
+        """Whether this process prints and writes the small files."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item], num_bytes: Callable[[Item], int]) -> list[Item]:
-        """This rank's items, in their order: the largest go first to whoever has least."""
-        load, mine = [0] * self.size, set()
-        for place in sorted(range(len(items)), key=lambda place: -num_bytes(items[place])):
+        """Return this rank's items, in their order. The largest are dealt first, each to the least loaded rank."""
+        load, my_indices = [0] * self.size, set()
+        for index in sorted(range(len(items)), key=lambda index: -num_bytes(items[index])):
             rank = load.index(min(load))
-            load[rank] += num_bytes(items[place])
+            load[rank] += num_bytes(items[index])
             if rank == self.rank:
-                mine.add(place)
-        return [item for place, item in enumerate(items) if place in mine]
+                my_indices.add(index)
+        return [item for index, item in enumerate(items) if index in my_indices]
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, on every rank. Collective."""
+        """Return the value of every rank, on every rank. Collective."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -46,14 +47,18 @@ class Ranks:
         return values
 
     def together(self, function: Callable[[], Item]) -> Item:
-        """The function on every rank; what any of them found wrong is raised on all. Collective."""
-        result, violations = None, ()
+        """Run the function on every rank and return this rank's result. Collective.
+
+        Raises UserError on all ranks with the violations of every rank.
+        """
+        made: list[Item] = []
+        violations: tuple[str, ...] = ()
         try:
-            result = function()
+            made.append(function())
         except UserError as error:
             violations = error.violations
         except OSError as error:
             violations = (f"could not be read or written: {error}",)
-        if found := tuple(dict.fromkeys(text for texts in self.gather(violations) for text in texts)):
-            raise UserError(found)
-        return result
+        if all_violations := tuple(dict.fromkeys(text for texts in self.gather(violations) for text in texts)):
+            raise UserError(all_violations)
+        return made[0]

@@ -11,10 +11,11 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-class OneAhead(Generic[Item, Made]):
-    """make(item), for items that are mostly asked for in `order`; each is begun when the one before it is handed out.
+class ReadAhead(Generic[Item, Made]):
+    """Calls make(item) for items that are mostly asked for in `order`, each begun when the one before it is handed out.
 
-    Another order is slower and as right. make runs in one thread only; what it raises is raised to who asks.
+    Another order gives the same results more slowly. make runs in one thread only; what it raises is raised to the
+    caller who asks for the item.
     """
 
     def __init__(self, make: Callable[[Item], Made], order: Sequence[Item]) -> None:
@@ -33,5 +34,5 @@ class OneAhead(Generic[Item, Made]):
         return made
 
     def close(self) -> None:
-        """Let the thread go, once it has made what it is making."""
+        """Stop the thread, once it has made what it is making."""
         self._pool.shutdown(cancel_futures=True)

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 
 from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.hf.torch_dist_names import Place
+from megatron_powerflow.hf.torch_dist_names import StoredSlice
 
 COMMON_NAME = "common.pt"
 BACKEND_NAME = "metadata.json"
@@ -56,7 +56,10 @@ COMMON = {
 
 
 class TorchDistFolder:
-    """The tensors of a torch_dist folder by name. Raises UserError: not one, not complete, or not safe to load."""
+    """The tensors of a torch_dist folder by name.
+
+    Opening it raises UserError when the folder is not one, not complete, or not safe to load.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,43 +68,47 @@ class TorchDistFolder:
             raise UserError(f"{folder / BACKEND_NAME}: no such file; the checkpoint is not complete")
         _audit_common(folder / COMMON_NAME)
         self._stored = {
-            (index.fqn, tuple(index.offset or ())): place for index, place in self._metadata.storage_data.items()
+            (index.fqn, tuple(index.offset or ())): storage for index, storage in self._metadata.storage_data.items()
         }
         self._by_index: dict[tuple[str, int], dict] = {}
         sizes: dict[str, int] = {}
-        for place in self._metadata.storage_data.values():
-            sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
+        for storage in self._metadata.storage_data.values():
+            sizes[storage.relative_path] = max(sizes.get(storage.relative_path, 0), storage.offset + storage.length)
         violations = []
         for name, needed in sorted(sizes.items()):
-            found = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if found is None or found < needed:
-                state = "no such file" if found is None else f"truncated: {found} bytes of at least {needed}"
+            size = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if size is None or size < needed:
+                state = "no such file" if size is None else f"truncated: {size} bytes of at least {needed}"
                 violations.append(f"{folder / name}: {state}; copy the checkpoint again")
         if violations:
             raise UserError(violations)
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name -> shape, dtype of every global tensor, those of an optimizer included."""
+        """Return name -> (shape, dtype) of every global tensor, those of an optimizer included."""
         return {
             name: (tuple(entry.size), entry.properties.dtype)
             for name, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
 
-    def read(self, place: Place) -> Tensor:
-        """tensor[place.index], on CPU, put together from the chunks that overlap it."""
-        entry = self._metadata.state_dict_metadata[place.key]
-        lead = len(place.index)
-        start = (*place.index, *(0,) * (len(entry.size) - lead))
-        stop = (*(i + 1 for i in place.index), *entry.size[lead:])
+    def read(self, slice_: StoredSlice) -> Tensor:
+        """Return tensor[slice_.index], on CPU, put together from the chunks that overlap it.
+
+        Raises UserError where a chunk is missing, damaged or not safe to load.
+        """
+        entry = self._metadata.state_dict_metadata[slice_.key]
+        assert isinstance(entry, TensorStorageMetadata), f"{slice_.key} is none of `tensors()`"
+        lead = len(slice_.index)
+        start = (*slice_.index, *(0,) * (len(entry.size) - lead))
+        stop = (*(i + 1 for i in slice_.index), *entry.size[lead:])
         shape, covered = tuple(entry.size[lead:]), 0
         whole: Tensor | None = None
-        for chunk in self._overlapping(place.key, entry, place.index):
+        for chunk in self._overlapping(slice_.key, entry, slice_.index):
             first = tuple(map(max, start, chunk.offsets))
             last = tuple(min(b, o + s) for b, o, s in zip(stop, chunk.offsets, chunk.sizes, strict=True))
             if any(a >= b for a, b in zip(first, last, strict=True)):
                 continue
-            data = self._chunk(place.key, entry, chunk)
+            data = self._chunk(slice_.key, entry, chunk)
             part = data[tuple(slice(a - o, b - o) for a, b, o in zip(first, last, chunk.offsets, strict=True))]
             part = part[(0,) * lead]
             covered += part.numel()
@@ -115,7 +122,7 @@ class TorchDistFolder:
             ] = part
         if whole is None or covered != prod(shape):
             raise UserError(
-                f"{self.folder}: tensor {place.key}{list(place.index)} is not whole: its chunks hold {covered} of "
+                f"{self.folder}: tensor {slice_.key}{list(slice_.index)} is not whole: its chunks hold {covered} of "
                 f"{prod(shape)} numbers; the checkpoint is damaged"
             )
         return whole
@@ -123,25 +130,27 @@ class TorchDistFolder:
     def _overlapping(
         self, key: str, entry: TensorStorageMetadata, index: tuple[int, ...]
     ) -> Sequence[ChunkStorageMetadata]:
-        """The chunks that can overlap tensor[index]: a model has very many, most of them of one layer or expert."""
+        """Return the chunks that can overlap tensor[index], few of the very many that a model has."""
         if (key, len(index)) not in self._by_index:
-            found: dict[tuple[int, ...] | None, list[ChunkStorageMetadata]] = {}
+            chunks_at: dict[tuple[int, ...] | None, list[ChunkStorageMetadata]] = {}
             for chunk in entry.chunks:
                 lead = tuple(chunk.sizes[: len(index)])
-                found.setdefault(tuple(chunk.offsets[: len(index)]) if set(lead) <= {1} else None, []).append(chunk)
-            self._by_index[key, len(index)] = found
-        found = self._by_index[key, len(index)]
-        return (*found.get(index, ()), *found.get(None, ()))
+                chunks_at.setdefault(tuple(chunk.offsets[: len(index)]) if set(lead) <= {1} else None, []).append(chunk)
+            self._by_index[key, len(index)] = chunks_at
+        chunks_at = self._by_index[key, len(index)]
+        return (*chunks_at.get(index, ()), *chunks_at.get(None, ()))
 
     def _chunk(self, key: str, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._stored.get((key, tuple(chunk.offsets)))
+        storage = self._stored.get((key, tuple(chunk.offsets)))
         wanted = prod(chunk.sizes) * entry.properties.dtype.itemsize
-        if place is None or place.length < wanted:
+        if storage is None or storage.length < wanted:
             raise UserError(f"{self.folder}: tensor {key} lacks its chunk at {list(chunk.offsets)}; copy it again")
-        path = self.folder / place.relative_path
+        path = self.folder / storage.relative_path
         try:
             with path.open("rb") as file:
-                data = torch.load(_Part(file, place.offset, place.length), weights_only=True)
+                part = _FilePart(file, storage.offset, storage.length)
+                # torch asks a file for what `io.RawIOBase` has, and is typed for `typing.IO`, which no raw file is
+                data = torch.load(part, weights_only=True)  # type: ignore[arg-type]
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
             text = str(error).splitlines()[0]
             raise UserError(f"{path}: tensor {key} is damaged or not safe to load: {text}") from None
@@ -151,7 +160,7 @@ class TorchDistFolder:
         return data
 
 
-class _Part(io.RawIOBase):
+class _FilePart(io.RawIOBase):
     """A part of an open file as a file of its own: torch reads it straight into a tensor's memory."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
@@ -180,9 +189,10 @@ class _Part(io.RawIOBase):
 
 
 def _audit_common(path: Path) -> None:
-    """common.pt is not needed for the tensors; what cannot be read without running code is refused all the same.
+    """Refuse a common.pt that cannot be read without running code, though the tensors do not need it.
 
     Megatron-Core 0.19 keeps what 0.16 writes there among the other entries, which `audit_checkpoint` has looked at.
+    Raises UserError.
     """
     try:
         torch.load(path, weights_only=True, map_location="cpu")
@@ -193,41 +203,46 @@ def _audit_common(path: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """A parameter to write. shape: without the leading axes of `place`."""
+class PlannedChunk:
+    """A parameter that will be written. shape: without the leading axes of `slice_`."""
 
-    place: Place
+    slice_: StoredSlice
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        return *self.place.index, *(0,) * len(self.shape)
+        """Return where the chunk begins in its global tensor."""
+        return *self.slice_.index, *(0,) * len(self.shape)
 
     @property
     def num_bytes(self) -> int:
+        """Return the bytes of the parameter."""
         return prod(self.shape) * self.dtype.itemsize
 
     def item(self) -> WriteItem:
+        """Return the chunk as torch's writer plans it."""
         offsets = torch.Size(self.offsets)
-        sizes = torch.Size((*(1 for _ in self.place.index), *self.shape))
+        sizes = torch.Size((*(1 for _ in self.slice_.index), *self.shape))
         data = TensorWriteData(
             chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
             properties=TensorProperties(dtype=self.dtype),
-            size=torch.Size((*self.place.lead, *self.shape)),
+            size=torch.Size((*self.slice_.lead, *self.shape)),
         )
-        return WriteItem(MetadataIndex(self.place.key, offsets), WriteItemType.SHARD, tensor_data=data)
+        return WriteItem(MetadataIndex(self.slice_.key, offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 class _LazyPlanner(SavePlanner):
-    """Tells torch's writer what will come; `make(place)` gives the tensor when the writer asks for it.
+    """Plans for torch's writer what will be written; `make(slice_)` gives each tensor when the writer asks for it.
 
     empty: keys of objects that hold nothing.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], make: Callable[[Place], Tensor], empty: Sequence[str]) -> None:
+    def __init__(
+        self, chunks: Sequence[PlannedChunk], make: Callable[[StoredSlice], Tensor], empty: Sequence[str]
+    ) -> None:
         self._empty = empty
-        self._chunks = {(chunk.place.key, chunk.offsets): chunk for chunk in chunks}
+        self._chunks = {(chunk.slice_.key, chunk.offsets): chunk for chunk in chunks}
         self._make = make
 
     def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
@@ -248,19 +263,25 @@ class _LazyPlanner(SavePlanner):
             nothing = io.BytesIO()
             torch.save([None], nothing)  # Megatron-Core's form: a list of what the ranks' shards hold
             return nothing
-        chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset)]
-        tensor = self._make(chunk.place)
+        offset = write_item.index.offset
+        assert offset is not None, "every item that is no object is a chunk's"
+        chunk = self._chunks[write_item.index.fqn, tuple(offset)]
+        tensor = self._make(chunk.slice_)
         assert tuple(tensor.shape) == chunk.shape and tensor.dtype == chunk.dtype, chunk
-        return tensor.reshape((*(1 for _ in chunk.place.index), *chunk.shape)).contiguous()
+        return tensor.reshape((*(1 for _ in chunk.slice_.index), *chunk.shape)).contiguous()
 
 
 def write_tensors(
-    folder: Path, chunks: Sequence[Chunk], make: Callable[[Place], Tensor], empty: Sequence[str], world_size: int
+    folder: Path,
+    chunks: Sequence[PlannedChunk],
+    make: Callable[[StoredSlice], Tensor],
+    empty: Sequence[str],
+    world_size: int,
 ) -> None:
     """Write this rank's share of the chunks, and on rank 0 the index of all. Collective where there are ranks.
 
     empty: keys of objects that hold nothing, written by this rank. Raises what `make` raised, or the OSError of the
-    disk; on every rank, if any failed.
+    disk, on every rank if any failed.
     """
     crc = torch.serialization.get_crc32_options()
     # torch.load does not look at the sum, and making it halves the speed
@@ -275,7 +296,7 @@ def write_tensors(
 
 
 def write_frame(folder: Path) -> None:
-    """The two small files by which Megatron-Core knows the folder."""
+    """Write the two small files by which Megatron-Core recognises the folder."""
     torch.save(COMMON, folder / COMMON_NAME)
     (folder / BACKEND_NAME).write_text(json.dumps(BACKEND), encoding="utf-8")
 

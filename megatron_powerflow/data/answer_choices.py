@@ -1,6 +1,6 @@
 """Which choice of a multiple-choice question is an answer? B, (B), \\text{B.}, and the letter before its text.
 
-Left out: a lone letter among words, which the question alone could tell from a variable.
+Left out: a lone letter among words, since only the question could tell it from a variable.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ _BEFORE_TEXT = re.compile(
 
 
 def choice_of(text: str) -> str | None:
-    """The letter of a choice, alone or before its text: B, (B), \\text{B.}, (B) twelve, B. twelve."""
-    found = _LONE.fullmatch(text) or _BEFORE_TEXT.match(text)
-    return next((letter for letter in found.groups() if letter), None) if found else None
+    """Returns the letter of a choice, alone or before its text; None for anything else.
+
+    Examples that give B: B, (B), \\text{B.}, (B) twelve, B. twelve.
+    """
+    match = _LONE.fullmatch(text) or _BEFORE_TEXT.match(text)
+    return next((letter for letter in match.groups() if letter), None) if match else None

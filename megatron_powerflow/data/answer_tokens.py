@@ -1,14 +1,15 @@
 """Which symbols is an answer made of? TeX, Unicode and plain writing in, one list of tokens out.
 
-A token is a text of its own kind:
+A token is a text of one of these kinds:
 
     12.5 3e-05     a number                     x \\alpha            a symbol
     \\frac \\sin      a command, one spelling each ( ) [ ] | + ^ =     a character that means something
     \\{ \\}          the braces of a set          { }                  TeX's braces
     "hours"        words, in double quotes, in lower case but for single letters and units
 
-What only changes the look is gone: dollar signs, \\left and \\right, spaces, fonts, \\displaystyle. Left out: structure
-(`answer_reading.py`), arithmetic (`expressions.py`).
+What changes only the look is dropped: dollar signs, \\left and \\right, spaces, fonts, \\displaystyle.
+
+Left out: structure (`answer_reading.py`), arithmetic (`expressions.py`).
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import unicodedata
 
 from megatron_powerflow.data.units import UNIT_OF
 
-MAX_CHARACTERS = 400  # an answer, not an essay; what is longer is compared as text
+MAX_CHARACTERS = 400  # of an answer; a longer one is compared as text
 
 
-def _listed(words: str) -> frozenset[str]:
+def _word_set(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-FUNCTIONS = _listed("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp")
-SYMBOLS = _listed(
+FUNCTIONS = _word_set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp")
+SYMBOLS = _word_set(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi "
     "omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar"
 )
@@ -42,12 +43,12 @@ _SAME = {
     **{"langle": "(", "rangle": ")", "C": "CC", "Z": "ZZ"},
     **{"leftarrow": "gets", "rightarrow": "to", "implies": "Rightarrow", "euler": "e"},
 }
-_GONE = _listed(
+_GONE = _word_set(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
     "limits quad qquad hspace rm bf it sf tt nolimits hfill boldsymbol mathbf mathit bm mathsf mathnormal boxed "
     "fbox phantom thinspace space nobreakspace bold ensuremath color scriptstyle"
 )
-_WORDS = _listed("text textbf textit textrm textsf mathrm mbox operatorname hbox textnormal mathtt texttt")
+_WORDS = _word_set("text textbf textit textrm textsf mathrm mbox operatorname hbox textnormal mathtt texttt")
 _UNICODE = {
     **{"−": "-", "–": "-", "‐": "-", "﹣": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "∗": "*", "÷": "/", "⁄": "/"},
     **{"π": "\\pi ", "∞": "\\infty ", "≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "±": "\\pm ", "∓": "\\mp "},
@@ -75,30 +76,33 @@ _PIECE = re.compile(
     r"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<space>\s+)|(?P<other>.)",
     re.DOTALL,
 )
-_PLAIN_WORDS = _listed("or and yes no true false none if not mod odd even inf nan")
+_PLAIN_WORDS = _word_set("or and yes no true false none if not mod odd even inf nan")
 
 
 def tokenize(answer: str) -> list[str] | None:
-    """The tokens of an answer; None where it is too long or its braces do not match. Time linear in its length."""
+    """Returns the tokens of an answer; None where it is too long or its braces do not match.
+
+    The time is linear in the answer's length.
+    """
     if len(answer) > MAX_CHARACTERS:
         return None
-    return _tokens(_one_writing(answer))
+    return _tokens(_normalized(answer))
 
 
-def _one_writing(text: str) -> str:
-    """Unicode as TeX, digits as ASCII, groups of three digits together."""
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda found: f"^{{{found[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda found: f"_{{{found[0].translate(_SUBSCRIPTS)}}}", text)
+def _normalized(text: str) -> str:
+    """Writes Unicode as TeX, digits as ASCII, and groups of three digits together."""
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: f"_{{{match[0].translate(_SUBSCRIPTS)}}}", text)
     text = "".join(_UNICODE.get(c, c) for c in text)
     text = "".join(
         str(unicodedata.decimal(c)) if c.isdecimal() else unicodedata.normalize("NFKC", c) if c > "\x7f" else c
         for c in text
     )
-    text = _ESCAPED_TWICE.sub(lambda found: f"\\{found[1]}" if _is_command(found[1]) else found[0], text)
+    text = _ESCAPED_TWICE.sub(lambda match: f"\\{match[1]}" if _is_command(match[1]) else match[0], text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    text = _GROUPED.sub(lambda found: re.sub(rf"{_GAP}| ", "", found[1]), text)
-    if not re.match(r"[\s$]*(?:\\left)?\\?[(\[{]", text):  # in brackets a comma is one between entries: (1,234)
-        text = _COMMAS.sub(lambda found: found[1].replace(",", ""), text)
+    text = _GROUPED.sub(lambda match: re.sub(rf"{_GAP}| ", "", match[1]), text)
+    if not re.match(r"[\s$]*(?:\\left)?\\?[(\[{]", text):  # in brackets a comma separates entries: (1,234)
+        text = _COMMAS.sub(lambda match: match[1].replace(",", ""), text)
     return text
 
 
@@ -108,32 +112,32 @@ def _is_command(name: str | None) -> bool:
     )
 
 
-_OTHERS = _listed("frac sqrt pi binom begin end infty pm mp cup cap in leq geq neq circ overline")
+_OTHERS = _word_set("frac sqrt pi binom begin end infty pm mp cup cap in leq geq neq circ overline")
 
 
 def _tokens(text: str) -> list[str] | None:
-    found: list[str] = []
+    tokens: list[str] = []
     position = 0
     while position < len(text):
         piece = _PIECE.match(text, position)
         assert piece is not None, "its last group takes any character"
-        position, said = piece.end(), piece[0]
+        position, written = piece.end(), piece[0]
         if piece["number"]:
-            found.append(said)
+            tokens.append(written)
         elif piece["word"]:
-            found += _word(said)
+            tokens += _word(written)
         elif piece["command"]:
-            behind = _command(text, position, said[1:], found)
+            behind = _command(text, position, written[1:], tokens)
             if behind is None:
                 return None
             position = behind
-        elif piece["other"] and said not in "$~":
-            found.append(said)
-    return _joined(found)
+        elif piece["other"] and written not in "$~":
+            tokens.append(written)
+    return _joined(tokens)
 
 
 def _word(word: str) -> list[str]:
-    """Letters one by one, but for words of plain writing."""
+    """Returns the tokens of a run of letters: one for each letter, or one for a word of plain writing."""
     if word.lower() in _PLAIN_WORDS:
         return [f'"{word.lower()}"']
     if word in FUNCTIONS or word in ("sqrt", "pi", "infty"):
@@ -147,38 +151,41 @@ def _word(word: str) -> list[str]:
     return list(word)
 
 
-def _command(text: str, position: int, name: str, found: list[str]) -> int | None:
-    """Append what `\\name` means; where reading goes on, None where its braces do not match."""
+def _command(text: str, position: int, name: str, tokens: list[str]) -> int | None:
+    """Appends what `\\name` means to `tokens`; returns the position behind it, None where its braces do not match."""
     if name in ("left", "right") and text.startswith(".", position):
         return position + 1
     if name in _WORDS:
-        return _words(text, position, found)
+        return _words(text, position, tokens)
     if name in ("mathbb", "mathcal", "hspace", "color", "phantom", "vspace") and (
         group := re.compile(r"\s*\{([^{}]*)\}").match(text, position)
     ):
         if name in ("mathbb", "mathcal"):
-            found.append(f"\\{group[1] * 2 if name == 'mathbb' else group[1]}")
+            tokens.append(f"\\{group[1] * 2 if name == 'mathbb' else group[1]}")
         return group.end()
     if name in ("begin", "end") and (group := re.compile(r"\{([a-z]+)\*?\}").match(text, position)):
         position = group.end()
         if name == "begin" and (columns := re.compile(r"\{[lcr| ]*\}").match(text, position)):
             position = columns.end()
-        found.append(f"\\{name}:{group[1]}")
+        tokens.append(f"\\{name}:{group[1]}")
         return position
     if name in _GONE or name in (",", ";", ":", "!", " ", "(", ")", "[", "]", "\n", "/"):
         return position
     name = _SAME.get(name, name)
     if name in ("$", "%", '"or"', '"and"', '"euro"', '"pound"', "<", ">", "*", "/", "|", "[", "]", "(", ")", ":", "e"):
-        found.append('"dollar"' if name == "$" else name)
+        tokens.append('"dollar"' if name == "$" else name)
     elif name in ("#", "&", "_"):
         return None
     else:
-        found.append(name if name.startswith("\\") and len(name) == 2 else f"\\{name}")
+        tokens.append(name if name.startswith("\\") and len(name) == 2 else f"\\{name}")
     return position
 
 
-def _words(text: str, position: int, found: list[str]) -> int | None:
-    """The argument of \\text and its like: words, a function's name, or mathematics where it holds digits or TeX."""
+def _words(text: str, position: int, tokens: list[str]) -> int | None:
+    """Appends the argument of \\text and its like: words, a function's name, or mathematics if it holds digits or TeX.
+
+    Returns the position behind it; None where its braces do not match.
+    """
     begin = text.find("{", position)
     if begin < 0 or text[position:begin].strip():
         return position
@@ -191,16 +198,16 @@ def _words(text: str, position: int, found: list[str]) -> int | None:
         return None
     inner = text[begin + 1 : end].strip(" ~")
     if inner in FUNCTIONS and inner not in UNIT_OF:
-        found.append(f"\\{inner}")
-    elif inner in ("e", "i") or (inner.isupper() and inner.isalpha() and not found and len(inner) > 1):
-        found += _word(inner)
+        tokens.append(f"\\{inner}")
+    elif inner in ("e", "i") or (inner.isupper() and inner.isalpha() and not tokens and len(inner) > 1):
+        tokens += _word(inner)
     elif re.fullmatch(r"[A-Za-z][A-Za-z .'-]*", inner):
-        found.append(f'"{_as_words(inner)}"')
+        tokens.append(f'"{_as_words(inner)}"')
     elif inner:
         inside = _tokens(inner)
         if inside is None:
             return None
-        found += inside
+        tokens += inside
     return end + 1
 
 
@@ -210,12 +217,12 @@ def _as_words(text: str) -> str:
 
 
 def _joined(tokens: list[str]) -> list[str]:
-    """Words that follow each other are one token, but for `or` and `and`, which separate."""
-    found: list[str] = []
+    """Joins words that follow each other to one token, except `or` and `and`, which separate."""
+    joined: list[str] = []
     for token in tokens:
-        both = found and token[0] == '"' == found[-1][0] and len(token) > 1 and len(found[-1]) > 1
-        if both and not {token, found[-1]} & {'"or"', '"and"', '"dollar"'}:
-            found[-1] = f"{found[-1][:-1]} {token[1:]}"
+        both = joined and token[0] == '"' == joined[-1][0] and len(token) > 1 and len(joined[-1]) > 1
+        if both and not {token, joined[-1]} & {'"or"', '"and"', '"dollar"'}:
+            joined[-1] = f"{joined[-1][:-1]} {token[1:]}"
         else:
-            found.append(token)
-    return found
+            joined.append(token)
+    return joined

@@ -1,4 +1,4 @@
-"""Where does an answer's unit begin? Its tokens, cut into a value and what it counts: 5 cm, $5, 5 %, 5^\\circ, 101_2.
+"""Where does an answer's unit begin? The tokens are cut into a value and a unit: 5 cm, $5, 5 %, 5^\\circ, 101_2.
 
 Left out: what a unit is called (`units.py`).
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from megatron_powerflow.data.expressions import Unreadable, is_number
+from megatron_powerflow.data.expressions import UnreadableError, is_number
 from megatron_powerflow.data.units import SCALES, unit_of
 
 
 def split_unit(tokens: list[str]) -> tuple[list[str], str | None, int]:
-    """(the rest, the unit, what it multiplies by: 5 million people). Raises Unreadable for words that are no unit."""
+    """Returns (the value's tokens, the unit or None, the factor that the words say: 10^6 for 5 million people).
+
+    Raises UnreadableError where words stand behind the value that are no unit.
+    """
     if tokens[0] in ('"dollar"', '"euro"', '"pound"') and len(tokens) > 1:
         body, unit, scale = split_unit(tokens[1:])
         return (body, tokens[0].strip('"'), scale) if unit is None else (tokens, None, 1)
@@ -43,17 +46,17 @@ def split_unit(tokens: list[str]) -> tuple[list[str], str | None, int]:
     scale, words = _split_scale(words)
     unit = unit_of(words.replace("^", " ^ ")) if "^" not in words else _unit_with_power(words)
     if (words and unit is None) or tokens[start - 1] in ("+", "-", "*", "/", "^", "_"):
-        raise Unreadable
+        raise UnreadableError
     return tokens[:start], unit, scale
 
 
-def _belongs_to_unit(tokens: Sequence[str], place: int) -> bool:
-    token = tokens[place]
+def _belongs_to_unit(tokens: Sequence[str], index: int) -> bool:
+    token = tokens[index]
     if token[0] == '"':
         return token not in ('"or"', '"and"')
-    per_letter = len(token) == 1 and token.isalpha() and place > 1 and tokens[place - 1] == "/"
+    per_letter = len(token) == 1 and token.isalpha() and index > 1 and tokens[index - 1] == "/"
     if per_letter or token in ("^", "{", "}", "/", "2", "3"):
-        return any(other[0] == '"' for other in tokens[max(0, place - 4) : place])
+        return any(other[0] == '"' for other in tokens[max(0, index - 4) : index])
     return False
 
 
@@ -63,12 +66,12 @@ def _split_scale(words: str) -> tuple[int, str]:
 
 
 def _unit_with_power(words: str) -> str | None:
-    found = re.fullmatch(r"([A-Za-z ]+(?:/[A-Za-z]+)?)\^(\d)(?:/([A-Za-z]+))?", words)
-    if found is None or (unit := unit_of(found[1])) is None:
+    match = re.fullmatch(r"([A-Za-z ]+(?:/[A-Za-z]+)?)\^(\d)(?:/([A-Za-z]+))?", words)
+    if match is None or (unit := unit_of(match[1])) is None:
         return None
-    return f"{unit}^{found[2]}" + (f" per {unit_of(found[3])}" if found[3] else "")
+    return f"{unit}^{match[2]}" + (f" per {unit_of(match[3])}" if match[3] else "")
 
 
 def _is_one_number(tokens: Sequence[str]) -> bool:
-    """No sum or product, of which a degree would belong to the last part only."""
+    """Whether the tokens are no sum or product: a degree sign behind one would belong to its last part only."""
     return not {"+", "*"} & set(tokens) and not any(token[1:] in ("sin", "cos", "tan") for token in tokens)

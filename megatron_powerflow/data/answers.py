@@ -1,11 +1,12 @@
 """Which answer does a response give, and are two answers the same one?
 
 An answer is what stands in the last box that is not in a thought. Each is read once, to a value and the name and unit
-that it says (`answer_reading.py`); two answers are the same where the values are equal and neither names nor units
-contradict each other. So 5 cm and 5 are one answer, 5 cm and 5 inches are two: a bare number fits either of them.
+that it says (`answer_reading.py`). Two answers are the same where the values are equal and neither names nor units
+contradict each other. So 5 cm and 5 are the same answer, 5 cm and 5 inches are two: a bare number fits either of them.
 
-Clusters are classes whatever the order: a bare 5 joins the 5 cm where that is the only unit said with 5 in the group,
-and stands alone beside 5 cm and 5 inches. The rules, with a table that the tests read: ANSWERS.md.
+Clusters are classes that do not depend on the order of the answers: a bare 5 joins the 5 cm where that is the only unit
+said with 5 in the group, and stands alone beside 5 cm and 5 inches. ANSWERS.md has the rules, with a table that the
+tests read.
 
 Left out: rewards made of equality (`training/rewards.py`), the readers of benchmarks (`evaluation/`).
 """
@@ -16,43 +17,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from megatron_powerflow.data.answer_reading import Answer, read_answer
+from megatron_powerflow.data.answer_reading import ParsedAnswer, read_answer
 from megatron_powerflow.data.boxes import last_boxed
 
 THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
 
 
 def extract_answer(response: str) -> str | None:
-    """What stands in the last box behind the last thought; None without one, and where a thought does not end."""
-    said = response.rpartition(END_OF_THOUGHT)[2]
-    return last_boxed(said.partition(THOUGHT)[0])
+    """Returns the content of the last box that is in no thought; None without one.
+
+    A thought that does not end reaches to the end of the response.
+    """
+    behind_thoughts = response.rpartition(END_OF_THOUGHT)[2]
+    return last_boxed(behind_thoughts.partition(THOUGHT)[0])
 
 
 def same_answer(gold: str, given: str | None) -> bool:
-    """Is `given` the answer `gold`? Symmetric. No answer is no answer's equal."""
+    """Whether `given` is the answer `gold`; the relation is symmetric. A missing answer (None) equals no answer."""
     return given is not None and agree(read_answer(gold), read_answer(given))
 
 
-def agree(one: Answer, other: Answer) -> bool:
-    """Equal values, and no name or unit that differs."""
-    return one.value == other.value and _fits(one.name, other.name) and _fits(one.unit, other.unit)
+def agree(first: ParsedAnswer, second: ParsedAnswer) -> bool:
+    """Whether two answers have equal values, and no names or units that differ."""
+    return first.value == second.value and _fits(first.name, second.name) and _fits(first.unit, second.unit)
 
 
 def cluster_answers(answers: Sequence[str | None]) -> list[int]:
-    """Cluster of each answer: equal answers share a number, clusters are numbered by first appearance.
+    """Returns the cluster of each answer: equal answers share a number, numbered by first appearance.
 
     A missing answer is a cluster of its own (EMPO, github.com/QingyangZhang/EMPO).
     """
-    classes = iter(cluster_read([read_answer(answer) for answer in answers if answer is not None]))
+    classes = iter(equality_classes([read_answer(answer) for answer in answers if answer is not None]))
     number: dict = {}
     return [
-        number.setdefault(("none", place) if answer is None else next(classes), len(number))
-        for place, answer in enumerate(answers)
+        number.setdefault(("none", index) if answer is None else next(classes), len(number))
+        for index, answer in enumerate(answers)
     ]
 
 
-def cluster_read(answers: Sequence[Answer]) -> list[Answer]:
-    """The class of each: a name or unit that is left out is the one that the others give this value, if it is one."""
+def equality_classes(answers: Sequence[ParsedAnswer]) -> list[ParsedAnswer]:
+    """Returns the class of each answer, as an answer that is equal for equal ones.
+
+    A name or unit that an answer leaves out is taken from the answers with the same value, where they agree on one.
+    """
     names: dict = {}
     units: dict = {}
     for answer in answers:
@@ -64,25 +71,31 @@ def cluster_read(answers: Sequence[Answer]) -> list[Answer]:
     ]
 
 
-def _only(said: str | None, among: set[str | None]) -> str | None:
+def _only(stated: str | None, among: set[str | None]) -> str | None:
     others = among - {None}
-    return next(iter(others)) if said is None and len(others) == 1 else said
+    return next(iter(others)) if stated is None and len(others) == 1 else stated
 
 
-def _fits(one: str | None, other: str | None) -> bool:
-    return one is None or other is None or one == other
+def _fits(first: str | None, second: str | None) -> bool:
+    return first is None or second is None or first == second
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """correct is None without a gold answer; cluster numbers equal answers of one question, None without an answer."""
+    """Holds the grade of one answer.
+
+    correct: None without a gold answer. cluster: equal answers to a question share a number; None without an answer.
+    """
 
     correct: bool | None
     cluster: int | None
 
 
 def grade(answers: Sequence[str | None], gold: str | None, tolerance: float | None = None) -> list[Grade]:
-    """Of the answers to one question, in their order."""
+    """Returns the grades of the answers to one question, in their order.
+
+    tolerance: numbers this near to the gold answer are right, too; None allows equal ones only.
+    """
     read = _read_all(answers)
     return [
         Grade(correct, cluster)
@@ -91,36 +104,36 @@ def grade(answers: Sequence[str | None], gold: str | None, tolerance: float | No
 
 
 def verdicts(answers: Sequence[str | None], gold: str | None, tolerance: float | None = None) -> list[bool | None]:
-    """Right or not; no answer is wrong; None where there is no gold answer."""
+    """Returns whether each answer is right; a missing answer is wrong; None where there is no gold answer."""
     return [None] * len(answers) if gold is None else _verdicts(_read_all(answers), gold, tolerance)
 
 
 def clusters(answers: Sequence[str | None]) -> list[int | None]:
-    """Equal answers share a number, by first appearance; None without an answer."""
+    """Returns the cluster of each answer, numbered by first appearance; None for a missing answer."""
     return _clusters(_read_all(answers))
 
 
-def _read_all(answers: Sequence[str | None]) -> list[Answer | None]:
-    """What is spelt alike is read once."""
+def _read_all(answers: Sequence[str | None]) -> list[ParsedAnswer | None]:
+    """Reads the answers; those with the same text are read once."""
     read = {answer: read_answer(answer) for answer in dict.fromkeys(answers) if answer is not None}
     return [None if answer is None else read[answer] for answer in answers]
 
 
-def _verdicts(read: Sequence[Answer | None], gold: str | None, tolerance: float | None) -> list[bool | None]:
+def _verdicts(read: Sequence[ParsedAnswer | None], gold: str | None, tolerance: float | None) -> list[bool | None]:
     if gold is None:
         return [None] * len(read)
     right = read_answer(gold)
     return [answer is not None and _is_correct(answer, right, tolerance) for answer in read]
 
 
-def _clusters(read: Sequence[Answer | None]) -> list[int | None]:
-    classes = iter(cluster_read([answer for answer in read if answer is not None]))
-    number: dict[Answer, int] = {}
+def _clusters(read: Sequence[ParsedAnswer | None]) -> list[int | None]:
+    classes = iter(equality_classes([answer for answer in read if answer is not None]))
+    number: dict[ParsedAnswer, int] = {}
     return [None if answer is None else number.setdefault(next(classes), len(number)) for answer in read]
 
 
-def _is_correct(answer: Answer, gold: Answer, tolerance: float | None) -> bool:
-    """The gold answer, or a number within `tolerance` of it where both are rational numbers."""
+def _is_correct(answer: ParsedAnswer, gold: ParsedAnswer, tolerance: float | None) -> bool:
+    """Whether the answer is the gold one, or within `tolerance` of it where both are rational numbers."""
     if agree(gold, answer):
         return True
     if tolerance is None or not (isinstance(answer.value, Fraction) and isinstance(gold.value, Fraction)):

@@ -1,7 +1,7 @@
 """Which rollouts share a forward pass? One plan per optimizer update, for all data-parallel ranks at once.
 
-Made of lengths alone, on CPU, so that every rank comes to the same plan: groups are dealt to the ranks by their FLOPs,
-then each rank's rollouts are put into micro-batches of a token budget, the same number of them on every rank.
+The plan is made of lengths alone, on CPU, so that every rank comes to the same one. Groups are dealt to the ranks by
+their FLOPs; then each rank's rollouts are put into micro-batches of a token budget, the same number on every rank.
 
     groups (FLOPs)  9 5 4 2   --2 ranks, 2 groups each-->   rank 0: 9 2   rank 1: 5 4
     rollouts of a rank        --budget, FLOPs-->            micro-batches, the heaviest first; empty ones are dummies
@@ -19,11 +19,11 @@ from megatron_powerflow.architecture import Architecture
 
 @dataclass(frozen=True, slots=True)
 class BinRule:
-    """What a micro-batch must be like.
+    """Says which sizes a micro-batch may have.
 
     max_tokens: of all its sequences, padding included. sequence_multiple: each sequence is padded to a multiple of this
-    (2 cp pieces). total_multiple: so is the sum (cp shares that sequence parallelism and FP8 can split).
-    count_multiple: of micro-batches (pp with interleaving).
+    (2 cp pieces). total_multiple: the sum is padded to a multiple of this (cp shares that sequence parallelism and FP8
+    can split). count_multiple: the number of micro-batches is a multiple of this (pp with interleaving).
     """
 
     max_tokens: int
@@ -33,15 +33,17 @@ class BinRule:
 
     @property
     def capacity(self) -> int:
+        """Returns the most tokens of a micro-batch, padding included."""
         return self.max_tokens // self.total_multiple * self.total_multiple
 
     def padded(self, num_tokens: int) -> int:
+        """Returns the length of a padded sequence, in tokens."""
         return -(-num_tokens // self.sequence_multiple) * self.sequence_multiple
 
 
 @dataclass(frozen=True, slots=True)
 class FlopCount:
-    """FLOPs of one forward pass of a sequence of t tokens: linear * t + quadratic * t^2."""
+    """Counts the FLOPs of one forward pass of a sequence of t tokens: linear * t + quadratic * t^2."""
 
     linear: float
     quadratic: float
@@ -51,8 +53,11 @@ class FlopCount:
 
 
 def flop_count(architecture: Architecture) -> FlopCount:
-    """Matrix products, 2 FLOPs per weight that a token meets (`active_weights`); causal attention, half of
-    2 t^2 * heads * (width of keys + width of values) a layer, whatever its window."""
+    """Returns the count of a model's FLOPs.
+
+    Matrix products take 2 FLOPs per weight that a token meets (`active_weights`); causal attention takes half of
+    2 t^2 * heads * (width of keys + width of values) per layer, whatever its window.
+    """
     a = architecture
     value_head_dim = a.mla.v_head_dim if a.mla else a.head_dim
     quadratic = a.num_layers * a.num_attention_heads * (a.head_dim + value_head_dim)
@@ -60,8 +65,11 @@ def flop_count(architecture: Architecture) -> FlopCount:
 
 
 def active_weights(architecture: Architecture) -> int:
-    """Weights that one token is multiplied with: attention, MLP or its chosen and shared experts and their router, and
-    the head, tied or not. Looking up an embedding multiplies nothing; norms and biases are left out."""
+    """Returns the number of weights that one token is multiplied with.
+
+    They are attention, the MLP or its chosen and shared experts with their router, and the head, tied or not. Looking
+    up an embedding multiplies nothing; norms and biases are left out.
+    """
     a = architecture
     mlp = 3 * a.hidden_size * a.ffn_hidden_size
     mlps = a.num_layers * mlp
@@ -73,7 +81,7 @@ def active_weights(architecture: Architecture) -> int:
 
 
 def _attention_weights(a: Architecture) -> int:
-    """Of one layer."""
+    """Returns the attention weights of one layer."""
     if a.mla is None:
         return 2 * a.hidden_size * (a.query_width + a.key_width)
     m = a.mla
@@ -86,39 +94,41 @@ def _attention_weights(a: Architecture) -> int:
 
 
 def groups_fit(groups: Sequence[Sequence[int]], rule: BinRule) -> bool:
-    """Whether each group has room in one micro-batch."""
+    """Whether each group fits into one micro-batch. groups: lengths in tokens."""
     return max(sum(map(rule.padded, group)) for group in groups) <= rule.capacity
 
 
 def plan_update(
     groups: Sequence[Sequence[int]], dp_size: int, rule: BinRule, flops: FlopCount, *, together: bool
 ) -> list[list[list[tuple[int, int]]]]:
-    """groups[q][i]: tokens of rollout i of group q. Returns, for each data-parallel rank, its micro-batches as lists of
-    (q, i); equally many on every rank, an empty one being a dummy. Groups stay whole on their rank, and every rank gets
-    equally many of them; together: whole in their micro-batch, too, for which `groups_fit` must hold. dp_size divides
-    the number of groups; no rollout is over the rule's capacity.
+    """Returns, for each data-parallel rank, its micro-batches as lists of (q, i): rollout i of group q.
+
+    groups[q][i]: its length in tokens. Every rank gets equally many micro-batches, of which an empty one is a dummy.
+    Groups stay whole on their rank, and every rank gets equally many of them. together: they stay whole in their
+    micro-batch, too, for which `groups_fit` must hold. dp_size divides the number of groups, and no rollout is over the
+    rule's capacity.
     """
     assert len(groups) % dp_size == 0 and groups
     costs = [sum(flops(length) for length in group) for group in groups]
-    ranks = []  # of each rank, what goes into one micro-batch whatever else does
+    ranks = []  # for each rank its units: lists of (q, i) that share a micro-batch in any case
     for dealt in deal(costs, dp_size, len(groups) // dp_size):
         rollouts = [[(q, i) for i in range(len(groups[q]))] for q in dealt]
         ranks.append(rollouts if together else [[item] for group in rollouts for item in group])
-    sizes = [[sum(rule.padded(groups[q][i]) for q, i in unit) for unit in own] for own in ranks]
+    sizes = [[sum(rule.padded(groups[q][i]) for q, i in unit) for unit in units] for units in ranks]
     assert max(map(max, sizes)) <= rule.capacity, "refused by plan_layout before"
-    fewest = max(len(first_fit(own, rule.capacity)) for own in sizes)
+    fewest = max(len(first_fit(unit_sizes, rule.capacity)) for unit_sizes in sizes)
     count = -(-fewest // rule.count_multiple) * rule.count_multiple
     plan = []
-    for own, own_sizes in zip(ranks, sizes, strict=True):
-        own_costs = [sum(flops(groups[q][i]) for q, i in unit) for unit in own]
-        bins = fill_evenly(own_sizes, own_costs, rule.capacity, count)
-        bins.sort(key=lambda bin: (-sum(own_costs[place] for place in bin), bin))
-        plan.append([[item for place in bin for item in own[place]] for bin in bins])
+    for units, unit_sizes in zip(ranks, sizes, strict=True):
+        unit_costs = [sum(flops(groups[q][i]) for q, i in unit) for unit in units]
+        bins = fill_evenly(unit_sizes, unit_costs, rule.capacity, count)
+        bins.sort(key=lambda bin: (-sum(unit_costs[index] for index in bin), bin))
+        plan.append([[item for index in bin for item in units[index]] for bin in bins])
     return plan
 
 
 def deal(costs: Sequence[float], num_shares: int, per_share: int) -> list[list[int]]:
-    """Indices in `num_shares` shares of `per_share`, their costs as even as dealing the dearest first makes them."""
+    """Deals the indices of `costs` into `num_shares` shares of `per_share`, the dearest first to the cheapest share."""
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     totals = [0.0] * num_shares
     for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
@@ -129,34 +139,36 @@ def deal(costs: Sequence[float], num_shares: int, per_share: int) -> list[list[i
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: few bins (at most 11/9 of the fewest, plus 6/9), none over capacity."""
+    """Returns bins of indices by first-fit decreasing: at most 11/9 of the fewest, plus 6/9, none over capacity."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in _largest_first(sizes):
-        place = next((b for b, free in enumerate(room) if free >= sizes[index]), None)
-        if place is None:
+        bin_index = next((b for b, free in enumerate(room) if free >= sizes[index]), None)
+        if bin_index is None:
             bins.append([])
             room.append(capacity)
-            place = len(bins) - 1
-        bins[place].append(index)
-        room[place] -= sizes[index]
+            bin_index = len(bins) - 1
+        bins[bin_index].append(index)
+        room[bin_index] -= sizes[index]
     return bins
 
 
 def fill_evenly(sizes: Sequence[int], costs: Sequence[float], capacity: int, num_bins: int) -> list[list[int]]:
-    """`num_bins` bins, none over capacity, the costs as even as they come; empty ones where there is too little to fill
-    them. num_bins is at least what `first_fit` needs."""
+    """Returns `num_bins` bins of indices, none over capacity, with costs as even as they can easily be made.
+
+    Bins stay empty where there are too few sizes to fill them. num_bins is at least what `first_fit` needs.
+    """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     totals, room = [0.0] * num_bins, [capacity] * num_bins
     for index in _largest_first(sizes):
         fitting = [b for b in range(num_bins) if room[b] >= sizes[index]]
-        if not fitting:  # evenness came at the price of room
-            found = first_fit(sizes, capacity)
-            return found + [[] for _ in range(num_bins - len(found))]
-        place = min(fitting, key=lambda b: (totals[b], b))
-        bins[place].append(index)
-        totals[place] += costs[index]
-        room[place] -= sizes[index]
+        if not fitting:  # even costs have wasted room
+            dense = first_fit(sizes, capacity)
+            return dense + [[] for _ in range(num_bins - len(dense))]
+        bin_index = min(fitting, key=lambda b: (totals[b], b))
+        bins[bin_index].append(index)
+        totals[bin_index] += costs[index]
+        room[bin_index] -= sizes[index]
     return bins
 
 

@@ -29,22 +29,22 @@ _EMPTY = re.compile(r"(?:\s|[${}~]|\\[,;:! ()\[\]]|\\(?:text|mathrm|textbf|quad|
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last box that closes and holds something, without spaces at its ends; None without one.
+    """Returns the content of the last box that closes and is not empty, without spaces at its ends; None without one.
 
-    Of boxes in boxes the inner one. Time and memory are linear in the text.
+    Of nested boxes the inner one counts. Time and memory are linear in the text.
     """
     return next(_from_the_last(text), None)
 
 
 def all_boxed(text: str) -> list[str]:
-    """What stands in each box that closes and holds something, in order."""
+    """Returns the content of each box that closes and is not empty, in order."""
     return [*_from_the_last(text)][::-1]
 
 
 def _from_the_last(text: str) -> Iterator[str]:
-    boxes: list[int] = []  # where a box's name ends
+    boxes: list[int] = []  # the positions at which a box's name ends
     open_groups: list[int] = []
-    closes: dict[int, int] = {}  # where a group's { is: where its } is
+    closes: dict[int, int] = {}  # position of a group's { -> position of its }
     for token in _TOKEN.finditer(text):
         if token[0] == "{":
             open_groups.append(token.start())
@@ -69,12 +69,12 @@ def _is_empty(text: str, begin: int, end: int) -> bool:
 
 def _after_space(text: str, position: int) -> int:
     space = _SPACE.match(text, position)
-    assert space is not None, "it matches no space, too"
+    assert space is not None, "the pattern matches the empty text, too"
     return space.end()
 
 
 def _after_options(text: str, position: int) -> int:
-    """Behind spaces and the [width][place] that \\framebox may have."""
+    """Returns the position behind spaces and the [width][alignment] that \\framebox may have."""
     for _ in range(2):
         position = _after_space(text, position)
         option = _OPTION.match(text, position)
@@ -85,7 +85,7 @@ def _after_options(text: str, position: int) -> int:
 
 
 def _end_of_bare(text: str, begin: int, closes: Mapping[int, int]) -> int | None:
-    """The end of an argument without braces: a number, a lone letter, or a command with its arguments."""
+    """Returns the end of an argument without braces: a number, a lone letter, or a command with its arguments."""
     if bare := _BARE.match(text, begin):
         return bare.end()
     command = _COMMAND.match(text, begin)

@@ -1,11 +1,11 @@
-"""Which template writes a conversation, and what may it do? The one of the model's folder, for a while.
+"""Which template writes a conversation, and what may it do? The template of the model's folder, within a time limit.
 
-A folder can say its template in three places: chat_template.jinja, chat_template.json and tokenizer_config.json. Two
-that differ are refused: transformers 4 and 5 and vLLM do not all take the same one.
+A folder can hold its template in three files: chat_template.jinja, chat_template.json and tokenizer_config.json. Two
+that differ are refused, since transformers 4 and 5 and vLLM do not all take the same one.
 
-A template is a program of somebody else's. transformers renders it in Jinja's sandbox, which keeps it from code and
-files, and not from looping for ever: it has RENDER_SECONDS. One that asks for today's date is told the date that the
-caller gives, so that a run has one date and not each start its own.
+A template is somebody else's program. transformers renders it in Jinja's sandbox, which keeps it from code and files,
+but not from looping for ever; so it has RENDER_SECONDS. A template that asks for today's date gets the date that the
+caller gives, so that a run has one date however often it is started.
 
 Left out: which conversations are prompts (`conversation.py`).
 """
@@ -29,11 +29,11 @@ JINJA_NAME, JSON_NAME, CONFIG_NAME = "chat_template.jinja", "chat_template.json"
 
 
 def template_refusals(folder: Path) -> list[str]:
-    """Why the folder's templates cannot be used: two places say different ones. Reads only."""
-    found = {name: text for name in (JINJA_NAME, JSON_NAME, CONFIG_NAME) if (text := _template_in(folder / name))}
-    if len({text.strip() for text in found.values()}) < 2:
+    """Returns why the folder's templates cannot be used: two files hold different ones. Empty where all is well."""
+    templates = {name: text for name in (JINJA_NAME, JSON_NAME, CONFIG_NAME) if (text := _template_in(folder / name))}
+    if len({text.strip() for text in templates.values()}) < 2:
         return []
-    first, second = list(found)[:2]
+    first, second = list(templates)[:2]
     return [
         f"{folder}: {first} and {second} hold different chat templates; transformers and vLLM do not all take the same "
         "one: take away the one that the model was not trained with"
@@ -41,7 +41,7 @@ def template_refusals(folder: Path) -> list[str]:
 
 
 def _template_in(path: Path) -> str | None:
-    """The default template that a file holds; None where it holds none, or cannot be read (its reader will say so)."""
+    """Returns the default template in a file; None where it holds none, or cannot be read (its reader will say so)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
@@ -59,30 +59,33 @@ def _template_in(path: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """How a run writes conversations. template: in place of the folder's; arguments: variables of the template;
-    today: what a template that asks for the date is told."""
+class ConversationSettings:
+    """Says how a run writes conversations.
+
+    template: the text of one that replaces the folder's, or None. arguments: variables of the template. today: the date
+    for a template that asks for it.
+    """
 
     template: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     today: date = field(default_factory=date.today)
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], how: Conversation) -> str:
-    """The conversation as the template writes it, up to where the assistant is to answer.
+def render(tokenizer: Any, messages: list[dict[str, str]], settings: ConversationSettings) -> str:
+    """Returns the conversation as the template writes it, up to where the assistant is to answer.
 
     Raises UserError where the template refuses the messages, fails, or takes too long.
     """
-    today = datetime(how.today.year, how.today.month, how.today.day)
+    today = datetime(settings.today.year, settings.today.month, settings.today.day)
     try:
         with _at_most(RENDER_SECONDS):
             return tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=True,
-                chat_template=how.template,
+                chat_template=settings.template,
                 strftime_now=today.strftime,
-                **how.arguments,
+                **settings.arguments,
             )
     except _TooLongError:
         raise UserError(
@@ -99,8 +102,10 @@ class _TooLongError(Exception):
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises _TooLongError in the block after so long. In the main thread, where alone Python delivers signals; without
-    a limit elsewhere."""
+    """Raises _TooLongError in the block after so many seconds.
+
+    It does so in the main thread only, where alone Python delivers signals; other threads have no limit.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

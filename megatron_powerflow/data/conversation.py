@@ -11,20 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 ROLES = ("system", "user", "assistant")
-# as ShareGPT and others spell them
-CALLED_OTHERWISE = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "model": "assistant"}
+# the roles, and what ShareGPT and others call them
+ROLE_ALIASES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
 def conversation_violation(messages: Sequence[dict[str, object]]) -> str | None:
-    """Why these messages are no prompt, with what to do; None when they are.
+    """Returns why these messages are no prompt, and what to do; None when they are one.
 
-    messages: each with texts under "role" and "content". What holds: known roles, no empty message, at most one of the
-    system and that first, the last one the user's.
+    messages: each with texts under "role" and "content". A prompt has known roles only, no empty message, at most one
+    message of the system, which comes first, and ends with the user's.
     """
     for number, message in enumerate(messages, start=1):
         role, content = message["role"], str(message["content"])
         if role not in ROLES:
-            other = CALLED_OTHERWISE.get(str(role).lower())
+            other = ROLE_ALIASES.get(str(role).lower())
             hint = f"; call it {other}" if other else "; take it out"
             return f"message {number} of messages has role {role!r:.40}; known are {', '.join(ROLES)}{hint}"
         if not content.strip():
@@ -33,8 +33,8 @@ def conversation_violation(messages: Sequence[dict[str, object]]) -> str | None:
             return f"message {number} of messages calls tools, which are not supported; take it out"
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
-        place = roles.index("system", 1) + 1
-        return f"message {place} of messages is the system's; there may be one, and it comes first"
+        number = roles.index("system", 1) + 1
+        return f"message {number} of messages is the system's; there may be one, and it comes first"
     if "user" not in roles:
         return "messages hold no turn of the user, so nothing is asked; add it"
     if roles[-1] == "assistant":

@@ -1,12 +1,12 @@
-"""Which number or function does a formula of an answer say? Tokens in, a tree out; its value at a point, bounded.
+"""Which number or function is a formula of an answer? Tokens in, a tree out.
 
     tree := Fraction | "symbol" | ("pi",) | (operation, tree, ...)
 
-The parser is ours because an answer is hostile: published LaTeX parsers compute while they read (9^{9^{9}} does not
-end), read half an answer and drop the rest, and stop at \\frac12. Here work is bounded by size: MAX_CHARACTERS of text,
-MAX_DEPTH levels, MAX_STEPS; everything else raises Unreadable, and the answer is compared as text.
+The parser is ours because an answer may be hostile: published LaTeX parsers compute while they read (9^{9^{9}} does not
+end), read half an answer and drop the rest, and stop at \\frac12. Here the work is bounded by MAX_CHARACTERS of text,
+MAX_DEPTH levels and MAX_STEPS. Everything else raises UnreadableError, and the answer is compared as text.
 
-Left out: sets, intervals, equations, units (`answer_reading.py`); keys (`fingerprints.py`).
+Left out: sets, intervals, equations, units (`answer_reading.py`); values and keys (`fingerprints.py`).
 """
 
 from __future__ import annotations
@@ -19,57 +19,59 @@ from megatron_powerflow.data.answer_tokens import FUNCTIONS, SYMBOLS
 
 MAX_DEPTH = 24
 MAX_DIGITS = 400
-MAX_STEPS = 400  # of the parser: sums, products and powers are trees as deep as they are long
-GAMMA_STEPS = 60  # what a factorial or binomial of variables costs beside a sum
+MAX_STEPS = 400  # of the parser, since sums, products and powers are trees as deep as they are long
+GAMMA_STEPS = 60  # the steps that a factorial or binomial of variables costs, where a sum costs 1
 
 Tree = Fraction | str | tuple
 
 
-class Unreadable(Exception):
-    """Nothing that this file computes. Never leaves `data/`."""
+class UnreadableError(Exception):
+    """Says that tokens are no formula which this package computes. The error never leaves `data/`."""
 
 
 def parse_expression(tokens: Sequence[str]) -> Tree:
-    """The tree of all of the tokens. Raises Unreadable."""
+    """Returns the tree of all of the tokens. Raises UnreadableError."""
     parser = _Parser(tokens)
     tree = parser.sum()
     if parser.next() is not None:
-        raise Unreadable
+        raise UnreadableError
     return tree
 
 
 def symbols_of(tree: Tree) -> frozenset[str]:
-    """The names of the variables."""
+    """Returns the names of the variables in a tree."""
     if isinstance(tree, str):
         return frozenset([tree])
     return frozenset().union(*map(symbols_of, tree[1:])) if isinstance(tree, tuple) else frozenset()
 
 
 def with_value(tree: Tree, name: str, value: Fraction) -> Tree:
-    """The tree with a number in a variable's place."""
+    """Returns the tree with a number in place of a variable."""
     if tree == name:
         return value
     return (tree[0], *(with_value(part, name, value) for part in tree[1:])) if isinstance(tree, tuple) else tree
 
 
 def to_number(token: str) -> Fraction:
-    """Of a token that begins with a digit or a point. Raises Unreadable for 1e999."""
+    """Returns the value of a token that begins with a digit or a point. Raises UnreadableError for 1e999."""
     mantissa, _, exponent = token.lower().partition("e")
     if len(mantissa) > MAX_DIGITS or abs(int(exponent or 0)) > MAX_DIGITS:
-        raise Unreadable
+        raise UnreadableError
     return Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0)
 
 
 def is_number(token: str | None) -> TypeGuard[str]:
+    """Whether the token is a number."""
     return token is not None and (token[0].isdigit() or (token[0] == "." and len(token) > 1))
 
 
 def is_symbol(token: str | None) -> TypeGuard[str]:
+    """Whether the token is a letter or a TeX symbol such as \\alpha."""
     return token is not None and ((len(token) == 1 and token.isalpha()) or token[1:] in SYMBOLS)
 
 
 class _Parser:
-    """Recursive descent; each method reads one level of precedence and returns its tree."""
+    """Parses by recursive descent: each method reads one level of precedence and returns its tree."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens, self.position, self.depth, self.bars, self.operations = list(tokens), 0, 0, 0, 0
@@ -77,27 +79,27 @@ class _Parser:
     def next(self) -> str | None:
         return self.tokens[self.position] if self.position < len(self.tokens) else None
 
-    def take(self, *wanted: str) -> str | None:
-        """The next token if it is one of these."""
+    def take(self, *expected: str) -> str | None:
+        """Takes the next token if it is one of these; else returns None."""
         token = self.next()
-        if token in wanted:
+        if token in expected:
             self.position += 1
             return token
         return None
 
-    def need(self, wanted: str) -> None:
-        if self.take(wanted) is None:
-            raise Unreadable
+    def need(self, expected: str) -> None:
+        if self.take(expected) is None:
+            raise UnreadableError
 
     def count(self, steps: int = 1) -> None:
         self.operations += steps
         if self.operations > MAX_STEPS:
-            raise Unreadable
+            raise UnreadableError
 
     def sum(self) -> Tree:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unreadable
+            raise UnreadableError
         tree = self.product()
         while sign := self.take("+", "-"):
             self.count()
@@ -117,7 +119,7 @@ class _Parser:
                 return tree
 
     def starts_a_factor(self) -> bool:
-        """Does multiplication without a sign go on? Not with a number: 2 3 and x2 are unclear."""
+        """Whether a factor follows without a sign. A number is none: 2 3 and x2 are unclear."""
         token = self.next()
         if token is None or is_number(token):
             return False
@@ -129,7 +131,7 @@ class _Parser:
         if sign := self.take("+", "-"):
             self.depth += 1
             if self.depth > MAX_DEPTH:
-                raise Unreadable
+                raise UnreadableError
             tree = self.signed()
             self.depth -= 1
             return ("neg", tree) if sign == "-" else tree
@@ -143,7 +145,7 @@ class _Parser:
                 self.count(GAMMA_STEPS)
                 tree = ("!", tree)
             elif self.take("%"):
-                raise Unreadable  # 50% of something: a percentage is a unit at the end, or nothing
+                raise UnreadableError  # 50% of something: a percentage is a unit at the end, or nothing
             elif self.next() == "^":
                 self.position += 1
                 if self.take("\\circ"):
@@ -154,12 +156,12 @@ class _Parser:
                 else:
                     tree = ("^", tree, self.argument(whole=True))
                     if self.next() == "^":
-                        raise Unreadable  # a^b^c
+                        raise UnreadableError  # a^b^c
             else:
                 return tree
 
     def argument(self, *, whole: bool = False) -> Tree:
-        """A TeX argument. whole: of digits without braces all are meant (x^12), not the first (\\frac12)."""
+        """Reads a TeX argument. whole: all digits without braces belong to it (x^12), not only the first (\\frac12)."""
         if self.take("{"):
             tree = self.sum()
             self.need("}")
@@ -176,12 +178,12 @@ class _Parser:
             or (token is not None and token in ("\\pi", "\\frac", "\\sqrt", "e", "i"))
         ):
             return self.primary()
-        raise Unreadable
+        raise UnreadableError
 
     def primary(self) -> Tree:
         token = self.next()
         if token is None:
-            raise Unreadable
+            raise UnreadableError
         self.position += 1
         if is_number(token):
             return self.number(token)
@@ -208,18 +210,18 @@ class _Parser:
             return self.function(token[1:])
         if is_symbol(token):
             return self.symbol(token)
-        raise Unreadable
+        raise UnreadableError
 
     def number(self, token: str) -> Tree:
-        """A number; 1\\frac12 is one and a half; 0.1\\overline{6} repeats."""
+        """Reads a number; 1\\frac12 is one and a half; 0.1\\overline{6} repeats."""
         value = to_number(token)
         if self.tokens[self.position : self.position + 2] == ["\\overline", "{"] and "." in token:
             repeats, closing = [*self.tokens[self.position + 2 : self.position + 4], "", ""][:2]
             if not repeats.isdigit() or closing != "}":
-                raise Unreadable
+                raise UnreadableError
             self.position += 4
-            places = len(token.partition(".")[2])
-            return value + Fraction(int(repeats), 10**places * (10 ** len(repeats) - 1))
+            num_decimals = len(token.partition(".")[2])
+            return value + Fraction(int(repeats), 10**num_decimals * (10 ** len(repeats) - 1))
         if token.isdigit() and self.next() == "\\frac":
             before = self.position
             self.position += 1
@@ -228,7 +230,7 @@ class _Parser:
                 return value + above / below
             self.position = before
             if isinstance(above, Fraction) and isinstance(below, Fraction):
-                raise Unreadable  # 2\frac{7}{3}: neither of the two readings is safe
+                raise UnreadableError  # 2\frac{7}{3}: neither of the two readings is safe
         return value
 
     def root(self) -> Tree:
@@ -243,7 +245,7 @@ class _Parser:
         return ("root", self.argument(whole=True), Fraction(2))
 
     def function(self, name: str) -> Tree:
-        """sin x, sin^2 x, sin^{-1} x, log_2 8; the argument is in brackets or the product that follows."""
+        """Reads sin x, sin^2 x, sin^{-1} x, log_2 8; the argument is in brackets or the product that follows."""
         base = self.argument(whole=True) if name in ("log",) and self.take("_") else None
         exponent = self.argument(whole=True) if self.take("^") else None
         if self.next() in ("(", "{", "|", "["):
@@ -260,7 +262,7 @@ class _Parser:
         if exponent == ("neg", Fraction(1)) and f"arc{name}" in FUNCTIONS:
             return (f"arc{name}", argument)
         if isinstance(exponent, tuple):
-            raise Unreadable
+            raise UnreadableError
         tree = (name, argument) if base is None else ("/", ("ln", argument), ("ln", base))
         return tree if exponent is None else ("^", tree, exponent)
 
@@ -273,7 +275,7 @@ class _Parser:
         if name in ("e", "i"):
             return (name,)
         if name[0] in "fghFG" and self.next() == "(":
-            raise Unreadable  # an unknown function: f(2x) is not 2 f x
+            raise UnreadableError  # an unknown function: f(2x) is not 2 f x
         return name
 
     def subscript(self) -> str:
@@ -281,12 +283,12 @@ class _Parser:
             token = self.next()
             self.position += 1
             if token is None or not (is_number(token) or is_symbol(token)):
-                raise Unreadable
+                raise UnreadableError
             return token
         inside = []
         while (token := self.next()) != "}":
             if token is None or token == "{":
-                raise Unreadable
+                raise UnreadableError
             inside.append(token.strip('"'))
             self.position += 1
         self.position += 1

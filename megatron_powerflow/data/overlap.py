@@ -1,7 +1,7 @@
-"""Does a question of a training set stand in an evaluation set already? Overlap of word n-grams.
+"""Does an evaluation set hold a question of a training set already? That is decided by the overlap of word n-grams.
 
-Two questions are the same when they share half of the shorter one's runs of NGRAM words, or, if one is shorter than
-that, all of its words in order. What is compared has no case, punctuation or LaTeX spacing: copies differ in these.
+Two questions are the same when they share half of the shorter one's runs of NGRAM words. A question of fewer words must
+be equal, word by word. The comparison leaves out case, punctuation and LaTeX spacing, in which copies differ.
 
 Left out: other languages' translations, paraphrases.
 """
@@ -20,16 +20,16 @@ _SPACING = frozenset(["\\left", "\\right", "\\quad", "\\qquad", "\\displaystyle"
 
 
 def words_of(text: str) -> tuple[str, ...]:
-    """What is compared of a question: its words and numbers, in order."""
-    found = (word if word.startswith("\\") else word.lower() for word in _WORD.findall(text))
-    return tuple(_SAME.get(word, word) for word in found if word not in _SPACING)
+    """Returns what is compared of a question: its words and numbers, in order."""
+    words = (word if word.startswith("\\") else word.lower() for word in _WORD.findall(text))
+    return tuple(_SAME.get(word, word) for word in words if word not in _SPACING)
 
 
 class Overlap:
-    """Of questions with a set of others, given once."""
+    """Indexes questions, so that others can be compared with them."""
 
     def __init__(self, questions: Iterable[tuple[str, str]]) -> None:
-        """questions: (name, text)."""
+        """Builds the index. questions: (name, text)."""
         self._names: list[str] = []
         self._sizes: list[int] = []
         self._holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -45,16 +45,16 @@ class Overlap:
             self._names.append(name)
             self._sizes.append(len(grams))
 
-    def with_which(self, text: str) -> str | None:
-        """The name of a question that `text` is the same as; None."""
+    def overlapping_question(self, text: str) -> str | None:
+        """Returns the name of an indexed question that is the same as `text`; None where there is none."""
         words = words_of(text)
         if len(words) < NGRAM:
             return self._short.get(words)
         grams = _grams(words)
-        shared = Counter(place for gram in grams for place in self._holders.get(gram, ()))
-        for place, count in shared.most_common(1):
-            if count >= SHARE * min(len(grams), self._sizes[place]):
-                return self._names[place]
+        shared = Counter(index for gram in grams for index in self._holders.get(gram, ()))
+        for index, count in shared.most_common(1):
+            if count >= SHARE * min(len(grams), self._sizes[index]):
+                return self._names[index]
         return None
 
 

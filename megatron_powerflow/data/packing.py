@@ -1,7 +1,7 @@
 """How do rollouts become micro-batches? Padded: sorted by length, cut into equal counts. Packed: as `bins.py` planned.
 
-Either way the record is one of rows; a `Stream` says how the rows' tokens go through the model when they are packed, or
-split over context-parallel ranks.
+Either way a `MicroBatch` consists of rows. A `Stream` says how the rows' tokens go through the model when they are
+packed, or split over context-parallel ranks.
 
 Left out: the plan itself; the reference's and the policy's log-probs, which scoring adds.
 """
@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from megatron_powerflow.data.bins import BinRule
-from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Rollout, Stream
+from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Piece, Rollout, Stream
 
 
 @dataclass(frozen=True, slots=True)
-class Annotated:
-    """A rollout and what its text says: psi <= 0, the format penalty; its reward; numbers for the metrics."""
+class AnnotatedRollout:
+    """Joins a rollout and the numbers that follow from its text.
+
+    psi: the format penalty, <= 0. reward: the task's. annotations: ANNOTATION_COLUMNS, for the metrics; NaN: unknown.
+    """
 
     rollout: Rollout
     psi: float = 0.0
@@ -30,19 +33,22 @@ class Annotated:
 
     @property
     def slot(self) -> int:
+        """Returns the slot of the rollout's group."""
         return self.rollout.slot
 
     @property
     def response_index(self) -> int:
+        """Returns the index of the response in its group."""
         return self.rollout.response_index
 
     @property
     def num_tokens(self) -> int:
+        """Returns the length of prompt and response together."""
         return len(self.rollout.prompt.token_ids) + len(self.rollout.response_token_ids)
 
 
 def pack(
-    annotated: Sequence[Annotated],
+    annotated: Sequence[AnnotatedRollout],
     *,
     micro_batch_size: int,
     responses_per_prompt: int,
@@ -53,7 +59,7 @@ def pack(
     cp_rank: int = 0,
     cp_size: int = 1,
 ) -> list[MicroBatch]:
-    """Padded: micro-batches of `micro_batch_size` rollouts (the last may be smaller), long ones first.
+    """Makes padded micro-batches of `micro_batch_size` rollouts (the last may be smaller), long ones first.
 
     multiple: positions of each micro-batch are padded to a multiple of this (2 cp; tp with sequence parallelism; FP8).
     uniform: all are as long as the longest (interleaved pipelines). The order is a function of the rollouts alone.
@@ -72,7 +78,7 @@ def pack(
 
 
 def pack_streams(
-    bins: Sequence[Sequence[Annotated]],
+    bins: Sequence[Sequence[AnnotatedRollout]],
     rule: BinRule,
     *,
     responses_per_prompt: int,
@@ -83,8 +89,10 @@ def pack_streams(
     cp_size: int = 1,
     whole_groups: bool = False,
 ) -> list[MicroBatch]:
-    """Packed: a micro-batch per element of `bins` (see `plan_update`), its sequences behind each other; an empty one is
-    a dummy. uniform: all streams are as long as the longest (interleaved pipelines)."""
+    """Makes a packed micro-batch of each element of `bins` (see `plan_update`), its sequences one behind the other.
+
+    An empty element gives a dummy. uniform: all streams are as long as the longest (interleaved pipelines).
+    """
 
     def rounded(num_tokens: int) -> int:
         return max(-(-num_tokens // rule.total_multiple), 1) * rule.total_multiple
@@ -103,11 +111,11 @@ def pack_streams(
 
 
 def row_stream(num_rows: int, positions: int, cp_rank: int, cp_size: int, device: torch.device) -> Stream:
-    """This context-parallel rank's part of each of `num_rows` padded rows; 2 cp divides `positions`."""
-    own = _own_positions(positions, cp_rank, cp_size)
+    """Returns this context-parallel rank's part of each of `num_rows` padded rows; 2 cp divides `positions`."""
+    held = _positions_of_rank(positions, cp_rank, cp_size)
     return Stream(
-        index=(own + positions * torch.arange(num_rows)[:, None]).to(device),
-        positions=own.to(device),
+        index=(held + positions * torch.arange(num_rows)[:, None]).to(device),
+        positions=held.to(device),
         pieces=tuple(_pieces([positions], cp_rank, cp_size)),
         key_order=_key_order([positions], cp_size).to(device),
         cu_seqlens=None,
@@ -119,19 +127,22 @@ def row_stream(num_rows: int, positions: int, cp_rank: int, cp_size: int, device
 def packed_stream(
     lengths: Sequence[int], row: int, total: int, multiple: int, cp_rank: int, cp_size: int, device: torch.device
 ) -> Stream:
-    """Sequences of these lengths, which stand in rows of `row` tokens, each padded to `multiple`, in a stream of
-    `total` positions; what is left over is a sequence of padding at the end."""
+    """Returns the stream of `total` positions that holds sequences of these lengths, each padded to `multiple`.
+
+    row: the length in tokens of the micro-batch's rows, which hold the sequences. Positions that are left over become a
+    sequence of padding at the end.
+    """
     padded = [-(-length // multiple) * multiple for length in lengths]
     if total > sum(padded):
         padded.append(total - sum(padded))
-    own, index = [], []
+    held, index = [], []
     for number, size in enumerate(padded):
         length = lengths[number] if number < len(lengths) else 0
-        own.append(_own_positions(size, cp_rank, cp_size))
-        index.append(torch.where(own[-1] < length, own[-1] + number * row, -1))
+        held.append(_positions_of_rank(size, cp_rank, cp_size))
+        index.append(torch.where(held[-1] < length, held[-1] + number * row, -1))
     return Stream(
         index=torch.cat(index)[None].to(device),
-        positions=torch.cat(own).to(device),
+        positions=torch.cat(held).to(device),
         pieces=tuple(_pieces(padded, cp_rank, cp_size)),
         key_order=_key_order(padded, cp_size).to(device) if cp_size > 1 else None,
         cu_seqlens=torch.tensor([0, *padded]).cumsum(0).to(device, torch.int32),
@@ -140,31 +151,31 @@ def packed_stream(
     )
 
 
-def _own_positions(size: int, cp_rank: int, cp_size: int) -> Tensor:
-    """[size / cp] the positions of a sequence that a rank holds: pieces cp_rank and 2 cp - 1 - cp_rank of 2 cp."""
+def _positions_of_rank(size: int, cp_rank: int, cp_size: int) -> Tensor:
+    """Returns [size / cp] the positions of a sequence on a rank: pieces cp_rank and 2 cp - 1 - cp_rank of 2 cp."""
     if cp_size == 1:
         return torch.arange(size)
     pieces = torch.arange(size).reshape(2 * cp_size, -1)
     return torch.cat([pieces[cp_rank], pieces[2 * cp_size - 1 - cp_rank]])
 
 
-def _pieces(sizes: Sequence[int], cp_rank: int, cp_size: int) -> list[tuple[int, int, int, int]]:
-    """`Stream.pieces` of sequences of these sizes, in a row."""
-    found, first_query, first_key = [], 0, 0
+def _pieces(sizes: Sequence[int], cp_rank: int, cp_size: int) -> list[Piece]:
+    """Returns `Stream.pieces` for sequences of these sizes, one behind the other."""
+    pieces, first_query, first_key = [], 0, 0
     for size in sizes:
         length = size if cp_size == 1 else size // (2 * cp_size)
         for piece in (0,) if cp_size == 1 else (cp_rank, 2 * cp_size - 1 - cp_rank):
-            found.append((first_query, first_query + length, first_key, first_key + (piece + 1) * length))
+            pieces.append(Piece(first_query, first_query + length, first_key, first_key + (piece + 1) * length))
             first_query += length
         first_key += size
-    return found
+    return pieces
 
 
 def _key_order(sizes: Sequence[int], cp_size: int) -> Tensor:
-    """[t] for each place of the stream, where it stands in the parts of rank 0, rank 1, ... one behind the other."""
+    """Returns [t] the index of each position of the stream in the ranks' parts, rank 0's first, concatenated."""
     starts = torch.tensor([0, *sizes]).cumsum(0)
     held = [
-        start + _own_positions(size, rank, cp_size)
+        start + _positions_of_rank(size, rank, cp_size)
         for rank in range(cp_size)
         for start, size in zip(starts.tolist(), sizes, strict=False)
     ]
@@ -172,7 +183,7 @@ def _key_order(sizes: Sequence[int], cp_size: int) -> Tensor:
 
 
 def _micro_batch(
-    annotated: Sequence[Annotated],
+    annotated: Sequence[AnnotatedRollout],
     positions: int,
     responses_per_prompt: int,
     drop_truncated: bool,

@@ -1,18 +1,19 @@
-"""Which rows of a published file become prompts, and why do the others fall out?
+"""Which rows of a published file become prompts, and why are the others left out?
 
-NuminaMath-CoT and files like it have a question and a solution that ends in a box. A row falls out for the first of
-these that holds (the paper filters "over-long responses and answer leakage" and gives no numbers; the limits are ours):
+NuminaMath-CoT and files like it have a question and a solution that ends in a box. A row is left out for the first of
+these reasons that holds (the paper filters "over-long responses and answer leakage" and gives no numbers; the limits
+are ours):
 
     no_question       no text to ask
     no_answer         no gold answer and no box in the solution: proofs, most of them
     many_answers      the solution boxes different answers
     long_answer       over MAX_ANSWER characters: a sentence, a proof, a table
-    long_solution     over so many characters: what answers it would not fit a response
+    long_solution     over MAX_SOLUTION characters: a response to it would be too long
     answer_in_prompt  the question boxes or states its answer
-    leaked            the question stands in an evaluation set
-    duplicate         the question has been there before
+    leaked            an evaluation set holds the question
+    duplicate         an earlier row had the same question
 
-Train and held-out part are told apart by the question's content, so that a row falls on the same side in every file.
+The question's content decides whether a row is held out, so that the same row of any file falls on the same side.
 
 Left out: poems, stories and jokes (`creative_preparation.py`); reading and writing files (`prepare.py`).
 """
@@ -52,7 +53,10 @@ _SAYS_ANSWER = re.compile(r"\\boxed|\bthe answer is\b|\banswer\s*[:=]", re.IGNOR
 
 @dataclass
 class Preparation:
-    """Judges rows one after the other. against: the evaluation sets' questions."""
+    """Judges rows one after the other.
+
+    against: the evaluation sets' questions. seen: keys of the questions that were kept so far.
+    """
 
     against: Overlap
     max_answer: int = MAX_ANSWER
@@ -60,7 +64,7 @@ class Preparation:
     seen: set[bytes] = field(default_factory=set)
 
     def judge(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        """("kept", "") or (a reason of REASONS, what exactly)."""
+        """Returns ("kept", "") or (a key of REASONS, a detail)."""
         try:
             question = _question(row)
             answer = answer_of(row)
@@ -82,18 +86,21 @@ class Preparation:
             return "answer_in_prompt", ""
         return judge_question(question, self.against, self.seen)
 
-    def prepared(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """What a kept row becomes."""
+    def prepared_row(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Returns the prompt that a kept row becomes: id, task, question, answer and, where it has one, source."""
         question, answer = _question(row), answer_of(row)
         assert answer is not None, "`judge` keeps no row without an answer"
-        found = {"id": content_key(question).hex(), "task": "reasoning", "question": question, "answer": answer}
+        prompt = {"id": content_key(question).hex(), "task": "reasoning", "question": question, "answer": answer}
         source = row.get("source")
-        return found | ({"source": source} if isinstance(source, str) else {})
+        return prompt | ({"source": source} if isinstance(source, str) else {})
 
 
 def judge_question(question: str, against: Overlap, seen: set[bytes]) -> tuple[str, str]:
-    """The last of the reasons: "leaked", "duplicate" or "kept", and then it is added to `seen`."""
-    if (name := against.with_which(question)) is not None:
+    """Returns ("leaked", the other question's name), ("duplicate", "") or ("kept", "").
+
+    The key of a kept question is added to `seen`.
+    """
+    if (name := against.overlapping_question(question)) is not None:
         return "leaked", name
     key = content_key(question)
     if key in seen:
@@ -103,12 +110,12 @@ def judge_question(question: str, against: Overlap, seen: set[bytes]) -> tuple[s
 
 
 def content_key(question: str) -> bytes:
-    """16 bytes that name a question by its words."""
+    """Returns 16 bytes that identify a question by its words."""
     return hashlib.sha256(" ".join(words_of(question)).encode()).digest()[:16]
 
 
 def is_held_out(question: str, share: float) -> bool:
-    """Of the questions, about `share`: by the content alone."""
+    """Whether the question is one of the share that is held out, in [0, 1]; its content alone decides."""
     return int.from_bytes(content_key(question)[:8]) < share * 2**64
 
 

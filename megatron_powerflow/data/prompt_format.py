@@ -1,4 +1,4 @@
-"""How is a row's prompt written for the model? As given, as a conversation or as bare text; with what around it.
+"""How is a row's prompt written for the model? As given, as a conversation or as bare text, with the texts around it.
 
 A conversation is written by the model's chat template. A base model has none, and gets the plain form
 
@@ -20,32 +20,35 @@ from typing import Any, Literal
 
 from megatron_powerflow.errors import UserError
 
-Written = Literal["given", "chat", "text"]
+PromptStyle = Literal["given", "chat", "text"]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """written: "chat" makes a text the user's one message, "text" a lone message of the user's a text. system: first
-    message of every conversation. suffix: behind the last thing that the user says."""
+    """Says in which form a run's prompts are written.
 
-    written: Written = "given"
+    style: "chat" makes a text the user's one message, "text" makes a lone message of the user a text, "given" changes
+    neither. system: the first message of every conversation. suffix: appended to the user's last message, or the text.
+    """
+
+    style: PromptStyle = "given"
     system: str | None = None
     suffix: str | None = None
 
     def apply(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        """`prompt_rows.prompt_of` of a row -> the same in the wanted form. Raises UserError without the line."""
+        """Returns a prompt of `prompt_rows.prompt_of` in this form. Raises UserError, without the row's location."""
         if "prompt_token_ids" in prompt:
             if self != PromptFormat():
                 raise UserError(
                     "prompt_token_ids cannot be written otherwise (prompts.as, system, suffix); give a text"
                 )
             return prompt
-        if "prompt" in prompt and self.written != "chat":
+        if "prompt" in prompt and self.style != "chat":
             if self.system is not None:
                 raise UserError("prompts.system needs a conversation, and this prompt is a text; set prompts.as=chat")
             return {"prompt": self._ended(prompt["prompt"])}
         messages = list(prompt.get("messages") or [{"role": "user", "content": prompt["prompt"]}])
-        if self.written == "text":
+        if self.style == "text":
             if len(messages) != 1:
                 raise UserError(
                     f"prompts.as=text takes a lone message of the user's; this conversation has {len(messages)}"
@@ -72,6 +75,8 @@ class PromptFormat:
 
 
 def plain_text(messages: Sequence[dict[str, str]]) -> str:
-    """A conversation in the plain form, for a model without a chat template; it ends where the answer is to begin."""
-    said = {"system": "{}", "user": "Question: {}", "assistant": "Answer: {}"}
-    return "\n\n".join([*(said[message["role"]].format(message["content"].strip()) for message in messages), "Answer:"])
+    """Returns a conversation in the plain form, for a model without a chat template; the answer is to follow it."""
+    forms = {"system": "{}", "user": "Question: {}", "assistant": "Answer: {}"}
+    return "\n\n".join(
+        [*(forms[message["role"]].format(message["content"].strip()) for message in messages), "Answer:"]
+    )

@@ -6,11 +6,11 @@
     question, problem,  what is asked, without anything around it: the one message of the user
     input
     answer, expected_answer, final_answer, ground_truth, label, reward_model.ground_truth
-                        the gold answer; what stands behind #### where there is one (GSM8K)
+                        the gold answer; the text behind #### where there is one (GSM8K)
     solution            a text; its last box is the answer
     task, data_source   which kind of question it is
 
-A row that says one thing twice, and differently, is refused. So is a column that looks like one of these and is not.
+A row whose columns contradict each other is refused. So is a column that looks like one of these and is not.
 
 Left out: ids in and out (`prompts.py`), how a prompt is written for the model (`prompt_format.py`).
 """
@@ -26,18 +26,20 @@ from megatron_powerflow.data.boxes import last_boxed
 from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.errors import UserError
 
-GIVEN = ("prompt", "messages", "prompt_token_ids")
-ASKED = ("question", "problem", "input")
-ANSWERS = ("answer", "expected_answer", "final_answer", "ground_truth", "label")
-TASKS = ("task", "data_source")
-KNOWN = frozenset({*GIVEN, *ASKED, *ANSWERS, *TASKS, "id", "solution", "reward_model"})
-# Of published files; nothing is read of them.
-NEIGHBOURS = (
+PROMPT_COLUMNS = ("prompt", "messages", "prompt_token_ids")
+QUESTION_COLUMNS = ("question", "problem", "input")
+ANSWER_COLUMNS = ("answer", "expected_answer", "final_answer", "ground_truth", "label")
+TASK_COLUMNS = ("task", "data_source")
+READ_COLUMNS = frozenset(
+    {*PROMPT_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *TASK_COLUMNS, "id", "solution", "reward_model"}
+)
+# Columns of published files that are known and not read.
+IGNORED_COLUMNS = (
     *("source", "subject", "level", "url", "year", "unique_id", "ability", "extra_info", "index", "split", "tags"),
     *("type", "difficulty", "category", "instruction", "system", "context", "unit", "error", "labels"),
     *("answer_type", "problem_type", "question_type", "num_tokens", "metadata"),
 )
-CALLED_OTHERWISE = {
+ALIASES = {
     "conversation": "messages",
     "conversations": "messages",
     "chat": "messages",
@@ -53,28 +55,33 @@ LIKENESS = 0.82
 
 
 def lookalikes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(column, what it looks like): of those that would be passed over in silence though somebody meant them."""
+    """Yields (column, the column that it looks like) for columns that are not read, though the user may expect it."""
     for name in row:
-        if name in KNOWN or name in NEIGHBOURS:
+        if name in READ_COLUMNS or name in IGNORED_COLUMNS:
             continue
         plain = name.strip().lower().replace("-", "_").replace(" ", "_")
-        close = difflib.get_close_matches(plain, KNOWN, n=1, cutoff=LIKENESS)
-        meant = plain if plain in KNOWN else CALLED_OTHERWISE.get(plain) or (close[0] if close else None)
+        close = difflib.get_close_matches(plain, READ_COLUMNS, n=1, cutoff=LIKENESS)
+        meant = plain if plain in READ_COLUMNS else ALIASES.get(plain) or (close[0] if close else None)
         if meant is not None and meant not in row:
             yield name, meant
 
 
 def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """{"prompt": text}, {"messages": [...]} or {"prompt_token_ids": [...]}. Raises UserError without the line."""
-    given = {name: row[name] for name in GIVEN if row.get(name) is not None}
-    asked = {name: row[name] for name in ASKED if row.get(name) is not None}
+    """Returns {"prompt": text}, {"messages": [...]} or {"prompt_token_ids": [...]}.
+
+    Raises UserError, without the row's location, where the row has no prompt or more than one.
+    """
+    given = {name: row[name] for name in PROMPT_COLUMNS if row.get(name) is not None}
+    asked = {name: row[name] for name in QUESTION_COLUMNS if row.get(name) is not None}
     if isinstance(given.get("prompt"), list):
         if "messages" in given:
             raise UserError("prompt and messages both hold a conversation; leave one of them")
         given = {"messages" if name == "prompt" else name: value for name, value in given.items()}
     if len(given) > 1 or not (given or asked):
         names = [*given, *asked]
-        raise UserError(f"needs exactly one of {', '.join((*GIVEN, *ASKED))}; got {names or sorted(row)[:8]}")
+        raise UserError(
+            f"needs exactly one of {', '.join((*PROMPT_COLUMNS, *QUESTION_COLUMNS))}; got {names or sorted(row)[:8]}"
+        )
     if not asked:
         return given
     (name, question), *others = asked.items()
@@ -91,7 +98,7 @@ def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _both(name: str, question: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Where the question stands in a prompt as well: that, if it is the same one."""
+    """Returns the prompt of a row that holds its question twice, if both are the same. Raises UserError if not."""
     ((kind, value),) = given.items()
     if kind == "messages" and isinstance(value, list):
         texts = [item.get("content") for item in value if isinstance(item, dict) and item.get("role") == "user"]
@@ -104,32 +111,36 @@ def _both(name: str, question: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer_of(row: Mapping[str, Any]) -> str | None:
-    """The gold answer; None where the row has none. Raises UserError without the line."""
-    found = {name: text for name in ANSWERS if (text := text_of(row.get(name), name)) is not None}
-    judged = row.get("reward_model")
-    if isinstance(judged, Mapping):
+    """Returns the gold answer; None where the row has none.
+
+    Raises UserError, without the row's location, where two columns say different answers.
+    """
+    answer_by_column = {name: text for name in ANSWER_COLUMNS if (text := text_of(row.get(name), name)) is not None}
+    reward_model = row.get("reward_model")
+    if isinstance(reward_model, Mapping):
         name = "reward_model.ground_truth"
-        if (text := text_of(judged.get("ground_truth"), name)) is not None:
-            found[name] = text
-    found = {name: _last_part(text) for name, text in found.items()}
+        if (text := text_of(reward_model.get("ground_truth"), name)) is not None:
+            answer_by_column[name] = text
+    answer_by_column = {name: _last_part(text) for name, text in answer_by_column.items()}
     if (solution := row.get("solution")) is not None:
         if not isinstance(solution, str):
             raise UserError(f"solution must be a text, got {solution!r:.60}")
         if (boxed := last_boxed(solution)) is not None:
-            found["solution"] = boxed
-    names = list(found)
-    for name in names[1:]:
-        if found[name] != found[names[0]] and not same_answer(found[name], found[names[0]]):
-            raise UserError(
-                f"{names[0]} says {found[names[0]]!r:.60} and {name} says {found[name]!r:.60}; leave the right one"
-            )
-    return found[names[0]] if names else None
+            answer_by_column["solution"] = boxed
+    if not answer_by_column:
+        return None
+    (first_name, first), *others = answer_by_column.items()
+    for name, answer in others:
+        if answer != first and not same_answer(answer, first):
+            raise UserError(f"{first_name} says {first!r:.60} and {name} says {answer!r:.60}; leave the right one")
+    return first
 
 
 def task_of(row: Mapping[str, Any]) -> str | None:
-    return next((text for name in TASKS if (text := text_of(row.get(name), name)) is not None), None)
+    """Returns the kind of the question; None where the row says none."""
+    return next((text for name in TASK_COLUMNS if (text := text_of(row.get(name), name)) is not None), None)
 
 
 def _last_part(text: str) -> str:
-    """Of GSM8K's answers, which show their working, what stands behind ####."""
+    """Returns the text behind ####, which ends the working in GSM8K's answers; the whole text without one."""
     return text.rpartition("####")[2].strip() or text

@@ -1,7 +1,7 @@
 """Which rows does a data file hold? JSONL, a JSON list, CSV or parquet, by the file's name, each also as .gz.
 
 Every row is a dict without its empty fields (null; in CSV, of no characters). It has a number for messages: its line in
-JSONL, the first of its lines in CSV, its place from 1 in a JSON list or parquet. A byte-order mark is passed over.
+JSONL, the first of its lines in CSV, its index from 1 in a JSON list or parquet. A byte-order mark is skipped.
 
 Left out: what the columns mean (`prompt_rows.py`, `evaluation/readers.py`).
 """
@@ -20,15 +20,15 @@ from typing import IO, Any
 from megatron_powerflow.errors import UserError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-MAX_BYTES = 8 * 2**30  # unpacked; a file of a few kB can unpack to any size
+MAX_BYTES = 8 * 2**30  # of an unpacked file; a file of a few kB can unpack to any size
 BOM = b"\xef\xbb\xbf"
 Row = dict[str, Any]
 
 
 def read_file(path: Path, violations: list[str]) -> Iterator[tuple[int, Row]]:
-    """(number, row) of the rows that can be read; the others are added to `violations`.
+    """Yields (number, row) of the rows that can be read; the others are added to `violations`.
 
-    Raises UserError for a file that is not there or not of its kind at all.
+    Raises UserError for a file that does not exist or is not of its kind at all.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give one of {', '.join(KINDS)}")
@@ -37,17 +37,17 @@ def read_file(path: Path, violations: list[str]) -> Iterator[tuple[int, Row]]:
         if kind == ".parquet":
             rows = _read_parquet(path)
         else:
-            with _opened(path) as file:
+            with _open(path) as file:
                 rows = _readers()[kind](path, file, violations)
-                yield from ((number, _filled(row)) for number, row in rows)
+                yield from ((number, _without_empty_fields(row)) for number, row in rows)
             return
-        yield from ((number, _filled(row)) for number, row in rows)
+        yield from ((number, _without_empty_fields(row)) for number, row in rows)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}; copy it again") from None
 
 
 def _kind(path: Path) -> str:
-    """The ending that says how the file is to be read."""
+    """Returns the ending that says how the file is to be read. Raises UserError for an unknown one."""
     name = path.name.lower().removesuffix(".gz")
     kind = next((kind for kind in KINDS if name.endswith(kind)), None)
     if kind is None or (kind == ".parquet" and path.name.lower().endswith(".gz")):
@@ -58,14 +58,14 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes]:
     if path.name.lower().endswith(".gz"):
-        return io.BufferedReader(_Limited(path))
+        return io.BufferedReader(_BoundedGzip(path))
     return path.open("rb")
 
 
-class _Limited(io.RawIOBase):
-    """A gzip file unpacked as it is read, and not without end."""
+class _BoundedGzip(io.RawIOBase):
+    """Unpacks a gzip file as it is read, up to MAX_BYTES."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._left = path, MAX_BYTES
@@ -91,7 +91,7 @@ def _too_large(path: Path) -> UserError:
     return UserError(f"{path}: unpacks to over {MAX_BYTES / 2**30:.0f} GiB; give a part of it")
 
 
-def _filled(row: Row) -> Row:
+def _without_empty_fields(row: Row) -> Row:
     return {key: value for key, value in row.items() if value is not None}
 
 
@@ -118,7 +118,7 @@ def _read_lines(path: Path, file: IO[bytes], violations: list[str], start: bytes
 
 
 def _read_json(path: Path, file: IO[bytes], violations: list[str]) -> Iterator[tuple[int, Row]]:
-    """A list; or, as some data sets call JSONL, lines."""
+    """Yields the rows of a JSON list; or of lines, as some data sets call JSONL."""
     start = file.read(1)
     while start and (not start.strip() or BOM.startswith(start)):
         start = start + file.read(1) if BOM.startswith(start) and start != BOM else file.read(1)
@@ -175,7 +175,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def is_unicode(row: Any) -> bool:
-    """JSON can spell half a character, and no tokenizer or file can take it."""
+    """Whether all texts of a row are valid Unicode: JSON can spell half a character, which no tokenizer takes."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:

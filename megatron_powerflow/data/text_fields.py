@@ -1,7 +1,7 @@
-"""What text does a field of a row hold? Ids, tasks and answers as they come: texts, numbers, NaN, nothing.
+"""Which text does a field of a row hold? Ids, tasks and answers come as texts, as numbers, as NaN, or not at all.
 
-    nothing there    null, NaN (pandas' missing value, in JSON by json.dumps, in parquet's float columns), "", spaces
-    a number         as people write it: 5.0 is 5, 1e-05 is 0.00001, decimals of parquet as they stand
+    empty            null, NaN (pandas' missing value, in JSON by json.dumps, in parquet's float columns), "", spaces
+    a number         as people write it: 5.0 is 5, 1e-05 is 0.00001, decimals of parquet as they are
     refused          infinity, whole floats of 2^53 and more (what was written is lost), true and false, lists, objects,
                      and the texts nan, <NA>, NaT, null: a missing value that was written as text
 
@@ -22,7 +22,10 @@ MAX_DIGITS = 40  # written out; longer numbers keep their exponent
 
 
 def text_of(value: Any, name: str) -> str | None:
-    """The text of a field, without spaces at its ends; None for nothing there. Raises UserError without the line."""
+    """Returns the text of a field, without spaces at its ends; None for an empty one.
+
+    name: of the field, for messages. Raises UserError, without the row's location, for a value that is refused.
+    """
     if value is None:
         return None
     if isinstance(value, str):

@@ -1,8 +1,8 @@
-"""Text to token ids and back, by the tokenizer in the model's own folder.
+"""How does text become token ids, and token ids text? By the tokenizer in the model's own folder.
 
-tokenizer.json where there is one, by the library that defines it; its older parts by way of transformers; a folder with
-only a `tokenizer.model` by sentencepiece itself. Token ids travel between all parts; text is only for people,
-for psi and for answers.
+A tokenizer.json is read by the library that defines it, its older parts by transformers, and a folder with only a
+`tokenizer.model` by sentencepiece. Token ids travel between all parts of the package; text is only for people, for psi
+and for answers.
 
 Left out: how a conversation is written (`chat_template.py`, `prompt_format.py`).
 """
@@ -14,48 +14,55 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from megatron_powerflow.data.chat_template import Conversation, render, template_refusals
+from megatron_powerflow.data.chat_template import ConversationSettings, render, template_refusals
 from megatron_powerflow.data.prompt_format import plain_text
 from megatron_powerflow.errors import UserError
 
 FAST_NAME = "tokenizer.json"
 NO_TEMPLATE = "the model has no chat template: conversations are written as Question: ... Answer:"
-PROBE = "a"  # a text, to see which special tokens come around one
+PROBE = "a"  # a text that shows which special tokens a tokenizer puts around one
 T = TypeVar("T")
 
 
 class Tokenizer(Protocol):
-    """notices: what a user should know of the folder, a sentence each."""
+    """Turns text into a model's token ids and back.
+
+    eos_token_id: None where it has none. notices: what a user should know of the folder, a sentence each.
+    """
 
     eos_token_id: int | None
     notices: tuple[str, ...]
 
     def encode(self, text: str) -> list[int]:
-        """Ids as the model expects a raw prompt: with BOS where its tokenizer adds one."""
+        """Returns the ids of a raw prompt, as the model expects it: with BOS where its tokenizer adds one."""
         ...
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of the text alone, no special tokens: a response."""
+        """Returns the ids of a response: the text alone, without special tokens."""
         ...
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Ids of a conversation, up to where the assistant is to answer: by the model's template, or in the plain form
-        of `prompt_format.py` where it has none. Raises UserError where the template refuses it."""
+        """Returns the ids of a conversation, up to where the assistant is to answer.
+
+        It is written by the model's template, or in the plain form of `prompt_format.py` where the model has none.
+        Raises UserError where the template refuses it.
+        """
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens. Ids beyond the tokenizer's vocabulary (padding rows) decode to nothing."""
+        """Returns the text without special tokens. Ids beyond the tokenizer's vocabulary (padding rows) give none."""
         ...
 
 
-def load_tokenizer(folder: str | Path, how: Conversation | None = None) -> Tokenizer:
-    """Raises UserError when the folder holds no tokenizer, one that cannot be read, or two that differ.
+def load_tokenizer(folder: str | Path, settings: ConversationSettings | None = None) -> Tokenizer:
+    """Loads the tokenizer of a model's folder.
 
-    how: conversations are written; None: by the folder's template, on this day.
+    settings: how conversations are written; None: by the folder's template, with today's date. Raises UserError when
+    the folder holds no tokenizer, one that cannot be read, or two that differ.
     """
-    folder, how = Path(folder), how or Conversation()
+    folder, settings = Path(folder), settings or ConversationSettings()
     if (folder / FAST_NAME).is_file() or (folder / "vocab.json").is_file():
-        return _HfTokenizer(folder, how)
+        return _HfTokenizer(folder, settings)
     if (folder / "tokenizer.model").is_file():
         return _SentencePieceTokenizer(folder / "tokenizer.model")
     raise UserError(
@@ -64,16 +71,16 @@ def load_tokenizer(folder: str | Path, how: Conversation | None = None) -> Token
 
 
 class _HfTokenizer:
-    """tokenizer.json says which ids a text has; transformers, what is special and how a conversation is written.
+    """Reads a Hugging Face folder: tokenizer.json gives the ids, transformers the special tokens and the chat template.
 
     transformers 5 builds its own normalizer or pre-tokenizer for some model types, whatever tokenizer.json says. The
-    model was trained on the file's ids, so these count; what differs is said in `notices`.
+    model was trained on the file's ids, so these count; `notices` says what differs.
     """
 
-    def __init__(self, folder: Path, how: Conversation) -> None:
-        if how.template is None and (refusals := template_refusals(folder)):
+    def __init__(self, folder: Path, settings: ConversationSettings) -> None:
+        if settings.template is None and (refusals := template_refusals(folder)):
             raise UserError(refusals)
-        self._folder, self._how = folder, how
+        self._folder, self._settings = folder, settings
         self._transformers = _guarded(folder, lambda: _from_transformers(folder))
         self._tokenizer = self._transformers.backend_tokenizer
         self.notices: tuple[str, ...] = ()
@@ -81,7 +88,7 @@ class _HfTokenizer:
             self._tokenizer = _guarded(folder, lambda: _from_file(folder / FAST_NAME))
             self.notices = _compare(folder, self._tokenizer, self._transformers)
         self.eos_token_id = self._transformers.eos_token_id
-        self._has_template = bool(how.template or self._transformers.chat_template)
+        self._has_template = bool(settings.template or self._transformers.chat_template)
         if not self._has_template:
             self.notices += (NO_TEMPLATE,)
 
@@ -94,7 +101,7 @@ class _HfTokenizer:
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if not self._has_template:
             return self.encode(plain_text(messages))
-        text = render(self._transformers, list(messages), self._how)
+        text = render(self._transformers, list(messages), self._settings)
         return self.encode_plain(text)  # the template writes every special token itself
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -107,8 +114,10 @@ class _HfTokenizer:
 
 
 def _guarded(folder: Path, call: Callable[[], T]) -> T:
-    """What foreign code makes of foreign files. Raises UserError for whatever it raises: the tokenizers library has
-    exceptions of no class of its own, and panics that are no Exception at all."""
+    """Calls code of another library on a user's files. Raises UserError for whatever it raises.
+
+    The tokenizers library has no exception class of its own, and panics that are no Exception at all.
+    """
     try:
         return call()
     except (KeyboardInterrupt, SystemExit, GeneratorExit, UserError):
@@ -134,26 +143,33 @@ def _from_file(path: Path) -> Any:
 
 
 def _compare(folder: Path, ours: Any, theirs: Any) -> tuple[str, ...]:
-    """What transformers builds otherwise than tokenizer.json says. Raises UserError where its tokens have other ids or
-    it puts other special tokens around a text: of these neither source can be taken in silence."""
+    """Returns notices of what transformers builds differently from tokenizer.json.
+
+    Raises UserError where its tokens have other ids or it puts other special tokens around a text: neither of the two
+    may then be taken without a word.
+    """
     backend = getattr(theirs, "backend_tokenizer", None)
     if backend is None:
         return ()
     written, built = json.loads(ours.to_str()), json.loads(backend.to_str())
-    own, other = ours.get_vocab(with_added_tokens=True), theirs.get_vocab()
-    # of a token that tokenizer.json lacks only these count: they stop a response, or stand before a text
+    our_ids, their_ids = ours.get_vocab(with_added_tokens=True), theirs.get_vocab()
+    # of the tokens that tokenizer.json lacks only these matter: they stop a response, or stand before a text
     boundaries = {theirs.bos_token, theirs.eos_token}
     moved = sorted(
-        token for token, place in other.items() if own.get(token) != place and (token in own or token in boundaries)
+        token
+        for token, their_id in their_ids.items()
+        if our_ids.get(token) != their_id and (token in our_ids or token in boundaries)
     )
     if moved:
         raise UserError(
             f"{folder}: {len(moved)} tokens have other ids by tokenizer_config.json than in tokenizer.json "
-            f"({moved[0]!r:.40}: {other[moved[0]]} and {own.get(moved[0])}); save the tokenizer again"
+            f"({moved[0]!r:.40}: {their_ids[moved[0]]} and {our_ids.get(moved[0])}); save the tokenizer again"
         )
-    more = sorted(other.keys() - own.keys())
+    more = sorted(their_ids.keys() - our_ids.keys())
     notices = (_more_tokens(more),) if more else ()
-    around, expected = (_around(encode) for encode in (_plain(ours), _through(theirs)))
+    around, expected = (
+        _special_ids_around(encode) for encode in (_encode_with_tokenizers(ours), _encode_with_transformers(theirs))
+    )
     if around != expected:
         raise UserError(
             f"{folder}: tokenizer.json puts the ids {around} around a text, transformers by tokenizer_config.json "
@@ -178,16 +194,16 @@ def _more_tokens(more: Sequence[str]) -> str:
     )
 
 
-def _plain(tokenizer: Any) -> Callable[[str, bool], list[int]]:
+def _encode_with_tokenizers(tokenizer: Any) -> Callable[[str, bool], list[int]]:
     return lambda text, special: tokenizer.encode(text, add_special_tokens=special).ids
 
 
-def _through(tokenizer: Any) -> Callable[[str, bool], list[int]]:
+def _encode_with_transformers(tokenizer: Any) -> Callable[[str, bool], list[int]]:
     return lambda text, special: tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
-def _around(encode: Callable[[str, bool], list[int]]) -> tuple[list[int], list[int]]:
-    """The special ids before and after a text."""
+def _special_ids_around(encode: Callable[[str, bool], list[int]]) -> tuple[list[int], list[int]]:
+    """Returns the special ids before and after a text."""
     bare, whole = encode(PROBE, False), encode(PROBE, True)
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
@@ -196,6 +212,8 @@ def _around(encode: Callable[[str, bool], list[int]]) -> tuple[list[int], list[i
 
 
 class _SentencePieceTokenizer:
+    """Reads a folder that has only a `tokenizer.model`."""
+
     def __init__(self, path: Path) -> None:
         import sentencepiece
 

@@ -1,6 +1,8 @@
-"""What is the unit behind a number called? One name for all spellings of one unit; what is not here keeps its words.
+"""What is the unit behind a number called? All spellings of a unit have one name; an unknown unit keeps its words.
 
-Units are not converted: 3 hours and 180 minutes are two answers. Left out: which answers agree (`answers.py`).
+Units are not converted: 3 hours and 180 minutes are two answers.
+
+Left out: which answers agree (`answers.py`).
 """
 
 from __future__ import annotations
@@ -52,16 +54,16 @@ MAX_WORDS = 4
 
 
 def unit_of(words: str) -> str | None:
-    """The name of a unit, or of what was counted: "hrs" is hour, "square feet" foot^2, "apples" apple.
+    """Returns the name of a unit, or of what was counted: "hrs" is hour, "square feet" foot^2, "apples" apple.
 
     None where the words are no unit, such as "or more".
     """
     names: list[str] = []
     power = 1
-    said = words.replace("/", " per ").split()
-    if not said or len(said) > MAX_WORDS or any(word.lower() in _NO_UNIT for word in said):
+    parts = words.replace("/", " per ").split()
+    if not parts or len(parts) > MAX_WORDS or any(word.lower() in _NO_UNIT for word in parts):
         return None
-    for word in said:
+    for word in parts:
         if word.lower() in _POWERS:
             power = _POWERS[word.lower()]
             continue

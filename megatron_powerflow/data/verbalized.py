@@ -1,11 +1,11 @@
 """How is a model asked to write several responses with their probabilities, and what did it answer?
 
-Verbalized Sampling, its standard form (CHATS-lab/verbalized-sampling): one call asks, in the system message, for k
-responses as one JSON object, `{"responses": [{"text": ..., "probability": ...}, ...]}`. The words are ours.
+This is the standard form of Verbalized Sampling (CHATS-lab/verbalized-sampling): one call asks, in the system message,
+for k responses as one JSON object, `{"responses": [{"text": ..., "probability": ...}, ...]}`. The wording is ours.
 
-What comes back is hostile text. It is parsed as JSON or not at all: no repairs, no search for braces; one code fence
-around the object is taken off, because chat models put it there. A response that is not well formed is left out and
-counted, by a reason from a fixed list.
+The reply is hostile text. It is parsed as JSON or not at all, without repairs or a search for braces; one code fence
+around the object is taken off, because chat models add it. A response that is not well formed is left out and counted,
+by a reason from a fixed list.
 
 Left out: the variants that reason first or ask several times; any use of the stated probabilities.
 """
@@ -37,20 +37,28 @@ MISSING = "fewer responses than asked for"
 
 @dataclass(frozen=True, slots=True)
 class VerbalizedResponse:
+    """Holds one response and the probability that the model states for it."""
+
     text: str  # not empty, without spaces around it
     probability: float  # as stated, 0 <= probability <= 1; those of one answer need not add up to anything
 
 
 @dataclass(frozen=True, slots=True)
-class Verbalized:
-    """What one answer held. failures: reason -> how many responses it cost; of an answer that cannot be read, all."""
+class VerbalizedReply:
+    """Holds the responses in one answer of the model.
+
+    failures: reason -> how many responses it cost; an answer that cannot be read costs all of them.
+    """
 
     responses: tuple[VerbalizedResponse, ...]
     failures: Counter[str]
 
 
 def instruction(num_responses: int, target_words: int | None) -> str:
-    """The system message."""
+    """Returns the system message that asks for the responses.
+
+    target_words: the length to ask for; None asks for none.
+    """
     length = f" Make each of them about {target_words} words long." if target_words is not None else ""
     return (
         f"Write {num_responses} different responses to what the user asks.{length}\n\n"
@@ -64,7 +72,7 @@ def instruction(num_responses: int, target_words: int | None) -> str:
 
 
 def verbalized_row(row: dict[str, Any], num_responses: int, target_words: int | None) -> dict[str, Any]:
-    """A row of a prompts file that asks for verbalized responses: `messages`, the instruction first.
+    """Returns a row of a prompts file that asks for verbalized responses: `messages`, the instruction first.
 
     A system message that is there already keeps its place, the instruction follows it. Raises UserError for a row
     without a conversation, as one of token ids.
@@ -75,11 +83,11 @@ def verbalized_row(row: dict[str, Any], num_responses: int, target_words: int | 
     return {"messages": [{"role": "system", "content": text}, *messages]}
 
 
-def parse_verbalized(answer: str, num_responses: int) -> Verbalized:
-    """The well-formed responses of an answer, at most num_responses, in its order. Never raises."""
+def parse_verbalized(answer: str, num_responses: int) -> VerbalizedReply:
+    """Returns the well-formed responses of an answer, at most num_responses, in its order. Never raises."""
     items = _items(answer)
     if isinstance(items, str):
-        return Verbalized((), Counter({items: num_responses}))
+        return VerbalizedReply((), Counter({items: num_responses}))
     responses: list[VerbalizedResponse] = []
     failures: Counter[str] = Counter()
     for item in items[:num_responses]:
@@ -89,28 +97,28 @@ def parse_verbalized(answer: str, num_responses: int) -> Verbalized:
         else:
             responses.append(parsed)
     failures += Counter({SURPLUS: len(items) - num_responses, MISSING: num_responses - len(items)})  # positive ones
-    return Verbalized(tuple(responses), failures)
+    return VerbalizedReply(tuple(responses), failures)
 
 
 def _items(answer: str) -> Sequence[Any] | str:
-    """The list under `responses`, or why there is none."""
+    """Returns the list under `responses`, or the reason why there is none."""
     if len(answer) > MAX_CHARACTERS:
         return TOO_LONG
     text = answer.strip()
     fenced = FENCE.fullmatch(text)
     try:
-        found = json.loads(fenced[1] if fenced else text, parse_constant=_refuse, object_pairs_hook=_without_repeats)
+        reply = json.loads(fenced[1] if fenced else text, parse_constant=_refuse, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError):  # JSONDecodeError and numbers of thousands of digits are ValueErrors
         return NOT_JSON
-    if not isinstance(found, dict):
+    if not isinstance(reply, dict):
         return NOT_JSON
-    if found.keys() != {"responses"} or not isinstance(found["responses"], list):
+    if reply.keys() != {"responses"} or not isinstance(reply["responses"], list):
         return NO_LIST
-    return found["responses"]
+    return reply["responses"]
 
 
 def _response(item: Any) -> VerbalizedResponse | str:
-    """One well-formed response, or what is wrong with it."""
+    """Returns one well-formed response, or the reason why it is none."""
     if not isinstance(item, dict) or not isinstance(item.get("text"), str) or not _writable(item["text"]):
         return BAD_TEXT
     probability = item.get("probability")
@@ -122,7 +130,7 @@ def _response(item: Any) -> VerbalizedResponse | str:
 
 
 def _writable(text: str) -> bool:
-    """Holds something, and can be written as UTF-8: JSON can spell half a character (a lone surrogate)."""
+    """Whether a text holds something and can be written as UTF-8: JSON can spell half a character (a surrogate)."""
     return bool(text.strip()) and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -131,7 +139,7 @@ def _refuse(constant: str) -> None:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    items = dict(pairs)
+    if len(items) != len(pairs):
         raise ValueError("a key is there twice")
-    return found
+    return items

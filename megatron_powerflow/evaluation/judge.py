@@ -3,7 +3,7 @@
 POST {url}/chat/completions at temperature 0, with timeouts and retries. Redirects are refused: they would carry the key
 elsewhere.
 
-Left out: what is asked (`rubrics.py`), of whom and how often (`judgements.py`).
+Left out: the wording of the questions (`rubrics.py`), which questions are asked (`judgements.py`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ PASSING_STATUSES = (408, 409, 429)  # and every 5xx
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Where the judge is. url: up to and with /v1. timeout: of one try; pause: before the second one, then doubled."""
+class JudgeServer:
+    """Says which server answers as the judge, and how patiently it is asked.
+
+    url: the base address, up to and with /v1. timeout_seconds: of one try. pause_seconds: before the second try; every
+    further pause is twice the one before. Raises UserError for an address that is not http(s).
+    """
 
     url: str
     model: str
@@ -44,8 +48,11 @@ class Judge:
             raise UserError(f"--judge-url {self.url}: must be http(s)://host/v1, the base of an OpenAI-compatible API")
 
 
-def make_judge(url: str | None, model: str | None, key_file: Path | None) -> Judge | None:
-    """The judge that the command line names; None where it names none. Raises UserError for half a judge."""
+def make_judge(url: str | None, model: str | None, key_file: Path | None) -> JudgeServer | None:
+    """Returns the judge that the command line names; None where it names none.
+
+    Raises UserError where some of the three options are missing that the others need.
+    """
     if url is None:
         given = [option for option, value in (("model", model), ("key-file", key_file)) if value is not None]
         if given:
@@ -53,11 +60,11 @@ def make_judge(url: str | None, model: str | None, key_file: Path | None) -> Jud
         return None
     if model is None:
         raise UserError("--judge-url needs --judge-model, the name of the model there")
-    return Judge(url, model, read_key(key_file))
+    return JudgeServer(url, model, read_key(key_file))
 
 
 def read_key(path: Path | None) -> str | None:
-    """The API key: the first line of a file. Raises UserError for a file without one."""
+    """Returns the API key in a file, which holds nothing else. Raises UserError for a file without a key."""
     if path is None:
         return None
     try:
@@ -69,10 +76,13 @@ def read_key(path: Path | None) -> str | None:
     return key
 
 
-def ask_all(judge: Judge, questions: Sequence[str], advance: Callable[[], None] = lambda: None) -> list[str | None]:
-    """The judge's replies, in order; None for those it did not give. Raises UserError where it answers nobody.
+def ask_all(
+    judge: JudgeServer, questions: Sequence[str], advance: Callable[[], None] = lambda: None
+) -> list[str | None]:
+    """Returns the judge's replies, in order; None for a question that it did not answer.
 
-    The first question is asked alone: a judge that cannot be reached is not asked a thousand times.
+    The first question is asked alone, so that a judge that cannot be reached is not asked a thousand times. Raises
+    UserError where the judge cannot be reached or refuses this client. `advance` is called after each question.
     """
     if not questions:
         return []
@@ -97,8 +107,11 @@ def ask_all(judge: Judge, questions: Sequence[str], advance: Callable[[], None] 
     return replies
 
 
-def ask(judge: Judge, question: str) -> tuple[str | None, str]:
-    """(reply, "") or (None, what went wrong the last time). Raises UserError where the judge refuses this client."""
+def ask(judge: JudgeServer, question: str) -> tuple[str | None, str]:
+    """Returns (reply, "") or (None, what went wrong at the last try).
+
+    Raises UserError where the judge refuses this client, whatever the question.
+    """
     trouble = ""
     for attempt in range(judge.max_tries):
         if attempt:
@@ -112,7 +125,7 @@ def ask(judge: Judge, question: str) -> tuple[str | None, str]:
                     f"the judge at {judge.url} answers {trouble}; check --judge-url, --judge-model and --judge-key-file"
                 ) from None
             if error.code < 500 and error.code not in PASSING_STATUSES:
-                break  # this question will not do: too long, or refused
+                break  # another try would not help: the question is too long, or refused
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             trouble = f"{type(error).__name__}: {error}"
     return None, trouble
@@ -123,7 +136,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _post(judge: Judge, question: str) -> bytes:
+def _post(judge: JudgeServer, question: str) -> bytes:
     body = {"model": judge.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
     headers = {"Content-Type": "application/json"}
     if judge.key:
@@ -135,7 +148,7 @@ def _post(judge: Judge, question: str) -> bytes:
 
 
 def _content(body: bytes) -> str:
-    """Text of the first choice. Raises ValueError for anything that is not a chat completion."""
+    """Returns the text of the first choice. Raises ValueError for anything that is not a chat completion."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError, RecursionError):

@@ -1,7 +1,7 @@
 """Which questions is a model to be asked? Data files in, questions with gold answers out.
 
-The format of a file is detected by its columns or named; every bad row is reported by its place before anything
-starts.
+The format of a file is detected by its columns or named by the user. Every bad row is reported by its location,
+FILE:NUMBER, before anything starts.
 
 Left out: the formats themselves (`readers.py`), tokens (`answering.py`).
 """
@@ -13,35 +13,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_powerflow.data.prompt_rows import ASKED, GIVEN, answer_of, prompt_of, task_of
+from megatron_powerflow.data.prompt_rows import PROMPT_COLUMNS, QUESTION_COLUMNS, answer_of, prompt_of, task_of
 from megatron_powerflow.data.prompts import first_violations, text_field
 from megatron_powerflow.data.rows import Row, read_file
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.readers import BENCHMARKS
-from megatron_powerflow.hub.located import AS_NAMED, Located
+from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths
 
-OWN = "prompts"
+PROMPTS_FORMAT = "prompts"  # files as training reads them, taken as they are
 GENERIC = "math"  # its task is called as the file is
 COLUMNS_OF_ROWS = 100  # rows whose columns tell the format: a row may leave some out
-FORMATS = (*BENCHMARKS, OWN)
+FORMATS = (*BENCHMARKS, PROMPTS_FORMAT)
 PromptAs = Literal["chat", "text"]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question. (task, id) is unique; `place` is where it stands, for messages."""
+    """Holds one question of an evaluation; (task, id) is unique.
+
+    location: FILE:NUMBER of its row, for messages.
+    """
 
     id: str
     task: str
     prompt: Row  # one of `prompt`, `messages`, `prompt_token_ids`, as data/prompts.py reads it
     answer: str | None  # None: there is nothing to compare with
-    place: str
+    location: str
     tolerance: float | None = None
 
 
 @dataclass(frozen=True)
-class Questions:
-    """num_left_out: rows that ask for a proof or a picture, or whose solution has no box."""
+class LoadedQuestions:
+    """Holds the questions of all data files.
+
+    num_left_out: how many rows ask for a proof or a picture, or have a solution without a box.
+    """
 
     questions: tuple[Question, ...]
     num_left_out: int
@@ -53,14 +59,14 @@ def load_questions(
     format: str | None = None,
     suffix: str | None = None,
     prompt_as: PromptAs | None = None,
-    located: Located = AS_NAMED,
-) -> Questions:
-    """Questions of files, in their order. Raises UserError with every bad row.
+    located: LocalPaths = NO_DOWNLOADS,
+) -> LoadedQuestions:
+    """Reads the questions of data files, in their order. Raises UserError with every bad row.
 
-    located: which of `data` are names on the hub, and where their files are. format: one of FORMATS for all of `data`;
-    None detects. suffix: appended to a benchmark's questions; None is the format's own, "" nothing. prompt_as: a
-    benchmark's question as the one user message of the model's chat template (None too), or as bare text. Prompts of
-    our own are taken as they are.
+    located: where the files of names on the hub are. format: one of FORMATS for all of `data`; None detects the format
+    of each file. suffix: appended to a benchmark's questions; None stands for the format's own, "" for none. prompt_as:
+    "chat" (also None) makes a benchmark's question the one user message of the model's chat template, "text" a bare
+    text. Prompts of the user's own (format "prompts") are taken as they are.
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"--format {format}: unknown; known are {', '.join(FORMATS)}")
@@ -86,7 +92,7 @@ def load_questions(
             else:
                 questions.append(question)
     violations += _repeated(questions)
-    if used == {OWN}:
+    if used == {PROMPTS_FORMAT}:
         given = {"--suffix": suffix, "--prompt-as": prompt_as}
         violations += [
             f"{option} has no effect on prompts of one's own, which are taken as they are; remove it"
@@ -97,27 +103,29 @@ def load_questions(
         violations.append(f"{', '.join(data)}: all {num_left_out} rows ask for proofs or pictures, or have no box")
     if violations:
         raise UserError(first_violations(violations))
-    return Questions(tuple(questions), num_left_out)
+    return LoadedQuestions(tuple(questions), num_left_out)
 
 
 def _detect(path: Path, rows: Sequence[tuple[int, Row]]) -> str:
     columns = {name for _, row in rows[:COLUMNS_OF_ROWS] for name in row}
-    found = next((name for name, benchmark in BENCHMARKS.items() if benchmark.detect(columns, str(path).lower())), None)
-    if found is None and not columns & {*GIVEN, *ASKED}:
+    benchmark_name = next(
+        (name for name, benchmark in BENCHMARKS.items() if benchmark.detect(columns, str(path).lower())), None
+    )
+    if benchmark_name is None and not columns & {*PROMPT_COLUMNS, *QUESTION_COLUMNS}:
         raise UserError(
             f"{path}: columns {', '.join(sorted(columns)[:12])} are those of no known format; "
             f"name one with --format: {', '.join(FORMATS)}"
         )
-    return found or OWN
+    return benchmark_name or PROMPTS_FORMAT
 
 
 def _question(
     name: str, row: Row, path: Path, number: int, suffix: str | None, prompt_as: PromptAs | None
 ) -> Question | None:
-    place = f"{path}:{number}"
-    if name == OWN:
+    location = f"{path}:{number}"
+    if name == PROMPTS_FORMAT:
         identity = text_field(row, "id") or str(number - 1)
-        return Question(identity, task_of(row) or path.stem, prompt_of(row), answer_of(row), place)
+        return Question(identity, task_of(row) or path.stem, prompt_of(row), answer_of(row), location)
     benchmark = BENCHMARKS[name]
     problem = benchmark.read(row)
     if problem is None:
@@ -128,13 +136,13 @@ def _question(
         text += ending if text[-1].isspace() else f" {ending}"
     prompt = {"prompt": text} if prompt_as == "text" else {"messages": [{"role": "user", "content": text}]}
     task = path.stem if name == GENERIC else name
-    return Question(problem.id or f"{path.stem}:{number}", task, prompt, problem.answer, place, problem.tolerance)
+    return Question(problem.id or f"{path.stem}:{number}", task, prompt, problem.answer, location, problem.tolerance)
 
 
 def _repeated(questions: Sequence[Question]) -> list[str]:
-    places: dict[tuple[str, str], str] = {}
+    first_locations: dict[tuple[str, str], str] = {}
     return [
-        f"{question.place}: id {question.id!r} of task {question.task} is that of {first} too; ids are unique"
+        f"{question.location}: id {question.id!r} of task {question.task} is that of {first} too; ids are unique"
         for question in questions
-        if (first := places.setdefault((question.task, question.id), question.place)) != question.place
+        if (first := first_locations.setdefault((question.task, question.id), question.location)) != question.location
     ]

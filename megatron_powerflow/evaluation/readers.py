@@ -1,6 +1,7 @@
 """Which question, and which gold answer, does a row of a published benchmark hold?
 
-One function a format, on the columns as published; behind each, where they were seen:
+There is one function for each format, which reads the columns as published. Behind each format stands where its columns
+were seen:
 
     math500         HuggingFaceH4/MATH-500: problem, solution, answer, subject, level, unique_id
                     (cards of its copies on the hub, which list their features)
@@ -14,7 +15,8 @@ One function a format, on the columns as published; behind each, where they were
     math            any question or problem with an answer, and openai/gsm8k: question, answer (ending in #### 42);
                     the task is called as the file is
 
-Left out: files (`data/rows.py`), the hub (`hub/`), prompts of our own and everything common to all (`questions.py`).
+Left out: files (`data/rows.py`), the hub (`hub/`), prompts of the user's own and what all formats share
+(`questions.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from megatron_powerflow.data.rows import Row
 from megatron_powerflow.data.text_fields import text_of
 from megatron_powerflow.errors import UserError
 
-# EMPO's (github.com/QingyangZhang/EMPO), which the paper's recipe follows
+# the wording of EMPO (github.com/QingyangZhang/EMPO), whose recipe the paper follows
 MATH_SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."
 CHOICE_SUFFIX = "Let's think step by step and output the letter of the final answer within \\boxed{}."
 LETTERS = "ABCD"
@@ -40,7 +42,7 @@ GPQA_COLUMNS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "I
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What a row says: the question's text, without a suffix, and its answer."""
+    """Holds the question of a row, as text without a suffix, and its gold answer."""
 
     text: str
     answer: str
@@ -50,10 +52,11 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """detect: do these columns, in a file of this path in lower case, look like it?
-    read: None for a row that asks for what cannot be given or compared.
+    """Says how files of a published format are recognised and how their rows are read.
 
-    read raises UserError, without the place, for a row that is not of the format.
+    detect: whether a file with these columns and this path, in lower case, looks like the format. read: returns the
+    problem of a row; None for a row whose answer cannot be given or compared; raises UserError, without the row's
+    location, for a row that is not of the format.
     """
 
     detect: Callable[[set[str], str], bool]
@@ -62,19 +65,25 @@ class Benchmark:
 
 
 def read_math500(row: Row) -> Problem:
+    """Reads a row of MATH-500."""
     return Problem(_text(row, "problem"), _text(row, "answer"), _identity(row, "unique_id"))
 
 
 def read_aime(row: Row) -> Problem:
+    """Reads a row of AIME, whose answer is a whole number from 0 to 999."""
     return Problem(_text(row, "problem" if "problem" in row else "question"), _aime_answer(row), _identity(row, "id"))
 
 
 def read_amc(row: Row) -> Problem:
+    """Reads a row of AMC, whose answer is a number: 27.0 is 27."""
     return Problem(_text(row, "question"), _plain_number(_text(row, "answer")), _identity(row, "id"))
 
 
 def read_olympiadbench(row: Row) -> Problem | None:
-    """None: proofs, and questions about a picture. Several answers are one, in any order, separated by commas."""
+    """Reads a row of OlympiadBench; None for proofs and for questions about a picture.
+
+    Several answers become one, separated by commas; their order does not matter.
+    """
     answers = row.get("final_answer") or []
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
@@ -94,30 +103,30 @@ def read_olympiadbench(row: Row) -> Problem | None:
 
 
 def read_gpqa(row: Row) -> Problem:
-    """The choices in an order that depends on nothing but their texts and the question's."""
+    """Reads a row of GPQA. The order of the choices depends only on their texts and the question's."""
     question = _text(row, "Question")
     choices = [(name, _text(row, name)) for name in GPQA_COLUMNS]
     choices.sort(key=lambda choice: hashlib.sha256(f"{question}\0{choice[1]}".encode()).digest())
     lines = [f"{letter}. {choice}\n" for letter, (_, choice) in zip(LETTERS, choices, strict=True)]
-    gold = next(place for place, (name, _) in enumerate(choices) if name == GPQA_COLUMNS[0])
+    gold = next(index for index, (name, _) in enumerate(choices) if name == GPQA_COLUMNS[0])
     return Problem(f"{question}\n\n{''.join(lines)}", LETTERS[gold], _identity(row, "Record ID"))
 
 
 def read_numina(row: Row) -> Problem | None:
-    """None: a solution without a box, most of them proofs."""
+    """Reads a row of NuminaMath; None for a solution without a box, which is a proof most often."""
     answer = last_boxed(_text(row, "solution"))
     return None if answer is None else Problem(_text(row, "problem"), answer, None)
 
 
 def read_math(row: Row) -> Problem:
-    """A short answer, or one behind the #### of GSM8K."""
+    """Reads a question or problem with a short answer, or with an answer behind the #### of GSM8K."""
     answer = _text(row, "answer").rpartition("####")[2].strip()
     if not answer or len(answer) > 200 or "\n" in answer:
         raise UserError(f"answer must be short, on one line, and nothing but the answer, got {answer!r:.60}")
     return Problem(_text(row, "problem" if "problem" in row else "question"), answer, _identity(row, "id"))
 
 
-# Asked in this order; what is told apart by little comes last.
+# Detected in this order: formats that few columns tell apart come last.
 BENCHMARKS = {
     "gpqa": Benchmark(lambda c, _: {"Question", *GPQA_COLUMNS} <= c, read_gpqa, CHOICE_SUFFIX),
     "olympiadbench": Benchmark(lambda c, _: {"question", "final_answer"} <= c, read_olympiadbench),
@@ -135,7 +144,7 @@ def _asks(columns: set[str]) -> bool:
 
 
 def _text(row: Row, name: str) -> str:
-    """A text or number that is there and not empty, as text."""
+    """Returns a text or number of the row, as text. Raises UserError where it is missing or empty."""
     value = row.get(name)
     text = text_of(value, name)
     if text is None:
@@ -150,18 +159,19 @@ def _identity(row: Row, name: str) -> str | None:
 
 
 def _aime_answer(row: Row) -> str:
-    """Whole, 0 to 999: 025 is 25, and one published answer is in degrees (336^\\circ in opencompass/AIME2025)."""
-    given = _text(row, "answer")
-    number = _plain_number(re.sub(r"\^\{?\\circ\}?$", "", given.strip("$").strip()))
+    """Returns a whole number from 0 to 999, as text: 025 is 25. One published answer is in degrees (336^\\circ in
+    opencompass/AIME2025)."""
+    answer = _text(row, "answer")
+    number = _plain_number(re.sub(r"\^\{?\\circ\}?$", "", answer.strip("$").strip()))
     if not re.fullmatch(r"\d{1,3}", number):
         raise UserError(
-            f"answer must be a whole number from 0 to 999, got {given!r:.60}; is this AIME? name the format"
+            f"answer must be a whole number from 0 to 999, got {answer!r:.60}; is this AIME? name the format"
         )
     return number
 
 
 def _plain_number(text: str) -> str:
-    """27.0 and 027 as 27; what is no decimal number as it is."""
+    """Writes 27.0 and 027 as 27, and leaves a text that is no decimal number as it is."""
     if not re.fullmatch(r"[-+]?\d{1,40}(\.\d{0,40})?", text):
         return text
     number = Fraction(text)
@@ -169,7 +179,7 @@ def _plain_number(text: str) -> str:
 
 
 def _tolerance(error: object) -> float | None:
-    """OlympiadBench's `error`, an absolute one: a text such as 1e-1. Several, one per answer, are not used."""
+    """Returns OlympiadBench's `error`, an absolute tolerance such as "1e-1"; None for several, one per answer."""
     try:
         value = float(error) if isinstance(error, str | float | int) else 0.0
     except ValueError:

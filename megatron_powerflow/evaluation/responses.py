@@ -1,7 +1,9 @@
 """What has been answered so far? OUT/responses.jsonl, appended round by round, under the settings in OUT/settings.json.
 
 A round is whole in the file or dropped: an evaluation that was killed continues behind the last whole round, with the
-same batches, so its file is the unbroken one's. Left out: noticing that weights were changed under one path.
+same batches, so its file equals that of an evaluation that was never killed.
+
+Left out: noticing that the weights behind a path were changed.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ RESPONSES_NAME = "responses.jsonl"
 SETTINGS_NAME = "settings.json"
 EVALUATION_NAME = "evaluation.json"
 JUDGEMENTS_NAME = "judgements.jsonl"
-LOCK_NAME = "evaluation.lock"  # whose the folder is at the moment
+LOCK_NAME = "evaluation.lock"  # says which process owns the folder at the moment
 WRITTEN = (RESPONSES_NAME, EVALUATION_NAME, JUDGEMENTS_NAME)
 Line = dict[str, Any]
 Key = tuple[str, str]  # task, id
 
 
 def check_settings(out: Path, settings: Line) -> None:
-    """Raises UserError where OUT holds answers under other settings, or something else. Reads only."""
+    """Raises UserError where OUT holds answers under other settings, or files that no evaluation wrote. Reads only."""
     path = out / SETTINGS_NAME
     if path.is_file():
         try:
@@ -47,24 +49,24 @@ def check_settings(out: Path, settings: Line) -> None:
 
 
 def nothing_answered(out: Path) -> bool:
-    """Whether no round of an evaluation came to its end here."""
+    """Whether no round of an evaluation was finished in the folder."""
     responses = out / RESPONSES_NAME
     begun = responses.is_file() and responses.stat().st_size > 0
     return not (begun or (out / EVALUATION_NAME).exists() or (out / JUDGEMENTS_NAME).exists())
 
 
 def remove_unanswered(out: Path) -> None:
-    """Away with what an evaluation that was refused before its first answer wrote. The owner's of the folder."""
+    """Removes the files of an evaluation that was refused before its first answer. For the folder's owner only."""
     if nothing_answered(out):
         for name in (RESPONSES_NAME, SETTINGS_NAME):
             (out / name).unlink(missing_ok=True)
 
 
 def open_responses(out: Path, settings: Line, keys: Sequence[Key], num_responses: int, per_round: int) -> int:
-    """Make the folder ready for appending; how many questions are answered already. The main rank's.
+    """Makes the folder ready for appending and returns how many questions are answered already.
 
-    keys: of all questions, in order. A half-written last line, and lines behind the last whole round of `per_round`
-    questions, are cut off. Raises UserError for lines that this evaluation did not write.
+    Called on the main rank only. keys: of all questions, in order. A half-written last line, and lines behind the last
+    whole round of `per_round` questions, are cut off. Raises UserError for lines that this evaluation did not write.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / SETTINGS_NAME, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
@@ -88,7 +90,7 @@ def open_responses(out: Path, settings: Line, keys: Sequence[Key], num_responses
 
 
 def append_responses(out: Path, lines: Sequence[Line]) -> None:
-    """One round's lines, on disk when this returns."""
+    """Appends the lines of one round; they are on the disk when the function returns."""
     with (out / RESPONSES_NAME).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         file.flush()
@@ -96,13 +98,13 @@ def append_responses(out: Path, lines: Sequence[Line]) -> None:
 
 
 def read_responses(out: Path) -> list[Line]:
-    """Every line, in order."""
+    """Returns every line of responses.jsonl, in order."""
     with (out / RESPONSES_NAME).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def by_question(lines: Sequence[Line]) -> dict[Key, list[Line]]:
-    """The lines of each question, questions and responses in order."""
+    """Returns the lines of each question, questions and responses in the order of the file."""
     questions: dict[Key, list[Line]] = {}
     for line in lines:
         questions.setdefault((line["task"], line["id"]), []).append(line)

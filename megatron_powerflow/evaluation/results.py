@@ -3,10 +3,11 @@
     {"model", "data", "num_responses", "temperature", "seed", "tasks": {task: row}, "all": row,
      "mean_over_tasks": {...}, "diversity": {...}, "command", "versions", "git_commit", "revisions"}
 
-A row is what `summarize` of metrics/counts.py returns: its num_responses counts all responses of the task, the one
-beside `model` those of a question. `all` weighs questions alike, so that a large benchmark rules; `mean_over_tasks`
-(num_tasks, avg, avg_se) weighs benchmarks alike, as the paper's Avg does. `diversity` is empty where it was not asked
-for; `judge`, by kind of judgement, is there where a judge was asked, and `revisions` where a name was the hub's.
+A row is what `summarize` of metrics/counts.py returns. Its num_responses counts all responses of the task, while the
+num_responses beside `model` counts those of one question. `all` weighs questions alike, so that a large benchmark
+dominates; `mean_over_tasks` (num_tasks, avg, avg_se) weighs benchmarks alike, as the paper's Avg does. `diversity` is
+empty where it was not asked for. `judge`, by kind of judgement, exists where a judge was asked, and `revisions` where a
+name was the hub's.
 
 Left out: plots and comparisons of several evaluations.
 """
@@ -26,7 +27,7 @@ from megatron_powerflow.whole_files import write_file
 
 
 def count_questions(lines: Sequence[Line]) -> list[QuestionCounts]:
-    """Counts of each question, from the lines of responses.jsonl."""
+    """Returns the counts of each question, from the lines of responses.jsonl."""
     return [
         QuestionCounts(
             task=task,
@@ -47,7 +48,7 @@ def describe_results(
     command: str,
     revisions: Mapping[str, str] | None = None,
 ) -> dict:
-    """The content of evaluation.json. revisions: name on the hub -> commit."""
+    """Returns the content of evaluation.json. revisions: name on the hub -> commit."""
     tasks, everything = summarize_tasks(count_questions(lines))
     named = {name: settings[name] for name in ("model", "data", "num_responses", "temperature", "seed")}
     return {
@@ -61,19 +62,24 @@ def describe_results(
 
 
 def write_results(out: Path, results: dict) -> Path:
+    """Writes evaluation.json and returns its path."""
     path = out / EVALUATION_NAME
     write_file(path, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
     return path
 
 
 def table_title(results: dict) -> str:
-    """A line above the table. A title of the table itself would be wrapped in the middle of the model's path."""
+    """Returns the line above the table. A title of the table itself would be wrapped inside the model's path."""
     k, temperature = results["num_responses"], results["temperature"]
     return f"{results['model']}, {k} responses a question, temperature {temperature:g}"
 
 
 def results_table(results: dict) -> Table:
-    """Percentages with their standard errors over questions; tokens; percentages of responses."""
+    """Returns the table for the console.
+
+    Accuracies are percentages with their standard errors over questions; lengths are in tokens; truncated and boxed are
+    percentages of responses.
+    """
     k = results["num_responses"]
     last = max(map(int, results["all"]["pass_at"]), default=1)
     table = Table(box=None, padding=(0, 2, 0, 0))  # without lines it is whole in 80 columns

@@ -2,10 +2,10 @@
 
 The JSON itself is read, not a transformers config object: what the file says is what is checked, no code
 of the folder runs, and no import of torch is needed. A setting that changes the computation and is not
-mapped is refused by name. There are three kinds of fields (`config_fields.py`): those that some architecture
-computes with, which every family maps or refuses; those that describe, or act in training or generation only,
-which are passed over; and unknown ones, which are named in a warning: transformers ignores them too, and folders
-carry notes of their own (SmolLM2's released file says is_llama_config), but one may be a newer transformers' switch.
+mapped is refused by name. There are three kinds of fields (`config_fields.py`). Those that some architecture
+computes with are mapped or refused by every family. Those that only describe, or act in training or generation
+only, are passed over. Unknown ones are named in a warning: transformers ignores them too, and folders carry notes
+of their own (SmolLM2's released file says is_llama_config), but one of them may be a newer transformers' switch.
 
 Left out: the tensors (`files.py`), their layout (`operations.py`).
 """
@@ -16,7 +16,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_powerflow.architecture import Architecture, Experts, Rope
 from megatron_powerflow.errors import UserError
@@ -26,10 +26,20 @@ from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.rope import read_rope
 
 
+class ModelDescription(NamedTuple):
+    """The architecture that a config.json asks for, and the family by which it was read."""
+
+    architecture: Architecture
+    family: Family
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file, or a UserError that names the file."""
+    """Read the JSON object that a file holds. what: the file's role, for the message.
+
+    Raises UserError, which names the file, when it is missing, cannot be read or holds no JSON object.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_said_once)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_contradictions)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what} is needed") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -39,17 +49,21 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def _said_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. One that names a field twice is refused, where Python would take the last value."""
-    found: dict[str, Any] = {}
+def _without_contradictions(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object from its pairs. Raises ValueError when a field has two values, where Python would take the
+    last one."""
+    fields: dict[str, Any] = {}
     for key, value in pairs:
-        if found.setdefault(key, value) != value:
-            raise ValueError(f"{key} is there twice, as {found[key]!r} and as {value!r}; take one away")
-    return found
+        if fields.setdefault(key, value) != value:
+            raise ValueError(f"{key} is there twice, as {fields[key]!r} and as {value!r}; take one away")
+    return fields
 
 
-def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tuple[Architecture, Family]:
-    """Read `folder/config.json`. Raises UserError with every setting that cannot be mapped."""
+def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> ModelDescription:
+    """Read `folder/config.json` into an architecture, by the family that its model_type names.
+
+    families: model_type -> family. Raises UserError with every setting that cannot be mapped; warns of unknown fields.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
@@ -73,8 +87,9 @@ def read_architecture(folder: str | Path, families: Mapping[str, Family]) -> tup
         ) from None
 
 
-def _mapped(folder: Path, raw: Mapping[str, Any], family: Family) -> tuple[Architecture, Family]:
-    """Values of the wrong kind raise whatever they raise."""
+def _mapped(folder: Path, raw: Mapping[str, Any], family: Family) -> ModelDescription:
+    """Map the fields of a config.json by its family. A value of the wrong kind may raise any of Python's errors, which
+    the caller turns into a UserError."""
     model_type = family.model_type
     kinds = wrong_kinds(raw, family.nullable)
     raw, violations = _one_name_each(raw, {"torch_dtype": "dtype", **family.synonyms})
@@ -96,52 +111,53 @@ def _mapped(folder: Path, raw: Mapping[str, Any], family: Family) -> tuple[Archi
     if "num_hidden_layers" not in missing and fields["num_hidden_layers"] > MOST_LAYERS:  # before lists are that long
         violations.append(f"num_hidden_layers={fields['num_hidden_layers']}; no model has over {MOST_LAYERS}")
     elif not missing and not kinds:
-        rope, wrong = read_rope(raw, fields, family)
-        violations += [*wrong, *_value_violations(fields), *family.violations(fields)]
+        rope, rope_violations = read_rope(raw, fields, family)
+        violations += [*rope_violations, *_value_violations(fields), *family.violations(fields)]
     if violations:
         raise UserError([f"{folder / 'config.json'}: {violation}" for violation in violations])
     architecture = _architecture(fields, family, rope, folder / "config.json")
-    found = _expert_violations(architecture.experts) + _attention_violations(architecture, fields.get("layer_types"))
-    if found:
-        raise UserError([f"{folder / 'config.json'}: {violation}" for violation in found])
-    return architecture, family
+    violations = _expert_violations(architecture.experts)
+    violations += _attention_violations(architecture, fields.get("layer_types"))
+    if violations:
+        raise UserError([f"{folder / 'config.json'}: {violation}" for violation in violations])
+    return ModelDescription(architecture, family)
 
 
 def _one_name_each(raw: Mapping[str, Any], synonyms: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """The fields under the names that are read here, and a sentence for each that two names give different values."""
-    found, violations = dict(raw), []
+    """Return (the fields under the names that this module reads, a violation for each field to which two names give
+    different values)."""
+    fields, violations = dict(raw), []
     for other, name in synonyms.items():
-        if other not in found:
+        if other not in fields:
             continue
-        value = found.pop(other)
-        if found.setdefault(name, value) != value:
+        value = fields.pop(other)
+        if fields.setdefault(name, value) != value:
             violations.append(
-                f"{other}={value!r} stands beside {name}={found[name]!r}, another name of it; take away what is not "
+                f"{other}={value!r} stands beside {name}={fields[name]!r}, another name of it; take away what is not "
                 "the model's"
             )
-    return found, violations
+    return fields, violations
 
 
 def _value_violations(fields: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the numbers that every family has; all are of the right kind."""
-    found = []
-    heads, groups, vocab_size = (
-        fields.get(key) for key in ("num_attention_heads", "num_key_value_heads", "vocab_size")
-    )
+    """Name what is wrong with the numbers that every family has. Their kinds have been checked before."""
+    violations = []
+    heads, vocab_size, groups = fields["num_attention_heads"], fields["vocab_size"], fields.get("num_key_value_heads")
     if groups is not None and (groups < 1 or heads % groups):
-        found.append(f"num_key_value_heads={groups}; it must divide num_attention_heads={heads}")
+        violations.append(f"num_key_value_heads={groups}; it must divide num_attention_heads={heads}")
     if (head_dim := fields.get("head_dim")) is not None and head_dim < 1:
-        found.append(f"head_dim={head_dim}; it must be at least 1")
+        violations.append(f"head_dim={head_dim}; it must be at least 1")
     if not is_number(fields["rms_norm_eps"]) or fields["rms_norm_eps"] >= 1:
-        found.append(f"rms_norm_eps={fields['rms_norm_eps']!r}; it must be at least 0.0 and below 1.0")
+        violations.append(f"rms_norm_eps={fields['rms_norm_eps']!r}; it must be at least 0.0 and below 1.0")
     if not 0 <= fields.get("initializer_range", 0.0) <= 1:
-        found.append(f"initializer_range={fields['initializer_range']!r}; it must be from 0.0 to 1.0")
+        violations.append(f"initializer_range={fields['initializer_range']!r}; it must be from 0.0 to 1.0")
     if (pad := fields.get("pad_token_id")) is not None and not -vocab_size <= pad < vocab_size:
-        found.append(f"pad_token_id={pad} is none of the model's {vocab_size} tokens; mend it or say null")
-    return found
+        violations.append(f"pad_token_id={pad} is none of the model's {vocab_size} tokens; mend it or say null")
+    return violations
 
 
 def _mention_unknown_fields(raw: Mapping[str, Any], known: set[str], path: Path) -> None:
+    """Warn of the fields that are switched on and that neither the family nor this module knows."""
     unknown = [
         key
         for key, value in raw.items()
@@ -169,9 +185,10 @@ _REQUIRED = (
 
 
 def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: Path) -> Architecture:
+    """Build the architecture: the common reading of the fields, and over it what the family reads differently."""
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
-    own = family.overrides(fields)
-    head_dim = own.get("head_dim") or fields.get("head_dim")
+    overrides = family.overrides(fields)
+    head_dim = overrides.get("head_dim") or fields.get("head_dim")
     if head_dim is None and hidden % heads:
         raise UserError(f"{path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim")
     limit = rope.original_max_positions if rope.scaling == "longrope" else fields["max_position_embeddings"]
@@ -192,7 +209,7 @@ def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: P
         "max_positions": min(fields["max_position_embeddings"], limit),
         "sliding_window": None,
     }
-    return Architecture(**{**common, **own})
+    return Architecture(**{**common, **overrides})
 
 
 def _expert_violations(experts: Experts | None) -> list[str]:
@@ -206,42 +223,48 @@ def _expert_violations(experts: Experts | None) -> list[str]:
 
 
 def _attention_violations(architecture: Architecture, layer_types: Any) -> list[str]:
-    found, window, rope = [], architecture.sliding_window, architecture.rope
+    """Name what is wrong with rotation, window, softcaps and layer_types (as the file says it, or None)."""
+    violations, window, rope = [], architecture.sliding_window, architecture.rope
     rotated_dim = architecture.mla.rope_head_dim if architecture.mla else architecture.head_dim
     pairs = rope.rotated(rotated_dim) // 2
     if rope.rotated(rotated_dim) % 2 or not pairs:
-        found.append(
+        violations.append(
             f"head_dim={rotated_dim} with partial_rotary_factor={rope.fraction} rotates {rope.rotated(rotated_dim)} "
             "dimensions; it must be an even number of them"
         )
     if rope.scaling == "longrope" and len(rope.factors) != pairs:
-        found.append(
+        violations.append(
             f"longrope's short_factor has {len(rope.factors)} numbers; head_dim={rotated_dim} with num_attention_heads="
             f"{architecture.num_attention_heads} needs {pairs}"
         )
     if window is not None and window < 1:
-        found.append(f"sliding_window={window!r}; it must be a whole number of tokens, at least 1, or null")
+        violations.append(f"sliding_window={window!r}; it must be a whole number of tokens, at least 1, or null")
     for name, cap in (
         ("attn_logit_softcapping", architecture.attention_softcap),
         ("final_logit_softcapping", architecture.logit_softcap),
     ):
         if cap is not None and not is_number(cap, above=0.0):
-            found.append(f"{name}={cap!r}; it must be a number above 0, or null")
+            violations.append(f"{name}={cap!r}; it must be a number above 0, or null")
     layers = architecture.windowed_layers or (window is not None,) * architecture.num_layers
-    computed = ["sliding_attention" if here else "full_attention" for here in layers]
+    computed = ["sliding_attention" if windowed else "full_attention" for windowed in layers]
     if layer_types is not None and len(layer_types) != len(computed):
-        found.append(f"layer_types has {len(layer_types)} entries, num_hidden_layers={len(computed)} asks for as many")
+        violations.append(
+            f"layer_types has {len(layer_types)} entries, num_hidden_layers={len(computed)} asks for as many"
+        )
     elif layer_types is not None and list(layer_types) != computed:
-        found.append(
+        violations.append(
             f"layer_types={list(layer_types)} is not supported for {architecture.family} with "
             f"sliding_window={window!r}; only {computed} is"
         )
-    return found
+    return violations
 
 
 def windows_by_layer(window: int | None, layer_types: Any, default: Sequence[bool]) -> dict[str, Any]:
-    """Architecture fields of a sliding window that only some layers have. layer_types: what the file says, or None;
-    default: which layers have the window where it is silent. What it says wrongly is found by `read_architecture`."""
+    """Return the Architecture fields of a sliding window that only some layers have.
+
+    layer_types: what the file says, or None; default: per layer, whether it has the window where the file is silent.
+    Nothing is checked: `read_architecture` compares layer_types with the result.
+    """
     layers = tuple(default) if layer_types is None else tuple(kind == "sliding_attention" for kind in layer_types)
     if window is None or not any(layers):
         return {}
@@ -249,9 +272,10 @@ def windows_by_layer(window: int | None, layer_types: Any, default: Sequence[boo
 
 
 def read_stop_token_ids(folder: str | Path, tokenizer_eos: int | None, vocab_size: int) -> frozenset[int]:
-    """Token ids that end a response: the union of what generation_config.json, config.json and the tokenizer name, as
-    instruct models spread theirs over all three. vLLM stops at the same ones, apart from config.json's, which it reads
-    where there is no generation_config.json.
+    """Return the token ids that end a response: all that generation_config.json, config.json and the tokenizer name.
+
+    Instruct models spread theirs over all three. vLLM stops at the same ones, apart from those of config.json, which it
+    reads only where there is no generation_config.json.
 
     Raises UserError when none is named, so that no response could ever end, or when one is not of the vocabulary.
     """
@@ -267,16 +291,17 @@ def read_stop_token_ids(folder: str | Path, tokenizer_eos: int | None, vocab_siz
     ]
     if violations:
         raise UserError(violations)
-    found = frozenset(token for tokens in named.values() for token in tokens)
-    if not found:
+    stop_token_ids = frozenset(token for tokens in named.values() for token in tokens)
+    if not stop_token_ids:
         raise UserError(
             f"{folder}: neither config.json, generation_config.json nor the tokenizer names an eos token; name it in "
             "rollout.stop_token_ids"
         )
-    return found
+    return stop_token_ids
 
 
 def _eos_in(path: Path) -> list[Any]:
+    """List what a JSON file says of eos_token_id, unchecked; empty where there is no file or no such field."""
     if not path.is_file():
         return []
     value = read_json(path, path.name).get("eos_token_id")

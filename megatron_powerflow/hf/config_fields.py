@@ -1,9 +1,14 @@
-"""What does each field of a config.json do? Those that compute, for every family to map or refuse; those that do not.
+"""What does each field of a config.json do?
+
+The fields are listed in three groups: those that `config.py` reads for every family, those that change the computation
+of some architecture, which every family maps or refuses, and those that change no computation.
 
 Left out: the values (`config.py` and `families/`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 # Read for every family, in `config.py`.
 READ = frozenset(
@@ -28,8 +33,9 @@ READ = frozenset(
     }
 )
 
-# Some architecture computes with it; at this value it does nothing. A family that says nothing of it refuses any other.
-COMPUTING = {
+# Field that some architecture computes with -> the value at which it does nothing. A family that does not map the field
+# refuses every other value.
+COMPUTING: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "use_bias": False,
@@ -75,7 +81,7 @@ COMPUTING = {
     "shared_expert_intermediate_size": 0,
 }
 
-# Describes the folder or the tokens, or acts in transformers' own training or generation only.
+# These fields describe the folder or the tokens, or act in transformers' own training or generation only.
 BOOKKEEPING = frozenset(
     {
         "architectures",

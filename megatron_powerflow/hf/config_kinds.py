@@ -1,6 +1,7 @@
-"""Is each value of a config.json of the kind that its field takes? Those that transformers 5 demands.
+"""Is each value of a config.json of the kind that its field takes?
 
-A file that transformers does not load is refused here as well: a trained policy is exported with the same file.
+The kinds are those that transformers 5 demands. A file that transformers does not load is refused here as well, because
+a trained policy is exported with the same file.
 
 Left out: what the values mean (`config.py`, `rope.py` and `families/`).
 """
@@ -71,7 +72,7 @@ KINDS = {
     "dtype": DTYPE,
     "torch_dtype": DTYPE,
 }
-# May be null in every family. The others a family names, or nobody.
+# These fields may be null in every family; `Family.nullable` names those that may be null in one.
 NULLABLE = frozenset(
     {
         "use_bidirectional_attention",
@@ -96,7 +97,10 @@ NULLABLE = frozenset(
 
 
 def wrong_kinds(raw: Mapping[str, Any], nullable: Collection[str]) -> list[str]:
-    """A sentence for each field whose value is of another kind. nullable: fields that may be null in this family."""
+    """Return a sentence for each field whose value is not of the field's kind.
+
+    nullable: the fields that may be null in this family, beside those of NULLABLE.
+    """
     return [
         f"{key}={raw[key]!r}; it must be {kind}" + (" or null" if key in NULLABLE or key in nullable else "")
         for key, kind in KINDS.items()
@@ -105,5 +109,5 @@ def wrong_kinds(raw: Mapping[str, Any], nullable: Collection[str]) -> list[str]:
 
 
 def is_number(value: Any, *, least: float = 0.0, above: float | None = None) -> bool:
-    """Whether it is a number of at least `least`, or above `above`, and finite."""
+    """Tell whether a value is a number below 1e30 and at least `least`, or, where `above` is given, above that."""
     return type(value) in (int, float) and (value >= least if above is None else value > above) and value < 1e30

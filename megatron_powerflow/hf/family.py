@@ -1,4 +1,6 @@
-"""What does a model family consist of, as data? One `Family` per file of `families/`.
+"""What does a model family consist of, as data?
+
+Each file of `families/` holds one `Family`.
 
 Left out: how a config.json is read by it (`config.py`).
 """
@@ -14,20 +16,20 @@ from megatron_powerflow.hf.operations import Op
 
 @dataclass(frozen=True)
 class Family:
-    """One model family as data; `families/<name>.py` holds one each.
+    """One model family as data: how its config.json is read, and how its tensors relate to Megatron's parameters.
 
-    model_type: the `model_type` of config.json; chosen by equality, never by a part of a name.
-    defaults: what transformers assumes where the file is silent.
-    must_be: field -> the one value we compute; any other value is refused by name (null, false, 0 and [] are one).
-    overrides: (fields of the file) -> Architecture fields that differ from the common reading.
-    ops: one list, two directions: tensors of a layer, and those outside the layers.
-    sizes: fields that must be whole numbers beside the common ones.
-    reads: fields that `overrides` maps, or that do nothing in this family whatever they say.
-    partial_rotary: partial_rotary_factor counts here; elsewhere only 1.0 is accepted.
-    rope_types: ways of stretching rotation that we compute for it.
-    nullable: fields that may be null here and not in every family.
-    synonyms: other name of a field -> the name by which it is read.
-    violations: what else of the fields, all of them there and of the right kind, cannot be computed.
+    model_type: the `model_type` of config.json; it is compared as a whole, never by a part of a name.
+    defaults: the values that transformers assumes where the file is silent.
+    must_be: field -> the one value that we compute; any other is refused by name (null, false, 0 and [] are the same).
+    overrides: (fields of the file) -> the Architecture fields that differ from the common reading.
+    layer_ops, model_ops: the operations, for both directions, of a layer's tensors and of those outside the layers.
+    sizes: the fields that must be whole numbers above 0, beside the common ones.
+    reads: the fields that `overrides` maps, or that do nothing in this family whatever they say.
+    partial_rotary: whether partial_rotary_factor counts in this family; where not, only 1.0 is accepted.
+    rope_types: the ways of stretching the rotation that we compute for this family.
+    nullable: the fields that may be null in this family and not in every one.
+    synonyms: another name of a field -> the name by which it is read.
+    violations: (fields, all present and of the right kind) -> a sentence for each thing that cannot be computed.
     """
 
     model_type: str

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.config import read_json
@@ -20,14 +20,22 @@ from megatron_powerflow.hf.config import read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-# safetensors' name of a dtype -> torch's, bytes. What weights that were not quantized come in.
-FLOATS = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
-# Pages of a mapped file count as this process's memory: a file is let go after so many bytes read of it.
+
+class FloatType(NamedTuple):
+    """A dtype of weights: its name in torch, and the bytes of one number."""
+
+    torch_name: str
+    num_bytes: int
+
+
+# safetensors' name of a dtype -> the dtype, for all those that weights come in which were not quantized
+FLOATS = {"F32": FloatType("float32", 4), "BF16": FloatType("bfloat16", 2), "F16": FloatType("float16", 2)}
+# Pages of a mapped file count as this process's memory: a file is unmapped after so many bytes have been read of it.
 MAPPED_BYTES = 256 * 2**20
 MAX_REPORTED = 20
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# Everything of a folder that is not weights and not code: copied unchanged into an export.
+# Everything of a folder that is neither weights nor code, which is copied unchanged into an export.
 COMPANION_PATTERNS = (
     "generation_config.json",
     "tokenizer*",
@@ -42,10 +50,18 @@ COMPANION_PATTERNS = (
 )
 
 
-class SafetensorsFolder:
-    """The tensors of an HF folder. Opening checks every shard's header; a truncated file is found here.
+class _TensorHeader(NamedTuple):
+    """What a file's header says of a tensor. dtype: safetensors' name for it."""
 
-    Raises UserError: no safetensors, an index that names missing files, a file that is cut or damaged.
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class SafetensorsFolder:
+    """The tensors of an HF folder, each read by name and range.
+
+    Opening the folder reads the header of every file. Raises UserError when there are no safetensors, when the index
+    names missing files, or when a file is truncated or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -53,7 +69,7 @@ class SafetensorsFolder:
 
         self.folder = Path(folder)
         self._file_of: dict[str, str] = {}
-        self._info: dict[str, tuple[str, tuple[int, ...]]] = {}  # dtype, shape
+        self._header_of: dict[str, _TensorHeader] = {}
         self._mapped: tuple[str, Any] | None = None  # the file that is open for reading
         self._bytes_read = 0
         violations = []
@@ -76,14 +92,16 @@ class SafetensorsFolder:
                             f"{path}: tensor {name} is in {self._file_of[name]} as well; save the model again"
                         )
                     self._file_of[name] = file_name
-                    self._info[name] = str(part.get_dtype()), tuple(part.get_shape())
+                    self._header_of[name] = _TensorHeader(str(part.get_dtype()), tuple(part.get_shape()))
             missing = sorted((expected or set()) - {name for name, file in self._file_of.items() if file == file_name})
             violations += [f"{path}: lacks tensor {name}, which {INDEX_NAME} places there" for name in missing]
         if violations:
             raise UserError(violations)
 
-    def _shard_files(self) -> dict[str, set[str] | None]:
-        """File name -> the tensors the index places there; None where there is no index."""
+    def _shard_files(self) -> Mapping[str, set[str] | None]:
+        """Map each file's name to the tensors that the index says it holds; to None where there is no index.
+
+        Raises UserError when the index is damaged, when there are two sets of weights, or none."""
         index = self.folder / INDEX_NAME
         if index.is_file():
             weight_map = read_json(index, "the safetensors index").get("weight_map")
@@ -92,7 +110,7 @@ class SafetensorsFolder:
             outside = sorted({name for name in weight_map.values() if Path(name).name != name})
             if outside:
                 raise UserError(f"{index}: names files outside the folder: {outside[:3]}")
-            files: dict[str, set[str] | None] = {}
+            files: dict[str, set[str]] = {}
             for tensor, file_name in weight_map.items():
                 files.setdefault(file_name, set()).add(tensor)
             if (self.folder / SINGLE_NAME).is_file() and (others := files.keys() - {SINGLE_NAME}):
@@ -111,21 +129,27 @@ class SafetensorsFolder:
 
     @staticmethod
     def is_there(folder: Path) -> bool:
-        """Whether the folder has weights at all: one for a login node may hold config.json and tokenizer alone."""
+        """Tell whether the folder has weights at all: one for a login node may hold config.json and tokenizer alone."""
         return (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
 
     def names(self) -> set[str]:
+        """Return the names of all tensors in the folder."""
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._info[name][1]
+        """Return a tensor's shape, as the header has it."""
+        return self._header_of[name].shape
 
     def dtype(self, name: str) -> str:
-        """safetensors' name for it: "F32", "BF16", ..."""
-        return self._info[name][0]
+        """Return safetensors' name of a tensor's dtype: "F32", "BF16", ..."""
+        return self._header_of[name].dtype
 
     def read(self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Tensor:
-        """The asked slice of a tensor, on CPU, in the file's dtype. Only these bytes are read."""
+        """Read a slice of a tensor, on CPU, in the file's dtype; of the file only these bytes are read.
+
+        rows, columns: half-open (start, stop) of the first and second dimension; None: all.
+        Raises UserError when the file cannot be mapped into memory.
+        """
         part = self._open(self._file_of[name]).get_slice(name)
         row_slice = slice(*rows) if rows is not None else slice(None)
         value = part[row_slice] if columns is None else part[row_slice, slice(*columns)]
@@ -149,9 +173,11 @@ class SafetensorsFolder:
         return self._mapped[1]
 
 
-def tied_twice(folder: SafetensorsFolder, output: str, embedding: str) -> list[str]:
-    """Whether an output weight that should be the embedding's own stands beside it and differs: the refusal, if so.
-    Reads both, a slice at a time."""
+def tied_weight_violations(folder: SafetensorsFolder, output: str, embedding: str) -> list[str]:
+    """Return a violation when the folder holds both weights of a tied model and they differ; else nothing.
+
+    output, embedding: names of the two tensors. Both are read, a slice of rows at a time.
+    """
     if not {output, embedding} <= folder.names():
         return []
     if folder.shape(output) == folder.shape(embedding) and all(
@@ -170,25 +196,28 @@ def _slices(num_rows: int, rows_at_a_time: int = 4096) -> Iterator[tuple[int, in
         yield start, min(start + rows_at_a_time, num_rows)
 
 
-def _renamed(present: set[str], expected: set[str]) -> str | None:
-    """Whether every name is right but for what all of them begin with: wrappers of other trainers leave that behind."""
-    wrong, lacking = present - expected, expected - present
-    for one, other, what in ((wrong, lacking, "begin with"), (lacking, wrong, "lack")):
-        for name in sorted(other)[:1]:
-            for candidate in one:
+def _prefix_difference(present: set[str], expected: set[str]) -> str | None:
+    """Say how the names differ when all do so by one prefix, which wrappers of other trainers leave behind; else None.
+
+    present: names that are not expected; expected: names that are missing.
+    """
+    extra, missing = present - expected, expected - present
+    for longer, shorter, verb in ((extra, missing, "begin with"), (missing, extra, "lack")):
+        for name in sorted(shorter)[:1]:
+            for candidate in longer:
                 prefix = candidate.removesuffix(name)
-                if candidate != prefix and {prefix + item for item in other} <= one:
-                    return f"{what} {prefix!r}"
+                if candidate != prefix and {prefix + ending for ending in shorter} <= longer:
+                    return f"{verb} {prefix!r}"
     return None
 
 
 def check_tensor_names(
     folder: SafetensorsFolder, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()
 ) -> None:
-    """Every expected tensor is there with its shape, and nothing else is. Raises UserError with all that is wrong, as
-    many as a person reads.
+    """Check that the folder holds every expected tensor, in its shape and a dtype that is read, and no other tensor.
 
-    optional: names that may be there and are not read: a tied lm_head, the rotary buffers of old exports.
+    expected: name -> shape. optional: names that may be present and are not read, such as a tied lm_head; the rotary
+    buffers of old exports are passed over as well. Raises UserError with up to MAX_REPORTED violations.
     """
     present = folder.names()
     known_buffers = {name for name in present if name.endswith("rotary_emb.inv_freq")}
@@ -199,7 +228,7 @@ def check_tensor_names(
             f"{folder.folder}: experts stand in one tensor, such as {fused[0]}: transformers 5 wrote it with "
             "save_original_format=False; load and save it there again, with True, its default"
         )
-    if missing and extra and (how := _renamed(set(extra), set(missing))):
+    if missing and extra and (how := _prefix_difference(set(extra), set(missing))):
         raise UserError(
             f"{folder.folder}: the names of {len(missing)} tensors {how}, such as {extra[0]} for {missing[0]}; save "
             "the model again without what wraps it"
@@ -222,13 +251,14 @@ def check_tensor_names(
 
 
 def weights_files(folder: Path) -> list[Path]:
-    """The safetensors files, or those of a converted checkpoint, in order; none in a folder without weights."""
-    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("release/*.distcp"))
-    return [path for path in found if path.is_file()]
+    """List the safetensors files of a folder, or those of a converted checkpoint, by name; empty without weights."""
+    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("release/*.distcp"))
+    return [path for path in paths if path.is_file()]
 
 
 def companion_files(source: Path) -> Iterator[Path]:
-    """Tokenizer, generation config, chat template, licence: relative paths of what `copy_companions` takes."""
+    """Yield the relative paths of tokenizer, generation config, chat template and licence, which an export takes along;
+    config.json is not among them."""
     for pattern in COMPANION_PATTERNS:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.suffix != ".py":
@@ -236,9 +266,10 @@ def companion_files(source: Path) -> Iterator[Path]:
 
 
 def copy_companions(source: Path, target: Path, *, dtype: str | None) -> None:
-    """Copy everything but weights and code. config.json keeps every byte of meaning but its dtype.
+    """Copy config.json and the companion files of a model folder, but neither weights nor code. Makes `target`.
 
-    dtype: "float32" or "bfloat16", what the exported tensors are; None copies config.json as it is.
+    dtype: "float32" or "bfloat16", the exported tensors' own, which replaces the one that config.json states; None
+    copies config.json as it is.
     """
     target.mkdir(parents=True, exist_ok=True)
     for relative in companion_files(source):

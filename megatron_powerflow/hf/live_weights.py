@@ -1,8 +1,8 @@
 """Which rank holds which tensor, and how do the shards of all ranks become HF tensors again?
 
-`load_from_hf` fills the parameters of this rank's model chunks from just the slices it needs.
-`export_to_hf` writes an HF folder: each pipeline stage, and each holder of experts, its own shard files, in
-parallel, no rank ever holding more than one gathered tensor.
+`load_from_hf` fills the parameters of this rank's model chunks, and reads just the slices that it needs.
+`export_to_hf` writes an HF folder: each pipeline stage, and each holder of experts, writes its own shard files in
+parallel, and no rank ever holds more than one gathered tensor.
 
 Left out: the operations themselves (`operations.py`), the files (`files.py`).
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,21 +29,38 @@ from megatron_powerflow.hf.operations import Op, ShardShape
 from megatron_powerflow.hf.shapes import expected_tensors, is_embedding, is_output
 from megatron_powerflow.hf.shard_files import PlannedFile, ShardWriter, TensorInfo, dtype_name, plan_files, write_index
 from megatron_powerflow.hf.torch_dist_names import FUSED_NORMS
-from megatron_powerflow.parallel.collectives import attempt, gather_to_main, on_main, raise_together
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner
+from megatron_powerflow.parallel.together import attempt, gather_to_main, on_main, raise_together
 from megatron_powerflow.targets import export_target
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
 # Transformer Engine fuses a norm with the linear layer behind it and names the weight after the latter.
-FUSED_NORM_NAMES = {fused: own for own, (fused, _) in FUSED_NORMS.items()}
+FUSED_NORM_NAMES = {fused.norm: norm for norm, fused in FUSED_NORMS.items()}
 MAX_SHARD_BYTES = 5 * 10**9
+
+
+class Chunk(Protocol):
+    """A part of the model on this rank: a torch module with these parts of Megatron's GPTModel."""
+
+    decoder: TransformerBlock
+    padded_vocab_size: int
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One local parameter, the operation that fills it, the global layer and expert it belongs to (None: to none).
+    """One local parameter, the operation that fills it, and the global layer and expert (from 0) that it belongs to.
 
-    A buffer that is a part of the model, and that no optimizer moves, is a Tensor and no nn.Parameter.
+    parameter: an nn.Parameter, or a plain Tensor for a buffer that is a part of the model and that no optimizer moves.
+    layer, expert: None where it belongs to none.
     """
 
     parameter: Tensor
@@ -53,16 +70,17 @@ class Placement:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
+        """The names of the parameter's HF tensors."""
         return self.op.hf_names(self.layer, self.expert)
 
 
-def placements(chunks: Sequence[nn.Module], family: Family, ep_rank: int) -> Iterator[Placement]:
-    """Every parameter of this rank's chunks, in order; one that no operation names is a bug. Then the buffers that one
-    names."""
+def placements(chunks: Sequence[Chunk], family: Family, ep_rank: int) -> Iterator[Placement]:
+    """Yield every parameter of this rank's chunks, chunk by chunk, and behind a chunk's parameters the buffers that an
+    operation names. A parameter that no operation names is a bug, and an AssertionError."""
     layer_ops = {op.megatron: op for op in family.layer_ops}
     model_ops = {op.megatron: op for op in family.model_ops}
     for chunk in chunks:
-        buffers = ((name, it) for name, it in chunk.named_buffers() if name.endswith(tuple(layer_ops)))
+        buffers = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(tuple(layer_ops)))
         for name, parameter in chain(chunk.named_parameters(), buffers):
             match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
             if match is None:
@@ -82,52 +100,59 @@ def placements(chunks: Sequence[nn.Module], family: Family, ep_rank: int) -> Ite
 
 @torch.no_grad()
 def load_from_hf(
-    chunks: Sequence[nn.Module], source: SafetensorsFolder, architecture: Architecture, family: Family, groups: Groups
+    chunks: Sequence[Chunk], source: SafetensorsFolder, architecture: Architecture, family: Family, groups: Groups
 ) -> None:
-    """Fill the parameters of `chunks` in place, casting to their dtype. Reads this rank's slices only."""
+    """Overwrite the parameters of `chunks` with the folder's numbers, cast to the parameters' dtype.
+
+    Each rank reads its own slices only; nothing is collective.
+    """
     shape = _shard_shape(chunks, architecture, groups)
-    for placed in placements(chunks, family, groups.ep_rank):
-        names = placed.hf_names
-        if architecture.tied_embeddings and is_output(placed.op):
+    for placement in placements(chunks, family, groups.ep_rank):
+        parameter, names = placement.parameter, placement.hf_names
+        if architecture.tied_embeddings and is_output(placement.op):
             # the last stage's own copy of a tied embedding (pp > 1)
             names = next(op for op in family.model_ops if is_embedding(op)).hf_names(None)
-        value = placed.op.shard(source, names, shape)
-        if value.shape != placed.parameter.shape:
-            raise AssertionError(f"{names}: shard {tuple(value.shape)}, parameter {tuple(placed.parameter.shape)}")
-        placed.parameter.copy_(value)
+        value = placement.op.shard(source, names, shape)
+        if value.shape != parameter.shape:
+            raise AssertionError(f"{names}: shard {tuple(value.shape)}, parameter {tuple(parameter.shape)}")
+        parameter.copy_(value)
 
 
 def exported_placements(
-    chunks: Sequence[nn.Module], architecture: Architecture, family: Family, groups: Groups
+    chunks: Sequence[Chunk], architecture: Architecture, family: Family, groups: Groups
 ) -> Iterator[Placement]:
-    """Those that this rank's part of an export is made of. A tied output weight belongs to the first stage and is left
-    out; beyond expert-parallel rank 0 only the experts come, for the rest is the same there."""
-    for placed in placements(chunks, family, groups.ep_rank):
-        tied = architecture.tied_embeddings and is_output(placed.op)
-        if not tied and not (groups.ep_rank and placed.expert is None):
-            yield placed
+    """Yield the placements that this rank's part of an export is made of.
+
+    A tied output weight is left out, for the first stage has it as the embedding. Beyond expert-parallel rank 0 only
+    the experts come, because the other parameters are the same as on rank 0.
+    """
+    for placement in placements(chunks, family, groups.ep_rank):
+        tied = architecture.tied_embeddings and is_output(placement.op)
+        if not tied and not (groups.ep_rank and placement.expert is None):
+            yield placement
 
 
 @torch.no_grad()
 def hf_tensors(
-    chunks: Sequence[nn.Module], architecture: Architecture, family: Family, groups: Groups
+    chunks: Sequence[Chunk], architecture: Architecture, family: Family, groups: Groups
 ) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors of this rank's stage, one parameter gathered at a time. Collective over tp_group.
+    """Yield (name, tensor) of the HF tensors of this rank's stage, and gather one parameter at a time for them.
 
-    Yields on tensor-parallel rank 0; the other ranks only take part.
+    The tensors are on the parameters' device and in their dtype. Collective over tp_group; only tensor-parallel rank 0
+    yields anything.
     """
     shape = _shard_shape(chunks, architecture, groups)
-    for placed in exported_placements(chunks, architecture, family, groups):
-        shards = [placed.parameter.detach()]
+    for placement in exported_placements(chunks, architecture, family, groups):
+        shards = [placement.parameter.detach()]
         if groups.tp_size > 1:
-            shards = [torch.empty_like(placed.parameter) for _ in range(groups.tp_size)]
-            dist.all_gather(shards, placed.parameter.detach().contiguous(), group=groups.tp)
+            shards = [torch.empty_like(placement.parameter) for _ in range(groups.tp_size)]
+            dist.all_gather(shards, placement.parameter.detach().contiguous(), group=groups.tp)
         if groups.tp_rank == 0:
-            yield from zip(placed.hf_names, placed.op.merge(shards, shape), strict=True)
+            yield from zip(placement.hf_names, placement.op.merge(shards, shape), strict=True)
 
 
 def export_to_hf(
-    chunks: Sequence[nn.Module],
+    chunks: Sequence[Chunk],
     architecture: Architecture,
     family: Family,
     groups: Groups,
@@ -140,16 +165,17 @@ def export_to_hf(
 ) -> None:
     """Write `out`, a plain HF folder, in the dtype of the parameters. Collective over all ranks.
 
-    companions: folder whose config, tokenizer, generation config and chat template go along. source: what the mark says
-    that it is an export of. more: texts by file name, on the main rank, that go along. The folder appears under its
-    name only when it is complete; an older export there is replaced. Raises UserError when something else is there,
-    another process writes it or the disk fills up; nothing of `out` is lost then.
+    companions: the folder whose config, tokenizer, generation config and chat template are copied. source: what the
+    export's mark names as its origin. more: file name -> text of further files, read on the main rank.
+    max_shard_bytes: the most bytes of a shard file that holds several parameters.
+    The folder appears under its name only when it is complete, and replaces an older export of that name. Raises
+    UserError when `out` is something else, another process writes it or the disk fills up; `out` is then unchanged.
     """
     target = export_target(out)
     dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
     about: dict[str, Any] = {"source": str(source.resolve()), "dtype": dtype}
 
-    def say(text: str) -> str:
+    def failure_message(text: str) -> str:
         return f"{out}: the export could not be written ({text}); free space on that disk and export again"
 
     with ExitStack() as stack:
@@ -161,50 +187,50 @@ def export_to_hf(
         failure = None
         if groups.is_main:
             failure = attempt(lambda: _write_companions(companions, target.partial, dtype, more or {}), OSError)
-        raise_together(failure, say, groups)
+        raise_together(failure, failure_message, groups)
 
-        mine: list[PlannedFile] = []
+        planned_files: list[PlannedFile] = []
         if groups.edp_rank == 0:
-            mine = _planned_files(chunks, architecture, family, groups, max_shard_bytes)
-            writer = ShardWriter(target.partial, mine)
+            planned_files = _planned_files(chunks, architecture, family, groups, max_shard_bytes)
+            writer = ShardWriter(target.partial, planned_files)
             for name, tensor in hf_tensors(chunks, architecture, family, groups):
                 if failure is None:  # after a failure only the gathers go on, for the ranks that wait in them
                     failure = attempt(partial(writer.add, name, tensor), OSError)
             writer.close() if failure is None else writer.abandon()
-        raise_together(failure, say, groups)
+        raise_together(failure, failure_message, groups)
 
-        gathered = gather_to_main(mine, groups)
+        gathered = gather_to_main(planned_files, groups)
         if gathered is not None:
-            files = [file for part in gathered for file in part]
-            everything = {name: file.name for file in files for name in file.tensors}
+            files = [file for files_of_rank in gathered for file in files_of_rank]
+            file_of = {name: file.name for file in files for name in file.tensors}
             expected = expected_tensors(architecture, family)
-            assert set(everything) == set(expected), f"export differs: {sorted(set(everything) ^ set(expected))[:5]}"
+            assert set(file_of) == set(expected), f"export differs: {sorted(set(file_of) ^ set(expected))[:5]}"
             total_bytes = sum(file.num_bytes for file in files)
-            failure = attempt(lambda: write_index(target.partial, everything, total_bytes), OSError)
+            failure = attempt(lambda: write_index(target.partial, file_of, total_bytes), OSError)
             about |= {"num_bytes": total_bytes}
-        raise_together(failure, say, groups)
+        raise_together(failure, failure_message, groups)
         on_main(lambda: target.publish(**about), groups)
 
 
 def _write_companions(companions: Path, folder: Path, dtype: str, more: Mapping[str, str]) -> None:
-    """What an export holds beside its weights."""
+    """Write the files that an export holds beside its weights. more: file name -> text of further files."""
     copy_companions(companions, folder, dtype=dtype)
     for name, text in more.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def _planned_files(
-    chunks: Sequence[nn.Module], architecture: Architecture, family: Family, groups: Groups, max_shard_bytes: int
+    chunks: Sequence[Chunk], architecture: Architecture, family: Family, groups: Groups, max_shard_bytes: int
 ) -> list[PlannedFile]:
-    """The files that this rank writes of what `hf_tensors` yields to it, in that order."""
+    """Plan the files that this rank writes the tensors of `hf_tensors` to, in the order in which those are yielded."""
     shapes = expected_tensors(architecture, family)
     tensors = [
-        {name: TensorInfo(dtype_name(placed.parameter.dtype), shapes[name]) for name in placed.hf_names}
-        for placed in exported_placements(chunks, architecture, family, groups)
+        {name: TensorInfo(dtype_name(placement.parameter.dtype), shapes[name]) for name in placement.hf_names}
+        for placement in exported_placements(chunks, architecture, family, groups)
         if groups.tp_rank == 0
     ]
     return plan_files(tensors, max_shard_bytes, prefix=f"stage-{groups.pp_rank:05d}-{groups.ep_rank:05d}")
 
 
-def _shard_shape(chunks: Sequence[nn.Module], architecture: Architecture, groups: Groups) -> ShardShape:
+def _shard_shape(chunks: Sequence[Chunk], architecture: Architecture, groups: Groups) -> ShardShape:
     return ShardShape(architecture, groups.tp_rank, groups.tp_size, chunks[0].padded_vocab_size)

@@ -1,7 +1,7 @@
 """How does one Megatron parameter relate to Hugging Face tensors, in both directions?
 
-A family is a list of these operations. Each one can `shard`: read just the slices of one tensor-parallel
-rank from the HF side; and `merge`: turn the shards of all ranks back into HF tensors. For every op and
+A family is a list of these operations. Each one can `shard`, which reads just the slices of one tensor-parallel
+rank from the HF side, and `merge`, which turns the shards of all ranks back into HF tensors. For every operation and
 every size, `merge([shard(rank) for rank in range(size)])` gives back what was read, bit for bit.
 
 Left out: which file a tensor is in (`files.py`), which rank holds which layer (`live_weights.py`).
@@ -11,68 +11,87 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from megatron_powerflow.architecture import Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What a family's operations count by, beside the fields of an Architecture.
+T = TypeVar("T")
+
+
+def _required(part: T | None) -> T:
+    """Return an optional part of the architecture, which a family has whose operations count by it."""
+    assert part is not None
+    return part
+
+
+# Word by which operations state a size -> the size, for words that are no fields of an Architecture.
 WIDTHS: dict[str, Callable[[Architecture], int]] = {
     "attention": lambda a: a.num_attention_heads * (a.mla.v_head_dim if a.mla else a.head_dim),
     "ffn": lambda a: a.ffn_hidden_size,
     "queries": lambda a: a.num_attention_heads * a.head_dim,
-    "q_latent": lambda a: a.mla.q_lora_rank,
-    "kv_latent": lambda a: a.mla.kv_lora_rank,
-    "kv_latent_and_rope": lambda a: a.mla.kv_lora_rank + a.mla.rope_head_dim,
-    "keys_and_values": lambda a: a.num_attention_heads * (a.mla.nope_head_dim + a.mla.v_head_dim),
-    "experts": lambda a: a.experts.num,
-    "dense_ffn": lambda a: a.experts.dense_ffn_hidden_size,
-    "shared_ffn": lambda a: a.experts.shared_ffn_hidden_size,
+    "q_latent": lambda a: _required(_required(a.mla).q_lora_rank),
+    "kv_latent": lambda a: _required(a.mla).kv_lora_rank,
+    "kv_latent_and_rope": lambda a: _required(a.mla).kv_lora_rank + _required(a.mla).rope_head_dim,
+    "keys_and_values": lambda a: a.num_attention_heads * (_required(a.mla).nope_head_dim + _required(a.mla).v_head_dim),
+    "experts": lambda a: _required(a.experts).num,
+    "dense_ffn": lambda a: _required(_required(a.experts).dense_ffn_hidden_size),
+    "shared_ffn": lambda a: _required(_required(a.experts).shared_ffn_hidden_size),
 }
 
 
 def width(architecture: Architecture, word: str) -> int:
-    """The number that an operation's data calls `word`."""
+    """Return the size that an operation's data calls `word`: one of WIDTHS, or a field of the architecture."""
     return WIDTHS[word](architecture) if word in WIDTHS else getattr(architecture, word)
 
 
 class TensorSource(Protocol):
-    """HF tensors by name, read by range. `rows` and `columns` are half-open (start, stop); None: all."""
+    """A source of HF tensors, read by name and range. `rows` and `columns` are half-open (start, stop); None: all."""
 
-    def read(
-        self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
-    ) -> Tensor: ...
+    def read(self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Tensor:
+        """Read a slice of a tensor, on CPU, in the dtype in which it is stored."""
+        ...
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """The parts behind each other; one alone as it is, without a copy."""
+    """Concatenate the parts along `dim`. A single part is returned as it is, without a copy."""
     import torch
 
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 class Op(Protocol):
-    """megatron: name of the parameter, within its layer or the model; {layer} in HF names is the global layer.
+    """The relation between one Megatron parameter and its HF tensors.
 
-    A tensor that each expert has one of says {expert} in both: the global number of the expert, from 0.
+    megatron: the parameter's name within its layer or the model. HF names contain {layer}, the global layer from 0.
+    Where each expert has a tensor of its own, both names contain {expert}, its global number from 0.
     """
 
-    megatron: str
+    @property
+    def megatron(self) -> str: ...
 
-    def hf_names(self, layer: int | None, expert: int | None = None) -> tuple[str, ...]: ...
+    def hf_names(self, layer: int | None, expert: int | None = None) -> tuple[str, ...]:
+        """Return the names of the parameter's HF tensors."""
+        ...
 
-    def hf_shapes(self, architecture: Architecture) -> tuple[tuple[int, ...], ...]: ...
+    def hf_shapes(self, architecture: Architecture) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of those tensors, in the order of `hf_names`."""
+        ...
 
-    def shard(self, source: TensorSource, names: Sequence[str], shape: ShardShape) -> Tensor: ...
+    def shard(self, source: TensorSource, names: Sequence[str], shape: ShardShape) -> Tensor:
+        """Read one rank's part of the parameter. names: those of `hf_names`."""
+        ...
 
-    def merge(self, shards: Sequence[Tensor], shape: ShardShape) -> tuple[Tensor, ...]: ...
+    def merge(self, shards: Sequence[Tensor], shape: ShardShape) -> tuple[Tensor, ...]:
+        """Return the HF tensors, in the order of `hf_names`. shards: the parameter's part on each tp rank, in order."""
+        ...
 
 
 @dataclass(frozen=True)
 class ShardShape:
-    """What an op needs to know of the model and of the rank it reads for."""
+    """What an operation needs to know of the model and of the tensor-parallel rank that it reads for."""
 
     architecture: Architecture
     tp_rank: int
@@ -81,7 +100,7 @@ class ShardShape:
     padded_vocab_size: int
 
     def part(self, size: int) -> tuple[int, int]:
-        """This rank's (start, stop) of a dimension that tp_size divides."""
+        """Return this rank's half-open (start, stop) of a dimension of `size`, which tp_size divides."""
         assert size % self.tp_size == 0, f"tp={self.tp_size} does not divide {size}; layout checks let it through"
         step = size // self.tp_size
         return self.tp_rank * step, (self.tp_rank + 1) * step
@@ -89,9 +108,9 @@ class ShardShape:
 
 @dataclass(frozen=True)
 class Replicated:
-    """The same tensor on every rank: norms, [size], and small weights, [rows, size]; see `width`.
+    """A parameter that is the same on every rank: a norm's weight [size], or a small matrix [rows, size].
 
-    fp32: it stays in fp32, whatever dtype the model has or is converted to.
+    size, rows: words that `width` knows. fp32: the tensor stays in fp32, whatever dtype the model has or gets.
     """
 
     megatron: str
@@ -115,7 +134,10 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Columns:
-    """Column-parallel weight [outputs, inputs]: each rank holds some of its rows, whole heads of them."""
+    """A column-parallel weight [outputs, inputs]: each rank holds an equal part of its rows, and whole heads.
+
+    outputs, inputs: words that `width` knows.
+    """
 
     megatron: str
     hf: str
@@ -137,7 +159,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Rows:
-    """Row-parallel weight [hidden_size, inputs]: each rank holds columns of it."""
+    """A row-parallel weight [hidden_size, inputs]: each rank holds an equal part of its columns.
+
+    inputs: a word that `width` knows.
+    """
 
     megatron: str
     hf: str
@@ -158,7 +183,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class GateUp:
-    """Gated MLP: Megatron holds [gate; up] of each rank in one weight, HF two weights."""
+    """The first weight of a gated MLP: Megatron holds each rank's rows [gate; up] in one weight, HF holds two weights.
+
+    gate, up: the HF names. outputs: a word that `width` knows, the rows of each of the two.
+    """
 
     megatron: str
     gate: str
@@ -184,11 +212,10 @@ class GateUp:
 
 @dataclass(frozen=True)
 class Qkv:
-    """Fused attention input, weight or bias. Megatron interleaves by query group:
+    """The weight or bias that makes queries, keys and values. HF holds q, k and v apart; Megatron interleaves them by
+    query group, so that a split of the rows over ranks hands each rank whole groups:
 
     [q of group 0 (heads/groups * head_dim rows), k of group 0, v of group 0, q of group 1, ...]
-
-    so that splitting rows over ranks hands each rank whole groups. HF holds q, k, v apart.
     """
 
     megatron: str
@@ -227,7 +254,10 @@ class Qkv:
 
 @dataclass(frozen=True)
 class Fused:
-    """One HF tensor that holds those of `parts`, a Qkv or a GateUp, behind each other: [q; k; v] or [gate; up]."""
+    """A parameter whose HF tensors are the row blocks of a single one: [q; k; v] of a Qkv, [gate; up] of a GateUp.
+
+    parts: the operation whose tensors stand behind each other; hf: the name of the tensor that holds them.
+    """
 
     parts: Op
     hf: str
@@ -258,7 +288,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class _RowsOf:
-    """A TensorSource of parts of one tensor: each part's rows start where `starts` says."""
+    """A TensorSource of the row blocks of one tensor. starts: a block's name -> the row at which it begins."""
 
     source: TensorSource
     name: str
@@ -271,7 +301,10 @@ class _RowsOf:
 
 @dataclass(frozen=True)
 class VocabRows:
-    """Embedding or output weight: rows over ranks, padded with zeros to what tp divides."""
+    """The embedding or output weight [vocabulary, hidden_size]: each rank holds an equal part of its rows.
+
+    Megatron's rows are padded with zeros to padded_vocab_size, which tp divides; HF's are not.
+    """
 
     megatron: str
     hf: str
@@ -297,7 +330,7 @@ class VocabRows:
 
 @dataclass(frozen=True)
 class InLayers:
-    """An operation whose tensors only some layers have. layers: architecture -> their global numbers, from 0."""
+    """An operation whose tensors only some layers have. layers: architecture -> the numbers of those layers, from 0."""
 
     op: Op
     layers: Callable[[Architecture], range]

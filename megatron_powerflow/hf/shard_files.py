@@ -1,9 +1,9 @@
 """How is a Hugging Face folder written tensor by tensor, without holding a file of it in memory?
 
-The header of a safetensors file needs names, shapes and dtypes only, all known beforehand. So the files are planned
-first; each starts with its whole header, and a tensor's bytes go to their place when it comes.
+The header of a safetensors file needs names, shapes and dtypes only, which are all known beforehand. So the files are
+planned first; each starts with its whole header, and a tensor's bytes are written at their offset when it comes.
 
-The format: 8 bytes with the header's length, little-endian; the header, JSON; the tensors' bytes without gaps.
+The format is: 8 bytes with the header's length, little-endian; the header, in JSON; the tensors' bytes without gaps.
 
 Left out: where the tensors come from (`converter/convert.py`, `live_weights.py`).
 """
@@ -24,36 +24,38 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-WRITE_BYTES = 2**20  # in one call: half as much again as a call for a whole tensor of 100 MB writes in the same time
+WRITE_BYTES = 2**20  # of one call: 1.5 times as fast as one call for a whole tensor of 100 MB
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """name: safetensors' of a dtype, "F32", "BF16" or "F16"."""
+    """Return the torch dtype that safetensors calls `name`: "F32", "BF16" or "F16"."""
     import torch
 
-    return getattr(torch, FLOATS[name][0])
+    return getattr(torch, FLOATS[name].torch_name)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' name of a dtype that weights come in."""
+    """Return safetensors' name of a dtype that weights come in: "F32", "BF16" or "F16"."""
     return next(name for name in FLOATS if torch_dtype(name) is dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of a tensor. dtype: safetensors' name for it."""
+    """A tensor's entry in a file's header. dtype: safetensors' name for it."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        return FLOATS[self.dtype][1] * prod(self.shape)
+        """The bytes of the tensor's numbers."""
+        return FLOATS[self.dtype].num_bytes * prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One file of the folder. groups: numbers of the groups of tensors in it; tensors: all of theirs."""
+    """A file of the folder to be written. groups: the numbers, from 0, of the groups of tensors in it; tensors: name ->
+    header entry of all tensors of these groups."""
 
     name: str
     groups: tuple[int, ...]
@@ -61,16 +63,18 @@ class PlannedFile:
 
     @property
     def num_bytes(self) -> int:
+        """The bytes of all tensors in the file, without the header."""
         return sum(info.num_bytes for info in self.tensors.values())
 
 
 def plan_files(
     groups: Sequence[Mapping[str, TensorInfo]], max_bytes: int, *, prefix: str = "part"
 ) -> list[PlannedFile]:
-    """Deal groups of tensors that come together to files of at most max_bytes each, in order; no groups, no files.
+    """Distribute groups of tensors over files of at most max_bytes each, in order. No groups give no files.
 
-    A group that alone is larger has a file to itself. prefix: keeps the files of several writers in one folder apart
-    until `write_index` names them as HF does.
+    groups: the tensors of a group come together, and stay together in a file; a group that alone is larger than
+    max_bytes gets a file of its own. prefix: keeps the files of several writers in one folder apart until `write_index`
+    gives them the names that HF expects.
     """
     parts: list[list[int]] = [[]]
     filled = 0
@@ -83,27 +87,27 @@ def plan_files(
         filled += size
     return [
         PlannedFile(
-            f"{prefix}-{place:05d}.safetensors",
+            f"{prefix}-{part_number:05d}.safetensors",
             tuple(part),
             {name: info for number in part for name, info in groups[number].items()},
         )
-        for place, part in enumerate(parts)
+        for part_number, part in enumerate(parts)
         if part
     ]
 
 
 def write_index(folder: Path, file_of: Mapping[str, str], total_bytes: int) -> None:
-    """Give the files of a folder their final names, in the order of `file_of`, and write
-    model.safetensors.index.json; a single file is model.safetensors and has no index.
+    """Give the files of a folder their final names, in the order of `file_of`, and write the index.
 
-    file_of: the file of each tensor; of several writers, those of one behind those of the other.
+    A single file is named model.safetensors and gets no index. file_of: tensor -> name of its file; those of several
+    writers stand behind each other. total_bytes: the size of all tensors together.
     """
     files = list(dict.fromkeys(file_of.values()))
     final = {name: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, name in enumerate(files)}
     if len(files) == 1:
         final = {files[0]: SINGLE_NAME}
-    for now, then in final.items():
-        (folder / now).rename(folder / then)
+    for planned_name, final_name in final.items():
+        (folder / planned_name).rename(folder / final_name)
     if len(files) > 1:
         weight_map = {tensor: final[name] for tensor, name in sorted(file_of.items())}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
@@ -111,7 +115,10 @@ def write_index(folder: Path, file_of: Mapping[str, str], total_bytes: int) -> N
 
 
 class ShardFile:
-    """A safetensors file being written. Each of its tensors is added once, in any order; `close` has it on the disk."""
+    """A safetensors file that is being written. Each of its tensors is added once, in any order.
+
+    The file is on the disk as soon as `close` returns.
+    """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         header: dict = {"__metadata__": {"format": "pt"}}
@@ -119,7 +126,7 @@ class ShardFile:
         self._offset_of: dict[str, int] = {}
         end = 0
         # wide types first: every tensor then starts at a multiple of its own size
-        for name in sorted(tensors, key=lambda name: -FLOATS[tensors[name].dtype][1]):
+        for name in sorted(tensors, key=lambda name: -FLOATS[tensors[name].dtype].num_bytes):
             info, start = tensors[name], end
             end += info.num_bytes
             header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [start, end]}
@@ -131,31 +138,32 @@ class ShardFile:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, on CPU, of the planned shape and dtype."""
+        """Write one tensor, which must be on the CPU and have the planned shape and dtype."""
         import torch
 
         info = self._missing.pop(name)
         assert tuple(tensor.shape) == info.shape and tensor.dtype == torch_dtype(info.dtype), name
         self._file.seek(self._data + self._offset_of[name])
-        data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         for first in range(0, len(data), WRITE_BYTES):
             self._file.write(data[first : first + WRITE_BYTES])
 
     def close(self) -> None:
+        """Flush the file to the disk, once every tensor has been added."""
         assert not self._missing, f"never written: {sorted(self._missing)[:5]}"
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
     def abandon(self) -> None:
-        """After a failure: let go of the file, unfinished as it is."""
+        """Close the file, unfinished as it is, after a failure."""
         self._file.close()
 
 
 class ShardWriter:
-    """Writes planned files as their tensors come, in the order of the plan; memory holds no tensor longer than `add`.
+    """Writes planned files as their tensors come, in the order of the plan, with one file open at a time.
 
-    Behind the last tensor every file is on the disk.
+    No tensor is held after `add` returns; behind the last tensor every file is on the disk.
     """
 
     def __init__(self, folder: Path, files: Sequence[PlannedFile]) -> None:
@@ -165,7 +173,7 @@ class ShardWriter:
         self._open: ShardFile | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, of any device and of the planned shape and dtype."""
+        """Write one tensor, on any device, which must have the planned shape and dtype."""
         file = self._files.pop(name)
         if self._open is None:
             self._open, self._missing = ShardFile(self._folder / file.name, file.tensors), set(file.tensors)
@@ -176,9 +184,10 @@ class ShardWriter:
             self._open = None
 
     def close(self) -> None:
+        """Check that every planned tensor has been written."""
         assert not self._files, f"never written: {sorted(self._files)[:5]}"
 
     def abandon(self) -> None:
-        """After a failure: let go of the file that is open, unfinished as it is."""
+        """Close the open file, unfinished as it is, after a failure."""
         if self._open is not None:
             self._open.abandon()

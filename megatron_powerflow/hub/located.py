@@ -1,6 +1,9 @@
-"""What did a command name, and where on this disk is it?
+"""Which names did a user give, and where on this disk are the files behind them?
 
-Left out: how it comes here (`fetch.py`).
+A `RequestedName` is what the user wrote, a `Download` is what the hub has under that name, and `LocalPaths` answers for
+every name of a command where its files are.
+
+Left out: how the files come to this disk (`fetch.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from megatron_powerflow.hub.names import Kind
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a user named. label: how messages call the place where it was named: --model, model.hf_path."""
+class RequestedName:
+    """Holds the name of a model or a data set as the user gave it.
+
+    label: the option or config key that holds the name, for messages: --model, model.hf_path.
+    """
 
     kind: Kind
     text: str
@@ -26,16 +32,16 @@ class Wanted:
 
     @property
     def instead(self) -> str:
-        """What can be given without a hub."""
+        """Returns the advice of a message: what the user can give that needs no hub."""
         return "give a local Hugging Face folder" if self.kind == "model" else "give a local file"
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
-    """One name of the hub, on this disk.
+class Download:
+    """Lists the files of one name on the hub, as they lie on this disk.
 
     id: OWNER/NAME of a model, datasets/OWNER/NAME of a data set. revision: the commit, 40 hexadecimal digits. files:
-    what was asked for, relative to `folder`, all there. missing: weights that were left on the hub.
+    the files that were asked for, relative to `folder`, all present. missing: weights that were left on the hub.
     """
 
     id: str
@@ -46,27 +52,27 @@ class Fetched:
 
 
 @dataclass(frozen=True)
-class Located:
-    """Where on this disk a command's names are. A text that is not among `fetched` is a path."""
+class LocalPaths:
+    """Answers where on this disk the files of a command's names are. A text that is not in `downloads` is a path."""
 
-    fetched: Mapping[tuple[Kind, str], Fetched] = field(default_factory=dict)
+    downloads: Mapping[tuple[Kind, str], Download] = field(default_factory=dict)
 
-    def model(self, text: str | Path) -> Fetched | None:
-        """None: a path."""
-        return self.fetched.get(("model", str(text)))
+    def model(self, text: str | Path) -> Download | None:
+        """Returns the download of a model; None where the text is a path."""
+        return self.downloads.get(("model", str(text)))
 
     def folder(self, text: str | Path) -> Path:
-        """Of a model."""
-        found = self.model(text)
-        return Path(found.folder) if found else Path(text)
+        """Returns the folder of a model, downloaded or local."""
+        download = self.model(text)
+        return Path(download.folder) if download else Path(text)
 
     def files(self, text: str | Path) -> tuple[Path, ...]:
-        """Of data: a file, or those of a data set."""
-        found = self.fetched.get(("dataset", str(text)))
-        return tuple(Path(found.folder, file) for file in found.files) if found else (Path(text),)
+        """Returns the data files behind a name: a local file is one, a data set of the hub may be several."""
+        download = self.downloads.get(("dataset", str(text)))
+        return tuple(Path(download.folder, file) for file in download.files) if download else (Path(text),)
 
     def file(self, text: str | Path) -> Path:
-        """Of data that must be one file. Raises UserError."""
+        """Returns the one data file behind a name. Raises UserError where the data set has several."""
         first, *others = self.files(text)
         if others:
             raise UserError(f"{text}: {1 + len(others)} files on the hub, and one is read; name it with hf://")
@@ -74,8 +80,8 @@ class Located:
 
     @property
     def revisions(self) -> dict[str, str]:
-        """Name on the hub -> commit."""
-        return {found.id: found.revision for found in self.fetched.values()}
+        """Returns {name on the hub: commit} of everything that was downloaded."""
+        return {download.id: download.revision for download in self.downloads.values()}
 
 
-AS_NAMED = Located()
+NO_DOWNLOADS = LocalPaths()  # every name of the command is a path on this disk

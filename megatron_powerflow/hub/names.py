@@ -5,7 +5,7 @@
     hf://OWNER/NAME[@REVISION]      always the hub's
     hf://OWNER/NAME[@REVISION]/FILE a file of a data set; hf://datasets/OWNER/NAME/FILE, as huggingface_hub says, too
 
-A folder OWNER on this disk makes a path of OWNER/NAME: who mistypes models/mine is not sent a stranger's model.
+A folder OWNER on this disk makes OWNER/NAME a path: a user who mistypes models/mine does not get a stranger's model.
 
 Left out: fetching (`fetch.py`). Nothing here asks the hub.
 """
@@ -46,8 +46,8 @@ FORMS = {
         rf"(?:datasets/)?{_REPOSITORY}(?:@(?P<revision>{_REVISION}))?(?:/(?P<file>{_FILE}(?:/{_FILE})*))?"
     ),
 }
-LONGEST = 96  # characters of a repository's name
-SPELLED = {
+MAX_NAME_CHARACTERS = 96  # of a repository's OWNER/NAME
+NAME_FORMS = {
     "model": f"a model on the hub is {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME@REVISION",
     "dataset": f"data on the hub is {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME/path/in/it.jsonl; behind NAME, @REVISION",
 }
@@ -55,7 +55,10 @@ SPELLED = {
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """repository: OWNER/NAME. revision: None where the user leaves it open. file: of a data set, where one is named."""
+    """Names a repository on the hub, or one file of a data set in it.
+
+    repository: OWNER/NAME. revision: None where the user leaves it open. file: the path inside a data set, or None.
+    """
 
     kind: Kind
     repository: str
@@ -64,17 +67,20 @@ class HubName:
 
     @property
     def id(self) -> str:
-        """What a commit of it is recorded under: models and data sets have names of their own."""
+        """Returns the key under which its commit is recorded: a model and a data set may have the same OWNER/NAME."""
         return self.repository if self.kind == "model" else f"datasets/{self.repository}"
 
 
-def hub_name(text: str, kind: Kind) -> HubName | None:
-    """What the text names on the hub; None: a path. Raises UserError for hf:// with something else behind it."""
+def parse_hub_name(text: str, kind: Kind) -> HubName | None:
+    """Returns what the text names on the hub; None where it is a path on this disk.
+
+    Raises UserError for hf:// with something behind it that is no name.
+    """
     marked = text.startswith(PREFIX)
     match = FORMS[kind].fullmatch(text.removeprefix(PREFIX))
     if match is None or not is_repository(match["repository"]):
         if marked:
-            raise UserError(f"{text}: not a name of the hub; {SPELLED[kind]}")
+            raise UserError(f"{text}: not a name of the hub; {NAME_FORMS[kind]}")
         return None
     if not marked and _is_path(text, match):
         return None
@@ -82,9 +88,9 @@ def hub_name(text: str, kind: Kind) -> HubName | None:
 
 
 def is_repository(name: str) -> bool:
-    """Whether the hub takes it as the name of a repository."""
+    """Whether the hub accepts the text as the name of a repository."""
     form = re.fullmatch(_REPOSITORY, name) is not None
-    return form and len(name) <= LONGEST and not re.search(r"--|\.\.|\.git$", name)
+    return form and len(name) <= MAX_NAME_CHARACTERS and not re.search(r"--|\.\.|\.git$", name)
 
 
 def _is_path(text: str, match: re.Match[str]) -> bool:

@@ -1,20 +1,22 @@
-"""How is a tile of logits reduced, and how does its gradient look? In torch alone, on any device: the reference for
-every other arithmetic.
+"""How is a tile of logits reduced, and what is its gradient?
 
-An arithmetic is a module with `shard_sums`, `grad_logits` and `FAILURES`, the exceptions by which it says that it does
-not work on this machine. It knows this rank's rows of the output weight and nothing of other ranks.
+This module computes both in torch alone, on any device, and is the reference for every other arithmetic. An arithmetic
+is a module with `shard_sums`, `grad_logits` and `FAILURES`, the exceptions by which it says that it does not work on
+this machine. It knows this rank's rows of the output weight and nothing of other ranks.
 
 Left out: communication, the gradients of hidden and weight (`token_log_probs.py`).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from megatron_powerflow.log_probs.tiles import from_another_maximum, slices, tile_shape
 
-FAILURES = ()
+FAILURES: tuple[type[Exception], ...] = ()
 
 
 def shard_sums(
@@ -26,12 +28,13 @@ def shard_sums(
     max_logits: int,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What this rank's columns say of each token.
+    """Reduce the logits of each token, over this rank's columns of the vocabulary, to their maximum and a few sums.
 
     hidden: [t, H]. weight: [v, H], v >= 0 real rows. columns: [t] int64, the target's row of weight; outside [0, v)
     where another rank has it. max_logits: logits held at a time. temperature, softcap: see `make_logits`.
-    Returns, fp32 or wider, max [t] of the logits l (the lowest number where v is 0) and sums [2 or 4, t]:
-    exp(l - max); the target's l, else 0; with everything also exp(l - max) (l - max), and l.
+    Returns (maxima, sums), fp32 or wider. maxima: [t] of the logits l, the lowest number where v is 0. sums: [2, t] of
+    exp(l - max) and of the target's l, 0 where another rank has it; with everything [4, t], also of
+    exp(l - max) (l - max) and of l.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     num_tokens = hidden.shape[0]
@@ -70,35 +73,38 @@ def grad_logits(
     *,
     softcap: float | None = None,
 ) -> Tensor:
-    """[t, v] in hidden's dtype: gradient of the tile hidden @ weight^T, before cap and temperature.
+    """Return the gradient by the tile hidden @ weight^T, before cap and temperature: [t, v] in hidden's dtype.
 
-    hidden: [t, H]. weight: [v, H]. Per token: columns as in `shard_sums`; log_normaliser over the whole vocabulary;
-    grad of the log-prob; grad_entropy of the entropy, which comes with it.
+    hidden: [t, H]. weight: [v, H]. Per token, [t]: columns as in `shard_sums`; log_normaliser over the whole
+    vocabulary; grad, the upstream gradient by the log-prob; grad_entropy, that by the entropy, and the entropy itself.
     """
     logits = make_logits(hidden, weight, temperature, softcap, log_normaliser.dtype)
     if softcap is not None:  # d cap tanh(z / cap) / dz = 1 - tanh(z / cap)^2
-        of_cap = 1.0 - (logits * (temperature / softcap)).square_()
+        cap_slope = 1.0 - (logits * (temperature / softcap)).square_()
     log_p = logits.sub_(log_normaliser[:, None])
     if grad_entropy is None:
         slope = -grad[:, None]  # d log p(target) / d logit_v = [v == target] - p(v)
-    else:  # d entropy / d logit_v = -p(v) (log p(v) + entropy)
+    else:
+        assert entropy is not None, "entropy comes with grad_entropy"
+        # d entropy / d logit_v = -p(v) (log p(v) + entropy)
         slope = (log_p + entropy[:, None]).mul_(-grad_entropy[:, None]).sub_(grad[:, None])
     gradient = log_p.exp_().mul_(slope)
-    here, place = _here(columns, weight.shape[0])
-    gradient.scatter_add_(1, place[:, None], torch.where(here, grad, 0.0)[:, None])
+    inside, column = _in_tile(columns, weight.shape[0])
+    gradient.scatter_add_(1, column[:, None], torch.where(inside, grad, 0.0)[:, None])
     if temperature != 1.0:
         gradient /= temperature
     if softcap is not None:
-        gradient *= of_cap
+        gradient *= cap_slope
     return gradient.to(hidden.dtype)
 
 
 def make_logits(
     hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None, dtype: torch.dtype
 ) -> Tensor:
-    """hidden [t, H], weight [v, H] -> a new [t, v] of `dtype`, multiplied in hidden's dtype: a wider one than weight's
-    to judge an arithmetic. A logit z becomes softcap * tanh(z / softcap), where there is one, and is then divided by
-    the temperature. The sampler's logits, too.
+    """Return the logits of hidden [t, H] and weight [v, H] as a new [t, v] of `dtype`; the sampler's are made so, too.
+
+    The product is made in hidden's dtype, which is a wider one than weight's when an arithmetic is judged. A logit z
+    becomes softcap * tanh(z / softcap), where there is a cap, and is then divided by the temperature.
     """
     logits = (hidden @ weight.to(hidden.dtype).t()).to(dtype)
     if softcap is not None:
@@ -107,12 +113,18 @@ def make_logits(
 
 
 def _pick(logits: Tensor, columns: Tensor) -> Tensor:
-    """logits[i, columns[i]] where the column is of this tile, else 0."""
-    here, place = _here(columns, logits.shape[1])
-    return torch.where(here, logits.gather(1, place[:, None]).squeeze(1), 0.0)
+    """Return logits[i, columns[i]] where the column is in this tile, else 0: [t]."""
+    inside, column = _in_tile(columns, logits.shape[1])
+    return torch.where(inside, logits.gather(1, column[:, None]).squeeze(1), 0.0)
 
 
-def _here(columns: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """[t] whether the column is of this tile, and the column, 0 where it is not."""
-    here = (columns >= 0) & (columns < num_columns)
-    return here, torch.where(here, columns, 0)
+class TileColumns(NamedTuple):
+    """Whether each target's column is inside the tile, [t] bool, and the column, [t] int64, 0 where it is not."""
+
+    inside: Tensor
+    column: Tensor
+
+
+def _in_tile(columns: Tensor, num_columns: int) -> TileColumns:
+    inside = (columns >= 0) & (columns < num_columns)
+    return TileColumns(inside, torch.where(inside, columns, 0))

@@ -1,8 +1,9 @@
-"""What did the model think of each token? From hidden states to one fp32 log-prob, vocabulary-parallel; on request
-the entropy of its distribution and its certainty.
+"""How likely was each token to the model?
 
-One function for old, reference and current log-probs. [tokens, vocabulary] never exists as a whole: logits are
-built in tiles of at most `max_logits`, reduced to a few numbers per token, and built again in the backward pass.
+Hidden states become one fp32 log-prob per token, vocabulary-parallel; on request the entropy and the certainty of the
+token's distribution come with it. One function serves old, reference and current log-probs. [tokens, vocabulary] never
+exists as a whole: logits are built in tiles of at most `max_logits`, reduced to a few numbers per token, and built
+again in the backward pass.
 
     hidden [t, H]   W [V/tp, H]        forward   for each tile: running max and sum, the target's logit  -> [t]
          \\           /                           over tp_group: max of the maxima, sum of the rescaled sums
@@ -12,14 +13,13 @@ built in tiles of at most `max_logits`, reduced to a few numbers per token, and 
 The outer loop of the backward pass is over the vocabulary, so a row of grad_W is finished before the next block
 begins: in bf16 only a block of it is ever held in fp32. What grows with the vocabulary is grad_W itself.
 
-Left out: how a tile is computed (`plain.py`, `triton.py`), who chooses between them
-(`kernel_choice.py`), adding grad_W into Megatron's main_grad (with tied weights the embedding adds to the same
-buffer, through autograd). Imports nothing of ours; the process group is an argument.
+Left out: how a tile is computed (`plain.py`, `triton.py`), who chooses between the two (`kernel_choice.py`), and adding
+grad_W into Megatron's main_grad (with tied weights the embedding adds to the same buffer, through autograd). This
+module imports nothing from outside its folder; the process group is an argument.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -28,17 +28,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import megatron_powerflow.log_probs.plain as plain
-from megatron_powerflow.log_probs.tiles import from_another_maximum, slices, tile_shape
+from megatron_powerflow.log_probs.tiles import Arithmetic, from_another_maximum, slices, tile_shape
 
 # Logits in a tile: 4 MiB in fp32 on a CPU (its cache), 128 MiB elsewhere (few, large launches)
 MAX_LOGITS_CPU = 2**20
 MAX_LOGITS = 2**25
-ROUNDING = 1e-4  # of a log-prob near 0; exactly, max + log(sum >= 1) is never below the target's logit
+# Nats by which rounding may lift a log-prob above 0; without it max + log(sum >= 1) is never below the target's logit
+ROUNDING = 1e-4
 
 
 class TokenStatistics(NamedTuple):
-    """log_probs: of the targets. entropy: -sum_v p_v log p_v. certainty: logsumexp - mean of the logits, which is
-    KL(Uniform || p) + log(vocabulary), detached. All [t] fp32, nats."""
+    """What the model's distribution says at each token, all [t] fp32, in nats.
+
+    log_probs: of the targets. entropy: -sum_v p_v log p_v. certainty: logsumexp - mean of the logits, which is
+    KL(Uniform || p) + log(vocabulary), detached.
+    """
 
     log_probs: Tensor
     entropy: Tensor
@@ -55,12 +59,12 @@ def token_log_probs(
     temperature: float,
     softcap: float | None = None,
     max_logits: int | None = None,
-    arithmetic: ModuleType = plain,
+    arithmetic: Arithmetic = plain,
 ) -> Tensor:
-    """log softmax(hidden @ W^T / temperature)[target], the softmax over the real vocabulary.
+    """Compute log softmax(hidden @ W^T / temperature)[target], the softmax over the real vocabulary. Collective over
+    tp_group, in the backward pass as well.
 
-    softcap: of the logits z = hidden @ W^T, which become softcap * tanh(z / softcap) before the temperature; None: z.
-
+    softcap: the logits z = hidden @ W^T become softcap * tanh(z / softcap) before the temperature; None: they stay z.
     hidden: [t, H] any float, the same on every rank of tp_group.
     output_weight: [V_padded / tp, H] in hidden's dtype, this rank's rows; rows at or beyond vocab_size are padding,
         never read, and their gradient is 0.
@@ -85,15 +89,18 @@ def token_statistics(
     temperature: float,
     softcap: float | None = None,
     max_logits: int | None = None,
-    arithmetic: ModuleType = plain,
+    arithmetic: Arithmetic = plain,
 ) -> TokenStatistics:
-    """`token_log_probs` and, of the same distributions, entropy (with gradient) and certainty (without)."""
+    """Compute `token_log_probs` and, of the same distributions, entropy (with gradient) and certainty (without).
+
+    Arguments, errors and collectives are those of `token_log_probs`.
+    """
     arguments = (tp_group, vocab_size, temperature, softcap, max_logits, arithmetic)
     return TokenStatistics(*_TokenStatistics.apply(hidden, output_weight, targets, True, *arguments))
 
 
 class _TokenStatistics(torch.autograd.Function):
-    """`everything` False: the log-probs alone; the other two are empty."""
+    """The autograd function behind both. `everything` False: the log-probs alone; the other two results are empty."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, everything, *arguments):
@@ -136,29 +143,29 @@ class _TokenStatistics(torch.autograd.Function):
         for block in slices(num_real, num_columns):
             block_weight = weight[block]
             # a view where the weight is fp32 or wider; else fp32, so that many tokens are added and rounded once
-            sums = grad_weight[block].to(log_normaliser.dtype) if wants_weight else None
+            sums = None if grad_weight is None else grad_weight[block].to(log_normaliser.dtype)
             for rows in slices(hidden.shape[0], num_rows):
                 per_token = (values[rows] for values in (columns - block.start, log_normaliser, *upstream))
                 tile = arithmetic.grad_logits(hidden[rows], block_weight, temperature, *per_token, softcap=softcap)
-                if wants_hidden:
+                if grad_hidden is not None:
                     _add_product(grad_hidden[rows], tile, block_weight)
-                if wants_weight:
+                if sums is not None:
                     _add_product(sums, tile.t(), hidden[rows])
-            if wants_weight and sums.dtype != weight.dtype:
+            if grad_weight is not None and sums is not None and sums.dtype != weight.dtype:
                 grad_weight[block] = sums
-        if wants_hidden:
+        if grad_hidden is not None:
             if dist.get_world_size(tp_group) > 1:
                 dist.all_reduce(grad_hidden, group=tp_group)
             grad_hidden = grad_hidden.to(hidden.dtype)
         return grad_hidden, grad_weight, *[None] * 8
 
 
-# Waits for nothing: on CUDA the error comes with a later call. NaN passes: the step is skipped, which is not for here.
+# It does not wait: on CUDA the error comes with a later call. NaN passes, for the optimizer skips such a step.
 _require = torch._assert_async
 
 
 def _over_ranks(maxima: Tensor, sums: Tensor, tp_group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Maximum and sums over all columns of all ranks, the sums taken from the common maximum."""
+    """Return maximum and sums over the columns of all ranks, the sums taken from the common maximum. Collective."""
     everywhere = maxima.clone()
     dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=tp_group)
     parts = from_another_maximum(sums, maxima - everywhere)
@@ -167,7 +174,7 @@ def _over_ranks(maxima: Tensor, sums: Tensor, tp_group: dist.ProcessGroup) -> tu
 
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """sums += left @ right; sums may be of a wider dtype."""
+    """Add left @ right to sums, in place; sums may be of a wider dtype."""
     if sums.dtype == left.dtype:
         sums.addmm_(left, right)
     else:

@@ -1,4 +1,4 @@
-"""The arithmetic of `plain.py` in Triton, for CUDA: no tile of fp32 logits in memory.
+"""How is the arithmetic of `plain.py` done in Triton, on CUDA, without a tile of fp32 logits in memory?
 
     shard_sums    one program = BLOCK_TOKENS tokens x one part of the vocabulary: hidden W^T block by block in
                   registers, running max and sums; the parts are joined in torch. Nothing of size [tokens, vocabulary].
@@ -8,11 +8,12 @@
 Products of bf16, fp16 or fp32 are added up in fp32 (fp32 in full precision, no TF32), and the logits are never rounded
 to bf16, unlike the plain arithmetic's, so in bf16 the two differ by the rounding of the plain one.
 
-Importable only where triton is; `kernel_choice.py` chooses it, and judges it by the plain arithmetic on its first
-batch. Run on an H100 with triton 3.6; without a GPU, triton 3.2 to 3.9 (capped logits: 3.6): values and gradients in
-fp32 and fp16 in Triton's interpreter (TRITON_INTERPRET=1; it cannot multiply bf16), and that the kernels compile for
-sm_80, sm_90 and sm_100 in bf16 and fp32, with about 72 KiB of shared memory. Block sizes are chosen by that, not by
-timing: at a hidden size of 8192 the plain arithmetic is the faster one (benchmarks/README.md).
+The module is importable only where triton is; `kernel_choice.py` chooses it, and judges it by the plain arithmetic on
+its first batch. It has run on an H100 with triton 3.6. Without a GPU two things were checked with triton 3.2 to 3.9
+(capped logits: 3.6): values and gradients in fp32 and fp16 in Triton's interpreter (TRITON_INTERPRET=1, which cannot
+multiply bf16), and that the kernels compile for sm_80, sm_90 and sm_100 in bf16 and fp32, with about 72 KiB of shared
+memory. Block sizes are chosen by that memory, not by timing: at a hidden size of 8192 the plain arithmetic is the
+faster one (benchmarks/README.md).
 
 Left out: fp64 (the plain arithmetic has it), autotuning, a fused gradient of hidden and weight.
 """
@@ -26,7 +27,11 @@ from torch import Tensor
 
 from megatron_powerflow.log_probs.tiles import from_another_maximum
 
-FAILURES = (triton.CompilationError, triton.OutOfResources, RuntimeError)  # the last: a pass of its compiler
+FAILURES: tuple[type[Exception], ...] = (
+    triton.CompilationError,
+    triton.OutOfResources,
+    RuntimeError,  # a pass of its compiler
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_TOKENS = 64
 BLOCK_COLUMNS = 128
@@ -44,7 +49,7 @@ def shard_sums(
     max_logits: int,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `plain.shard_sums`. max_logits is not needed: logits stay in registers."""
+    """Compute `plain.shard_sums`. max_logits is not needed: logits stay in registers."""
     num_tokens, num_columns = hidden.shape[0], weight.shape[0]
     token_blocks, column_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS), triton.cdiv(num_columns, BLOCK_COLUMNS)
     if token_blocks * column_blocks == 0:
@@ -53,13 +58,13 @@ def shard_sums(
         return maxima, maxima.new_zeros(4 if everything else 2, num_tokens)
     blocks_per_part = triton.cdiv(column_blocks, max(1, PROGRAMS // token_blocks))
     num_parts = triton.cdiv(column_blocks, blocks_per_part)
-    found = hidden.new_empty(5 if everything else 3, num_parts, num_tokens, dtype=torch.float32)
+    partial = hidden.new_empty(5 if everything else 3, num_parts, num_tokens, dtype=torch.float32)
     hidden, weight = hidden.contiguous(), weight.contiguous()
     _shard_sums[(token_blocks, num_parts)](
         hidden,
         weight,
         columns,
-        found,
+        partial,
         num_tokens,
         num_columns,
         num_parts,
@@ -71,8 +76,8 @@ def shard_sums(
         EVERYTHING=everything,
         **_blocks(hidden.dtype),
     )
-    maxima = found[0].amax(dim=0)
-    return maxima, from_another_maximum(found[1:], found[0] - maxima).sum(dim=1)
+    maxima = partial[0].amax(dim=0)
+    return maxima, from_another_maximum(partial[1:], partial[0] - maxima).sum(dim=1)
 
 
 def grad_logits(
@@ -87,12 +92,14 @@ def grad_logits(
     *,
     softcap: float | None = None,
 ) -> Tensor:
-    """As `plain.grad_logits`."""
+    """Compute `plain.grad_logits`."""
     gradient = hidden.new_empty(hidden.shape[0], weight.shape[0])
     hidden, weight = hidden.contiguous(), weight.contiguous()
-    per_token = [columns, log_normaliser, grad]
-    # without entropy its two arguments are never read
-    per_token += [grad, grad] if grad_entropy is None else [grad_entropy, entropy]
+    entropy_arguments = (grad, grad)  # never read
+    if grad_entropy is not None:
+        assert entropy is not None, "entropy comes with grad_entropy"
+        entropy_arguments = (grad_entropy, entropy)
+    per_token = (columns, log_normaliser, grad, *entropy_arguments)
     grid = (triton.cdiv(hidden.shape[0], BLOCK_TOKENS), triton.cdiv(weight.shape[0], BLOCK_COLUMNS))
     _grad_logits[grid](
         hidden,
@@ -112,6 +119,7 @@ def grad_logits(
 
 
 def _blocks(dtype: torch.dtype) -> dict[str, int]:
+    """Return the block sizes and launch options of a kernel for hidden states of a dtype."""
     return {"TOKENS": BLOCK_TOKENS, "COLUMNS": BLOCK_COLUMNS, "INNER": BLOCK_BYTES // dtype.itemsize, **LAUNCH}
 
 
@@ -129,16 +137,16 @@ def _logits(
     CAPPED: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """[TOKENS, COLUMNS] fp32 of hidden @ weight^T, capped, divided by the temperature; what is out of range is 0."""
+    """Return hidden @ weight^T, capped and divided by the temperature: [TOKENS, COLUMNS] fp32, 0 out of range."""
     sums = tl.zeros((rows.shape[0], cols.shape[0]), dtype=tl.float32)
     inner = tl.arange(0, INNER)
     # 64 bits: vocabulary times hidden size passes 2^31 in the largest models
     from_hidden = hidden + rows.to(tl.int64)[:, None] * HIDDEN
     from_weight = weight + cols.to(tl.int64)[:, None] * HIDDEN
     for start in range(0, HIDDEN, INNER):
-        place = start + inner[None, :]
-        left = tl.load(from_hidden + place, mask=(rows[:, None] < num_tokens) & (place < HIDDEN), other=0.0)
-        right = tl.load(from_weight + place, mask=(cols[:, None] < num_columns) & (place < HIDDEN), other=0.0)
+        dims = start + inner[None, :]
+        left = tl.load(from_hidden + dims, mask=(rows[:, None] < num_tokens) & (dims < HIDDEN), other=0.0)
+        right = tl.load(from_weight + dims, mask=(cols[:, None] < num_columns) & (dims < HIDDEN), other=0.0)
         sums = tl.dot(left, tl.trans(right), sums, input_precision="ieee")
     if CAPPED:  # tanh(x) = 2 sigmoid(2 x) - 1
         sums = softcap * (2.0 * tl.sigmoid(2.0 * sums / softcap) - 1.0)
@@ -150,7 +158,7 @@ def _shard_sums(
     hidden,
     weight,
     columns,
-    found,  # [3 or 5, num_parts, num_tokens]: max, then the sums of `shard_sums`
+    partial,  # written, [3 or 5, num_parts, num_tokens] fp32: of each part the max, then the sums of `shard_sums`
     num_tokens,
     num_columns,
     num_parts,
@@ -189,7 +197,7 @@ def _shard_sums(
             total += tl.sum(logits, axis=1)  # columns out of range are 0
         mass = mass * scale + tl.sum(masses, axis=1)
         maximum = above
-    out = found + tl.program_id(1) * num_tokens + rows
+    out = partial + tl.program_id(1) * num_tokens + rows
     stride = num_parts * num_tokens
     valid = rows < num_tokens
     tl.store(out, maximum, mask=valid)
@@ -231,9 +239,9 @@ def _grad_logits(
     log_p = logits - normaliser[:, None]
     slope = -upstream[:, None]  # d log p(target) / d logit_v = [v == target] - p(v)
     if ENTROPY:  # d entropy / d logit_v = -p(v) (log p(v) + entropy)
-        of_entropy = tl.load(grad_entropy + rows, mask=valid, other=0.0)
+        upstream_entropy = tl.load(grad_entropy + rows, mask=valid, other=0.0)
         nats = tl.load(entropy + rows, mask=valid, other=0.0)
-        slope = slope - of_entropy[:, None] * (log_p + nats[:, None])
+        slope = slope - upstream_entropy[:, None] * (log_p + nats[:, None])
     slopes = tl.exp(log_p) * slope + tl.where(cols[None, :] == target[:, None], upstream[:, None], 0.0)
     if CAPPED:  # d cap tanh(z / cap) / dz = 1 - tanh(z / cap)^2
         tanh = logits * temperature / softcap

@@ -1,7 +1,9 @@
-"""Does something go wrong that a user should know of at once? The alarms, each a function of metrics.jsonl's lines.
+"""Does something go wrong in a run that a user should know of at once? Five alarms, functions of metrics.jsonl's lines.
 
-A resumed run therefore raises the same alarms. The tests on lengths are in `length_shift.py`. Left out: what is done
-about an alarm (`run_output.py`).
+Since the lines are their only input, a resumed run raises the same alarms. The tests on lengths are in
+`length_shift.py`.
+
+Left out: what is done about an alarm (`run_output.py`).
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ from megatron_powerflow.metrics.length_shift import LOG_LENGTH, TRUNCATED, Shift
 ALARMS = ("length", "short", "loss", "sampler_gap", "nothing_kept")
 LOSS_BASELINE_STEPS = 10
 LOSS_RECENT_STEPS = 5
-LOSS_FLOOR = 1e-3  # nats squared: ten times nearly nothing is nothing
+LOSS_FLOOR = 1e-3  # nats squared; a smaller loss counts as this one, as ten times nearly nothing is no alarm
 
 Lines = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The section `alarm` of the config, with its bound of the sampler gap chosen; None: no bound here."""
+    """Holds the bounds of the config's section `alarm`.
+
+    sampler_gap: nats per token; None where the run has no such bound.
+    """
 
     truncated_rise: float
     length_rise: float
@@ -33,22 +38,28 @@ class Thresholds:
     nothing_kept_steps: int
 
 
-def ringing(lines: Lines, thresholds: Thresholds) -> dict[str, str]:
-    """What rings after the last of `lines` (every step so far, oldest first), by name: in words what was seen."""
-    found = {
+def raised_alarms(lines: Lines, thresholds: Thresholds) -> dict[str, str]:
+    """Returns {name of an alarm: what was measured, in words} of the alarms that hold after the last of `lines`.
+
+    lines: of metrics.jsonl, every step so far, oldest first.
+    """
+    messages = {
         "length": _length(lines, thresholds),
         "short": _short(lines, thresholds),
         "loss": _loss(lines, thresholds),
         "sampler_gap": _sampler_gap(lines, thresholds),
         "nothing_kept": _nothing_kept(lines, thresholds),
     }
-    return {name: words for name, words in found.items() if words is not None}
+    return {name: message for name, message in messages.items() if message is not None}
 
 
 def has_diverged(lines: Lines, thresholds: Thresholds) -> bool:
-    """Whether the policy is of no use to anybody: its loss has grown as the alarm says, or half of the responses and
-    more have come to be cut at the limit since the first step. (At a rate that is far too large the loss itself may end
-    at 0: one response, whatever the prompt.)"""
+    """Whether the policy has become useless.
+
+    It has where the loss has grown as its alarm says, or where the truncated share has risen by a half or more since
+    the first step. (At a learning rate that is far too large the loss itself may end at 0, with one response for every
+    prompt.)
+    """
     cut = gross_shift(lines, TRUNCATED)
     return _loss(lines, thresholds) is not None or (cut is not None and cut.change > 0)
 
@@ -71,8 +82,8 @@ def _short(lines: Lines, thresholds: Thresholds) -> str | None:
 
 
 def _shifts(lines: Lines, names: tuple[str, str]) -> list[Shift]:
-    """The significant ones: since the first steps, and since the first step of all."""
-    return [found for test in (shift, gross_shift) if (found := test(lines, names)) and found.significant]
+    """Returns the significant shifts: since the first steps, and since the very first step."""
+    return [moved for test in (shift, gross_shift) if (moved := test(lines, names)) and moved.significant]
 
 
 def _lengths(verb: str, before: float, now: float) -> str:
@@ -80,22 +91,25 @@ def _lengths(verb: str, before: float, now: float) -> str:
 
 
 def _loss(lines: Lines, thresholds: Thresholds) -> str | None:
-    """The median of the last steps against the median of the first ones at the same alpha.
+    """Compares the median loss of the last steps with the median of the first ones at the same alpha.
 
-    Where the first steps themselves are so much above the very first, that is what counts: a learning rate that is far
-    too large spoils every step behind it. Not the least of the first: of ten noisy losses one is a fifth of the others.
-    Only the squared residual has a scale: a rival's surrogate loss crosses 0, and no alarm of it exists.
+    Where the median of the first steps is itself above loss_growth times the very first loss, the very first loss is
+    the baseline: a learning rate that is far too large spoils every step behind it. The smallest of the first losses
+    would be no baseline, since of ten noisy losses one is a fifth of the others. Only the squared residual has a scale:
+    a rival's surrogate loss crosses 0, and there is no alarm for it.
     """
     if not lines or "residual_std" not in lines[-1]:
         return None
     alpha = lines[-1].get("alpha")
-    own = [line["loss"] for line in lines if "residual_std" in line and line.get("alpha") == alpha and "loss" in line]
-    first, recent = own[:-LOSS_RECENT_STEPS][:LOSS_BASELINE_STEPS], own[-LOSS_RECENT_STEPS:]
+    losses = [
+        line["loss"] for line in lines if "residual_std" in line and line.get("alpha") == alpha and "loss" in line
+    ]
+    first, recent = losses[:-LOSS_RECENT_STEPS][:LOSS_BASELINE_STEPS], losses[-LOSS_RECENT_STEPS:]
     if not first:
         return None
     usual, now = statistics.median(first), statistics.median(recent)
-    was = max(first[0] if usual > thresholds.loss_growth * first[0] else usual, LOSS_FLOOR)
-    return f"loss rose from {was:.3g} to {now:.3g}" if now > thresholds.loss_growth * was else None
+    before = max(first[0] if usual > thresholds.loss_growth * first[0] else usual, LOSS_FLOOR)
+    return f"loss rose from {before:.3g} to {now:.3g}" if now > thresholds.loss_growth * before else None
 
 
 def _sampler_gap(lines: Lines, thresholds: Thresholds) -> str | None:

@@ -1,11 +1,14 @@
-"""Which alarms does this run listen to, and what does it tell its user? Beside the tests themselves (`alarm.py`)."""
+"""Which bounds do a run's alarms have, what does each advise, and which of them end the run?
+
+Left out: the tests themselves (`alarm.py`).
+"""
 
 from __future__ import annotations
 
 from megatron_powerflow.config import Config
 from megatron_powerflow.metrics.alarm import ALARMS, Thresholds
 
-# |scorer - sampler|, mean over tokens. Seen: fp32 at most 4e-5 on any token, bf16 .042; fp8 is not measured.
+# Bounds of |scorer - sampler|, nats, mean over tokens. Measured: fp32 at most 4e-5 on any token, bf16 .042; not fp8.
 SAMPLER_GAP = {"fp32": 1e-3, "bf16": 0.15, "fp8": 0.3}
 
 ADVICE = {
@@ -21,7 +24,10 @@ ADVICE = {
 
 
 def thresholds_of(config: Config) -> Thresholds:
-    """No bound of the gap under replay: the policy that scores may be another one than the one that sampled."""
+    """Returns the bounds of a run's alarms.
+
+    Under replay there is no bound of the sampler gap: the policy that scores may differ from the one that sampled.
+    """
     section = config.alarm
     bound = section.sampler_gap or SAMPLER_GAP[config.precision.dtype]
     return Thresholds(
@@ -34,7 +40,7 @@ def thresholds_of(config: Config) -> Thresholds:
     )
 
 
-def ends_run(config: Config) -> frozenset[str]:
-    """The alarms that end the run."""
-    asked = config.run.stop_on_alarm
-    return frozenset(asked) if isinstance(asked, list) else frozenset(ALARMS if asked else ())
+def alarms_that_end_run(config: Config) -> frozenset[str]:
+    """Returns the alarms that end the run, by run.stop_on_alarm."""
+    stop_on_alarm = config.run.stop_on_alarm
+    return frozenset(stop_on_alarm) if isinstance(stop_on_alarm, list) else frozenset(ALARMS if stop_on_alarm else ())

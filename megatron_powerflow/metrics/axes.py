@@ -10,13 +10,13 @@ from matplotlib.ticker import MaxNLocator
 
 
 def step_axis(axis: Axes) -> None:
-    """The x axis counts steps: its ticks are whole numbers."""
+    """Labels the x axis as one of steps, with ticks at whole numbers."""
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10]))
 
 
 def end_at_share(axis: Axes, *, x: bool = False) -> None:
-    """The y axis (x: the x axis) shows shares: it has no room below 0 and above 1. Call it when all is drawn."""
+    """Ends the y axis (x: the x axis), which shows shares, at 0 and 1. To be called when everything is drawn."""
     low, high = axis.get_xlim() if x else axis.get_ylim()
     (axis.set_xlim if x else axis.set_ylim)(max(low, 0.0), min(high, 1.0))
     for line in axis.lines:
@@ -24,6 +24,6 @@ def end_at_share(axis: Axes, *, x: bool = False) -> None:
 
 
 def make_room_above(axis: Axes, share: float) -> None:
-    """For a legend that would hide lines: a part of the axis's height, above all that is drawn."""
+    """Makes the y axis longer by a share of its height, so that a legend above the lines hides none of them."""
     low, high = axis.get_ylim()
     axis.set_ylim(low, high + (high - low) * share)

@@ -1,7 +1,7 @@
 """What did training do to the policy? Two lines of evaluations.jsonl, of the same prompts and random numbers, compared.
 
-Each prompt is its own comparison: the error of a mean difference is that of the differences over prompts, in which what
-is common to both, an easy prompt or a long one, has gone.
+The comparison is paired by prompt: the standard error of a mean difference is that of the prompts' differences, so that
+what a prompt gives to both lines (it is easy, or long) cancels.
 
 Left out: printing (`change_table`), the picture (`report/change_picture.py`).
 """
@@ -17,13 +17,16 @@ from rich.table import Table
 from megatron_powerflow.metrics.counts import mean, standard_error
 from megatron_powerflow.metrics.names import label
 
-# of `by_prompt`
+# the keys of `by_prompt` that are compared
 QUANTITIES = ("ref_log_prob_mean", "policy_entropy", "distinct_2", "response_length_mean")
 
 
 @dataclass(frozen=True)
 class Change:
-    """Of one quantity. before, after: one number per prompt, in the same order; at least two prompts."""
+    """Holds one quantity before and after training.
+
+    before, after: one number per prompt, in the same order; at least two prompts.
+    """
 
     name: str
     before: tuple[float, ...]
@@ -31,26 +34,30 @@ class Change:
 
     @property
     def difference(self) -> float:
-        """Mean over prompts of after - before."""
-        found = mean(self.differences)
-        assert found is not None, "at least two prompts"
-        return found
+        """Returns the mean over prompts of after - before."""
+        difference = mean(self.differences)
+        assert difference is not None, "at least two prompts"
+        return difference
 
     @property
     def error(self) -> float:
-        """Standard error of `difference`, over prompts."""
-        found = standard_error(self.differences)
-        assert found is not None, "at least two prompts"
-        return found
+        """Returns the standard error of `difference`, over prompts."""
+        error = standard_error(self.differences)
+        assert error is not None, "at least two prompts"
+        return error
 
     @property
     def differences(self) -> list[float]:
+        """Returns after - before of each prompt."""
         return [after - before for before, after in zip(self.before, self.after, strict=True)]
 
 
 @dataclass(frozen=True)
 class Changes:
-    """first, last: the lines compared."""
+    """Holds every quantity of a run before and after training.
+
+    first, last: the two lines of evaluations.jsonl that are compared.
+    """
 
     first: Mapping[str, Any]
     last: Mapping[str, Any]
@@ -58,8 +65,11 @@ class Changes:
 
 
 def changes_of(lines: Sequence[Mapping[str, Any]]) -> Changes | None:
-    """lines: of evaluations.jsonl, oldest first. None with fewer than two of the same prompts (two or more), as after a
-    run that was given other evaluation prompts on its way."""
+    """Compares the first and the last of `lines`, which are those of evaluations.jsonl, oldest first.
+
+    Returns None where there are not two lines about the same prompts (at least two of them), as in a run whose
+    evaluation prompts were changed on the way.
+    """
     if len(lines) < 2 or not all(_comparable(line) for line in (lines[0], lines[-1])):
         return None
     first, last = lines[0], lines[-1]
@@ -73,7 +83,7 @@ def changes_of(lines: Sequence[Mapping[str, Any]]) -> Changes | None:
 
 
 def _comparable(line: Mapping[str, Any]) -> bool:
-    """Written by this version: a number per prompt of each quantity."""
+    """Whether the line has a number per prompt for each quantity; lines of older versions have not."""
     by_prompt = line.get("by_prompt")
     return isinstance(by_prompt, Mapping) and all(
         isinstance(by_prompt.get(name), list) and len(by_prompt[name]) == line["num_prompts"]
@@ -82,11 +92,14 @@ def _comparable(line: Mapping[str, Any]) -> bool:
 
 
 def change_table(changes: Changes, alpha: float | None) -> Table:
-    """For the console: before, after, difference +- its standard error; the realised alpha with its 95 % interval."""
+    """Returns the table for the console: before, after and the difference +- its standard error, for each quantity.
+
+    The realised alpha comes with its 95 % interval. alpha: the target's, for the title; None where there is none.
+    """
     first, last = changes.first, changes.last
-    asked = "" if alpha is None else f", alpha {alpha:g}"
+    target_alpha = "" if alpha is None else f", alpha {alpha:g}"
     responses = f"{last['num_prompts']} held-out prompts x {last['num_responses']} responses"
-    table = Table(title=f"means of {responses}, same random numbers{asked}", title_justify="left")
+    table = Table(title=f"means of {responses}, same random numbers{target_alpha}", title_justify="left")
     for column in ("", f"step {first['step']}", f"step {last['step']}", "difference"):
         # where there is little room names take two lines; a number cut short says nothing
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))

@@ -1,8 +1,9 @@
-"""How good are the responses to a set of questions? avg@k, pass@k, maj@k, from what is counted per question.
+"""How good are the responses to a set of questions? avg@k, pass@k and maj@k, from counts of each question.
 
-Pure functions of whole numbers and flags; no torch. The evaluation uses them on files, training on its own rollouts.
+All are pure functions of whole numbers and flags, without torch. The evaluation uses them on files, training on its
+rollouts.
 
-Left out: who is right (`data/answers.py`), how different the texts are (`diversity.py`), reading and writing.
+Left out: which answers are right (`data/answers.py`), how different the texts are (`diversity.py`), files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class QuestionCounts:
-    """The n responses to one question, in the order they were drawn; every tuple has n entries, n >= 1.
+    """Holds the counts of one question's n responses, in the order they were drawn.
+
+    Every tuple has n entries, n >= 1.
 
     Example (n = 4, gold 7, answers 7, none, 5, 7.0): correct (True, False, False, True), clusters (0, None, 1, 0).
     """
@@ -28,20 +31,22 @@ class QuestionCounts:
 
     @property
     def num_responses(self) -> int:
+        """Returns n."""
         return len(self.clusters)
 
 
 def summarize_tasks(questions: Sequence[QuestionCounts]) -> tuple[dict[str, dict], dict]:
-    """(`summarize` by task, in order of appearance; `summarize` of all questions together)."""
+    """Returns ({task: its `summarize`} in order of appearance, `summarize` of all questions together)."""
     tasks = dict.fromkeys(question.task for question in questions)
     return {task: summarize([q for q in questions if q.task == task]) for task in tasks}, summarize(questions)
 
 
 def mean_over_tasks(tasks: Mapping[str, Mapping]) -> dict:
-    """Plain mean of the tasks' accuracies, each counting once however many questions it has: the paper's Avg.
+    """Returns the plain mean of the tasks' accuracies, each counting once whatever its number of questions.
 
-    tasks: rows of `summarize`. num_tasks, of those with gold answers; avg; avg_se = sqrt(sum se^2) / num_tasks, the
-    tasks' questions being drawn apart from each other. None where there is none, avg_se also where a task has none.
+    This is the paper's Avg. tasks: rows of `summarize`. The keys are num_tasks, of those with gold answers; avg; and
+    avg_se = sqrt(sum se^2) / num_tasks, as the tasks' questions are drawn independently. avg is None where no task has
+    gold answers, avg_se also where a task has no standard error.
     """
     graded = [row for row in tasks.values() if row["avg"] is not None]
     errors = [row["avg_se"] for row in graded]
@@ -54,12 +59,12 @@ def mean_over_tasks(tasks: Mapping[str, Mapping]) -> dict:
 
 
 def summarize(questions: Sequence[QuestionCounts]) -> dict:
-    """One row of an evaluation's table.
+    """Returns one row of an evaluation's table.
 
-    num_questions; num_responses, over all questions; avg, avg_se, pass_at and pass_at_se {k: value}, maj: over the
-    questions that have a gold answer, None (and empty) where there are none; response_length_mean in tokens,
-    truncated_fraction, boxed_rate: over all responses. maj is over all n responses of a question. policy_entropy: nats
-    per response token, as sampled.
+    num_questions; num_responses, over all questions. avg, avg_se, pass_at and pass_at_se {k: value} and maj are means
+    over the questions that have a gold answer, None (and empty) where there are none; maj is of all n responses to a
+    question. response_length_mean (tokens), truncated_fraction and boxed_rate are means over all responses.
+    policy_entropy is in nats per response token, at the sampling temperature.
     """
     assert questions, "a summary needs at least one question"
     graded = [(question.clusters, question.correct) for question in questions if question.correct is not None]
@@ -84,7 +89,7 @@ def summarize(questions: Sequence[QuestionCounts]) -> dict:
 
 
 def pass_at_k(num_responses: int, num_correct: int, k: int) -> float:
-    """Chance that at least one of k responses, drawn without replacement from the n there are, is correct.
+    """Returns the chance that at least one of k responses, drawn without replacement from the n, is correct.
 
     1 - C(n-c, k) / C(n, k), unbiased (Chen et al., arXiv 2107.03374), as a product of factors in [0, 1]:
     the binomials themselves overflow.
@@ -96,7 +101,7 @@ def pass_at_k(num_responses: int, num_correct: int, k: int) -> float:
 
 
 def majority_correctness(clusters: Sequence[int | None], correct: Sequence[bool], k: int | None = None) -> float:
-    """Expected correctness of the most common answer among the first k responses (None: among all).
+    """Returns the expected correctness of the most common answer among the first k responses (None: among all).
 
     Responses without an answer do not vote. Tied clusters are chosen from uniformly, and so is a member of the
     chosen cluster: of 5 and 5 inches only the first is right where 5 cm is the gold answer. 0 when nobody votes.
@@ -111,14 +116,14 @@ def majority_correctness(clusters: Sequence[int | None], correct: Sequence[bool]
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """None of nothing."""
+    """Returns the mean of an exact sum; None without values."""
     return math.fsum(values) / len(values) if values else None
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean over questions: sqrt(sum (x - mean)^2 / (q - 1)) / sqrt(q), q questions; None for q < 2.
+    """Returns the error of a mean over q questions, sqrt(sum (x - mean)^2 / (q - 1)) / sqrt(q); None for q < 2.
 
-    It says how far another draw of questions would move the mean. The noise of sampling n responses is inside x.
+    It says how far another draw of questions would move the mean. The noise of sampling n responses is part of x.
     """
     if len(values) < 2:
         return None
@@ -127,6 +132,6 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def _ks(num_responses: Sequence[int]) -> list[int]:
-    """1, 2, 4, ... up to the number of responses that every question has."""
+    """Returns 1, 2, 4, ... up to the number of responses that every question has."""
     fewest = min(num_responses, default=0)
     return [1 << power for power in range(fewest.bit_length()) if 1 << power <= fewest]

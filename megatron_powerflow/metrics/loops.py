@@ -1,9 +1,10 @@
 """Does a response go round in a loop, and what does the loop cost the base model?
 
-A loop says one turn over and over until the limit stops it. Ordinary mathematics repeats itself as well: 0.333333,
-|---|---|---|, a matrix of zeros, a row of dots. So a loop needs many turns, and it fills a fair part of what a response
-may have: 614 tokens where the limit is 3,072, and 8 where it is 40. A loop that begins in the last fifth of a response
-is not seen as one; those that matter begin anywhere and go on to the limit.
+A loop repeats one run of tokens, its turn, over and over until the limit stops it. Ordinary mathematics repeats itself
+as well: 0.333333, |---|---|---|, a matrix of zeros, a row of dots. So a repetition counts as a loop only with many
+turns and where it fills a fair part of the longest response: at least 615 tokens where the limit is 3,072, and 8 where
+it is 40. A loop that begins in the last fifth of a response is not recognised; loops that matter begin anywhere and go
+on to the limit.
 
 Left out: what the target makes of a loop (`trap.py`), n-grams that come again (`repetition.py`).
 """
@@ -21,8 +22,11 @@ LIMIT_SHARE = 5  # a loop has at least max_response_tokens / LIMIT_SHARE tokens
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """num_tokens: of the longest repetition in a response, first turn included. nats: -log p_base a token once it has
-    settled, over its second half. entry_nats: what the whole of it costs beyond that."""
+    """Describes the longest repetition in a response, and its cost under the base model.
+
+    num_tokens: its length, first turn included. nats: -log p_base per token once it has settled, a mean over its second
+    half. entry_nats: what the whole repetition costs beyond num_tokens * nats, 0 at least.
+    """
 
     num_tokens: int
     nats: float
@@ -30,13 +34,16 @@ class Loop:
 
 
 def min_loop_tokens(max_response_tokens: int) -> int:
-    """From how many tokens on a repetition is a loop, in a run with this limit."""
+    """Returns the length in tokens from which on a repetition is a loop, in a run with this limit."""
     return max(MIN_TURNS, -(-max_response_tokens // LIMIT_SHARE))
 
 
 def find_loop(tokens: np.ndarray, ref_log_probs: np.ndarray, *, min_tokens: int) -> Loop | None:
-    """The longest stretch of [n] tokens, of min_tokens or more, that repeats a turn of 1 to 64 tokens at least 8
-    times; the shortest such turn. None without one. ref_log_probs: [n] of the base model."""
+    """Returns the longest stretch of `tokens` that repeats a turn of 1 to 64 tokens at least 8 times; None without one.
+
+    tokens: [n]; ref_log_probs: [n] of the base model, nats. The stretch has min_tokens or more. Of several turns that
+    give the same stretch the shortest counts.
+    """
     best = (0, 0, 0)  # tokens, -period, start
     for period in range(1, min(MAX_PERIOD, len(tokens) // MIN_TURNS) + 1):
         needed = max(MIN_TURNS * period, min_tokens) - period
@@ -55,7 +62,7 @@ def find_loop(tokens: np.ndarray, ref_log_probs: np.ndarray, *, min_tokens: int)
 
 
 def _longest_run(flags: np.ndarray) -> tuple[int, int]:
-    """(start, length) of the longest run of True."""
+    """Returns (start, length) of the longest run of True; (0, 0) without one."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], flags.astype(np.int8), [0]))))
     if not len(edges):
         return 0, 0

@@ -1,6 +1,6 @@
-"""What is a number called in pictures and tables? The one table of names; files keep the short keys.
+"""What is a metric called in pictures and tables? This is the one table of names; files keep the short keys.
 
-Left out: which numbers are shown where.
+Left out: which metrics are shown where.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """Example: name "mean response length", unit "tokens". share: a number from 0 to 1, and an axis ends there."""
+    """Names a metric and its unit for people. Example: "mean response length", "tokens".
+
+    share: the metric is a number from 0 to 1, and its axis ends there.
+    """
 
     name: str
     unit: str = ""
@@ -70,12 +73,12 @@ METRICS = {
 
 
 def label(key: str) -> str:
-    """For an axis, a legend or the head of a column. Example: mean response length (tokens)."""
+    """Returns the text for an axis, a legend or a column's head. Example: mean response length (tokens)."""
     metric = METRICS[key]
     return f"{metric.name} ({metric.unit})" if metric.unit else metric.name
 
 
 def heading(key: str) -> str:
-    """For the title of a panel. Example: Mean response length (tokens)."""
+    """Returns the text for the title of a panel. Example: Mean response length (tokens)."""
     text = label(key)
     return text if text.startswith("log ") else text[0].upper() + text[1:]

@@ -1,4 +1,4 @@
-"""What made these numbers? The command, the versions and the commit: in evaluations, and for each start of a run.
+"""What made these numbers? The command, the versions and the commit, for each evaluation and each start of a run.
 
 Left out: the config, which a run's folder holds whole (config.yaml).
 """
@@ -20,18 +20,23 @@ PACKAGES = ("torch", "megatron-core", "transformers", "mpmath")
 
 
 def provenance(command: str, revisions: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """command, versions {package: version}, git_commit (None for an installed package, or without git); and revisions
-    {name on the hub: commit}, where anything came from there."""
+    """Returns command, versions {package: version}, git_commit and, where a name was the hub's, revisions.
+
+    git_commit is None for an installed package, or without git. revisions: name on the hub -> commit.
+    """
     versions = {"python": platform.python_version(), "megatron_powerflow": megatron_powerflow.__version__}
     versions |= {name: metadata.version(name) for name in PACKAGES}
-    found = {"command": command, "versions": versions, "git_commit": _git_commit()}
-    return found | ({"revisions": dict(revisions)} if revisions else {})
+    values = {"command": command, "versions": versions, "git_commit": _git_commit()}
+    return values | ({"revisions": dict(revisions)} if revisions else {})
 
 
 def note_launch(
     folder: Path, *, command: str, first_step: int, world_size: int, revisions: Mapping[str, str] | None = None
 ) -> None:
-    """Add a line to launches.jsonl: a run has one per start, the steps before first_step being of earlier ones."""
+    """Adds a line to launches.jsonl, which has one for each start of a run.
+
+    first_step: the first step of this start; the steps before it belong to earlier ones.
+    """
     line = {"first_step": first_step, "world_size": world_size, **provenance(command, revisions)}
     with (folder / LAUNCHES_NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -42,7 +47,9 @@ def _git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        process = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()

@@ -25,11 +25,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.special import stdtrit  # quantiles of Student's t
 
-MIN_SPREAD = 1e-3  # nats, of S_ref beside length in a prompt: below is rounding of sums over a response
-MAX_CONDITION = 1e4  # of (S_ref, x) scaled to 1: beyond it nobody can tell the two apart
+MIN_SPREAD = 1e-3  # nats, of what length leaves of S_ref in a prompt; less is rounding of sums over a response
+MAX_CONDITION = 1e4  # condition number of (S_ref, x), scaled to 1; beyond it the two cannot be told apart
 CONFIDENCE = 0.95
 WINDOW_STEPS = 10
-MIN_R2 = 0.5  # a policy of which less than half is explained has not come to any power
+MIN_R2 = 0.5  # a policy of which less than half is explained is no power of the base model yet
 
 
 def realised_alpha(
@@ -39,9 +39,12 @@ def realised_alpha(
     prompts: np.ndarray,
     added_energy: np.ndarray,
 ) -> dict[str, float]:
-    """All [B]: S under the policy that sampled; S_ref; m; which prompt, any numbers; x, zeros where there is none.
+    """Returns the realised alpha of a step's rollouts, its interval and what the fit explains.
 
-    alpha_realised            dimensionless; absent where nothing is to be learnt of it
+    All arguments are [B]: S under the policy that sampled, S_ref, m, the number of the prompt, and x (zeros where there
+    is no added energy).
+
+    alpha_realised            dimensionless; absent where no prompt takes part or S_ref and x cannot be told apart
     alpha_realised_low, high  95 % confidence interval, clustered by prompt; absent with one prompt
     alpha_realised_r2         share of the variance of S, within prompts and beside length, that the fit explains
     lambda_realised           nats per token; mean over prompts, weighted by the variance of m in each
@@ -51,12 +54,13 @@ def realised_alpha(
     rows = _informative(sequence_log_prob, ref_sequence_log_prob, counted_tokens, prompts, added_energy)
     if not rows.any():
         return {}
-    beside = _Beside(counted_tokens[rows], prompts[rows])
+    regression = _LengthRegression(counted_tokens[rows], prompts[rows])
     policy, energies = sequence_log_prob[rows], [ref_sequence_log_prob[rows]]
-    if (beside.spread(beside.length(added_energy[rows])) >= MIN_SPREAD).any():
+    if (regression.spread(regression.remainder(added_energy[rows])) >= MIN_SPREAD).any():
         energies.append(added_energy[rows])
-    left, given = beside.length(policy), np.stack([beside.length(energy) for energy in energies], axis=1)
-    fit = _least_squares(left, given, beside.place)
+    explained = regression.remainder(policy)
+    regressors = np.stack([regression.remainder(energy) for energy in energies], axis=1)
+    fit = _least_squares(explained, regressors, regression.prompt_index)
     if fit is None:
         return {}
     coefficients, half_width = fit
@@ -66,17 +70,19 @@ def realised_alpha(
             "alpha_realised_low": coefficients[0] - half_width,
             "alpha_realised_high": coefficients[0] + half_width,
         }
-    if left.var() > 0:
-        values["alpha_realised_r2"] = 1.0 - np.square(left - given @ coefficients).sum() / np.square(left).sum()
-    slope = beside.slope(policy - np.stack(energies, axis=1) @ coefficients)
+    if explained.var() > 0:
+        unexplained = np.square(explained - regressors @ coefficients).sum()
+        values["alpha_realised_r2"] = 1.0 - unexplained / np.square(explained).sum()
+    slope = regression.slope(policy - np.stack(energies, axis=1) @ coefficients)
     return values if slope is None else values | {"lambda_realised": 0.0 - slope}
 
 
 def alpha_reached(lines: Sequence[Mapping[str, float]], stop_at: float) -> str | None:
-    """What has been reached, in words; None before. lines: of metrics.jsonl, every step so far, oldest first.
+    """Returns a message once the realised alpha has reached `stop_at`; None before.
 
-    Reached: the median of alpha_realised over the last 10 steps is at stop_at or beyond, seen from 1. A step counts as
-    1 where it has no estimate or alpha_realised_r2 is below 0.5. A median, because one step's estimate may be far off.
+    lines: of metrics.jsonl, every step so far, oldest first. It is reached where the median of alpha_realised over the
+    last 10 steps is at stop_at or beyond it, seen from 1. A step counts as 1 where it has no estimate or its
+    alpha_realised_r2 is below 0.5. It is a median because one step's estimate may be far off.
     """
     if len(lines) < WINDOW_STEPS:
         return None
@@ -89,63 +95,68 @@ def alpha_reached(lines: Sequence[Mapping[str, float]], stop_at: float) -> str |
 
 
 def _informative(policy, reference, counted_tokens, prompts, added_energy) -> np.ndarray:
-    """[B] True on the finite rollouts of prompts where S_ref varies beside length."""
+    """Returns [B] bool: the finite rollouts of prompts where S_ref varies by more than length explains."""
     finite = np.isfinite(policy + reference + added_energy)
     rows = np.zeros(len(policy), dtype=bool)
     if finite.any():
-        beside = _Beside(counted_tokens[finite], prompts[finite])
-        rows[finite] = (beside.spread(beside.length(reference[finite])) >= MIN_SPREAD)[beside.place]
+        regression = _LengthRegression(counted_tokens[finite], prompts[finite])
+        spread = regression.spread(regression.remainder(reference[finite]))
+        rows[finite] = (spread >= MIN_SPREAD)[regression.prompt_index]
     return rows
 
 
-class _Beside:
-    """What is left of a quantity [B] within prompts once constant and length are taken out of each prompt by itself.
+class _LengthRegression:
+    """Regresses a quantity [B] on a constant and the length, in each of the Q prompts by itself.
 
-    place: [B] the prompt of each rollout as a number from 0 to Q - 1.
+    prompt_index: [B] the prompt of each rollout as a number from 0 to Q - 1.
     """
 
     def __init__(self, counted_tokens: np.ndarray, prompts: np.ndarray) -> None:
-        self.place = np.unique(prompts, return_inverse=True)[1]
-        self._count = np.bincount(self.place)
+        self.prompt_index = np.unique(prompts, return_inverse=True)[1]
+        self._count = np.bincount(self.prompt_index)
         self._length = self._centred(counted_tokens)
-        self._square = np.bincount(self.place, self._length**2)
+        self._square = np.bincount(self.prompt_index, self._length**2)
 
-    def length(self, values: np.ndarray) -> np.ndarray:
+    def remainder(self, values: np.ndarray) -> np.ndarray:
+        """Returns [B] what constant and length do not explain of `values` [B]."""
         centred = self._centred(values)
-        along = np.bincount(self.place, self._length * centred)
+        along = np.bincount(self.prompt_index, self._length * centred)
         slopes = np.divide(along, self._square, out=np.zeros_like(along), where=self._square > 0)
-        return centred - slopes[self.place] * self._length
+        return centred - slopes[self.prompt_index] * self._length
 
-    def spread(self, left: np.ndarray) -> np.ndarray:
-        """[Q] root mean square, per degree of freedom, of what `length` left; 0 where none is left over."""
+    def spread(self, remainder: np.ndarray) -> np.ndarray:
+        """Returns [Q] the root mean square per degree of freedom of a `remainder`; 0 where no freedom is left."""
         freedom = self._count - 1 - (self._square > 0)
-        squares = np.bincount(self.place, left**2)
+        squares = np.bincount(self.prompt_index, remainder**2)
         return np.sqrt(np.divide(squares, freedom, out=np.zeros_like(squares), where=freedom > 0))
 
     def slope(self, values: np.ndarray) -> float | None:
-        """On length, within prompts, one for all; None where no lengths differ."""
+        """Returns the slope of `values` [B] on length within prompts, one for all; None where no lengths differ."""
         total = self._square.sum()
         return (self._length * self._centred(values)).sum() / total if total > 0 else None
 
     def _centred(self, values: np.ndarray) -> np.ndarray:
-        return values - (np.bincount(self.place, values) / self._count)[self.place]
+        return values - (np.bincount(self.prompt_index, values) / self._count)[self.prompt_index]
 
 
-def _least_squares(left: np.ndarray, given: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, float | None] | None:
-    """([K] coefficients of left [B] on given [B, K], half width of the first one's interval, None with one prompt).
-    None where the columns cannot be told apart.
+def _least_squares(
+    explained: np.ndarray, regressors: np.ndarray, prompt_index: np.ndarray
+) -> tuple[np.ndarray, float | None] | None:
+    """Returns ([K] coefficients, half width of the first one's interval) of `explained` [B] on `regressors` [B, K].
+
+    The half width is None with one prompt; the whole is None where the regressors cannot be told apart.
 
     The interval is Student's over the delete-one-prompt jackknife, the cluster-robust sandwich called CV3: MacKinnon,
     Nielsen, Webb, "Cluster-robust inference" (J. Econometrics 2023). Its degrees of freedom are one less than the
-    prompts there effectively are, 1 / sum w^2 with w a prompt's share of the spread of S_ref: Q where all weigh the
-    same. With Q itself, intervals of unequal prompts hold the truth in 88 % of simulations in place of 95.
+    effective number of prompts, 1 / sum w^2 with w a prompt's share of the spread of S_ref, which is Q where all weigh
+    the same. With Q itself, intervals of unequal prompts hold the truth in 88 % of simulations in place of 95.
     """
-    scale = np.sqrt(np.square(given).sum(axis=0))
-    given = given / scale
-    num_prompts, num_given = place.max() + 1, given.shape[1]
-    squares, products = np.zeros((num_prompts, num_given, num_given)), np.zeros((num_prompts, num_given))
-    np.add.at(squares, place, given[:, :, None] * given[:, None, :])
-    np.add.at(products, place, given * left[:, None])
+    scale = np.sqrt(np.square(regressors).sum(axis=0))
+    regressors = regressors / scale
+    num_prompts, num_regressors = prompt_index.max() + 1, regressors.shape[1]
+    squares, products = np.zeros((num_prompts, num_regressors, num_regressors)), np.zeros((num_prompts, num_regressors))
+    np.add.at(squares, prompt_index, regressors[:, :, None] * regressors[:, None, :])
+    np.add.at(products, prompt_index, regressors * explained[:, None])
     total, product = squares.sum(axis=0), products.sum(axis=0)
     if np.linalg.cond(total) > MAX_CONDITION:
         return None

@@ -1,7 +1,7 @@
-"""What do the rollouts of a step amount to? Every metric from one table, each with its denominator.
+"""Which metrics do the rollouts of a step give? Every metric comes from one table and states its denominator.
 
-The table has a row per rollout of the whole step (all ranks, sorted), so a metric is the same number under every
-layout, a quantile is a quantile of all rollouts, and no mean of means exists.
+The table has a row for each rollout of the whole step (all ranks, sorted). So a metric is the same number under every
+layout, a quantile is one of all rollouts, and there are no means of means over ranks.
 
 Left out: collecting the rows (`training/update.py`), times (`throughput.py`), writing (`writers.py`).
 """
@@ -20,45 +20,50 @@ from megatron_powerflow.records import ROLLOUT_COLUMNS
 
 RESIDUAL_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LENGTH_QUARTERS = 4
-MAX_LOG_PROB = 1e-3  # above 0 by more than rounding: a broken kernel
+MAX_LOG_PROB = 1e-3  # a log-prob above it exceeds 0 by more than rounding: the kernel is broken
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """What the metrics need to know of the run: group size, cap, and of its target the power and the tilt cap."""
+class ReductionSettings:
+    """Holds what the metrics need to know of the run and of its target distribution.
+
+    responses_per_prompt: rollouts in a group. alpha: the target's power; None where the objective has none. tilt_cap:
+    in tokens; None where every token is paid.
+    """
 
     responses_per_prompt: int
     max_response_tokens: int
     alpha: float | None = None
     tilt_cap: int | None = None
-    has_tilt: bool = False  # the fixed point is p_base^alpha exp(-lambda |y|)
+    has_tilt: bool = False  # the objective's fixed point is p_base^alpha exp(-lambda |y|)
     energy_per_token: bool = False  # psi and the task's reward count once a token, not once a response
-    learns_log_z: bool = True  # log Z' is a head's; False: an estimate of the group itself, or there is none
+    learns_log_z: bool = True  # log Z' comes from a head; False: from the group itself, or there is none
 
 
-def reduce_rollouts(rows: np.ndarray, target: Target) -> dict[str, float]:
-    """rows: [B, len(ROLLOUT_COLUMNS)] fp64 -> metrics. Natural logarithms; lengths in tokens.
+def reduce_rollouts(rows: np.ndarray, settings: ReductionSettings) -> dict[str, float]:
+    """Returns the metrics of a step. rows: [B, len(ROLLOUT_COLUMNS)] fp64, read only.
 
-    Means run over kept rollouts unless the name says token or prompt. What does not exist is absent, never NaN.
-    Raises FloatingPointError when a log-prob is above 0: the numbers of such a step mean nothing.
+    Logarithms are natural, lengths in tokens. Means are over kept rollouts unless the name says token or prompt, or a
+    comment beside the metric says otherwise. A metric that does not exist in this step is absent, never NaN. Raises
+    FloatingPointError when a log-prob is above 0: the numbers of such a step mean nothing.
     """
-    every = {name: rows[:, place] for place, name in enumerate(ROLLOUT_COLUMNS)}
+    every = {name: rows[:, column] for column, name in enumerate(ROLLOUT_COLUMNS)}
     highest = every["max_log_prob"].max(initial=-np.inf)
     if highest > MAX_LOG_PROB:
         raise FloatingPointError(f"a token has log-prob {highest:.4g}; probabilities end at 1, the scorer is broken")
-    values = _rollout_metrics(every, target) | length_statistics(every, target.responses_per_prompt)
+    values = _rollout_metrics(every, settings) | length_statistics(every, settings.responses_per_prompt)
     kept = {name: column[every["kept"] > 0] for name, column in every.items()}
     if len(kept["kept"]):
-        kept["prompt"] = kept["rollout_index"] // target.responses_per_prompt
-        values |= _objective_metrics(kept, target)
-        values |= _realised_metrics(kept, target)
-        values |= _power_metrics(kept, target.alpha) if target.alpha is not None else {}
-        values |= _trap_metrics(every, target) if target.has_tilt else {}
+        kept["prompt"] = kept["rollout_index"] // settings.responses_per_prompt
+        values |= _objective_metrics(kept, settings)
+        values |= _realised_metrics(kept, settings)
+        values |= _power_metrics(kept, settings.alpha) if settings.alpha is not None else {}
+        values |= _trap_metrics(every, settings) if settings.has_tilt else {}
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
 
 
-def _rollout_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, float]:
-    """What the sampled responses are like, dropped ones included."""
+def _rollout_metrics(every: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:
+    """Returns the metrics of all sampled responses, dropped ones included."""
     lengths, num_tokens = every["num_response_tokens"], every["num_response_tokens"].sum()
     old, ref = every["old_sequence_log_prob"], every["ref_sequence_log_prob"]
     gap = np.where(np.isnan(every["sampler_gap_sum"]), np.nan, old - every["rollout_sequence_log_prob"])
@@ -77,7 +82,7 @@ def _rollout_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, 
         "eos_fraction": 1.0 - every["truncated"].mean(),
         "boxed_rate": every["boxed"].mean(),
         "repeated_share": every["repeated_share"].mean(),  # of a response's 4-grams, those it has had before
-        "loop_fraction": has_loop(every["loop_tokens"], target.max_response_tokens).mean(),
+        "loop_fraction": has_loop(every["loop_tokens"], settings.max_response_tokens).mean(),
         "distinct_2": every["distinct_2"].mean(),
         "distinct_3": every["distinct_3"].mean(),
         # over the rollouts whose prompt has an answer
@@ -99,8 +104,8 @@ def _rollout_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, 
     }
 
 
-def _objective_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:
-    """Means over kept rollouts; `prompt` in a name: over prompts."""
+def _objective_metrics(kept: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:
+    """Returns the metrics of the objective: means over kept rollouts; of log Z', over prompts."""
     residual, weight, prompts = kept["residual"], kept["weight"], kept["prompt"]
     head = _per_prompt(kept["log_z"], prompts)
     estimate = _per_prompt(kept["log_z"] - residual, prompts)  # minus the mean of (S - alpha S_ref)/n - alpha psi
@@ -116,7 +121,7 @@ def _objective_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str,
         "group_log_z_mean": estimate.mean(),
         "group_log_z_std": estimate.std(),
         # of a head: the group's own estimate explains itself
-        "log_z_explained_variance": _explained_variance(estimate, head) if target.learns_log_z else np.nan,
+        "log_z_explained_variance": _explained_variance(estimate, head) if settings.learns_log_z else np.nan,
         "weight_mean": weight.mean(),
         "ratio_mean": kept["ratio"].mean(),
         "clip_fraction": kept["clipped"].mean(),
@@ -127,7 +132,7 @@ def _objective_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str,
 
 
 def _power_metrics(kept: dict[str, np.ndarray], alpha: float) -> dict[str, float]:
-    """How the policy stands to p_base^alpha."""
+    """Returns how the policy compares with p_base^alpha."""
     self_reward = kept["ref_sequence_log_prob"] / kept["num_response_tokens"]
     judged = np.isfinite(kept["correct"])
     values = {"alpha": alpha, "inversion_rate": _inversion_rate(kept, alpha)}
@@ -138,78 +143,78 @@ def _power_metrics(kept: dict[str, np.ndarray], alpha: float) -> dict[str, float
     return values
 
 
-def _realised_metrics(kept: dict[str, np.ndarray], target: Target) -> dict[str, float]:
-    """Which power of the base model the responses show: see `realised_alpha.py`."""
+def _realised_metrics(kept: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:
+    """Returns which power of the base model the responses show: see `realised_alpha.py`."""
     lengths, added = kept["num_response_tokens"], np.zeros(len(kept["kept"]))
-    counted = lengths if target.tilt_cap is None else np.minimum(lengths, target.tilt_cap)
-    if target.alpha is not None:
-        added = energy_per_token(kept, target.alpha)
-        added = added * counted if target.energy_per_token else added
+    counted = lengths if settings.tilt_cap is None else np.minimum(lengths, settings.tilt_cap)
+    if settings.alpha is not None:
+        added = energy_per_token(kept, settings.alpha)
+        added = added * counted if settings.energy_per_token else added
     return realised_alpha(kept["old_sequence_log_prob"], kept["ref_sequence_log_prob"], counted, kept["prompt"], added)
 
 
-def _trap_metrics(every: dict[str, np.ndarray], target: Target) -> dict[str, float]:
-    """Whether the target rewards the loops among the rollouts: see `trap.py`."""
-    assert target.alpha is not None, "the tilt is one of p_base^alpha"
+def _trap_metrics(every: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:
+    """Returns whether the target rewards the loops among the rollouts: see `trap.py`."""
+    assert settings.alpha is not None, "the tilt is one of p_base^alpha"
     return trap_metrics(
         every,
         every["old_sequence_log_prob"],
-        responses_per_prompt=target.responses_per_prompt,
-        max_response_tokens=target.max_response_tokens,
-        alpha=target.alpha,
-        tilt_cap=target.tilt_cap,
+        responses_per_prompt=settings.responses_per_prompt,
+        max_response_tokens=settings.max_response_tokens,
+        alpha=settings.alpha,
+        tilt_cap=settings.tilt_cap,
     )
 
 
 def _by_length(residual: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
-    """Mean residual of each quarter of the rollouts, shortest first: a slope is a bias on length."""
+    """Returns the mean residual of each quarter of the rollouts, shortest first: a slope is a bias on length."""
     order = lengths.argsort(kind="stable")
     parts = np.array_split(residual[order], LENGTH_QUARTERS)
     return {f"residual_length_q{number}": part.mean() for number, part in enumerate(parts, start=1) if len(part)}
 
 
 def _explained_variance(estimate: np.ndarray, head: np.ndarray) -> float:
-    """1 - var(estimate - head) / var(estimate) over prompts; NaN where the estimates do not vary."""
+    """Returns 1 - var(estimate - head) / var(estimate) over prompts; NaN where the estimates do not vary."""
     variance = estimate.var()
     return 1.0 - (estimate - head).var() / variance if variance > 1e-12 else np.nan
 
 
 def _inversion_rate(kept: dict[str, np.ndarray], alpha: float) -> float:
-    """Share of pairs of one prompt's responses that the policy that sampled ranks against p_base^alpha; ties are no
-    pair.
+    """Returns the share of pairs of one prompt's responses that the policy that sampled ranks against p_base^alpha.
 
+    Ties are no pair.
     The pair (i, j) is inverted when S_i - S_j and alpha (S_ref,i - S_ref,j) have opposite signs; at the tilted optimum
     this is sign(alpha d log p_base) != sign(alpha d log p_base - lambda d|y|).
     """
     inverted = pairs = 0
     for prompt in np.unique(kept["prompt"]):
-        own = kept["prompt"] == prompt
-        policy, power = kept["old_sequence_log_prob"][own], alpha * kept["ref_sequence_log_prob"][own]
+        group = kept["prompt"] == prompt
+        policy, power = kept["old_sequence_log_prob"][group], alpha * kept["ref_sequence_log_prob"][group]
         product = np.sign(policy[:, None] - policy) * np.sign(power[:, None] - power)
         inverted += (product < 0).sum() / 2
         pairs += (product != 0).sum() / 2
     return inverted / pairs if pairs else np.nan
 
 
-def _covariance_within(one: np.ndarray, other: np.ndarray, prompts: np.ndarray) -> float:
-    """Unbiased covariance among a prompt's responses, averaged over prompts; NaN without a prompt of two.
+def _covariance_within(first: np.ndarray, second: np.ndarray, prompts: np.ndarray) -> float:
+    """Returns the unbiased covariance among a prompt's responses, averaged over prompts; NaN without a prompt of two.
 
-    A prompt weighs n - 1, so this is the sum of centred products over the sum of n - 1. Differences between prompts,
-    where easy ones are both likely and right, say nothing of what sharpening does and are left out.
+    A prompt weighs n - 1, so this is the sum of centred products over the sum of n - 1. Differences between prompts are
+    left out: easy prompts have both likely and right responses, and that says nothing of what sharpening does.
     """
-    _, place, counts = np.unique(prompts, return_inverse=True, return_counts=True)
-    centred = [values - (np.bincount(place, values) / counts)[place] for values in (one, other)]
+    _, prompt_index, counts = np.unique(prompts, return_inverse=True, return_counts=True)
+    centred = [values - (np.bincount(prompt_index, values) / counts)[prompt_index] for values in (first, second)]
     freedom = (counts - 1).sum()
     return (centred[0] * centred[1]).sum() / freedom if freedom else np.nan
 
 
 def _mean(values: np.ndarray) -> float:
-    """Over what exists; NaN when nothing does."""
+    """Returns the mean of the finite values; NaN without any."""
     finite = values[np.isfinite(values)]
     return finite.mean() if len(finite) else np.nan
 
 
 def _per_prompt(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-    """Mean over the kept rollouts of each prompt."""
-    _, place = np.unique(prompts, return_inverse=True)
-    return np.bincount(place, values) / np.bincount(place)
+    """Returns [Q] the mean over the kept rollouts of each prompt. values, prompts: [B]."""
+    _, prompt_index = np.unique(prompts, return_inverse=True)
+    return np.bincount(prompt_index, values) / np.bincount(prompt_index)

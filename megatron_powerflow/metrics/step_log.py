@@ -1,4 +1,4 @@
-"""What was looked at now and then? Files of JSON lines that each belong to a step: samples.jsonl, evaluations.jsonl.
+"""Which samples and evaluations does a run keep? JSON lines, each of a step: samples.jsonl, evaluations.jsonl.
 
 A resumed run replaces the lines of the steps that were lost.
 """
@@ -18,9 +18,11 @@ EVALUATIONS_NAME = "evaluations.jsonl"
 
 
 def read_step_log(path: Path) -> list[dict[str, Any]]:
-    """Lines, each with a `step`. samples.jsonl: id, question, prompt, response, answer, finish_reason,
-    num_response_tokens. evaluations.jsonl: see `training/in_training_evaluation.py`. Empty where there is no file.
-    Raises UserError for a damaged one."""
+    """Returns the lines of a file, each with a `step`; none where there is no file. Raises UserError for a damaged one.
+
+    A line of samples.jsonl has id, question, prompt, response, answer, finish_reason and num_response_tokens. A line of
+    evaluations.jsonl is explained in `training/in_training_evaluation.py`.
+    """
     if not path.is_file():
         return []
     try:
@@ -34,7 +36,10 @@ def read_step_log(path: Path) -> list[dict[str, Any]]:
 
 
 def write_step_log(path: Path, step: int, lines: Sequence[dict[str, Any]]) -> None:
-    """Add the lines made before `step`; those of this step and later, from a lost try, are replaced."""
+    """Adds the lines made before step number `step`.
+
+    Lines of this step and later ones are from a try that was lost, and are replaced.
+    """
     kept = [line for line in read_step_log(path) if line["step"] < step]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*kept, *lines])
     write_file(path, text)

@@ -1,4 +1,4 @@
-"""How long did each phase of a step take, and how much memory? Wall clock of the rank that writes.
+"""How long did each phase of a step take, and how much memory did it need? Wall clock of the rank that writes.
 
 Left out: FLOPs and utilisation.
 """
@@ -14,7 +14,7 @@ import torch
 
 
 class PhaseClock:
-    """`with clock("rollout"): ...` adds to that phase; `take` gives the seconds of all phases and starts anew."""
+    """Adds up the seconds of each phase: `with clock("rollout"): ...`. `take` returns them and starts anew."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -30,15 +30,16 @@ class PhaseClock:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call."""
+        """Returns the seconds of each phase since the last call."""
         taken, self._seconds = self._seconds, {}
         return taken
 
 
 def throughput(seconds: dict[str, float], num_prompt_tokens: float, num_response_tokens: float) -> dict[str, float]:
-    """Seconds per phase, and tokens per second over all ranks. Rollout counts response tokens, the others all tokens.
+    """Returns the seconds of each phase, and tokens per second over all ranks.
 
-    tokens_per_second: response tokens over the seconds of all phases.
+    The rollout phase counts response tokens, the others all tokens. tokens_per_second: response tokens over the seconds
+    of all phases.
     """
     total = sum(seconds.values())
     values = {f"{phase}_seconds": value for phase, value in seconds.items()} | {"step_seconds": total}
@@ -55,7 +56,7 @@ def throughput(seconds: dict[str, float], num_prompt_tokens: float, num_response
 
 
 def peak_memory_bytes() -> int:
-    """Of this process: GPU memory the allocator ever held; without a GPU, resident host memory at its highest."""
+    """Returns the most GPU memory that this process's tensors took; without a GPU, the most resident host memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

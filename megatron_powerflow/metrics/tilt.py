@@ -28,8 +28,11 @@ BISECTIONS = 60
 
 
 class PromptTilts(NamedTuple):
-    """Of each prompt that has an ordinary rollout, ascending. prompt: its number; lam: lambda, nats a token;
-    effective: samples that the root rests on, from 1 to the number of its ordinary rollouts."""
+    """Holds the lambda of each prompt that has an ordinary rollout, by ascending number of the prompt; all are [P].
+
+    prompt: the number. lam: lambda, nats per token. effective: the effective number of samples that the root rests on,
+    from 1 to the number of the prompt's ordinary rollouts.
+    """
 
     prompt: np.ndarray
     lam: np.ndarray
@@ -37,7 +40,7 @@ class PromptTilts(NamedTuple):
 
 
 def energy_per_token(columns: Mapping[str, np.ndarray], alpha: float) -> np.ndarray:
-    """[B] alpha psi + reward, nats per counted token. columns: ROLLOUT_COLUMNS, [B] each.
+    """Returns [B] alpha psi + reward, nats per counted token. columns: ROLLOUT_COLUMNS, [B] each.
 
     Where there is no residual, as in rl_token, `reward` is the policy gradient's own, the log-ratio of target and
     policy, and no energy.
@@ -48,34 +51,40 @@ def energy_per_token(columns: Mapping[str, np.ndarray], alpha: float) -> np.ndar
 def prompt_tilts(
     energy: np.ndarray, sequence_log_prob: np.ndarray, counted: np.ndarray, prompt: np.ndarray, ordinary: np.ndarray
 ) -> PromptTilts:
-    """All [B] over all rollouts of a step. energy: see above; sequence_log_prob: S of the policy that sampled;
-    counted: m >= 1; prompt: whose rollout it is; ordinary: bool, kept and without a loop."""
-    names, place = np.unique(prompt, return_inverse=True)
-    group_size = np.bincount(place)
-    there = np.unique(place[ordinary])
-    place = np.searchsorted(there, place[ordinary])
-    names, log_size = names[there], np.log(group_size[there])
+    """Returns the lambda of each prompt, by bisection.
+
+    All arguments are [B], over all rollouts of a step. energy: as in the module's formula, nats; sequence_log_prob: S
+    of the policy that sampled; counted: m >= 1; prompt: the number of the rollout's prompt; ordinary: bool, kept and
+    without a loop.
+    """
+    names, prompt_index = np.unique(prompt, return_inverse=True)
+    group_size = np.bincount(prompt_index)
+    present = np.unique(prompt_index[ordinary])
+    prompt_index = np.searchsorted(present, prompt_index[ordinary])
+    names, log_size = names[present], np.log(group_size[present])
     excess, counted = (energy - sequence_log_prob)[ordinary], counted[ordinary]
 
     def largest(values: np.ndarray) -> np.ndarray:
-        out = np.full(len(there), -np.inf)
-        np.maximum.at(out, place, values)
+        out = np.full(len(present), -np.inf)
+        np.maximum.at(out, prompt_index, values)
         return out
 
     def weights(lam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """exp(exponent - the prompt's largest), and that largest."""
-        exponent = excess - lam[place] * counted
+        """Returns (exp(exponent - the prompt's largest), that largest)."""
+        exponent = excess - lam[prompt_index] * counted
         top = largest(exponent)
-        return np.exp(exponent - top[place]), top
+        return np.exp(exponent - top[prompt_index]), top
 
     # at `high` no term is above 1; at `low` one of them alone is G
-    low, high = largest((excess - log_size[place]) / counted), largest(excess / counted)
+    low, high = largest((excess - log_size[prompt_index]) / counted), largest(excess / counted)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         weight, top = weights(middle)
-        above = top + np.log(np.bincount(place, weight, len(there))) > log_size
+        above = top + np.log(np.bincount(prompt_index, weight, len(present))) > log_size
         low, high = np.where(above, middle, low), np.where(above, high, middle)
     lam = (low + high) / 2
     weight, _ = weights(lam)
-    effective = np.bincount(place, weight, len(there)) ** 2 / np.bincount(place, weight**2, len(there))
+    effective = np.bincount(prompt_index, weight, len(present)) ** 2 / np.bincount(
+        prompt_index, weight**2, len(present)
+    )
     return PromptTilts(names, lam, effective)

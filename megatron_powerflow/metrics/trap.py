@@ -1,13 +1,13 @@
 """Will the target reward repetition? The margin of the loops among a step's rollouts.
 
-The target pays -lambda nats for every token (`tilt.py`). A loop that costs the base model r nats a token, once c nats
-have been paid to enter it, has at a limit of N tokens, M = min(N, tilt cap) of which are paid, the log-mass
+The target pays -lambda nats for every token (`tilt.py`). A loop costs the base model r nats a token, and c nats once to
+enter it. At a limit of N tokens, M = min(N, tilt cap) of which are paid, it has the log-mass
 
     margin = M (-lambda + alpha psi + reward) - alpha (N r + c)
 
-beside the ordinary responses, whose masses sum to 1: lambda is the one of the ordinary responses alone. (At the fixed
-point's own lambda the margin is the loop's log-probability there, and never above 0.) One-mode estimate: the many ways
-into a loop, and what was said before it, are left out.
+relative to the ordinary responses, whose masses sum to 1, since lambda is that of the ordinary responses alone. (With
+the fixed point's own lambda the margin would be the loop's log-probability there, and never above 0.) The estimate has
+one mode: it leaves out the many ways into a loop, and the text before it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 from megatron_powerflow.metrics.loops import min_loop_tokens
 from megatron_powerflow.metrics.tilt import PromptTilts, energy_per_token, prompt_tilts
 
-MIN_EFFECTIVE_SAMPLES = 2.0  # of a prompt, for its lambda to count: below, one rollout decides
-MIN_PROMPT_SHARE = 0.5  # of the prompts, for anything to be said of lambda
+MIN_EFFECTIVE_SAMPLES = 2.0  # of a prompt, for its lambda to count; with fewer, one rollout decides
+MIN_PROMPT_SHARE = 0.5  # of the prompts, which must have a lambda that counts for the step to report one
 
 
 def trap_metrics(
@@ -32,11 +32,12 @@ def trap_metrics(
     alpha: float,
     tilt_cap: int | None,
 ) -> dict[str, float]:
-    """What a step's rollouts say of lambda and of the margin; a number that would be worth nothing is absent.
+    """Returns the metrics of lambda and of the margin; a number that rests on too few samples is absent.
 
     columns: ROLLOUT_COLUMNS, [B] each over all rollouts; sequence_log_prob: [B] S of the policy that sampled them.
-    Over prompts: trap_effective_samples (mean, of every prompt), and of those that have enough of them, if that is
-    half, trap_lambda (median), trap_lambda_mean, trap_lambda_std, trap_log_z_gap (median of log Z' - lambda).
+    Over prompts: trap_effective_samples (mean over every prompt), and over the prompts that have enough samples, if
+    these are half of all, trap_lambda (median), trap_lambda_mean, trap_lambda_std and trap_log_z_gap (median of
+    log Z' - lambda).
     Over the kept rollouts with a loop, medians: trap_loop_nats, trap_entry_nats, and trap_margin, each loop at the
     lambda of its prompt, or at the median one where the prompt's own is unknown.
     """
@@ -63,12 +64,12 @@ def trap_metrics(
         nats, entry = columns["loop_nats"][loops], columns["entry_nats"][loops]
         values |= {"trap_loop_nats": np.median(nats), "trap_entry_nats": np.median(entry)}
         if "trap_lambda" in values:
-            own = lam[np.searchsorted(names, prompt[loops])]
+            loop_lambda = lam[np.searchsorted(names, prompt[loops])]
             margins = trap_margin(
                 nats,
                 entry,
                 alpha=alpha,
-                tilt=-np.where(np.isfinite(own), own, values["trap_lambda"]),
+                tilt=-np.where(np.isfinite(loop_lambda), loop_lambda, values["trap_lambda"]),
                 max_response_tokens=max_response_tokens,
                 tilt_cap=tilt_cap,
                 bonus=bonus[loops],
@@ -78,7 +79,7 @@ def trap_metrics(
 
 
 def has_loop(loop_tokens: np.ndarray, max_response_tokens: int) -> np.ndarray:
-    """[B] bool. loop_tokens: [B] of the longest repetition; NaN without one."""
+    """Returns [B] bool: which responses have a loop. loop_tokens: [B] of the longest repetition; NaN without one."""
     return loop_tokens >= min_loop_tokens(max_response_tokens)
 
 
@@ -92,17 +93,17 @@ def trap_margin(
     tilt_cap: int | None,
     bonus: np.ndarray | float = 0.0,
 ) -> np.ndarray | float:
-    """[loops] nats by which a loop of max_response_tokens outweighs the ordinary responses; see above.
+    """Returns [loops] the nats by which a loop of max_response_tokens outweighs the ordinary responses.
 
-    tilt: -lambda of the ordinary responses, [loops] or one for all; bonus: alpha psi + reward, which the loop has on
-    each paid token, likewise.
+    The formula is the module's. tilt: -lambda of the ordinary responses, [loops] or one for all, nats per token; bonus:
+    alpha psi + reward, which the loop gets for each paid token, likewise.
     """
     counted = max_response_tokens if tilt_cap is None else min(tilt_cap, max_response_tokens)
     return counted * (tilt + bonus) - alpha * (max_response_tokens * loop_nats + entry_nats)
 
 
 def _known_lambdas(tilts: PromptTilts, names: np.ndarray) -> np.ndarray:
-    """[names] lambda of each prompt of `names`, ascending; NaN where it rests on too few samples."""
+    """Returns [P] the lambda of each prompt of `names` [P], ascending; NaN where it rests on too few samples."""
     lam = np.full(len(names), np.nan)
     enough = tilts.effective >= MIN_EFFECTIVE_SAMPLES
     lam[np.searchsorted(names, tilts.prompt[enough])] = tilts.lam[enough]

@@ -1,7 +1,7 @@
-"""Where do a step's numbers go? metrics.jsonl, wandb, the console. Only the main rank writes.
+"""Where do a step's numbers go? To metrics.jsonl, wandb, TensorBoard and the console. Only the main rank writes.
 
-metrics.jsonl is the record: one line a step, flushed as it is written, cut back to the checkpoint on resume, so
-that a resumed run's file is the unbroken run's.
+metrics.jsonl is the record: one line a step, flushed as it is written and cut back to the checkpoint on resume, so
+that a resumed run's file equals that of a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ FILE_NAME = "metrics.jsonl"
 
 
 class JsonlWriter:
-    """Appends one JSON object per step. first_step: lines of this step and later are from a lost try: dropped."""
+    """Appends one JSON object per step to metrics.jsonl.
+
+    first_step: of this start; lines of this step and later ones are from a try that was lost, and are dropped.
+    """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
         path = folder / FILE_NAME
@@ -33,15 +36,17 @@ class JsonlWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
+        """Appends the line of a step, which is in the file when the method returns."""
         self._file.write(json.dumps({"step": metrics.step, **metrics.values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; a last line cut by a crash is left out."""
+    """Returns the lines of a run's metrics.jsonl up to the first damaged one, as a crash leaves at the end."""
     path = folder / FILE_NAME
     if not path.is_file():
         return []
@@ -58,7 +63,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 class WandbWriter:
-    """One wandb run per training run, however often it is resumed; offline where no key is configured."""
+    """Writes one wandb run per training run, however often it is resumed; offline where no key is configured."""
 
     def __init__(
         self, section: MetricsSection, folder: Path, config: dict[str, Any], run_id: str, name: str | None = None
@@ -77,17 +82,19 @@ class WandbWriter:
         )
 
     def write(self, metrics: StepMetrics) -> None:
+        """Sends the numbers of a step to wandb."""
         self.run.log(metrics.values, step=metrics.step)
 
     def close(self) -> None:
+        """Ends the wandb run."""
         self.run.finish()
 
 
 def _wandb_mode(section: MetricsSection) -> Literal["online", "offline"] | None:
-    """None leaves it to wandb's own settings (WANDB_MODE), which is right where a key is configured."""
+    """Returns wandb's mode; None leaves it to wandb's own settings (WANDB_MODE), where a key is configured."""
     import wandb
 
-    assert section.wandb != "off", "then nobody writes to wandb"
+    assert section.wandb != "off", "with off no WandbWriter is made"
     if section.wandb != "auto":
         return section.wandb
     try:
@@ -97,26 +104,29 @@ def _wandb_mode(section: MetricsSection) -> Literal["online", "offline"] | None:
 
 
 class TensorBoardWriter:
-    """RUN/tensorboard: every number of a step, for `tensorboard --logdir RUN`."""
+    """Writes every number of a step to RUN/tensorboard, for `tensorboard --logdir RUN`."""
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # what a try before this one wrote of later steps is not shown
+        # steps from first_step on that an earlier start wrote are hidden
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, metrics: StepMetrics) -> None:
+        """Writes the numbers of a step, one scalar each."""
         for name, value in metrics.values.items():
             self._writer.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:
+        """Closes the event file."""
         self._writer.close()
 
 
 class ConsoleWriter:
-    """A live line on a terminal; elsewhere a plain line a step, and one a minute within long steps.
+    """Shows a live line on a terminal; elsewhere it prints a plain line a step, and one a minute within long steps.
 
-    The time left is that of the mean step so far, less what the step under way has taken: the same in all three.
+    All of them show the same time left: the mean step so far for each step that remains, less what the step under way
+    has taken.
     """
 
     def __init__(
@@ -140,11 +150,12 @@ class ConsoleWriter:
         self._heartbeat = Heartbeat(console, self._under_way, quiet_seconds=quiet_seconds).start()
 
     def phase(self, text: str) -> None:
-        """What is going on within the step."""
+        """Sets the text that says what is going on within the step."""
         self._phase = text
         self._live.update(self._task, phase=text, left=self._left())
 
     def write(self, metrics: StepMetrics) -> None:
+        """Prints the line of a step that has ended, and moves the live line on."""
         self._done, self._written, value = metrics.step + 1, time.monotonic(), metrics.values
         parts = [
             f"step {self._done}/{self._num_steps}",
@@ -163,11 +174,12 @@ class ConsoleWriter:
         self._heartbeat.spoke()
 
     def close(self) -> None:
+        """Takes the live line away and stops the lines within a step."""
         self._heartbeat.close()
         self._live.stop()
 
     def _under_way(self) -> str:
-        """Example: step 3/10 done  rollout 5/16  2 min so far  14 min left."""
+        """Returns the line within a step. Example: step 3/10 done  rollout 5/16  2 min so far  14 min left."""
         if not self._phase:
             return ""
         spent, left = duration(time.monotonic() - self._written), self._left()
@@ -175,7 +187,7 @@ class ConsoleWriter:
         return "  ".join([*parts, left] if left else parts)
 
     def _left(self) -> str:
-        """ "" before the first step and after the last one, where nothing is known."""
+        """Returns the time left, as text; "" before the first step and after the last one."""
         done, remaining = self._done - self._first_step, self._num_steps - self._done
         if not done or not remaining:
             return ""

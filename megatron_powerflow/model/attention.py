@@ -1,16 +1,17 @@
-"""How do queries meet keys? Core attention on torch's scaled_dot_product_attention; by hand where scores are capped.
+"""How do queries meet keys?
 
-Takes the place of Megatron's unfused `DotProductAttention` in the local layer spec: it never builds
-[b, heads, s, s] and knows our KV cache. Beside Transformer Engine, `CachedTEAttention` does the same for
-decoding and leaves training to Transformer Engine.
+The core attention of this module runs on torch's scaled_dot_product_attention, and by hand where scores are capped.
+It replaces Megatron's unfused `DotProductAttention` in the local layer spec: it never builds [b, heads, s, s] and
+knows our KV cache. Beside Transformer Engine, `CachedTEAttention` does the same for decoding and leaves training to
+Transformer Engine.
 
 Packed and context-parallel sequences come in pieces of queries with the keys they see. Keys and values are gathered
 over the context-parallel ranks; a ring would overlap that with computing and need less memory: Transformer Engine has
 one.
 
-A sliding window is a mask: a layer with one keeps all its keys and values, and computes with all of them but in
-pieces. Capped scores (Gemma 2) are held as [heads, queries, keys], and saved for the backward pass, which
-model.recompute=selective avoids; SDPA cannot cap.
+A sliding window is a mask: a layer with one keeps all its keys and values and computes with all of them, except that
+`pieced_attention` passes over those that no query of a piece sees. Capped scores (Gemma 2), which SDPA does not know,
+are held as [heads, queries, keys] and saved for the backward pass; model.recompute=selective avoids the latter.
 
 Left out: rotary embedding outside decoding (applied before, by Megatron's SelfAttention); a fused kernel for capped
 scores, and a cache that forgets what has left the window.
@@ -18,6 +19,7 @@ scores, and a cache that forgets what has left the window.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,15 +27,18 @@ import torch.nn.functional as F
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
-from megatron_powerflow.model.kv_cache import KVCache
+from megatron_powerflow.model.kv_cache import KeysAndValues, KVCache, LayerCache, Segment
 from megatron_powerflow.model.rotary import rotate
 from megatron_powerflow.model.stream import Pieces
 from megatron_powerflow.parallel.collectives import gather_over
 
 
 class Rule(NamedTuple):
-    """How a layer attends. scale: of scores, None: 1 / sqrt(d). window: keys that a query sees, its own included, None:
-    all before it. softcap: scores s become softcap * tanh(s / softcap), None: they stay."""
+    """How a layer attends.
+
+    scale: what scores are multiplied by; None: 1 / sqrt(d). window: the number of keys that a query sees, its own
+    included; None: all before it. softcap: scores s become softcap * tanh(s / softcap); None: they stay as they are.
+    """
 
     scale: float | None = None
     window: int | None = None
@@ -41,16 +46,16 @@ class Rule(NamedTuple):
 
 
 def rule_of(config, layer_number: int, softmax_scale: float | None, softcap: float | None = None) -> Rule:
-    """Of a layer, counted from 1 over the whole model: Megatron's fields say which layers have the window."""
+    """Return the rule of a layer, which is counted from 1 over the whole model. config: Megatron's, whose fields say
+    which layers have the sliding window."""
     windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
     return Rule(softmax_scale, config.window_size[0] + 1 if windowed else None, softcap)
 
 
 class SdpaCoreAttention(nn.Module):
-    """Causal self-attention over right-padded rows, over the `Pieces` of streams, or through a `KVCache` when one is
-    attached.
+    """Causal self-attention over right-padded rows, over the `Pieces` of streams, or through a KV cache.
 
-    Built by Megatron's SelfAttention; forward: query [s, b, heads/tp, d], key and value [s, b, groups/tp, d];
+    Megatron's SelfAttention builds it. forward: query [s, b, heads/tp, d], key and value [s, b, groups/tp, d];
     returns [s, b, heads/tp * d]. Padding stands behind the real tokens, so the causal mask hides it from them.
     """
 
@@ -61,7 +66,7 @@ class SdpaCoreAttention(nn.Module):
         assert attention_type == "self", attention_type
         assert config.attention_dropout == 0.0, "attention dropout would make log-probs random"
         self.rule = rule_of(config, layer_number, softmax_scale, softcap)
-        self.kv_cache: tuple[KVCache, int] | None = None  # the cache and this layer's place in it
+        self.kv_cache: LayerCache | None = None  # set while decoding
 
     def forward(
         self, query, key, value, attention_mask, *, attn_mask_type=None, attention_bias=None, packed_seq_params=None
@@ -78,22 +83,28 @@ class SdpaCoreAttention(nn.Module):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    """q [b, h, s, d], k and v [b, g, t, d] with g dividing h and t >= s, the last query at the last key
-    -> [b, h, s, d]."""
+    """Attend causally, the last query standing at the last key.
+
+    q: [b, h, s, d]; k, v: [b, g, t, d] with t >= s, where g divides h. Returns [b, h, s, d] in q's dtype.
+    """
     k, v = _spread_groups(k, q.shape[1]), _spread_groups(v, q.shape[1])
     num_queries, num_keys = q.shape[2], k.shape[2]
-    windowed = rule.window is not None and rule.window < num_keys
-    if num_queries == num_keys and not windowed and rule.softcap is None:
+    window = rule.window if rule.window is not None and rule.window < num_keys else None  # None: it hides nothing
+    if num_queries == num_keys and window is None and rule.softcap is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scale)
     seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
-    if windowed:
-        seen = seen.triu(num_keys - num_queries - rule.window + 1)
+    if window is not None:
+        seen = seen.triu(num_keys - num_queries - window + 1)
     return masked_attention(q, k, v, seen, rule)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-    """q [b, h, s, d], k and v [b, h, t, d]. mask, broadcast to [b, h, s, t]: bool, True where seen, or of q's dtype, 0
-    or -inf; every query sees a key. rule: its window is in the mask already. Returns [b, h, s, d]."""
+    """Attend to the keys that a mask leaves visible.
+
+    q: [b, h, s, d]; k, v: [b, h, t, d], or what broadcasts to it. mask: broadcast to [b, h, s, t]; bool, True where a
+    key is seen, or of q's dtype, 0 there and -inf elsewhere; every query must see a key. rule: its window is not
+    applied, for the mask has it already. Returns [b, h, s, d] in q's dtype.
+    """
     if rule.softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scale)
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if rule.scale is None else rule.scale)
@@ -104,9 +115,13 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) 
 
 
 def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, rule: Rule) -> Tensor:
-    """query [t / cp, b, h, d], key and value [t / cp, b, g, d] of this rank -> [t / cp, b, h * d].
-    Collective over cp."""
+    """Attend piece by piece: the queries of a `Piece` to the keys that it names.
+
+    query: [t / cp, b, h, d]; key, value: [t / cp, b, g, d], those of this rank. Returns [t / cp, b, h * d].
+    Collective over cp_group, which keys and values are gathered over.
+    """
     if stream.key_group is not None:
+        assert stream.key_order is not None, "key_order comes with key_group"
         both = gather_over(torch.cat([key, value], dim=-1), stream.key_order, stream.key_group)
         key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -114,26 +129,27 @@ def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, 
     for first, end, first_key, end_key in stream.pieces:  # the last query sees the last key
         if rule.window is not None:  # keys that no query of the piece sees any more
             first_key = max(first_key, end_key - (end - first) - rule.window + 1)
-        own_k, own_v = (tensor[:, :, first_key:end_key] for tensor in (k, v))
-        parts.append(causal_attention(q[:, :, first:end], own_k, own_v, rule))
+        piece_k, piece_v = (tensor[:, :, first_key:end_key] for tensor in (k, v))
+        parts.append(causal_attention(q[:, :, first:end], piece_k, piece_v, rule))
     return torch.cat(parts, dim=2).permute(2, 0, 1, 3).flatten(2)
 
 
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, rule: Rule) -> Tensor:
-    """Rotate, store the new keys and values, attend over what each row holds.
+    """Rotate the new queries and keys, store the new keys and values, and attend to what each row holds.
 
-    query [t, 1, h, d], key and value [t, 1, g, d]: flat tokens, not yet rotated where the cache has a rotation, see
-    `KVCache.prefilling` and `KVCache.decoding`. The values' d may be another. Returns [t, 1, h * d]; tokens beyond
-    those the cache expects are padding and come back as zeros.
+    query: [t, 1, h, d]; key, value: [t, 1, g, d]: the flat tokens of `KVCache.prefilling` or `KVCache.decoding`, not
+    yet rotated where the cache has a rotation. The values' d may be another. layer: its index in cache.layers, which
+    this writes to. Returns [t, 1, h * d]; tokens beyond those the cache expects are padding and come back as zeros.
     """
     if cache.rotation is not None:
         both = rotate(torch.cat((query, key), dim=2), *cache.rotation)
         query, key = both.split((query.shape[2], key.shape[2]), dim=2)
     if cache.segments is not None:
-        return _prefill(query, key, value, cache, layer, rule)
+        return _prefill(query, key, value, cache.layers[layer], cache.segments, rule)
+    assert cache.key_indices is not None, "only in a pass of `KVCache.decoding`"
     num_rows, num_groups = cache.num_rows, key.shape[2]
     for stored, new in zip(cache.layers[layer], (key, value), strict=True):
-        stored.view(-1, new.shape[3]).index_copy_(0, cache.places, new[:num_rows].reshape(-1, new.shape[3]))
+        stored.view(-1, new.shape[3]).index_copy_(0, cache.key_indices, new[:num_rows].reshape(-1, new.shape[3]))
     k, v = (stored[:, :, : cache.max_length] for stored in cache.layers[layer])
     # heads of one group stand together: [rows, g, h/g, d] lets one key serve them without a copy
     q = query[:num_rows, 0].unflatten(1, (num_groups, -1))
@@ -142,11 +158,18 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, 
     return out if padding == 0 else F.pad(out, (0, 0, 0, 0, 0, padding))
 
 
-def _prefill(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, rule: Rule) -> Tensor:
-    """Each prompt by itself; its keys and values go to every row of its group."""
-    keys, values = cache.layers[layer]
+def _prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stored: KeysAndValues,
+    segments: Sequence[Segment],
+    rule: Rule,
+) -> Tensor:
+    """Attend within each prompt by itself, and store its keys and values in every row of its segment."""
+    keys, values = stored
     out = value.new_zeros(*query.shape[:3], value.shape[3])
-    for rows, start, stop in cache.segments:
+    for rows, start, stop in segments:
         # [len, 1, g, d] -> [1, g, len, d]
         q, k, v = (tensor[start:stop].permute(1, 2, 0, 3) for tensor in (query, key, value))
         keys[rows, :, : stop - start], values[rows, :, : stop - start] = k, v
@@ -155,6 +178,6 @@ def _prefill(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: i
 
 
 def _spread_groups(tensor: Tensor, num_heads: int) -> Tensor:
-    """[b, g, s, d] -> [b, num_heads, s, d]: the key or value of a group for each of its heads."""
+    """Repeat the key or value of each group for each of its heads: [b, g, s, d] -> [b, num_heads, s, d]."""
     repeats = num_heads // tensor.shape[1]
     return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=1)

@@ -1,8 +1,8 @@
 """How does an `Architecture` become Megatron model chunks on this rank?
 
-The layer spec is Transformer Engine's where it is importable on CUDA and has words for what the model does, else
-Megatron's local spec with our SDPA core attention and norms. Nothing about a model is
-written down here: every size comes from config.json.
+The layer spec is Transformer Engine's where that is importable, on CUDA, and has words for what the model does; else it
+is Megatron's local spec with our SDPA core attention and norms. Nothing about a model is written down in this file:
+every size comes from config.json.
 
 Left out: experts in one grouped matrix product. Each is an MLP of its own (Megatron's SequentialMLP) everywhere.
 """
@@ -45,19 +45,22 @@ from megatron_powerflow.model.precision import (
 )
 from megatron_powerflow.parallel.layout import Layout, padded_vocab_size
 
-# Architecture.activation -> of the gate's half of linear_fc1
+# Architecture.activation -> the function of the gate's half of linear_fc1
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def transformer_config(
     architecture: Architecture, layout: Layout, model: ModelSection, precision: PrecisionSection
 ) -> TransformerConfig:
-    """Megatron's own config of this model under this layout. No dropout anywhere: log-probs are functions."""
-    recompute = {
+    """Make Megatron's own config of this model under this layout.
+
+    There is no dropout anywhere, so that a log-prob is a function of weights and tokens.
+    """
+    recomputes: dict[str, dict[str, str | int]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[model.recompute]
+    }
     fused = torch.cuda.is_available() and use_transformer_engine(precision)
     window = architecture.sliding_window
     dense_ffn_hidden_size = architecture.experts.dense_ffn_hidden_size if architecture.experts else None
@@ -78,7 +81,8 @@ def transformer_config(
         activation_func=ACTIVATIONS[architecture.activation],
         softmax_scale=architecture.softmax_scale,
         window_size=None if window is None else (window - 1, 0),  # besides a token's own position: before, behind
-        window_attn_skip_freq=architecture.windowed_layers and [int(here) for here in architecture.windowed_layers],
+        window_attn_skip_freq=architecture.windowed_layers
+        and [int(windowed) for windowed in architecture.windowed_layers],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         **_layout_fields(layout),
@@ -94,7 +98,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # would need Apex, and bypasses DDP's own accumulation
         apply_rope_fusion=False,
-        **recompute,
+        **recomputes[model.recompute],
         **transformer_config_fields(precision),
     )
     if architecture.rope.attention_factor != 1.0:
@@ -106,7 +110,7 @@ def transformer_config(
 
 
 def _layout_fields(layout: Layout) -> dict:
-    """Megatron's words for who holds what, and how stages talk."""
+    """Return Megatron's fields for which rank holds what, and for how pipeline stages talk."""
     return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -125,7 +129,8 @@ def _layout_fields(layout: Layout) -> dict:
 
 
 def _expert_fields(architecture: Architecture, precision: PrecisionSection) -> dict:
-    """Megatron's words for the mixture. No token is dropped; nothing is added to the loss to balance the experts."""
+    """Return Megatron's fields for the mixture of experts. No token is dropped, and nothing is added to the loss to
+    balance the experts."""
     experts = architecture.experts
     if experts is None:
         return {}
@@ -152,7 +157,7 @@ def _expert_fields(architecture: Architecture, precision: PrecisionSection) -> d
 
 
 def _latent_fields(architecture: Architecture) -> dict:
-    """Megatron's words for latent attention."""
+    """Return Megatron's fields for latent attention."""
     latent, rope = architecture.mla, architecture.rope
     if latent is None:
         return {}
@@ -172,7 +177,10 @@ def _latent_fields(architecture: Architecture) -> dict:
 def build_chunks(
     config: TransformerConfig, architecture: Architecture, layout: Layout, precision: PrecisionSection, device
 ) -> list[PolicyModel]:
-    """The model chunks of this rank, uninitialised, on `device`: one, or vpp with interleaving."""
+    """Build the model chunks of this rank on `device`: one, or vpp of them with an interleaved pipeline.
+
+    The parameters are uninitialised; `load_from_hf` or a checkpoint fills them.
+    """
     from megatron.core import parallel_state
 
     chunks = []
@@ -197,7 +205,7 @@ def build_chunks(
 
 
 def _mark_tensor_parallel(chunk: PolicyModel) -> None:
-    """Say which weights are shards: the gradient norm counts a replicated weight once, a shard on its rank.
+    """Mark the weights that are shards: the gradient norm counts a replicated weight once, and a shard on its rank.
 
     Upstream: the marks are set by the random initialisation, which `perform_initialization=False` skips. Without them
     the gradient norm of tp > 1 misses every rank but the first. Remove when Megatron marks them always.
@@ -211,9 +219,9 @@ def _mark_tensor_parallel(chunk: PolicyModel) -> None:
 
 
 def _add_choice_bias(chunk: PolicyModel) -> None:
-    """A buffer in each router, fp32 in any precision, that Megatron adds to the scores and leaves alone.
+    """Give each router an fp32 buffer that Megatron adds to the scores for the choice of experts and never changes.
 
-    Its own, of moe_router_enable_expert_bias, moves with every step towards a balanced load.
+    Megatron's own bias, of moe_router_enable_expert_bias, moves towards a balanced load with every step.
     """
     for module in chunk.modules():
         if isinstance(module, TopKRouter):
@@ -222,6 +230,8 @@ def _add_choice_bias(chunk: PolicyModel) -> None:
 
 
 def _block_spec(config: TransformerConfig, architecture: Architecture, precision: PrecisionSection, vp_stage):
+    """Return the layers of one chunk, Transformer Engine's or our own; the first ones are dense where experts begin
+    later."""
     if use_transformer_engine(precision) and not needs_own_layers(architecture, config.context_parallel_size):
         from megatron_powerflow.model.te_attention import TENorm
 
@@ -238,6 +248,7 @@ def _block_spec(config: TransformerConfig, architecture: Architecture, precision
 
 
 def _te_layer(config: TransformerConfig, architecture: Architecture) -> ModuleSpec:
+    """Return Transformer Engine's layer with our attention over the KV cache."""
     from megatron_powerflow.model.te_attention import CachedTEAttention
 
     layer = get_gpt_layer_with_transformer_engine_spec(
@@ -248,7 +259,7 @@ def _te_layer(config: TransformerConfig, architecture: Architecture) -> ModuleSp
 
 
 def _own_layer(config: TransformerConfig, architecture: Architecture, num_experts: int | None) -> ModuleSpec:
-    """Megatron's local layer with our attention and norms. num_experts None: one MLP."""
+    """Return Megatron's local layer with our attention and norms. num_experts: None for one MLP."""
     layer = get_gpt_layer_local_spec(
         num_experts=num_experts,
         qk_layernorm=architecture.qk_norm,

@@ -1,9 +1,9 @@
 """Where do the keys and values of half-written responses live?
 
-One `KVCache` per model chunk and batch of rows. Tokens enter flat: [t, 1, ...] with a row and a position for
-each, so that prompts of different lengths need no padding and positions are the true ones, as in scoring.
-Room grows in steps; a prompt's keys go to the rows of all its responses, a freed row takes another prompt's, and rows
-that nobody wants are dropped by `select`.
+There is one `KVCache` per model chunk and batch of rows. Tokens enter flat, as [t, 1, ...], with a row and a position
+for each, so that prompts of different lengths need no padding and positions are the true ones, as in scoring.
+The capacity grows in steps. A prompt's keys go to the rows of all its responses; a freed row takes another prompt's
+keys, and `select` drops the rows that nobody wants.
 
 Left out: the attention over it (`attention.py`), who decides what is finished (`rollout/`), one copy of a prompt's keys
 for all its responses.
@@ -12,72 +12,100 @@ for all its responses.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from megatron_powerflow.model.rotary import Rotation
 
 GROWTH = 128  # positions added at a time
 
 
-class KVCache:
-    """Keys and values of the rows in the batch, for every layer of one chunk.
+class DecodingChunk(Protocol):
+    """A model chunk that can be told to attend through a cache."""
 
-    layers: (keys, values) of each layer, each [rows, query_groups / tp, capacity, head_dim], contiguous.
-    head_dims: of a key and of a value.
-    limit: tokens that a row can come to hold; room never grows beyond it.
-    lengths: [rows] int64 on the host, tokens already stored. A forward pass is bracketed by `prefilling` or `decoding`,
-    which say which tokens come.
+    def set_decoding(self, positions: Tensor | None, cache: KVCache | None) -> None:
+        """Attach a cache and the positions [t] int64 of the coming tokens; (None, None) detaches."""
+        ...
+
+
+class Segment(NamedTuple):
+    """A prompt of a prefill pass. rows: int64, those that take its keys; start, stop: its tokens in the pass."""
+
+    rows: Tensor
+    start: int
+    stop: int
+
+
+class KeysAndValues(NamedTuple):
+    """What a layer stores: each [rows, query_groups / tp, capacity, head_dim], contiguous."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class KVCache:
+    """The keys and values of the rows in the batch, for every layer of one chunk.
+
+    layers: what each layer stores. lengths: [rows] int64 on the host, the tokens already stored.
+    head_dims: those of a key and of a value. limit: the most tokens that a row can come to hold, and the largest
+    capacity. A forward pass is bracketed by `prefilling` or `decoding`, which say which tokens come.
     """
 
     def __init__(self, num_layers: int, num_groups: int, head_dims: tuple[int, int], limit: int, dtype, device) -> None:
         keys, values = (torch.empty(0, num_groups, 0, size, dtype=dtype, device=device) for size in head_dims)
-        self.layers: list[tuple[Tensor, Tensor]] = [(keys, values)] * num_layers
+        self.layers = [KeysAndValues(keys, values)] * num_layers
         self.lengths = np.zeros(0, dtype=np.int64)
         self._limit, self.dtype, self._device = limit, dtype, device
-        # of the forward pass under way:
-        # cosines and sines of the coming tokens, see rotary.py; None: they come rotated
-        self.rotation: tuple[Tensor, Tensor] | None = None
-        self.segments: list[tuple[Tensor, int, int]] | None = (
-            None  # prefill: a prompt's rows, its tokens' start and stop
-        )
+        # The rest belongs to the forward pass under way.
+        self.rotation: Rotation | None = None  # of the coming tokens; None: they come rotated
+        self.segments: list[Segment] | None = None  # prefill: the prompts; None: decode
         self.max_length = 0  # decode: positions that any row attends to
-        self.places: Tensor | None = None  # decode: [rows * groups] where the new keys go, the first three axes as one
+        # decode: [rows * groups] int64, index of each new key in the keys with their first three axes as one
+        self.key_indices: Tensor | None = None
         self._ages: Tensor | None = None  # decode: [rows, max_length] positions since each key, the token's own 0
         self._masks: dict[int | None, Tensor] = {}  # by window, of this pass
 
     @property
     def num_rows(self) -> int:
+        """The rows of the batch."""
         return len(self.lengths)
 
     @contextlib.contextmanager
-    def prefilling(self, chunk: nn.Module, prompt_lengths: Sequence[int], rows: np.ndarray, padding: int):
-        """One forward pass over whole prompts, one behind the other.
+    def prefilling(
+        self, chunk: DecodingChunk, prompt_lengths: Sequence[int], rows: np.ndarray, padding: int
+    ) -> Iterator[None]:
+        """Bracket one forward pass of `chunk` over whole prompts, which stand behind each other.
 
-        rows: [prompts, responses] each prompt's rows, which forget what they hold. padding: tokens behind the prompts,
-        which are computed and stored nowhere.
+        rows: [prompts, responses] int64, each prompt's rows, which forget what they hold. padding: the number of tokens
+        behind the prompts, which are computed and stored nowhere.
         """
         self._reserve(max(prompt_lengths))
         bounds = pairwise(np.cumsum([0, *prompt_lengths]).tolist())
-        places = torch.from_numpy(rows).to(self._device)
-        self.segments = [(places[i], *bound) for i, bound in enumerate(bounds)]
+        rows_on_device = torch.from_numpy(rows).to(self._device)
+        self.segments = [Segment(rows_on_device[i], *bound) for i, bound in enumerate(bounds)]
         with self._attached(chunk, np.concatenate([np.arange(length) for length in prompt_lengths]), padding):
             yield
         self.lengths[rows] = np.array(prompt_lengths)[:, None]
 
     @contextlib.contextmanager
-    def decoding(self, chunk: nn.Module, alive: np.ndarray, padding: int) -> Iterator[None]:
-        """One forward pass with one token for each row. alive: [rows] bool; other rows are computed and stay as they
-        are. padding: tokens behind those, stored nowhere."""
+    def decoding(self, chunk: DecodingChunk, alive: np.ndarray, padding: int) -> Iterator[None]:
+        """Bracket one forward pass of `chunk` with one token for each row.
+
+        alive: [rows] bool; the other rows are computed and keep their length. padding: the number of tokens behind
+        those of the rows, which are stored nowhere.
+        """
         positions = np.where(alive, self.lengths, 0)
         self.max_length = self._attended(int(positions.max()) + 1)
         self._reserve(self.max_length)
         keys, _ = self.layers[0]
         starts = torch.arange(keys.shape[0] * keys.shape[1], device=self._device) * keys.shape[2]
         on_device = torch.from_numpy(positions).to(self._device)
-        self.places = starts + on_device.repeat_interleave(keys.shape[1])
+        self.key_indices = starts + on_device.repeat_interleave(keys.shape[1])
         self._ages = on_device[:, None] - torch.arange(self.max_length, device=self._device)
         self._masks, self.segments = {}, None
         with self._attached(chunk, positions, padding):
@@ -85,19 +113,23 @@ class KVCache:
         self.lengths = self.lengths + alive
 
     def _attended(self, length: int) -> int:
-        """Positions that attention is computed over, of rows of `length` tokens at most.
+        """Return the positions that attention is computed over, for rows of at most `length` tokens.
 
-        On CUDA in steps of GROWTH, the rest masked: cuDNN makes a plan for every new length, some 0.1 s for a model
-        of 24 layers on an H100, which would be paid for every token.
+        On CUDA they grow in steps of GROWTH, and the rest is masked: cuDNN makes a plan for every new length, some
+        0.1 s for a model of 24 layers on an H100, which would be paid for every token.
         """
         if self._device.type != "cuda":
             return length
         return min(-(-length // GROWTH) * GROWTH, self._limit)
 
     def mask(self, window: int | None) -> Tensor:
-        """decode: [rows, 1, 1, max_length] of self.dtype, 0 where attended to, else -inf. window: keys that a token
-        sees, its own included; None: all before it. Made once a pass for all layers."""
+        """Return the mask of a decoding pass, made once for all layers with the same window.
+
+        window: the number of keys that a token sees, its own included; None: all before it. Returns
+        [rows, 1, 1, max_length] of self.dtype, 0 where attended to, else -inf.
+        """
         if window not in self._masks:
+            assert self._ages is not None, "only in a pass of `decoding`"
             hidden = self._ages < 0
             if window is not None:
                 hidden |= self._ages >= window
@@ -106,7 +138,8 @@ class KVCache:
         return self._masks[window]
 
     @contextlib.contextmanager
-    def _attached(self, chunk: nn.Module, positions: np.ndarray, padding: int) -> Iterator[None]:
+    def _attached(self, chunk: DecodingChunk, positions: np.ndarray, padding: int) -> Iterator[None]:
+        """Keep the cache attached to the chunk while open. positions: [tokens] int64, without the padding."""
         chunk.set_decoding(torch.from_numpy(np.pad(positions, (0, padding))).to(self._device), self)
         try:
             yield
@@ -114,27 +147,34 @@ class KVCache:
             chunk.set_decoding(None, None)
 
     def add_rows(self, count: int) -> None:
-        """Empty rows behind the others."""
-        for place, stored in enumerate(self.layers):
-            self.layers[place] = tuple(
-                torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]) for tensor in stored
-            )
+        """Add `count` empty rows behind the others."""
+        self._replace(lambda tensor: torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]))
         self.lengths = np.pad(self.lengths, (0, count))
 
     def select(self, rows: np.ndarray) -> None:
-        """Keep these rows only, in this order."""
-        places = torch.from_numpy(rows).to(self._device)
-        for place, stored in enumerate(self.layers):
-            self.layers[place] = tuple(tensor.index_select(0, places) for tensor in stored)
+        """Keep these rows only, in this order. rows: [kept] int64."""
+        rows_on_device = torch.from_numpy(rows).to(self._device)
+        self._replace(lambda tensor: tensor.index_select(0, rows_on_device))
         self.lengths = self.lengths[rows]
 
     def _reserve(self, length: int) -> None:
+        """Make the capacity at least `length`, in steps of GROWTH and up to the limit."""
         capacity = self.layers[0][0].shape[2]
         if length <= capacity:
             return
         extra = min(-(-length // GROWTH) * GROWTH, self._limit) - capacity
-        for place, stored in enumerate(self.layers):
-            self.layers[place] = tuple(
-                torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], extra, tensor.shape[3])], dim=2)
-                for tensor in stored
-            )
+        self._replace(
+            lambda tensor: torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], extra, tensor.shape[3])], dim=2)
+        )
+
+    def _replace(self, changed: Callable[[Tensor], Tensor]) -> None:
+        """Replace all keys and values by `changed` of them, one layer after the other."""
+        for layer, (keys, values) in enumerate(self.layers):
+            self.layers[layer] = KeysAndValues(changed(keys), changed(values))
+
+
+class LayerCache(NamedTuple):
+    """What a layer's core attention decodes through: the cache, and the layer's index in `KVCache.layers`."""
+
+    cache: KVCache
+    layer: int

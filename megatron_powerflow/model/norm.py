@@ -1,9 +1,9 @@
-"""RMS norms for the local layer spec, where Transformer Engine is absent or has no word for what a model does.
+"""Which RMS norms do layers have where Transformer Engine is absent, or lacks what the model does?
 
-Megatron's own `WrappedTorchNorm` refuses sequence parallelism; `RMSNorm` marks its weight, so that Megatron
-sums its gradient over tensor-parallel ranks, which each saw a part of the sequence.
+Megatron's own `WrappedTorchNorm` refuses sequence parallelism. Our `RMSNorm` marks its weight, so that Megatron sums
+its gradient over the tensor-parallel ranks, each of which saw a part of the sequence. A norm can stand in two places:
 
-    pre norm      x + block(norm(x))           Megatron's own places: input_layernorm, pre_mlp_layernorm
+    pre norm      x + block(norm(x))           where Megatron has input_layernorm and pre_mlp_layernorm
     post norm     x + norm(block(x))           `NormThenAdd`, in the place of Megatron's bias-dropout-add
     both          x + norm(block(norm(x)))
 """
@@ -15,19 +15,22 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
+# Megatron's mark of a parameter whose gradients it sums over tensor-parallel ranks
+SEQUENCE_PARALLEL = "sequence_parallel"
+
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight; the mean in fp32, the result in x's dtype. With
-    config.layernorm_zero_centered_gamma y = x / sqrt(...) * (1 + weight), the product in fp32, as Gemma has it.
+    """The RMS norm over the last dimension, y = x / sqrt(mean(x^2) + eps) * weight.
 
-    Built by Megatron's specs with (config, hidden_size, eps).
+    The mean is taken in fp32, and y is of x's dtype and shape. With config.layernorm_zero_centered_gamma the factor is
+    1 + weight, and the product is made in fp32, as in Gemma. Megatron's specs build it with (config, hidden_size, eps).
     """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_) -> None:
         super().__init__()
         self.eps, self.zero_centered = eps, config.layernorm_zero_centered_gamma
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, SEQUENCE_PARALLEL, config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         scaled = x.float()
@@ -38,8 +41,10 @@ class RMSNorm(nn.Module):
 
 
 class NormThenAdd(nn.Module):
-    """Called as Megatron calls a bias-dropout-add: (training, fused) -> function of ((out, bias), residual, dropout),
-    which is residual + norm(out). There is no bias and no dropout."""
+    """The norm behind a block: residual + norm(out), called as Megatron calls a bias-dropout-add.
+
+    forward: (training, fused) -> a function of ((out, bias), residual, dropout). There is no bias and no dropout.
+    """
 
     def __init__(self, config, hidden_size: int) -> None:
         super().__init__()
@@ -55,7 +60,7 @@ class NormThenAdd(nn.Module):
 
 
 class _NormOverHeads(nn.Module):
-    """RMS norm of x [s, b, heads / tp, head_dim] over all heads of a token, those of the other ranks included.
+    """The RMS norm of x [s, b, heads / tp, head_dim] over all heads of a token, those of the other ranks included.
 
     Every rank holds the whole weight [heads * head_dim] and uses its heads' part: the gradient is that part's and zeros
     elsewhere, and Megatron adds those of q_layernorm and k_layernorm up over tensor-parallel ranks
@@ -80,14 +85,14 @@ class _NormOverHeads(nn.Module):
 
 
 class QueryNormOverHeads(_NormOverHeads):
-    """In the place of q_layernorm, which Megatron builds with the size of one head."""
+    """The norm of queries over all heads; stands for q_layernorm, which Megatron builds with the size of one head."""
 
     def __init__(self, config, hidden_size: int, eps: float, **_) -> None:
         super().__init__(config, config.num_attention_heads, eps)
 
 
 class KeyNormOverHeads(_NormOverHeads):
-    """In the place of k_layernorm."""
+    """The norm of keys over all query groups; stands for k_layernorm."""
 
     def __init__(self, config, hidden_size: int, eps: float, **_) -> None:
         super().__init__(config, config.num_query_groups, eps)

@@ -1,7 +1,7 @@
-"""The decoder itself: Megatron's GPTModel, ending at the final hidden states.
+"""What is the decoder itself? Megatron's GPTModel, which ends at the final hidden states.
 
-Logits are never built here. The last stage hands out hidden states and its output weight, and one kernel
-(`log_probs/token_log_probs.py`) turns both into log-probs for old, reference and current alike.
+It never builds logits. The last stage hands out hidden states and its output weight, and one kernel
+(`log_probs/token_log_probs.py`) turns both into log-probs, for old, reference and current policy alike.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.model.attention import SdpaCoreAttention
-from megatron_powerflow.model.kv_cache import KVCache
+from megatron_powerflow.model.kv_cache import KVCache, LayerCache
 from megatron_powerflow.model.rotary import LatentRotaryEmbedding, PositionedRotaryEmbedding
 from megatron_powerflow.model.stream import pieces_of, thd_of
 from megatron_powerflow.records import Stream
 
 
 class PolicyModel(GPTModel):
-    """One pipeline stage (or one chunk of it). forward(tokens [b, s], position_ids, None) -> hidden states.
+    """A pipeline stage of the model, or a chunk of one. forward: (tokens [b, s], position_ids, None) -> hidden states.
 
     Hidden states are [s, b, hidden_size] in the compute dtype, [s / tp, b, hidden_size] with sequence
     parallelism; on the last stage the final norm is applied.
@@ -57,20 +57,26 @@ class PolicyModel(GPTModel):
                 layer.self_attention.rotary_pos_emb = self.rotary_pos_emb
 
     def _postprocess(self, hidden_states: Tensor, **_) -> Tensor:
-        """Upstream: GPTModel builds logits or the cross-entropy here. 0.19 has `output_processor` for the same
-        purpose; 0.16 has no hook, so the method is overridden. Remove once 0.16 is not supported."""
+        """Return the hidden states as they are.
+
+        Upstream: GPTModel builds logits or the cross-entropy in this method. 0.19 has `output_processor` for the same
+        purpose; 0.16 has no hook, so the method is overridden. Remove once 0.16 is not supported.
+        """
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """[padded_vocab_size / tp, hidden_size]: this rank's rows of the output layer. Last stage only."""
+        """Return this rank's rows of the output layer, [padded_vocab_size / tp, hidden_size]. Last stage only."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     @contextlib.contextmanager
     def streaming(self, stream: Stream | None) -> Iterator[PackedSeqParams | None]:
-        """For one forward pass: gives the packed_seq_params of `stream`, the rotation its positions. None: rows as they
-        are, on one context-parallel rank."""
+        """Prepare one forward pass over a stream, and yield the packed_seq_params for it.
+
+        While open, our own rotation has the stream's positions. stream: None for rows as they are, which there are
+        without context parallelism only, and which yield None.
+        """
         if stream is None:
             yield None
         elif isinstance(self.decoder.layers[0].self_attention.core_attention, SdpaCoreAttention):
@@ -83,12 +89,14 @@ class PolicyModel(GPTModel):
             yield thd_of(stream)
 
     def set_decoding(self, positions: Tensor | None, cache: KVCache | None) -> None:
-        """Attach a KV cache and the positions of the coming tokens [t]; (None, None) detaches."""
-        if self.config.multi_latent_attention:
-            self.rotary_pos_emb.positions = positions
+        """Attach a KV cache and the positions [t] int64 of the coming tokens; (None, None) detaches."""
+        rotary = self.rotary_pos_emb
+        if isinstance(rotary, PositionedRotaryEmbedding):
+            rotary.decoding = cache is not None
+            if cache is not None:
+                assert positions is not None
+                cache.rotation = rotary.rotation(positions, cache.dtype)
         else:
-            self.rotary_pos_emb.decoding = cache is not None
-        if cache is not None and self.rotary_pos_emb.decoding:
-            cache.rotation = self.rotary_pos_emb.rotation(positions, cache.dtype)
-        for place, layer in enumerate(self.decoder.layers):
-            layer.self_attention.core_attention.kv_cache = (cache, place) if cache is not None else None
+            rotary.positions = positions
+        for index, layer in enumerate(self.decoder.layers):
+            layer.self_attention.core_attention.kv_cache = LayerCache(cache, index) if cache is not None else None

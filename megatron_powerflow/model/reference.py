@@ -1,7 +1,7 @@
 """How is the frozen base model kept? As a second copy on the device, or swapped in from host memory.
 
-Both are used the same way, by whoever scores: `with reference.weights() as chunks: score(chunks, ...)`.
-The reference is the checkpoint the run starts from; nothing here ever trains.
+Whoever scores uses both the same way: `with reference.weights() as chunks: score(chunks, ...)`. The reference is the
+checkpoint that the run starts from; it is never trained.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from megatron_powerflow.model.policy_model import PolicyModel
 
 
 class Reference(Protocol):
+    """The frozen base model, however it is kept."""
+
     def weights(self) -> contextlib.AbstractContextManager[list[PolicyModel]]:
-        """Chunks that hold the base model's weights while the context lasts."""
+        """Give the chunks of this rank, which hold the base model's weights while the context lasts."""
         ...
 
 
 class ResidentReference:
-    """A second set of chunks on the device: fastest, twice the weights."""
+    """A second set of chunks on the device, which is the fastest way and takes twice the memory of the weights."""
 
     def __init__(self, chunks: Sequence[PolicyModel]) -> None:
         self._chunks = list(chunks)
@@ -35,9 +37,10 @@ class ResidentReference:
 
 
 class SwapReference:
-    """One set of weights on the device; the base model and, while it is in, the policy wait in host memory.
+    """One set of weights on the device; the base model, and the policy while the base model is in, wait in host memory.
 
-    Host memory: twice the rank's parameters. Made from the policy's chunks while they hold the base weights.
+    It takes host memory for twice the rank's parameters. chunks: the policy's, which must hold the base weights when
+    this is made.
     """
 
     def __init__(self, chunks: Sequence[PolicyModel]) -> None:
@@ -50,8 +53,8 @@ class SwapReference:
     def weights(self) -> Iterator[list[PolicyModel]]:
         training = [chunk.training for chunk in self._chunks]
         with torch.no_grad():
-            for parameter, held, base in zip(self._parameters, self._policy, self._base, strict=True):
-                held.copy_(parameter)
+            for parameter, policy, base in zip(self._parameters, self._policy, self._base, strict=True):
+                policy.copy_(parameter)
                 parameter.copy_(base, non_blocking=True)
         for chunk in self._chunks:
             chunk.eval()
@@ -59,8 +62,8 @@ class SwapReference:
             yield self._chunks
         finally:
             with torch.no_grad():
-                for parameter, held in zip(self._parameters, self._policy, strict=True):
-                    parameter.copy_(held, non_blocking=True)
+                for parameter, policy in zip(self._parameters, self._policy, strict=True):
+                    parameter.copy_(policy, non_blocking=True)
             for chunk, was_training in zip(self._chunks, training, strict=True):
                 chunk.train(was_training)
             if self._parameters[0].is_cuda:
@@ -68,5 +71,6 @@ class SwapReference:
 
 
 def _host_copy(parameter: torch.Tensor) -> torch.Tensor:
+    """Copy a parameter to host memory, pinned where the parameter is on CUDA."""
     copy = torch.empty_like(parameter, device="cpu", pin_memory=parameter.is_cuda)
     return copy.copy_(parameter.detach())

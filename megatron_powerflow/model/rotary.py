@@ -1,13 +1,16 @@
-"""Which rotation does each position get? Rope as config.json states it, for any list of positions.
+"""Which rotation does each position get? That of the `Rope` which config.json states, for any list of positions.
 
-Extends Megatron's `RotaryEmbedding` in two ways: the frequencies come from the model's own `Rope` (Megatron
-hard-codes Llama 3.1's constants), and the position of every token may be named: decoding, where each row is somewhere
-else, needs that.
+Megatron's `RotaryEmbedding` is extended in two ways. The frequencies come from the model's own `Rope`, where Megatron
+hard-codes Llama 3.1's constants. And the position of every token may be named, which decoding needs, where each row has
+another length.
+
+Left out: which rotation a config.json asks for (`hf/rope.py`).
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -17,11 +20,12 @@ from megatron_powerflow.architecture import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """[rotated / 2] fp32: radians per position of each rotated pair, slowest last; rotated = rope.rotated(head_dim).
+    """Return the radians per position of each rotated pair, slowest last: [rope.rotated(head_dim) / 2] fp32, on CPU.
 
-    llama3 scaling as in the Llama 3.1 release: wavelengths above original_max_positions / low_freq_factor are
-    divided by `factor`, those below original_max_positions / high_freq_factor are kept, between: interpolated.
-    longrope (arXiv 2402.13753): a factor for each, those for sequences of up to original_max_positions.
+    llama3 scaling is that of the Llama 3.1 release: frequencies whose wavelength is above original_max_positions /
+    low_freq_factor are divided by `factor`, those below original_max_positions / high_freq_factor are kept, and those
+    between are interpolated. longrope (arXiv 2402.13753) divides each by its own number of `factors`, those for
+    sequences of up to original_max_positions.
     """
     rotated = rope.rotated(head_dim)
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
@@ -44,8 +48,11 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 
 def _yarn_frequencies(frequencies: Tensor, rope: Rope, head_dim: int) -> Tensor:
-    """YaRN (arXiv 2309.00071): pairs that turn often in original_max_positions are kept, those that turn seldom are
-    divided by `factor`, between: interpolated, over whole pairs."""
+    """Stretch frequencies by YaRN (arXiv 2309.00071).
+
+    Those of pairs that turn often in original_max_positions are kept, those of pairs that turn seldom are divided by
+    `factor`, and those between are interpolated, over whole pairs.
+    """
 
     def pair_that_turns(times: float) -> float:
         return head_dim * math.log(rope.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -57,61 +64,79 @@ def _yarn_frequencies(frequencies: Tensor, rope: Rope, head_dim: int) -> Tensor:
     return divided * frequencies / rope.factor + (1 - divided) * frequencies
 
 
-class PositionedRotaryEmbedding(RotaryEmbedding):
-    """`positions` None: positions 0..s-1, the same for each row. Else: the position of every token in turn.
+class Rotation(NamedTuple):
+    """What `rotate` multiplies by, each [t, 1, 1, rotated]. signed_sines: those of the first half are negative."""
 
-    With positions [t] (int64) the answer is [t, 1, 1, rotated] fp32 angles, whatever length is asked for; Megatron
-    rotates so many dimensions of a head and passes the others through. While `decoding` it is None, which Megatron's
-    attention takes for "no rotation": the core attention then rotates by the cosines and sines of `rotation`, made once
-    for all layers of a pass.
+    cosines: Tensor
+    signed_sines: Tensor
+
+
+class _RopeEmbedding(RotaryEmbedding):
+    """The angles of positions, with the frequencies of a `Rope`.
+
+    positions: None for 0, ..., s - 1, the same for each row; else [t] int64, the position of every token. Then the
+    angles are [t, 1, 1, rotated] fp32, whatever length is asked for; Megatron rotates so many dimensions of a head and
+    passes the others through.
     """
+
+    inv_freq: Tensor
 
     def __init__(self, rope: Rope, head_dim: int, **megatron_arguments) -> None:
         super().__init__(kv_channels=rope.rotated(head_dim), rotary_base=rope.theta, **megatron_arguments)
         self.inv_freq = inverse_frequencies(rope, head_dim).to(self.inv_freq.device)
         self.attention_factor = rope.attention_factor  # elsewhere than in decoding Megatron's attention applies it
         self.positions: Tensor | None = None
-        self.decoding = False
 
-    def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor | None:
-        if self.decoding:
-            return None
+    def angles(self, max_seq_len: int, *args, **kwargs) -> Tensor:
+        """Return the angles in Megatron's layout: [max_seq_len or t, 1, 1, rotated] fp32."""
         if self.positions is None:
             return super().forward(max_seq_len, *args, **kwargs)
         angles = self._angles(self.positions)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [t] int64 -> cosines and signed sines for `rotate`, each [t, 1, 1, rotated] in dtype."""
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """Return what `rotate` needs for positions [t] int64, in dtype, times the attention factor."""
         angles = self._angles(positions)
         cosines, sines = (part.mul_(self.attention_factor).to(dtype) for part in (angles.cos(), angles.sin()))
-        return (
+        return Rotation(
             torch.cat((cosines, cosines), dim=-1)[:, None, None, :],
             torch.cat((-sines, sines), dim=-1)[:, None, None, :],
         )
 
     def _angles(self, positions: Tensor) -> Tensor:
-        """[t, rotated / 2] fp32"""
+        """Return the angle of each position and pair, [t, rotated / 2] fp32. Moves the frequencies to its device."""
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
         return torch.outer(positions.float(), self.inv_freq)
 
 
-class LatentRotaryEmbedding(PositionedRotaryEmbedding):
-    """The same for Megatron's latent attention, which wants (angles, factor of cosines and sines) and rotates by them
-    itself, while decoding as well."""
+class PositionedRotaryEmbedding(_RopeEmbedding):
+    """The rotary embedding of every model without latent attention. forward returns the angles.
 
-    def __init__(self, rope: Rope, head_dim: int, **megatron_arguments) -> None:
-        super().__init__(rope, head_dim, **megatron_arguments)
-        self.attention_factor = rope.attention_factor
+    While `decoding` it returns None, which Megatron's attention takes for "no rotation". The core attention then
+    rotates by the cosines and sines of `rotation`, which are made once for all layers of a pass.
+    """
+
+    decoding = False
+
+    def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor | None:
+        return None if self.decoding else self.angles(max_seq_len, *args, **kwargs)
+
+
+class LatentRotaryEmbedding(_RopeEmbedding):
+    """The rotary embedding of latent attention. forward returns (angles, factor of cosines and sines), by which
+    Megatron's latent attention rotates itself, while decoding as well."""
 
     def forward(self, max_seq_len: int, *args, **kwargs) -> tuple[Tensor, float]:
-        return super().forward(max_seq_len, *args, **kwargs), self.attention_factor
+        return self.angles(max_seq_len, *args, **kwargs), self.attention_factor
 
 
 def rotate(tensor: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
-    """[t, 1, heads, head_dim], the first dimensions of each head rotated by the angles of each token, as many as there
-    are: Megatron's formula, halves paired."""
+    """Rotate the first dimensions of each head, as many as cosines and signed_sines (of a `Rotation`) have.
+
+    tensor: [t, 1, heads, head_dim]. Returns the same shape, new. The formula is Megatron's, which pairs dimension i
+    with i + rotated / 2.
+    """
     rotated = cosines.shape[-1]
     if rotated < tensor.shape[-1]:
         return torch.cat((rotate(tensor[..., :rotated], cosines, signed_sines), tensor[..., rotated:]), dim=-1)

@@ -1,8 +1,8 @@
 """Where does each token of a micro-batch stand in the model's stream, and how do its numbers find back to their row?
 
-A micro-batch without a `Stream` goes through the model as it is; then all of this is the identity. Megatron learns of a
-stream through `packed_seq_params`, which its recomputation carries along: Transformer Engine's own for packed sequences
-on its kernels; `Pieces`, which only our core attention reads, elsewhere.
+A micro-batch without a `Stream` goes through the model as it is; then these functions are the identity. Megatron learns
+of a stream through `packed_seq_params`, which its recomputation carries along: on Transformer Engine's kernels they are
+its own for packed sequences, elsewhere they are `Pieces`, which only our core attention reads.
 
 Left out: the attention itself (`attention.py`), making the streams (`data/packing.py`).
 """
@@ -10,6 +10,7 @@ Left out: the attention itself (`attention.py`), making the streams (`data/packi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,21 +18,21 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_powerflow.parallel.collectives import sum_over
-from megatron_powerflow.records import MicroBatch, Stream
+from megatron_powerflow.records import MicroBatch, Piece, Stream
 
 
 @dataclass
 class Pieces(PackedSeqParams):
     """What `SdpaCoreAttention` needs of a `Stream`. `qkv_format` is not thd, so Megatron keeps [t, b, heads, d]."""
 
-    pieces: tuple[tuple[int, int, int, int], ...] = ()
+    pieces: tuple[Piece, ...] = ()
     positions: Tensor | None = None  # for latent attention, which rotates in each layer
     key_order: Tensor | None = None
     key_group: dist.ProcessGroup | None = None  # ranks that hold the other keys
 
 
 def pieces_of(stream: Stream, cp_group: dist.ProcessGroup) -> Pieces:
-    """For our core attention, with `positions` given to the rotation."""
+    """Return the packed_seq_params of a stream for our core attention. The rotation must be given its `positions`."""
     return Pieces(
         qkv_format="sbhd",
         max_seqlen_q=stream.longest,
@@ -44,8 +45,11 @@ def pieces_of(stream: Stream, cp_group: dist.ProcessGroup) -> Pieces:
 
 
 def thd_of(stream: Stream) -> PackedSeqParams | None:
-    """For Transformer Engine, which splits over cp as `Stream` says and rotates by cu_seqlens itself. None: rows.
-    Written after Megatron's own use of it."""
+    """Return the packed_seq_params of a stream for Transformer Engine; None for rows.
+
+    Transformer Engine splits over cp as `Stream` says, and Megatron rotates by cu_seqlens; the fields are set as in
+    Megatron's own use of them.
+    """
     if stream.cu_seqlens is None:
         return None
     return PackedSeqParams(
@@ -57,15 +61,22 @@ def thd_of(stream: Stream) -> PackedSeqParams | None:
     )
 
 
-def extent(batch: MicroBatch) -> tuple[int, int]:
-    """(positions, rows) of what goes through the model, all context-parallel ranks together."""
+class Extent(NamedTuple):
+    """The size of what goes through the model, all context-parallel ranks together."""
+
+    positions: int
+    rows: int
+
+
+def extent(batch: MicroBatch) -> Extent:
+    """Return the extent of a micro-batch in the model: that of its stream, or of its rows where it has none."""
     if batch.stream is None:
-        return batch.tokens.shape[1], batch.tokens.shape[0]
-    return batch.stream.num_positions, batch.stream.index.shape[0]
+        return Extent(positions=batch.tokens.shape[1], rows=batch.tokens.shape[0])
+    return Extent(positions=batch.stream.num_positions, rows=batch.stream.index.shape[0])
 
 
 def model_tokens(batch: MicroBatch) -> Tensor:
-    """[r, t / cp] int64: what this rank's embedding reads."""
+    """Return the tokens that this rank's embedding reads: [r, t / cp] int64, 0 where there is padding."""
     if batch.stream is None:
         return batch.tokens
     index = batch.stream.index
@@ -74,33 +85,46 @@ def model_tokens(batch: MicroBatch) -> Tensor:
     return torch.where(index >= 0, batch.tokens.flatten()[index.clamp(min=0)], 0)
 
 
-def chosen(mask: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """mask [b, s] -> ([r, t / cp] bool, True on this rank's tokens that it marks; their places [k] in flat rows)."""
+class ChosenTokens(NamedTuple):
+    """The k tokens of this rank that a mask marks, in the order in which `in_stream` selects them.
+
+    in_stream: [r, t / cp] bool, True on these tokens. row_index: [k] int64, each one's index in batch.tokens.flatten().
+    """
+
+    in_stream: Tensor
+    row_index: Tensor
+
+
+def chosen_tokens(mask: Tensor, batch: MicroBatch) -> ChosenTokens:
+    """Find the tokens of this rank that a mask [b, s] bool marks."""
     if batch.stream is None:
-        return mask, mask.flatten().nonzero().squeeze(1)
+        return ChosenTokens(mask, mask.flatten().nonzero().squeeze(1))
     index = batch.stream.index
     if not mask.numel():
-        return torch.zeros_like(index, dtype=torch.bool), index.new_zeros(0)
-    here = (index >= 0) & mask.flatten()[index.clamp(min=0)]
-    return here, index[here]
+        return ChosenTokens(torch.zeros_like(index, dtype=torch.bool), index.new_zeros(0))
+    in_stream = (index >= 0) & mask.flatten()[index.clamp(min=0)]
+    return ChosenTokens(in_stream, index[in_stream])
 
 
-def to_rows(values: Tensor, places: Tensor, batch: MicroBatch, cp_group: dist.ProcessGroup) -> Tensor:
-    """[k] numbers of this rank's tokens at `places` -> [b, s], 0 elsewhere, whole on every context-parallel rank.
+def to_rows(values: Tensor, row_index: Tensor, batch: MicroBatch, cp_group: dist.ProcessGroup) -> Tensor:
+    """Put numbers of this rank's tokens where those stand in the rows of the micro-batch, and 0 elsewhere.
 
+    values: [k]; row_index: that of `chosen_tokens`. Returns [b, s], whole on every rank of cp_group. Collective over
+    cp_group where there is a stream.
     The gradient of a number goes back to the one rank that has its token, unchanged: every rank of cp_group computes
     the whole loss, and all of them have the whole gradient of it (a sum there would count it cp times).
     """
-    rows = values.new_zeros(batch.tokens.numel()).index_put((places,), values).reshape(batch.tokens.shape)
+    rows = values.new_zeros(batch.tokens.numel()).index_put((row_index,), values).reshape(batch.tokens.shape)
     return rows if batch.stream is None else sum_over(rows, cp_group)
 
 
 def pool_prompts(hidden: Tensor, batch: MicroBatch, cp_group: dist.ProcessGroup) -> Tensor:
-    """Mean of hidden [t / cp, r, H] over the prompt tokens of each rollout -> [b, H] fp32, alike on all of cp_group."""
-    mask, places = chosen(batch.prompt_mask, batch)
+    """Return the mean of hidden [t / cp, r, H] over the prompt tokens of each rollout: [b, H] fp32, equal on every rank
+    of cp_group. Collective over cp_group."""
+    in_stream, row_index = chosen_tokens(batch.prompt_mask, batch)
     rows, width = batch.tokens.shape
-    tokens = hidden.transpose(0, 1)[mask].float()
-    sums = tokens.new_zeros(rows, tokens.shape[1]).index_add(0, places // width, tokens)
+    tokens = hidden.transpose(0, 1)[in_stream].float()
+    sums = tokens.new_zeros(rows, tokens.shape[1]).index_add(0, row_index // width, tokens)
     # numerator over the ranks that hold a piece of the prompt, and the count of the whole prompt: a mean of the ranks'
     # means would weigh a short piece like a long one
     return sum_over(sums, cp_group) / batch.prompt_mask.sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What does one step minimise? Everything that a loss depends on beside the rollouts, resolved, as one value.
+"""What does one step minimise? One value holds everything that a loss depends on beside the rollouts, resolved.
 
     BalanceObjective          trajectory balance: form, alpha, who says log Z', the importance weight
     PolicyGradientObjective   a reward's advantage: form, alpha of a reward that is made of log-probs, clip
@@ -19,8 +19,11 @@ from megatron_powerflow.objective.presets import LEARNED_LOG_Z, Balance, LogZ, P
 
 @dataclass(frozen=True, slots=True)
 class ImportanceRule:
-    """ratio: what the importance weight w = exp(S - S_old) is taken of; "none": w is 1. w is clipped to 1 +- epsilon,
-    or with upper_only to at most 1 + epsilon."""
+    """How responses of an older policy are weighted.
+
+    ratio: what the importance weight w = exp(S - S_old) is taken of; "none": w is 1. w is clipped to 1 - epsilon,
+    ..., 1 + epsilon, or with upper_only to at most 1 + epsilon.
+    """
 
     ratio: Ratio
     epsilon: float = 0.0
@@ -29,8 +32,11 @@ class ImportanceRule:
 
 @dataclass(frozen=True, slots=True)
 class BalanceObjective:
-    """alpha: the power of the base model that this step aims at. log_z: who says log Z', a learned head or an estimate
-    of the group. tilt_cap: lengths count up to this in the residual; None: no cap."""
+    """Trajectory balance (Eq. 10, arXiv 2603.18363, and its other normalisations).
+
+    alpha: the power of the base model that this step aims at. log_z: who says log Z', a learned head or an estimate of
+    the group. tilt_cap: the residual counts at most so many tokens of a response; None: all.
+    """
 
     form: Balance
     alpha: float
@@ -40,12 +46,17 @@ class BalanceObjective:
 
     @property
     def learns_log_z(self) -> bool:
+        """Whether a learned head says log Z'."""
         return self.log_z in LEARNED_LOG_Z
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyGradientObjective:
-    """alpha: None unless the reward is made of log-probs. kl_coefficient: of KL(policy || base); 0: no such term."""
+    """The policy gradient of a reward's advantage within its group.
+
+    alpha: the power of the base model; None unless the reward is made of log-probs. kl_coefficient: what
+    KL(policy || base) is multiplied by in the loss; 0: no such term.
+    """
 
     form: PolicyGradient
     alpha: float | None
@@ -54,21 +65,24 @@ class PolicyGradientObjective:
 
     @property
     def learns_log_z(self) -> bool:
+        """Whether a learned head says log Z'."""
         return False
 
 
 @dataclass(frozen=True, slots=True)
 class EntropyObjective:
-    """kl_coefficient: of KL(policy || base); 0: no such term."""
+    """The minimum of the policy's entropy. kl_coefficient: what KL(policy || base) is multiplied by; 0: no term."""
 
     kl_coefficient: float = 0.0
 
     @property
     def alpha(self) -> None:
+        """None: there is no target."""
         return None
 
     @property
     def learns_log_z(self) -> bool:
+        """Whether a learned head says log Z'."""
         return False
 
 

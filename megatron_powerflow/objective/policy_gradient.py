@@ -1,4 +1,4 @@
-"""How does a reward move the policy? Advantages within a group, and the clipped surrogate, as pure functions of [B].
+"""How does a reward move the policy? By its advantage within the group and a clipped surrogate, pure functions of [B].
 
     loss = (1/B) * sum_b -A_b * S_b / a_b       on policy; with a ratio, PPO's clipped surrogate (arXiv 1707.06347)
 
@@ -9,6 +9,8 @@ Left out: rewards made of text (`training/rewards.py`) and the target's log-prob
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,11 @@ from megatron_powerflow.objective.presets import Norm, Ratio
 def power_reward(
     sequence_log_prob: Tensor, ref_sequence_log_prob: Tensor, num_tokens: Tensor, psi: Tensor, alpha: float, norm: Norm
 ) -> Tensor:
-    """[B] R = (alpha * S_ref - S) / a + alpha * psi, detached: the log-ratio of target and policy, whose expectation
-    is minus their KL divergence. norm "length": a = n (RL-token); "none": a = 1 (RL-traj)."""
+    """Return the reward R = (alpha * S_ref - S) / a + alpha * psi: [B], detached.
+
+    It is the log-ratio of target and policy, whose expectation is minus their KL divergence. All tensors are [B].
+    norm "length": a = n (RL-token); "none": a = 1 (RL-traj).
+    """
     reward = alpha * ref_sequence_log_prob - sequence_log_prob
     if norm == "length":
         reward = reward / num_tokens
@@ -27,13 +32,17 @@ def power_reward(
 
 
 def group_advantage(reward: Tensor, group: Tensor, kept: Tensor, *, divide_by_std: bool) -> Tensor:
-    """[B] r minus the mean of its group's kept members; with divide_by_std over (std + 1e-6), std with G - 1 as
-    torch.std has it (verl's compute_grpo_outcome_advantage). 0 for dropped ones and for a member without company."""
-    _, place = group.unique(return_inverse=True)
+    """Return the reward minus the mean of its group's kept members: [B], detached.
+
+    reward: [B]; group: [B] int64; kept: [B] bool. divide_by_std: divide by the group's std + 1e-6, the std over G - 1
+    as torch.std has it (verl's compute_grpo_outcome_advantage). Dropped rollouts and those whose group keeps no other
+    have an advantage of 0.
+    """
+    _, group_index = group.unique(return_inverse=True)
     reward = torch.where(kept, reward, 0.0).detach()
 
     def per_group(values: Tensor) -> Tensor:
-        return values.new_zeros(int(place.max()) + 1).index_add_(0, place, values)[place]
+        return values.new_zeros(int(group_index.max()) + 1).index_add_(0, group_index, values)[group_index]
 
     count = per_group(kept.to(reward.dtype))
     centred = torch.where(kept, reward - per_group(reward) / count.clamp(min=1), 0.0)
@@ -41,6 +50,15 @@ def group_advantage(reward: Tensor, group: Tensor, kept: Tensor, *, divide_by_st
         std = (per_group(centred.square()) / (count - 1).clamp(min=1)).sqrt()
         centred = centred / (std + 1e-6)
     return torch.where(count > 1, centred, 0.0)
+
+
+class SurrogateTerms(NamedTuple):
+    """terms: [B], whose sum / B is the loss. ratio: [B] of the sequence, detached. clipped: [B], 0 or 1, or the share
+    of clipped tokens."""
+
+    terms: Tensor
+    ratio: Tensor
+    clipped: Tensor
 
 
 def surrogate_terms(
@@ -54,45 +72,50 @@ def surrogate_terms(
     score_norm: Norm,
     clip_epsilon: float,
     upper_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(terms [B]; ratio [B] of the sequence, detached; clipped [B], 0 or 1, or the share of clipped tokens).
-
-    log_probs, old_log_probs: [B, s], 0 where mask is False.
+) -> SurrogateTerms:
+    """Compute each response's term of the policy-gradient loss, by the kind of `ratio`:
 
     none:      -A * S / a
     seq:       -min(rho A, clip(rho) A) / a                  rho = exp(S - S_old)
     seq_mean:  -min(rho A, clip(rho) A) * n / a              rho = exp((S - S_old) / n), GSPO (arXiv 2507.18071)
     token:     -sum_t min(rho_t A, clip(rho_t) A) / a        rho_t = pi_t / pi_old,t, GRPO
 
-    upper_only: clip(rho) = min(rho, 1 + eps).
+    log_probs, old_log_probs: [B, s], 0 where mask is False; mask: [B, s] bool, True on response tokens; advantage,
+    num_tokens: [B]. a is n with score_norm "length", else 1. upper_only: clip(rho) = min(rho, 1 + eps). Only log_probs
+    carries gradient.
     """
     difference = log_probs - old_log_probs
     sequence_ratio = difference.detach().sum(dim=1).exp()
     divisor = num_tokens if score_norm == "length" else torch.ones_like(advantage)
     if ratio == "none":
-        return -advantage * log_probs.sum(dim=1) / divisor, sequence_ratio, torch.zeros_like(sequence_ratio)
+        terms = -advantage * log_probs.sum(dim=1) / divisor
+        return SurrogateTerms(terms, sequence_ratio, torch.zeros_like(sequence_ratio))
     low, high = 0.0 if upper_only else 1.0 - clip_epsilon, 1.0 + clip_epsilon
 
-    def clipped(rho: Tensor, own: Tensor) -> Tensor:
-        return -torch.minimum(rho * own, rho.clamp(low, high) * own)
+    def clipped(rho: Tensor, advantage: Tensor) -> Tensor:
+        return -torch.minimum(rho * advantage, rho.clamp(low, high) * advantage)
 
     def outside(rho: Tensor) -> Tensor:
         return ((rho < low) | (rho > high)).to(sequence_ratio.dtype)
 
     if ratio == "seq":
         rho = difference.sum(dim=1).exp()
-        return clipped(rho, advantage) / divisor, sequence_ratio, outside(sequence_ratio)
+        return SurrogateTerms(clipped(rho, advantage) / divisor, sequence_ratio, outside(sequence_ratio))
     if ratio == "seq_mean":
         rho = (difference.sum(dim=1) / num_tokens).exp()
-        return clipped(rho, advantage) * num_tokens / divisor, rho.detach(), outside(rho.detach())
+        terms = clipped(rho, advantage) * num_tokens / divisor
+        return SurrogateTerms(terms, rho.detach(), outside(rho.detach()))
     rho = difference.exp()
     terms = torch.where(mask, clipped(rho, advantage[:, None]), 0.0).sum(dim=1) / divisor
     share = torch.where(mask, outside(rho.detach()), 0.0).sum(dim=1) / num_tokens
-    return terms, sequence_ratio, share
+    return SurrogateTerms(terms, sequence_ratio, share)
 
 
 def kl_terms(log_probs: Tensor, ref_log_probs: Tensor, num_tokens: Tensor) -> Tensor:
-    """[B] mean over tokens of exp(d) - d - 1 with d = log p_ref,t - log pi_t, an estimate of KL(pi || p_ref) that is
-    never negative ("k3", joschu.net/blog/kl-approx.html; the KL term of GRPO). 0 where masked in both."""
+    """Return the mean over a response's tokens of exp(d) - d - 1 with d = log p_ref,t - log pi_t: [B].
+
+    It estimates KL(pi || p_ref) and is never negative ("k3", joschu.net/blog/kl-approx.html; the KL term of GRPO).
+    log_probs, ref_log_probs: [B, s], 0 where masked; num_tokens: [B].
+    """
     difference = ref_log_probs - log_probs
     return (difference.exp() - difference - 1.0).sum(dim=1) / num_tokens

@@ -1,28 +1,34 @@
-"""Which objective does `objective.preset` name? Every preset is a row of settings; the formulas are written once.
+"""Which objective does `objective.preset` name? Every preset is a row of settings, and the formulas are written once.
 
     Balance          loss = w m (log Z' + S / a - alpha S_ref / c - alpha psi - beta r)^2    trajectory balance
     PolicyGradient   loss = -A S / a, A the advantage of a reward within its group           RL ablations, rivals
     EntropyMinimum   loss = mean entropy of the tokens of a response                          one-shot EM
 
-S, S_ref: log-probs of the response by policy and reference; a, c, m: 1 or the length n. Sources are named at each row.
+S and S_ref are the response's log-probs by policy and reference; a, c and m are 1 or the length n. The source is named
+at each row.
+
 Left out: the formulas (`objective/`), the rewards of text (`training/rewards.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Norm = Literal["none", "length"]
 LogZ = Literal["mlp", "scalar", "group", "loo", "contrastive"]  # who says log Z'(q)
-LEARNED_LOG_Z = ("mlp", "scalar")  # a head; the others are estimates of the group
+LearnedLogZ = Literal["mlp", "scalar"]  # a learned head says it; the others are estimates of the group
+LEARNED_LOG_Z: tuple[LearnedLogZ, ...] = get_args(LearnedLogZ)
 Ratio = Literal["none", "seq", "seq_mean", "token"]  # what an importance weight is taken of
 
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """policy_norm, reference_norm: what S and S_ref are divided by. weight: m. per_token: the square of each token's
-    residual, averaged over the response, in place of the square of the average."""
+    """Trajectory balance in one of its normalisations.
+
+    policy_norm, reference_norm: what S and S_ref are divided by. weight: m. per_token: each token's residual is
+    squared and the squares are averaged over the response, instead of squaring the average.
+    """
 
     policy_norm: Norm
     reference_norm: Norm
@@ -31,22 +37,26 @@ class Balance:
 
     @property
     def per_length(self) -> bool:
-        """log Z', psi and the task's reward are numbers per token."""
+        """Whether log Z', psi and the task's reward are numbers per token."""
         return self.policy_norm == "length" or self.per_token
 
     @property
     def tilts(self) -> bool:
-        """The fixed point is p_base^alpha exp(-lambda n)."""
+        """Whether the fixed point is tilted by length: p_base^alpha exp(-lambda n)."""
         return self.policy_norm == self.reference_norm == "length" and not self.per_token
 
 
-# power: alpha S_ref - S + alpha psi, the log-ratio to the target; power_per_token: the same over n; the others: of text
+# power: alpha S_ref - S + alpha psi, the log-ratio to the target; power_per_token: (alpha S_ref - S) / n + alpha psi;
+# the others are made of text
 Reward = Literal["power", "power_per_token", "gold", "cluster", "majority", "certainty", "boxed"]
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyGradient:
-    """divide_by_std: A = (r - mean) / (std + 1e-6), as in GRPO; else r - mean. score_norm: what S is divided by."""
+    """The policy gradient of a reward's advantage A within its group.
+
+    divide_by_std: A = (r - mean) / (std + 1e-6), as in GRPO; else r - mean. score_norm: what S is divided by.
+    """
 
     reward: Reward
     divide_by_std: bool
@@ -54,29 +64,45 @@ class PolicyGradient:
 
     @property
     def powers(self) -> bool:
-        """The reward is made of log-probs under the alpha-power of the reference."""
+        """Whether the reward is made of log-probs, under the alpha-power of the reference."""
         return self.reward in ("power", "power_per_token")
 
     @property
     def per_length(self) -> bool:
-        """psi is a number per token."""
+        """Whether psi is a number per token."""
         return self.reward == "power_per_token"
 
     @property
     def tilts(self) -> bool:
-        """The fixed point is p_base^alpha exp(-lambda n)."""
+        """Whether the fixed point is tilted by length: p_base^alpha exp(-lambda n)."""
         return self.per_length
 
 
 @dataclass(frozen=True, slots=True)
 class EntropyMinimum:
-    """No reward and no target: the gradient of the entropy itself."""
+    """The minimum of the entropy itself, with no reward and no target."""
 
     per_length = tilts = False
 
 
 Form = Balance | PolicyGradient | EntropyMinimum
 
+PresetName = Literal[
+    "la_tb",
+    "tb_traj",
+    "tb_token_target",
+    "tb_token_score",
+    "tb_token_step",
+    "flow_rl",
+    "rl_traj",
+    "rl_token",
+    "grpo",
+    "empo",
+    "ttrl",
+    "intuitor",
+    "format_only",
+    "one_shot_em",
+]  # the keys of PRESETS, in their order, where a type is asked for
 PRESETS: dict[str, Form] = {
     # length-aware trajectory balance: Eq. 10, arXiv 2603.18363; fixed point p_base^alpha exp(-lambda |y|)
     "la_tb": Balance("length", "length"),

@@ -37,9 +37,9 @@ def main_first(launch: Launch, name: str, find: Callable[[], str], take_up: Call
             raise
         store.set(found, json.dumps([text, violations]))
     text, violations = json.loads(store.get(found))
-    value = None
+    taken_up: list[T] = []
     if not violations:
-        value, violations = _tried(lambda: take_up(text))
+        _, violations = _tried(lambda: taken_up.append(take_up(text)))
     store.set(f"{taken}/{launch.rank}", json.dumps(violations))
     if launch.is_main:
         everything = [text for rank in range(launch.world_size) for text in json.loads(store.get(f"{taken}/{rank}"))]
@@ -51,7 +51,7 @@ def main_first(launch: Launch, name: str, find: Callable[[], str], take_up: Call
         store.wait([f"{heard}/by_all"])  # under srun the store ends with the main process's hold of it
     if violations:
         raise UserError(violations)
-    return value
+    return taken_up[0]
 
 
 def _tried(function: Callable[[], T]) -> tuple[T | None, Sequence[str]]:

@@ -1,21 +1,16 @@
-"""The few collectives of our own: what Megatron-Core has no word for.
+"""Which collectives of tensors and rollouts are our own? The few that Megatron-Core has no word for.
 
-Left out: everything Megatron-Core does itself (gradients, activations between stages in training).
+Left out: everything that Megatron-Core does itself (gradients, activations between stages in training); small values
+that ranks decide by (`together.py`).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.groups import Groups
-
-Value = TypeVar("Value")
 
 
 class _SumOver(torch.autograd.Function):
@@ -82,69 +77,10 @@ def last_stage_rows(rows: Tensor | None, num_rows: int, num_columns: int, groups
     local = from_last_stage(rows, (num_rows, num_columns), groups)
     everyone = [torch.empty_like(local) for _ in range(groups.world_size)]
     dist.all_gather(everyone, local, group=groups.control)
-    replicas: list[Tensor | None] = [None] * groups.dp_size
-    for rank in range(groups.world_size):
-        # rank = tp + tp_size * (cp + cp_size * (dp + dp_size * pp)), see layout.py; all of a replica hold equal rows
-        replicas[rank // (groups.tp_size * groups.cp_size) % groups.dp_size] = everyone[rank]
-    return torch.cat(replicas)
-
-
-def any_rank(flag: bool, groups: Groups) -> bool:
-    """True everywhere when `flag` is True on at least one rank."""
-    value = torch.tensor([int(flag)])
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=groups.control)
-    return bool(value.item())
-
-
-def attempt(function: Callable[[], object], *kinds: type[Exception]) -> Exception | None:
-    """What the function failed with, where it is of these kinds, so that all ranks can stop together."""
-    try:
-        function()
-    except kinds as error:
-        return error
-    return None
-
-
-def raise_together(failure: Exception | None, say: Callable[[str], str], groups: Groups) -> None:
-    """A UserError on every rank where any of them has a failure: that of the lowest such rank. Collective.
-
-    Lets every rank leave a collective section when one of them met a full disk. say: the sentence for what went wrong;
-    a UserError says itself what is wrong.
-    """
-    mine: tuple[str, ...] = ()
-    if isinstance(failure, UserError):
-        mine = failure.violations
-    elif failure is not None:
-        mine = (say(f"{type(failure).__name__}: {failure}"),)
-    everyone: list[tuple[str, ...]] = [()] * groups.world_size
-    dist.all_gather_object(everyone, mine, group=groups.control)
-    if violations := next((found for found in everyone if found), None):
-        raise UserError(violations)
-
-
-def on_main(function: Callable[[], Value], groups: Groups) -> Value:
-    """What the function gives on the main rank, on every rank; what it finds wrong, or the disk refuses, is a UserError
-    everywhere. Collective.
-
-    For what is decided in one place, such as who owns a folder. The value is pickled among the processes of this run.
-    """
-    value, failure = None, None
-    if groups.is_main:
-        try:
-            value = function()
-        except (UserError, OSError) as error:
-            failure = error
-    raise_together(
-        failure, lambda text: f"could not be read or written: {text}; free space or mend its permissions", groups
-    )
-    return broadcast_object(value, groups)
-
-
-def broadcast_object(value, groups: Groups):
-    """Rank 0's value on every rank (host memory, pickled among the processes of this run only)."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=groups.control)
-    return box[0]
+    # rank = tp + tp_size * (cp + cp_size * (dp + dp_size * pp)), see layout.py; all of a replica hold equal rows
+    width = groups.tp_size * groups.cp_size
+    replicas = {rank // width % groups.dp_size: its_rows for rank, its_rows in enumerate(everyone)}
+    return torch.cat([replicas[dp_rank] for dp_rank in range(groups.dp_size)])
 
 
 def every_rollout(rollouts: list, groups: Groups, *, shared_over_cp: bool) -> list:
@@ -159,24 +95,3 @@ def every_rollout(rollouts: list, groups: Groups, *, shared_over_cp: bool) -> li
     dist.all_gather_object(everything, list(rollouts) if speaks else [], group=groups.control)
     gathered = (rollout for part in everything for rollout in part)
     return sorted(gathered, key=lambda rollout: (rollout.slot, rollout.response_index))
-
-
-def gather_to_main(value, groups: Groups) -> list | None:
-    """Every rank's value, by rank, on rank 0; None elsewhere."""
-    everything = [None] * groups.world_size if groups.is_main else None
-    dist.gather_object(value, everything, dst=0, group=groups.control)
-    return everything
-
-
-def largest(number: int, groups: Groups) -> int:
-    """The largest of the numbers that the ranks of this expert-parallel group give."""
-    if groups.ep_size == 1:
-        return number
-    value = torch.tensor([number])
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=groups.ep_control)
-    return int(value.item())
-
-
-def anyone(has_tokens: bool, groups: Groups) -> bool:
-    """Whether another pass is to be made: on every rank of the group alike."""
-    return bool(largest(int(has_tokens), groups))

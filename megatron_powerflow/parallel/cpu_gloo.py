@@ -60,15 +60,20 @@ def _is_cuda(device: object) -> bool:
     )
 
 
+def _put(owner: object, name: str, replacement: object) -> None:
+    """Every patch. It need not be of the type of what it replaces: a device stands for a number, say."""
+    setattr(owner, name, replacement)
+
+
 def _compiler() -> None:
     def as_written(model=None, **_options):
         return model if model is not None else as_written
 
-    torch.compile = as_written
+    _put(torch, "compile", as_written)
 
 
 def _current_device() -> None:
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    _put(torch.cuda, "current_device", lambda: torch.device("cpu"))
 
 
 def _cuda_device_literals() -> None:
@@ -89,7 +94,7 @@ def _cuda_device_literals() -> None:
         return wrapped
 
     for name in _FACTORIES:
-        setattr(torch, name, on_cpu(getattr(torch, name)))
+        _put(torch, name, on_cpu(getattr(torch, name)))
 
 
 def _tensor_moves() -> None:
@@ -101,8 +106,8 @@ def _tensor_moves() -> None:
             kwargs["device"] = "cpu"
         return original_to(self, *args, **kwargs)
 
-    torch.Tensor.to = to
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    _put(torch.Tensor, "to", to)
+    _put(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
 
 
 def _tensor_type_names() -> None:
@@ -112,7 +117,7 @@ def _tensor_type_names() -> None:
         answer = original_type(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
 
-    torch.Tensor.type = type_
+    _put(torch.Tensor, "type", type_)
 
 
 def _rng_tracker() -> None:
@@ -124,11 +129,11 @@ def _rng_tracker() -> None:
     def set_state(new_state, device=-1, graph_safe=False):
         torch.set_rng_state(new_state)
 
-    random._get_cuda_rng_state = get_state
-    random._set_cuda_rng_state = set_state
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda device="cpu": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda new_state, device="cpu": torch.set_rng_state(new_state)
+    _put(random, "_get_cuda_rng_state", get_state)
+    _put(random, "_set_cuda_rng_state", set_state)
+    _put(torch.cuda, "manual_seed", torch.manual_seed)
+    _put(torch.cuda, "get_rng_state", lambda device="cpu": torch.get_rng_state())
+    _put(torch.cuda, "set_rng_state", lambda new_state, device="cpu": torch.set_rng_state(new_state))
 
 
 class _NullStream:
@@ -157,14 +162,16 @@ class _NullStream:
 
 
 def _streams() -> None:
-    torch.cuda.Stream = torch.cuda.Event = _NullStream
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _NullStream()
-    torch.Tensor.record_stream = lambda self, stream: None
+    for name in ("Stream", "Event"):
+        _put(torch.cuda, name, _NullStream)
+    _put(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    for name in ("current_stream", "default_stream"):
+        _put(torch.cuda, name, lambda device=None: _NullStream())
+    _put(torch.Tensor, "record_stream", lambda self, stream: None)
 
 
 def _synchronize() -> None:
-    torch.cuda.synchronize = lambda device=None: None
+    _put(torch.cuda, "synchronize", lambda device=None: None)
 
 
 def _all_to_all_splits() -> None:
@@ -172,14 +179,14 @@ def _all_to_all_splits() -> None:
 
     original = dist.all_to_all_single
 
+    def listed(sizes):
+        return sizes.tolist() if torch.is_tensor(sizes) else sizes
+
     @functools.wraps(original)
     def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
-        splits = [
-            sizes.tolist() if torch.is_tensor(sizes) else sizes for sizes in (output_split_sizes, input_split_sizes)
-        ]
-        return original(output, input, *splits, *args, **kwargs)
+        return original(output, input, listed(output_split_sizes), listed(input_split_sizes), *args, **kwargs)
 
-    dist.all_to_all_single = all_to_all_single
+    _put(dist, "all_to_all_single", all_to_all_single)
 
 
 def _uneven_shards() -> None:
@@ -212,19 +219,20 @@ def _uneven_shards() -> None:
         output.copy_(whole.split(sizes)[dist.get_rank(group)])
         return None
 
-    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+    _put(dist, "all_gather", all_gather)
+    _put(dist, "reduce_scatter", reduce_scatter)
 
 
 def _te_general_gemm() -> None:
     from megatron.core.transformer.moe import moe_utils
 
-    moe_utils.te_general_gemm = None
+    _put(moe_utils, "te_general_gemm", None)
 
 
 def _latent_attention_without_te() -> None:
     from megatron.core.transformer import multi_latent_attention
 
-    multi_latent_attention.HAVE_TE = False
+    _put(multi_latent_attention, "HAVE_TE", False)
 
 
 SHIMS: tuple[Shim, ...] = (

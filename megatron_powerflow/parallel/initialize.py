@@ -14,10 +14,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.interfaces import interface_towards
 from megatron_powerflow.parallel.layout import Layout
+
+if TYPE_CHECKING:
+    from megatron_powerflow.parallel.groups import Groups
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -78,8 +82,15 @@ def read_job() -> Job | None:
 
 def settings_that_count() -> dict[str, str]:
     """Environment variables of other libraries that change where a run takes place, those that are set."""
-    names = ("CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS")
-    names += ("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+    names = (
+        "CUDA_VISIBLE_DEVICES",
+        "NCCL_SOCKET_IFNAME",
+        "GLOO_SOCKET_IFNAME",
+        "OMP_NUM_THREADS",
+        "HF_HOME",
+        "HF_ENDPOINT",
+        "HF_HUB_OFFLINE",
+    )
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
@@ -98,7 +109,7 @@ def prepare_imports() -> None:
 
 
 @contextlib.contextmanager
-def initialized(layout: Layout, launch: Launch, *, seed: int) -> Iterator:
+def initialized(layout: Layout, launch: Launch, *, seed: int) -> Iterator[Groups]:
     """Process groups for the layout, as a `Groups`; torn down at exit. After `prepare_imports`.
 
     Reproducible: seeds torch's and Megatron's generators, although nothing in a run draws from them

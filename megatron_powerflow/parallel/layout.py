@@ -150,25 +150,25 @@ def _layout(parallel: ParallelSection, world_size: int) -> Layout:
 
 
 def _size_violations(parallel: ParallelSection, world_size: int) -> list[str]:
-    found = []
+    violations = []
     model_size = parallel.tp * parallel.cp * parallel.pp
     if world_size % model_size:
-        found.append(
+        violations.append(
             f"{world_size} processes do not hold tp={parallel.tp} x cp={parallel.cp} x pp={parallel.pp} = {model_size}"
             f"; start a multiple of {model_size} processes (torchrun --nproc-per-node), or change parallel.*"
         )
     elif (holders := world_size // (parallel.tp * parallel.pp)) % parallel.ep:
-        found.append(
+        violations.append(
             f"parallel.ep={parallel.ep} does not divide cp x dp = {holders}, the ranks that experts are spread over; "
             f"choose {_choices(_divisors(holders))}, or start more processes"
         )
-    return found
+    return violations
 
 
 def model_violations(parallel: ParallelSection, architecture: Architecture) -> list[str]:
     """Why this model cannot be split this way."""
     tp, pp, vpp = parallel.tp, parallel.pp, parallel.vpp or 1
-    found = []
+    violations = []
     counts = {
         "num_attention_heads": architecture.num_attention_heads,
         "num_query_groups": architecture.num_query_groups,
@@ -182,19 +182,19 @@ def model_violations(parallel: ParallelSection, architecture: Architecture) -> l
         counts |= {"q_lora_rank": latent.q_lora_rank} if latent.q_lora_rank is not None else {}
     for name, count in counts.items():
         if count % tp:
-            found.append(
+            violations.append(
                 f"parallel.tp={tp} does not divide {name}={count}; choose {_choices(_common_divisors(counts))}"
             )
     if architecture.num_layers % (pp * vpp):
-        found.append(
+        violations.append(
             f"parallel.pp={pp}" + (f" x vpp={vpp}" if vpp > 1 else "") + f" does not divide num_layers="
             f"{architecture.num_layers}; choose pp{' x vpp' if vpp > 1 else ''} among "
             f"{_choices(_divisors(architecture.num_layers))}"
         )
-    found += _expert_violations(parallel, architecture)
+    violations += _expert_violations(parallel, architecture)
     if parallel.vpp == 1:
-        found.append("parallel.vpp=1 is no interleaving; remove it, or use 2 or more")
-    return found
+        violations.append("parallel.vpp=1 is no interleaving; remove it, or use 2 or more")
+    return violations
 
 
 def _expert_violations(parallel: ParallelSection, architecture: Architecture) -> list[str]:
@@ -202,22 +202,23 @@ def _expert_violations(parallel: ParallelSection, architecture: Architecture) ->
         if parallel.ep > 1:
             return [f"parallel.ep={parallel.ep}: {architecture.family} has no experts to spread; use parallel.ep=1"]
         return []
-    found = []
+    violations = []
     if architecture.experts.num % parallel.ep:
-        found.append(
+        violations.append(
             f"parallel.ep={parallel.ep} does not divide the {architecture.experts.num} experts; choose "
             f"{_choices(_divisors(architecture.experts.num))}"
         )
     if parallel.tp > 1 and not parallel.sequence_parallel:
-        found.append(
+        violations.append(
             f"parallel.tp={parallel.tp} with experts needs sequence parallelism (each rank routes its own tokens); "
             "set parallel.sequence_parallel=true, or use parallel.tp=1"
         )
-    return found
+    return violations
 
 
 def _batch_violations(config: Config, layout: Layout) -> list[str]:
     rollout, micro = config.rollout, config.parallel.micro_batch_size
+    budget = config.parallel.max_tokens_per_micro_batch
     prompts_per_update = rollout.prompts_per_step // config.optimizer.updates_per_rollout
     if prompts_per_update % layout.dp:
         return [
@@ -225,8 +226,9 @@ def _batch_violations(config: Config, layout: Layout) -> list[str]:
             f"(rollout.prompts_per_step={rollout.prompts_per_step}); a group is never split, so choose a multiple of "
             f"{layout.dp * config.optimizer.updates_per_rollout}"
         ]
-    if config.parallel.max_tokens_per_micro_batch is not None:
-        return _budget_violations(config, layout)
+    if budget is not None:
+        return _budget_violations(config, layout, budget)
+    assert micro is not None, "config_rules.py fills it in where nothing packs"
     local = prompts_per_update // layout.dp * rollout.responses_per_prompt
     if local % micro:
         return [
@@ -241,9 +243,8 @@ def _batch_violations(config: Config, layout: Layout) -> list[str]:
     return []
 
 
-def _budget_violations(config: Config, layout: Layout) -> list[str]:
+def _budget_violations(config: Config, layout: Layout, budget: int) -> list[str]:
     """Packed micro-batches come in any number; each rollout needs room in one."""
-    budget = config.parallel.max_tokens_per_micro_batch
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     multiple = layout.position_multiple(FP8_TOKENS if config.precision.dtype == "fp8" else 1)
     needed = -(-longest // multiple) * multiple

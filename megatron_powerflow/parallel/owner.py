@@ -80,7 +80,7 @@ def this_process(what: str) -> Holder:
         pid_space=_pid_space(),
         pid=os.getpid(),
         process_start=_process_start(os.getpid()),
-        job=job and job.id,
+        job=job.id if job else None,
         restarts=job.restarts if job else 0,
         since=time.time(),
         what=what,
@@ -181,20 +181,20 @@ class Owner:
 
 def held_by_another(guarded: Path, lock: Path) -> str | None:
     """What `Owner.take` would say here and now, or None. Reads only."""
-    for place, holder in [*_chain(lock)][-1:]:
-        if not _is_gone(holder, place, time.time()):
-            return _refusal(guarded, place, holder)
+    for path, holder in [*_chain(lock)][-1:]:
+        if not _is_gone(holder, path, time.time()):
+            return _refusal(guarded, path, holder)
     return None
 
 
-def _refusal(guarded: Path, place: Path, holder: Holder) -> str:
+def _refusal(guarded: Path, path: Path, holder: Holder) -> str:
     if holder.token == FOREIGN:
-        return f"{guarded}: {place.name} is in the way and no lock of ours; move it away, or write elsewhere"
+        return f"{guarded}: {path.name} is in the way and no lock of ours; move it away, or write elsewhere"
     text = f"{guarded}: is held by {holder.describe()}; wait for it to end, stop it, or write elsewhere"
     if _is_seen_from_here(holder):
         return text
     return (
-        f"{text}. If it was killed, start again when its lock {place.name} has not been touched for "
+        f"{text}. If it was killed, start again when its lock {path.name} has not been touched for "
         f"{STALE_SECONDS:.0f} s: a living one touches it every {BEAT_SECONDS:.0f} s"
     )
 
@@ -207,9 +207,10 @@ def _take(guarded: Path, lock: Path, mine: Holder) -> None:
         for _ in range(ATTEMPTS):
             os.utime(new)
             now = new.stat().st_mtime  # by the clock of the file server, as the time of the lock is
-            place, holder = ([*_chain(lock)] or [(lock, None)])[-1]
-            if holder is not None and not _is_gone(holder, place, now):
-                raise UserError(_refusal(guarded, place, holder))
+            chain: list[tuple[Path, Holder | None]] = [(lock, None), *_chain(lock)]
+            path, holder = chain[-1]
+            if holder is not None and not _is_gone(holder, path, now):
+                raise UserError(_refusal(guarded, path, holder))
             end = lock if holder is None else _after(lock, holder)
             if _link(new, end):
                 if _holder_at_end(lock) == mine:
@@ -225,12 +226,12 @@ def _take(guarded: Path, lock: Path, mine: Holder) -> None:
 
 
 def _chain(lock: Path) -> Iterator[tuple[Path, Holder]]:
-    """The lock and those that succeeded it, each with its place."""
-    place, seen = lock, set()
-    while (found := _read(place)) is not None and found.token not in seen:
+    """The lock and those that succeeded it, each with its path."""
+    path, seen = lock, set()
+    while (found := _read(path)) is not None and found.token not in seen:
         seen.add(found.token)
-        yield place, found
-        place = _after(lock, found)
+        yield path, found
+        path = _after(lock, found)
 
 
 def _holder_at_end(lock: Path) -> Holder | None:
@@ -241,19 +242,19 @@ def _after(lock: Path, holder: Holder) -> Path:
     return lock.with_name(f"{lock.name}.after-{holder.token}")
 
 
-def _link(new: Path, place: Path) -> bool:
-    """Whether `place` is now what `new` is; False where something was there."""
+def _link(new: Path, path: Path) -> bool:
+    """Whether `path` is now what `new` is; False where something was there."""
     try:
-        os.link(new, place)
+        os.link(new, path)
     except FileExistsError:
         # also where the server made the link and its answer was lost on the way
         with contextlib.suppress(OSError):
-            return os.path.samefile(new, place)
+            return os.path.samefile(new, path)
         return False
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        with contextlib.suppress(FileExistsError), place.open("xb") as file:  # a file system without links
+        with contextlib.suppress(FileExistsError), path.open("xb") as file:  # a file system without links
             file.write(new.read_bytes())
             return True
         return False
@@ -268,12 +269,12 @@ def _sweep(lock: Path, now: float) -> None:
             path.unlink(missing_ok=True)
 
 
-def _read(place: Path) -> Holder | None:
+def _read(path: Path) -> Holder | None:
     """None: nothing there. The holder of a lock that is damaged, or being written, is not known; that of a file that
     begins like no lock is FOREIGN."""
     try:
-        text = place.read_text(encoding="utf-8", errors="replace")
-        since = place.stat().st_mtime
+        text = path.read_text(encoding="utf-8", errors="replace")
+        since = path.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
@@ -301,7 +302,7 @@ def _is_seen_from_here(holder: Holder) -> bool:
     return (holder.host, holder.boot, holder.pid_space) == (socket.gethostname(), _boot(), _pid_space())
 
 
-def _is_gone(holder: Holder, place: Path, now: float) -> bool:
+def _is_gone(holder: Holder, path: Path, now: float) -> bool:
     if holder.token == FOREIGN:
         return False
     if _is_seen_from_here(holder):
@@ -310,7 +311,7 @@ def _is_gone(holder: Holder, place: Path, now: float) -> bool:
     if job is not None and job.id == holder.job and holder.restarts < job.restarts:
         return True
     try:
-        return now - place.stat().st_mtime > STALE_SECONDS
+        return now - path.stat().st_mtime > STALE_SECONDS
     except FileNotFoundError:
         return True  # just given free, or renamed by its successor: what is done next finds out
 

@@ -6,7 +6,7 @@ line, from their evaluation.json.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -15,33 +15,45 @@ from megatron_powerflow.metrics.axes import end_at_share, step_axis
 from megatron_powerflow.metrics.names import METRICS, heading, label
 from megatron_powerflow.report.arms import Arm
 from megatron_powerflow.report.pictures import GREY, Cast, Picture, draw_band, finish, in_style, panels
-from megatron_powerflow.report.plot_style import LineStyle
-from megatron_powerflow.report.seeds import band, error_lengths
+from megatron_powerflow.report.plot_style import LineStyle, MarkKeywords
+from megatron_powerflow.report.seeds import Band, band, error_lengths
 
 KL = "kl_per_response"  # of metrics.jsonl; the others are of evaluations.jsonl
 BY_STEP = ("accuracy", KL, "truncated_fraction", "response_length_mean")
-START = {"marker": "o", "markerfacecolor": "white", "markersize": 10, "markeredgewidth": 1.8, "linestyle": "none"}
-END = {"marker": "*", "markersize": 17, "markeredgecolor": "white", "markeredgewidth": 0.8, "linestyle": "none"}
+START: MarkKeywords = {
+    "marker": "o",
+    "markerfacecolor": "white",
+    "markersize": 10,
+    "markeredgewidth": 1.8,
+    "linestyle": "none",
+}
+END: MarkKeywords = {
+    "marker": "*",
+    "markersize": 17,
+    "markeredgecolor": "white",
+    "markeredgewidth": 0.8,
+    "linestyle": "none",
+}
 
 
 def draw_accuracy_against_length(cast: Cast) -> Picture | None:
-    """The path of each arm through (mean length, accuracy); a point for an arm without in-training evaluations. None
-    where no trained arm was evaluated."""
-    paths = [(arm, style) for arm, style in cast.pairs() if _path(arm) is not None]
+    """Draw each arm's path through (mean length in tokens, accuracy), or a point without in-training evaluations.
+
+    Returns None where no trained arm was evaluated.
+    """
+    paths = [(arm, style, path) for arm, style in cast.pairs() if (path := _path(arm)) is not None]
     if not paths and not any(arm.trained and arm.point("accuracy") for arm in cast.arms):
         return None
     with in_style():
         figure, (axis,) = panels(1, height=6.0)
         points = [(arm, style) for arm, style in cast.pairs() if _draw_point(axis, arm, style)]
-        for arm, style in paths:
-            length, accuracy = _path(arm)
+        for _, style, (length, accuracy) in paths:
             errors = error_lengths(accuracy.mean, accuracy.se, share=True)
             axis.errorbar(
                 length.mean, accuracy.mean, xerr=length.se, yerr=errors, fmt="none", ecolor=style.color, alpha=0.35
             )
             axis.plot(length.mean, accuracy.mean, **style.marked(), zorder=3)
-        for arm, style in paths:  # over every line
-            length, accuracy = _path(arm)
+        for _, style, (length, accuracy) in paths:  # over every line
             axis.plot(length.mean[-1], accuracy.mean[-1], **END, color=style.color, zorder=5)
             axis.plot(length.mean[0], accuracy.mean[0], **START, color=style.color, zorder=6)
         axis.set_xlabel(label("response_length_mean"))
@@ -49,7 +61,8 @@ def draw_accuracy_against_length(cast: Cast) -> Picture | None:
         end_at_share(axis)
         extra = [Line2D([], [], **START, color=GREY, label="first evaluation")] if paths else []
         extra += [Line2D([], [], **END, color=GREY, label="last evaluation")] if paths else []
-        png = finish(figure, [pair for pair in cast.pairs() if pair in paths or pair in points], extra)
+        shown = [*points, *((arm, style) for arm, style, _ in paths)]
+        png = finish(figure, [pair for pair in cast.pairs() if pair in shown], extra)
     return Picture(
         name="accuracy_against_length",
         title="Accuracy against length",
@@ -66,25 +79,28 @@ def draw_accuracy_against_length(cast: Cast) -> Picture | None:
 
 
 def draw_accuracy_by_step(cast: Cast) -> Picture | None:
-    """Accuracy, and what it may be paid with, against step; level dashed lines for arms that were only evaluated."""
+    """Draw accuracy, and what it may be paid with, against step; arms that were only evaluated are level lines.
+
+    Returns None where no arm was evaluated in training.
+    """
     trained = [(arm, style) for arm, style in cast.pairs() if arm.evaluated("accuracy")]
     if not trained:
         return None
     level = [(arm, style) for arm, style in cast.pairs() if not arm.trained and arm.point("accuracy")]
     with in_style():
-        there = [name for name in BY_STEP if any(_by_step(arm, name) for arm, _ in trained)]
-        figure, axes = panels(len(there), height=3.7)
-        for axis, name in zip(axes, there, strict=True):
+        available = [name for name in BY_STEP if any(_by_step(arm, name) for arm, _ in trained)]
+        figure, axes = panels(len(available), height=3.7)
+        for axis, name in zip(axes, available, strict=True):
             for arm, style in trained:
                 draw_band(axis, style, _by_step(arm, name))
-            for place, (arm, style) in enumerate(level):
-                _draw_level(axis, arm, style, name, place, len(level))
+            for level_index, (arm, style) in enumerate(level):
+                _draw_level(axis, arm, style, name, level_index, len(level))
             if METRICS[name].share:
                 end_at_share(axis)
             axis.set_title(heading(name))
             step_axis(axis)
         png = finish(figure, trained + level)
-    shown = ", ".join(METRICS[name].name for name in there)
+    shown = ", ".join(METRICS[name].name for name in available)
     return Picture(
         name="accuracy_by_step",
         title="Accuracy, KL, truncated share and length against step",
@@ -98,24 +114,21 @@ def draw_accuracy_by_step(cast: Cast) -> Picture | None:
     )
 
 
-def _by_step(arm: Arm, name: str) -> list[Mapping[int, float]]:
+def _by_step(arm: Arm, name: str) -> Sequence[Mapping[int, float]]:
     return arm.metric(name) if name == KL else arm.evaluated(name)
 
 
-def _path(arm: Arm):
-    """(length, accuracy) bands at the steps that have both, or None."""
+def _path(arm: Arm) -> tuple[Band, Band] | None:
+    """Return the bands of length and of accuracy at the steps that have both, or None."""
     both = [
         [e for e in run.evaluations if "accuracy" in e.values and "response_length_mean" in e.values]
         for run in arm.members
     ]
-    both = [found for found in both if found]
-    if not both:
-        return None
-    bands = [
-        band([{e.step: e.values[name] for e in found} for found in both], max_points=10**9)
+    length, accuracy = (
+        band([{e.step: e.values[name] for e in evaluations} for evaluations in both], max_points=10**9)
         for name in ("response_length_mean", "accuracy")
-    ]
-    return bands[0], bands[1]
+    )
+    return None if length is None or accuracy is None else (length, accuracy)
 
 
 def _draw_point(axis: Axes, arm: Arm, style: LineStyle) -> bool:
@@ -132,13 +145,13 @@ def _draw_point(axis: Axes, arm: Arm, style: LineStyle) -> bool:
     return True
 
 
-def _draw_level(axis: Axes, arm: Arm, style: LineStyle, name: str, place: int, count: int) -> None:
+def _draw_level(axis: Axes, arm: Arm, style: LineStyle, name: str, level_index: int, count: int) -> None:
     point = arm.point(name)
     if point is None:
         return
     axis.axhline(point.mean, **style.line())
-    # one marker, so that level lines that lie close are told apart
-    across = (place + 1) / (count + 1)
+    # one marker, so that level lines that lie close can be distinguished
+    across = (level_index + 1) / (count + 1)
     axis.plot(across, point.mean, **style.point(), transform=axis.get_yaxis_transform(), zorder=4)
     if point.se:
         (below,), (above,) = error_lengths([point.mean], [point.se], share=METRICS[name].share)

@@ -16,15 +16,15 @@ MAX_QUESTION = 600
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """when: "step 0, 118 tokens, eos"."""
+    """One answer as it is shown. Example of when: "step 0, 118 tokens, cut at the limit"."""
 
     when: str
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One prompt, and the answers of the first and the last sampled step."""
+class PromptAnswers:
+    """A prompt with the answers of the first and the last sampled step; after is None where they are one step."""
 
     question: str
     gold: str
@@ -32,20 +32,20 @@ class Asked:
     after: Answer | None
 
 
-def answers_of(arm: Arm) -> list[Asked]:
-    """Of the arm's first seed that has samples; everything shortened, nothing invisible."""
+def answers_of(arm: Arm) -> list[PromptAnswers]:
+    """Return shortened answers to the first prompts of the arm's first seed that has samples."""
     run = next((run for run in arm.members if run.samples), None)
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for line in run.samples if run else ():
         if number(line.get("step")) is not None and isinstance(line.get("response"), str):
             by_prompt.setdefault(visible(line.get("id", "?"), 200), []).append(line)
-    return [_asked(lines) for lines in list(by_prompt.values())[:MAX_PROMPTS]]
+    return [_prompt_answers(lines) for lines in list(by_prompt.values())[:MAX_PROMPTS]]
 
 
-def _asked(lines: Sequence[Mapping[str, Any]]) -> Asked:
+def _prompt_answers(lines: Sequence[Mapping[str, Any]]) -> PromptAnswers:
     first, last = (pick(lines, key=lambda line: float(line["step"])) for pick in (min, max))
     gold = first.get("answer")
-    return Asked(
+    return PromptAnswers(
         question=visible(first.get("question") or first.get("prompt") or "?", MAX_QUESTION),
         gold="" if gold is None else visible(gold, 200),
         before=_answer(first),

@@ -36,62 +36,71 @@ FOLDERS_OF_EXPORTS = ("hf_export", "hf", "latest", "checkpoints")
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Seeds of one configuration. Example: label "la_tb α=4", three members with seeds 0, 1, 2."""
+    """An arm is the seeds of one configuration. Example: label "la_tb α=4", three members with seeds 0, 1, 2."""
 
     label: str
     members: tuple[Run, ...]
 
     @property
     def trained(self) -> bool:
-        """False: evaluated only; a point, or a level line."""
+        """Whether the arm was trained; if not it was only evaluated, and is drawn as a point or a level line."""
         return self.members[0].config is not None
 
     def config(self, key: str) -> str | None:
+        """Return the text of a config key; None where the arm has no such key or was not trained."""
         return (self.members[0].config or {}).get(key)
 
     def metric(self, name: str) -> list[Mapping[int, float]]:
-        """Of metrics.jsonl: step -> value, for each seed that has it."""
+        """Return step -> value of a metric in metrics.jsonl, for each seed that has it."""
         return [run.metrics[name] for run in self.members if name in run.metrics]
 
     def evaluated(self, name: str) -> list[dict[int, float]]:
-        """Of evaluations.jsonl: step -> value, for each seed that has it."""
+        """Return step -> value of a metric in evaluations.jsonl, for each seed that has it."""
         series = [{e.step: e.values[name] for e in run.evaluations if name in e.values} for run in self.members]
         return [points for points in series if points]
 
     def measured(self) -> list[EvaluationFile]:
-        """The evaluation of the policy itself: one file per seed, all on the data of RUN/evaluation, else on the data
-        that comes first."""
+        """Return the evaluation files of the policy itself, one per seed.
+
+        All are on the data of RUN/evaluation where there is one, else on the data that comes first.
+        """
         files = [file for run in self.members for file in run.files]
         own = [file for file in files if file.own]
         return self.files_on((own or files)[0].data) if files else []
 
     def files_on(self, data: str) -> list[EvaluationFile]:
-        """One evaluation of each seed on that data: RUN/evaluation, else the last by name, step_9 before step_10."""
+        """Return one evaluation of each seed on `data`: RUN/evaluation, else the last by name, step_10 after step_9."""
         by_seed = [[file for file in run.files if file.data == data] for run in self.members]
         return [max(files, key=lambda file: (file.own, natural(file.where))) for files in by_seed if files]
 
     def point(self, name: str) -> Estimate | None:
-        """Of `measured()`."""
+        """Average a value over the files of `measured()`; None where no file has it."""
         return estimate_of([file.overall for file in self.measured()], name)
 
 
 def estimate_of(evaluations: Sequence[Evaluation], name: str) -> Estimate | None:
-    """The mean of one value over evaluations, one per seed."""
-    having = [e.values for e in evaluations if name in e.values]
-    return estimate([values[name] for values in having], [values.get(f"{name}_se") for values in having])
+    """Average one value over evaluations, one per seed; None where none has it."""
+    measured_values = [e.values for e in evaluations if name in e.values]
+    return estimate(
+        [values[name] for values in measured_values], [values.get(f"{name}_se") for values in measured_values]
+    )
 
 
 def estimate_pass_at(evaluations: Sequence[Evaluation], k: int) -> Estimate | None:
-    having = [e for e in evaluations if k in e.pass_at]
-    return estimate([e.pass_at[k] for e in having], [e.pass_at_se.get(k) for e in having])
+    """Average pass@k over evaluations, one per seed; None where none has that k."""
+    measured = [e for e in evaluations if k in e.pass_at]
+    return estimate([e.pass_at[k] for e in measured], [e.pass_at_se.get(k) for e in measured])
 
 
 def group_runs(runs: Sequence[Run]) -> list[Arm]:
-    """Arms in the order in which their first runs were given. Raises UserError when one seed is there twice."""
+    """Group runs into arms, in the order in which their first runs were given.
+
+    Raises UserError when one arm has the same seed twice.
+    """
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         members = groups.setdefault(_identity(run), [])
-        same = [place for place, member in enumerate(members) if _other_data(member, run)]
+        same = [index for index, member in enumerate(members) if _other_data(member, run)]
         if same:
             members[same[0]] = replace(members[same[0]], files=(*members[same[0]].files, *run.files))
         else:
@@ -100,27 +109,27 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
         f"{one.shown} and {other.shown}: the same configuration with the same seed {one.seed}; they are one "
         "measurement and not two seeds; give one of them"
         for members in groups.values()
-        for place, one in enumerate(members)
-        for other in members[place + 1 :]
+        for index, one in enumerate(members)
+        for other in members[index + 1 :]
         if one.seed == other.seed
     ]
     if twice:
         raise UserError(twice)
-    members = [tuple(sorted(group, key=lambda run: natural(run.seed))) for group in groups.values()]
-    trained = [group for group in members if group[0].config is not None]
+    by_arm = [tuple(sorted(group, key=lambda run: natural(run.seed))) for group in groups.values()]
+    trained = [group for group in by_arm if group[0].config is not None]
     names = dict(zip(map(id, trained), _labels(trained), strict=True))
-    labels = [names.get(id(group)) or _label_of_evaluation(group[0].files[0]) for group in members]
-    return [Arm(label, group) for label, group in zip(_unique(labels), members, strict=True)]
+    labels = [names.get(id(group)) or _label_of_evaluation(group[0].files[0]) for group in by_arm]
+    return [Arm(label, group) for label, group in zip(_unique(labels), by_arm, strict=True)]
 
 
 def differing_keys(configs: Sequence[Mapping[str, str]]) -> list[str]:
-    """Keys that are not the same in all configs and belong to what makes an arm; most telling first."""
+    """Return the keys that make an arm and are not the same in all configs, most telling first."""
     keys = list(dict.fromkeys([*FIRST_KEYS, *(key for config in configs for key in config)]))
     return [key for key in keys if not _same_arm(key) and len({config.get(key) for config in configs}) > 1]
 
 
 def short_name(path: str) -> str:
-    """A model's or data's path, as people say it. Example: runs/mine/hf_export -> mine/hf_export."""
+    """Shorten the path of a model or of data. Example: runs/mine/hf_export -> mine/hf_export."""
     parts = PurePath(path).parts
     long = len(parts) > 1 and (parts[-1] in FOLDERS_OF_EXPORTS or parts[-1].startswith("step_"))
     return "/".join(parts[-2:]) if long else (parts[-1] if parts else path)
@@ -137,14 +146,14 @@ def _identity(run: Run) -> tuple:
 
 
 def _other_data(one: Run, other: Run) -> bool:
-    """Evaluations of one policy with one seed on different data, from different folders: one member."""
+    """Whether two evaluations, from different folders, are of one policy and seed on different data: one member."""
     disjoint = not {file.data for file in one.files} & {file.data for file in other.files}
     return one.config is None and one.seed == other.seed and disjoint
 
 
 def _labels(groups: Sequence[tuple[Run, ...]]) -> list[str]:
-    """The name the runs were given, or the fewest keys that tell the arms apart."""
-    configs = [group[0].config for group in groups]
+    """Label trained arms by the name that their runs were given, or by the fewest keys that tell the arms apart."""
+    configs = [_config_of(group[0]) for group in groups]
     telling: list[str] = []
     for key in differing_keys(configs):
         if len({_values(c, [*telling, key]) for c in configs}) > len({_values(c, telling) for c in configs}):
@@ -152,10 +161,15 @@ def _labels(groups: Sequence[tuple[Run, ...]]) -> list[str]:
     telling = telling or ["objective.preset", "objective.alpha"]
     labels = []
     for group, config in zip(groups, configs, strict=True):
-        names = {run.config.get("run.name") for run in group}
+        names = {_config_of(run).get("run.name") for run in group}
         given = names.pop() if len(names) == 1 else None
         labels.append(given or " ".join(_word(key, config[key]) for key in telling if key in config) or group[0].shown)
     return labels
+
+
+def _config_of(run: Run) -> Mapping[str, str]:
+    assert run.config is not None, f"{run.shown} was not trained"
+    return run.config
 
 
 def _values(config: Mapping[str, str], keys: Sequence[str]) -> tuple:
@@ -173,7 +187,7 @@ def _label_of_evaluation(file: EvaluationFile) -> str:
 
 
 def _unique(labels: Sequence[str]) -> list[str]:
-    """Shortened; a label that is there already gets a number."""
+    """Shorten labels, and give a label that is taken already a number."""
     taken: dict[str, None] = {}
     for label in labels:
         short = visible(" ".join(label.split()), 10**4).strip() or "?"

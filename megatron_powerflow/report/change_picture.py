@@ -16,7 +16,10 @@ CHANGE_NAME = "before_after.png"  # in a run's folder
 
 
 def draw_change(changes: Changes, alpha: float | None, out: Path) -> Path:
-    """Draw into `out` (PNG). Returns it. Raises UserError where matplotlib is missing or the file cannot be written."""
+    """Draw each held-out prompt before and after training into `out` (PNG) and return `out`.
+
+    Raises UserError where matplotlib is missing or the file cannot be written.
+    """
     try:
         import matplotlib
     except ImportError:

@@ -28,8 +28,9 @@ Lines = list[dict[str, float]]  # of metrics.jsonl
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
-    """One panel of lines. band: the metrics of its lower and upper edge; title: where there are several lines."""
+class CurvePanel:
+    """A panel draws several metrics as lines. band: the metrics of a shaded band's lower and upper edge; title:
+    needed where there are several lines."""
 
     lines: tuple[str, ...]
     title: str = ""
@@ -37,33 +38,35 @@ class Panel:
 
     @property
     def heading(self) -> str:
+        """Return the title, or the heading of the only metric."""
         return self.title or heading(self.lines[0])
 
 
 PANELS = (
-    Panel(("accuracy",)),
-    Panel(("kl_per_response",)),
-    Panel(("truncated_fraction", "boxed_rate"), "Truncated and boxed responses"),
-    Panel(("loss",)),
-    Panel(("residual_p05", "residual_p25", "residual_p50", "residual_p75", "residual_p95"), "Residual"),
-    Panel(("log_z_mean", "group_log_z_mean")),
-    Panel(
+    CurvePanel(("accuracy",)),
+    CurvePanel(("kl_per_response",)),
+    CurvePanel(("truncated_fraction", "boxed_rate"), "Truncated and boxed responses"),
+    CurvePanel(("loss",)),
+    CurvePanel(("residual_p05", "residual_p25", "residual_p50", "residual_p75", "residual_p95"), "Residual"),
+    CurvePanel(("log_z_mean", "group_log_z_mean")),
+    CurvePanel(
         ("alpha_realised", "alpha"),
         "Alpha, asked and realised; shaded: 95 % interval",
         band=("alpha_realised_low", "alpha_realised_high"),
     ),
-    Panel(("response_length_mean", "response_length_p95"), "Response length (tokens)"),
-    Panel(("policy_entropy",)),
-    Panel(("grad_norm",)),
-    Panel(("tokens_per_second", "rollout_tokens_per_second"), "Response tokens per second"),
-    Panel(("sampler_gap_mean", "sampler_gap_max"), "Sampler against scorer (nats per token)"),
+    CurvePanel(("response_length_mean", "response_length_p95"), "Response length (tokens)"),
+    CurvePanel(("policy_entropy",)),
+    CurvePanel(("grad_norm",)),
+    CurvePanel(("tokens_per_second", "rollout_tokens_per_second"), "Response tokens per second"),
+    CurvePanel(("sampler_gap_mean", "sampler_gap_max"), "Sampler against scorer (nats per token)"),
 )
 
 
 def draw_curves(runs: Sequence[Path], out: Path) -> Path:
     """Draw the curves of one or more run folders over each other into `out` (PNG). Returns `out`.
 
-    Raises UserError when a folder holds no metrics, or matplotlib is not installed.
+    Raises UserError when a folder holds no metrics, matplotlib is not installed or `out` may not be or cannot be
+    written.
     """
     try:
         import matplotlib
@@ -87,8 +90,8 @@ def draw_curves(runs: Sequence[Path], out: Path) -> Path:
         figure = Figure(figsize=(17, 4 * rows), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(rows, COLUMNS)
-        for place, panel in enumerate(shown):
-            _draw(figure.add_subplot(grid[place // COLUMNS, place % COLUMNS]), panel, lines)
+        for index, panel in enumerate(shown):
+            _draw(figure.add_subplot(grid[index // COLUMNS, index % COLUMNS]), panel, lines)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=110, metadata={"Title": TITLE})
     try:
@@ -99,7 +102,7 @@ def draw_curves(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _draw(axis: Axes, panel: Panel, lines: dict[Path, Lines]) -> None:
+def _draw(axis: Axes, panel: CurvePanel, lines: dict[Path, Lines]) -> None:
     from megatron_powerflow.metrics.axes import end_at_share, make_room_above, step_axis
 
     styles = iter(line_styles(len(lines) * len(panel.lines)))
@@ -109,14 +112,15 @@ def _draw(axis: Axes, panel: Panel, lines: dict[Path, Lines]) -> None:
             style = next(styles)
             steps, values = _series(of_run, name)
             if steps:
-                # one style of line has no marker, and a run of one step would show nothing
-                marker = {"marker": style.marker} if len(steps) == 1 else {}
-                axis.plot(steps, values, label=_label(panel, run, name, len(lines)), **style.line(), **marker)
+                drawn = style.line()
+                if len(steps) == 1:  # one style of line has no marker, and a run of one step would show nothing
+                    drawn["marker"] = style.marker
+                axis.plot(steps, values, label=_label(panel, run, name, len(lines)), **drawn)
             if name == panel.lines[0] and panel.band:
-                bands.append((style, of_run))
+                bands.append((style, of_run, panel.band))
     limits = axis.get_ylim()
-    for style, of_run in bands:
-        _shade(axis, style, of_run, *panel.band)
+    for style, of_run, (low, high) in bands:
+        _shade(axis, style, of_run, low, high)
     if panel.band:
         axis.set_ylim(limits)  # an interval may be wide where little is known: the lines say how high the panel is
     shares = all(METRICS[name].share for name in panel.lines)
@@ -127,12 +131,11 @@ def _draw(axis: Axes, panel: Panel, lines: dict[Path, Lines]) -> None:
     if len(axis.lines) > 1:
         if not shares:
             make_room_above(axis, LEGEND_LINE * len(axis.lines))
-        place = "best" if shares else "upper left"
-        axis.legend(loc=place, fontsize=9, frameon=True, framealpha=0.8, edgecolor="none")
+        axis.legend(loc="best" if shares else "upper left", fontsize=9, frameon=True, framealpha=0.8, edgecolor="none")
 
 
-def _label(panel: Panel, run: Path, name: str, num_runs: int) -> str:
-    """What tells a line from the others of its panel."""
+def _label(panel: CurvePanel, run: Path, name: str, num_runs: int) -> str:
+    """Return what tells a line from the others of its panel."""
     parts = ([run.name] if num_runs > 1 else []) + ([METRICS[name].name] if len(panel.lines) > 1 else [])
     text = ": ".join(parts)
     return f" {text}" if text.startswith("_") else text  # matplotlib leaves names with an underscore out
@@ -145,7 +148,7 @@ def _shade(axis: Axes, style: LineStyle, of_run: Lines, low: str, high: str) -> 
 
 
 def _series(of_run: Lines, name: str) -> tuple[list[float], list[float]]:
-    """Steps and finite values."""
+    """Return the steps and the finite values of a metric."""
     points = [(line["step"], line[name]) for line in of_run if isfinite(line.get(name, float("nan")))]
     return [step for step, _ in points], [value for _, value in points]
 

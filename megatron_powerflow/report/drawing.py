@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.markers import MarkerStyle
 
 from megatron_powerflow.report.accuracy_and_length import (
@@ -48,28 +49,30 @@ SECTIONS: tuple[tuple[str, str, tuple[Callable[[Cast], Picture | None], ...], st
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class PageSection:
+    """A section of the page holds its pictures, or says what a run needs to have for one."""
+
     anchor: str
     title: str
     pictures: tuple[Picture, ...]
-    needs: str  # said where there is no picture
+    needs: str  # shown where there is no picture
 
 
-def draw_all(arms: Sequence[Arm]) -> tuple[list[Section], tuple[LineStyle, ...]]:
-    """Every section with the pictures there are numbers for, and each arm's style."""
-    who = cast(arms)
+def draw_all(arms: Sequence[Arm]) -> tuple[list[PageSection], tuple[LineStyle, ...]]:
+    """Draw every section's pictures for which there are numbers. Returns the sections, and the style of each arm."""
+    all_arms = cast(arms)
     sections = [
-        Section(anchor, title, tuple(picture for draw in draws if (picture := draw(who))), needs)
+        PageSection(anchor, title, tuple(picture for draw in draws if (picture := draw(all_arms))), needs)
         for anchor, title, draws, needs in SECTIONS
     ]
-    return sections, who.styles
+    return sections, all_arms.styles
 
 
 def swatch(style: LineStyle) -> str:
-    """A line with its marker as inline SVG, 46 by 14 pixels."""
+    """Draw a line with its marker as inline SVG, 46 by 14 pixels."""
     marker = MarkerStyle(style.marker)
     outline = marker.get_path().transformed(marker.get_transform())
-    points = " ".join(f"{23 + 8 * x:.1f},{7 - 8 * y:.1f}" for x, y in outline.to_polygons()[0])
+    points = " ".join(f"{23 + 8 * x:.1f},{7 - 8 * y:.1f}" for x, y in np.asarray(outline.to_polygons()[0]))
     dashes = ",".join(f"{1.9 * length:.1f}" for length in style.dashes) or "none"
     return (
         '<svg class="swatch" width="46" height="14" viewBox="0 0 46 14" aria-hidden="true">'

@@ -28,8 +28,8 @@ MAX_PANELS = 2  # of each source
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A mean over seeds in the plane. Example: diversity .31 ± .01, quality .78 ± .02."""
+class Point:
+    """A point holds an arm's means over seeds in the plane. Example: diversity .31 ± .01, quality .78 ± .02."""
 
     x: Estimate
     y: Estimate
@@ -37,16 +37,17 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One panel: which numbers, from where. paths: arm -> places in step order, or one place."""
+    """A view is what one panel shows: the two metrics, their source, and each arm's path in step order (one point
+    where there is only one evaluation)."""
 
     x_name: str
     y_name: str
     in_training: bool
-    paths: tuple[tuple[int, tuple[Place, ...]], ...]  # (place of the arm in the cast, its places)
+    paths: tuple[tuple[int, tuple[Point, ...]], ...]  # (index of the arm in the cast, its points)
 
 
 def draw_frontier(cast: Cast) -> Picture | None:
-    """None when nothing has both a quality and a diversity."""
+    """Draw quality against diversity, with the better side of a reference shaded. Returns None when no arm has both."""
     views = _views(cast.arms)
     if not views:
         return None
@@ -55,20 +56,20 @@ def draw_frontier(cast: Cast) -> Picture | None:
         figure, axes = panels(len(views), height=5.2 if len(views) > 1 else 6.0)
         for axis, view in zip(axes, views, strict=True):
             references.append(_draw_view(axis, cast, view))
-        appear = {place for view in views for place, _ in view.paths}
+        shown_arms = {arm_index for view in views for arm_index, _ in view.paths}
         extra = []
         if any(len(path) > 1 for view in views for _, path in view.paths):
             extra.append(Line2D([], [], **START, color=GREY, label="first evaluation"))
             extra.append(Line2D([], [], **END, color=GREY, label="last evaluation"))
-        png = finish(figure, [pair for place, pair in enumerate(cast.pairs()) if place in appear], extra)
-    absent = [arm.label for place, arm in enumerate(cast.arms) if place not in appear]
+        png = finish(figure, [pair for arm_index, pair in enumerate(cast.pairs()) if arm_index in shown_arms], extra)
+    absent = [arm.label for arm_index, arm in enumerate(cast.arms) if arm_index not in shown_arms]
     if absent:
         notes.append(f"neither quality against diversity in: {'; '.join(absent)}")
     named = "; ".join(dict.fromkeys(references))
     return Picture(
         name="quality_against_diversity",
         title="Quality against diversity",
-        alt=f"Quality against diversity of {len(appear)} arms; the side better than {named} on both is shaded",
+        alt=f"Quality against diversity of {len(shown_arms)} arms; the side better than {named} on both is shaded",
         caption=(
             f"Shaded: better than the reference on both axes. Reference: {named}. Error bars: one standard error, over "
             "seeds where there are several, else over questions where the evaluation says it. Diversity depends on "
@@ -83,44 +84,41 @@ def draw_frontier(cast: Cast) -> Picture | None:
 def _views(arms: Sequence[Arm]) -> list[View]:
     views = []
     for in_training in (True, False):
-        here = []
+        candidates = []
         for x_name, y_name in product(DIVERSITY, QUALITY):
-            found = [(place, _path(arm, in_training, x_name, y_name)) for place, arm in enumerate(arms)]
-            paths = tuple((place, path) for place, path in found if path)
+            arm_paths = [(arm_index, _path(arm, in_training, x_name, y_name)) for arm_index, arm in enumerate(arms)]
+            paths = tuple((arm_index, path) for arm_index, path in arm_paths if path)
             if len(paths) > 1 or any(len(path) > 1 for _, path in paths):
-                here.append(View(x_name, y_name, in_training, paths))
+                candidates.append(View(x_name, y_name, in_training, paths))
         # without a trained arm it shows nothing that the other source does not
-        with_trained = [view for view in here if any(arms[place].trained for place, _ in view.paths)]
-        views += with_trained[:MAX_PANELS] if any(arm.trained for arm in arms) or in_training else here[:MAX_PANELS]
+        with_trained = [view for view in candidates if any(arms[arm_index].trained for arm_index, _ in view.paths)]
+        views += (
+            with_trained[:MAX_PANELS] if any(arm.trained for arm in arms) or in_training else candidates[:MAX_PANELS]
+        )
     return views
 
 
-def _everything(arm: Arm, in_training: bool) -> list[Evaluation]:
-    if arm.trained and in_training:
-        return [e for run in arm.members for e in run.evaluations]
-    return [file.overall for run in arm.members for file in run.files]
-
-
-def _path(arm: Arm, in_training: bool, x_name: str, y_name: str) -> tuple[Place, ...]:
+def _path(arm: Arm, in_training: bool, x_name: str, y_name: str) -> tuple[Point, ...]:
     if not arm.trained or not in_training:
-        return _one_place([file.overall for file in arm.measured()], x_name, y_name)
+        return _mean_point([file.overall for file in arm.measured()], x_name, y_name)
     by_step: dict[int, list[Evaluation]] = {}
     for run in arm.members:
         for e in run.evaluations:
             if x_name in e.values and y_name in e.values:
                 by_step.setdefault(e.step, []).append(e)
-    return tuple(place for step in sorted(by_step) for place in _one_place(by_step[step], x_name, y_name))
+    return tuple(point for step in sorted(by_step) for point in _mean_point(by_step[step], x_name, y_name))
 
 
-def _one_place(evaluations: Sequence[Evaluation], x_name: str, y_name: str) -> tuple[Place, ...]:
+def _mean_point(evaluations: Sequence[Evaluation], x_name: str, y_name: str) -> tuple[Point, ...]:
     both = [e for e in evaluations if x_name in e.values and y_name in e.values]
-    return (Place(estimate_of(both, x_name), estimate_of(both, y_name)),) if both else ()
+    x, y = estimate_of(both, x_name), estimate_of(both, y_name)
+    return () if x is None or y is None else (Point(x, y),)
 
 
 def _draw_view(axis: Axes, cast: Cast, view: View) -> str:
-    """Draws; returns the name of the reference."""
-    for place, path in view.paths:
-        _draw_path(axis, cast.styles[place], path, view)
+    """Draw one view and return the name of its reference."""
+    for arm_index, path in view.paths:
+        _draw_path(axis, cast.styles[arm_index], path, view)
     for one, other in _temperature_steps(cast, view):
         axis.plot([one.x.mean, other.x.mean], [one.y.mean, other.y.mean], color="#999999", linewidth=1.3, zorder=1.6)
     name, reference = _reference(cast.arms, view)
@@ -148,7 +146,7 @@ def _draw_view(axis: Axes, cast: Cast, view: View) -> str:
     return name
 
 
-def _draw_path(axis: Axes, style: LineStyle, path: Sequence[Place], view: View) -> None:
+def _draw_path(axis: Axes, style: LineStyle, path: Sequence[Point], view: View) -> None:
     xs, ys = [p.x.mean for p in path], [p.y.mean for p in path]
     x_lengths = error_lengths(xs, [p.x.se for p in path], share=METRICS[view.x_name].share)
     y_lengths = error_lengths(ys, [p.y.se for p in path], share=METRICS[view.y_name].share)
@@ -162,28 +160,31 @@ def _draw_path(axis: Axes, style: LineStyle, path: Sequence[Place], view: View) 
     axis.plot(xs[0], ys[0], **START, color=style.color, zorder=6)
 
 
-def _temperature_steps(cast: Cast, view: View) -> list[tuple[Place, Place]]:
-    """Neighbouring temperatures of one evaluated model."""
-    by_model: dict[str, list[tuple[float, Place]]] = {}
-    for place, path in view.paths:
-        arm = cast.arms[place]
+def _temperature_steps(cast: Cast, view: View) -> list[tuple[Point, Point]]:
+    """Return the pairs of neighbouring temperatures of each model that was evaluated at several."""
+    by_model: dict[str, list[tuple[float, Point]]] = {}
+    for arm_index, path in view.paths:
+        arm = cast.arms[arm_index]
         file = None if arm.trained else arm.measured()[0]
         if file is not None and file.temperature is not None:
             by_model.setdefault(file.model, []).append((file.temperature, path[0]))
-    ordered = [sorted(found, key=lambda item: item[0]) for found in by_model.values()]
-    return [(one, other) for found in ordered for (_, one), (_, other) in pairwise(found)]
+    ordered = [sorted(points_of_model, key=lambda item: item[0]) for points_of_model in by_model.values()]
+    return [(one, other) for points_of_model in ordered for (_, one), (_, other) in pairwise(points_of_model)]
 
 
-def _reference(arms: Sequence[Arm], view: View) -> tuple[str, Place]:
-    """Where training starts, if all arms start from one model and it was evaluated; else the first evaluated arm; else
-    the first arm."""
-    trained = [(arms[place], path) for place, path in view.paths if arms[place].trained]
+def _reference(arms: Sequence[Arm], view: View) -> tuple[str, Point]:
+    """Choose the point to compare with, and its name.
+
+    It is where training starts if all arms start from one model and it was evaluated; else the first arm that was
+    only evaluated; else the first arm.
+    """
+    trained = [(arms[arm_index], path) for arm_index, path in view.paths if arms[arm_index].trained]
     starts = {arm.config("model.hf_path") for arm, _ in trained}
     first = [path[0] for arm, path in trained if view.in_training and _starts_at_0(arm)]
-    if first and len(starts) == 1:
-        x, y = estimate([p.x.mean for p in first]), estimate([p.y.mean for p in first])
-        return "the policy before training (step 0, mean over arms)", Place(x, y)
-    evaluated = [(arms[place], path) for place, path in view.paths if not arms[place].trained]
+    x, y = estimate([p.x.mean for p in first]), estimate([p.y.mean for p in first])
+    if x is not None and y is not None and len(starts) == 1:
+        return "the policy before training (step 0, mean over arms)", Point(x, y)
+    evaluated = [(arms[arm_index], path) for arm_index, path in view.paths if not arms[arm_index].trained]
     arm, path = (evaluated or trained)[0]
     return arm.label, path[0]
 

@@ -28,11 +28,17 @@ from megatron_powerflow.report.pictures import (
     wrapped,
     zero_line,
 )
-from megatron_powerflow.report.plot_style import LineStyle
+from megatron_powerflow.report.plot_style import LineStyle, MarkKeywords
 from megatron_powerflow.report.runs import Run
 from megatron_powerflow.report.seeds import Band, band
 
-ALARM = {"marker": "X", "markersize": 13, "markerfacecolor": "white", "markeredgewidth": 1.8, "linestyle": "none"}
+ALARM: MarkKeywords = {
+    "marker": "X",
+    "markersize": 13,
+    "markerfacecolor": "white",
+    "markeredgewidth": 1.8,
+    "linestyle": "none",
+}
 QUANTILES = ("residual_p05", "residual_p25", "residual_p50", "residual_p75", "residual_p95")
 # Of a trapped run: loop_nats a token of the loop costs, entry_nats the way into it, both under the base model.
 TRAP = ("trap_margin", "trap_lambda", "trap_loop_nats", "trap_entry_nats")
@@ -49,15 +55,15 @@ PANELS = (
 
 
 def draw_log_z(cast: Cast) -> Picture | None:
-    """None when no arm has any of the metrics."""
+    """Draw log Z' and the measures of the repetition trap against step. Returns None when no arm has any of them."""
     shown = [(arm, style) for arm, style in cast.pairs() if any(arm.metric(panel.name) for panel in PANELS)]
-    there = [panel for panel in PANELS if any(arm.metric(panel.name) for arm, _ in shown)]
-    if not there:
+    available = [panel for panel in PANELS if any(arm.metric(panel.name) for arm, _ in shown)]
+    if not available:
         return None
     alarms = 0
     with in_style():
-        figure, axes = panels(len(there))
-        for axis, panel in zip(axes, there, strict=True):
+        figure, axes = panels(len(available))
+        for axis, panel in zip(axes, available, strict=True):
             series = [points for arm, _ in shown for points in arm.metric(panel.name)]
             for arm, style in shown:
                 draw_band(axis, style, arm.metric(panel.name))
@@ -78,7 +84,7 @@ def draw_log_z(cast: Cast) -> Picture | None:
     return Picture(
         name="log_z",
         title="log Z′ and the repetition trap",
-        alt=f"log Z' against the group's estimate, and {len(there) - 1} further panels, for {len(shown)} arms",
+        alt=f"log Z' against the group's estimate, and {len(available) - 1} further panels, for {len(shown)} arms",
         caption=(
             "Line: mean over seeds; band: from the lowest to the highest seed. Where log Z′ is the group's estimate "
             "the two lines are one. The dark level line is 0; a weighted mean residual there says that log Z′ is "
@@ -92,7 +98,7 @@ def draw_log_z(cast: Cast) -> Picture | None:
 
 
 def draw_residual_fan(cast: Cast) -> Picture | None:
-    """One panel per arm: quantiles of the residual over the rollouts of each step."""
+    """Draw quantiles of the residual over each step's rollouts, one panel per arm. Returns None without any."""
     shown = [(arm, style) for arm, style in cast.pairs() if _fan(arm)]
     if not shown:
         return None
@@ -120,18 +126,19 @@ def draw_residual_fan(cast: Cast) -> Picture | None:
 
 
 def _fan(arm: Arm) -> list[Band]:
-    """A band per quantile, all over the steps that have every quantile; [] where there are none."""
+    """Return a band per quantile, all over the steps that have every quantile; [] where there are none."""
     seeds = []
     for run in arm.members:
         series = [run.metrics.get(name, {}) for name in QUANTILES]
         steps = set(series[0]).intersection(*series[1:])
         if steps:
             seeds.append([{step: points[step] for step in steps} for points in series])
-    return [band([seed[place] for seed in seeds]) for place in range(len(QUANTILES))] if seeds else []
+    bands = [band([seed[quantile] for seed in seeds]) for quantile in range(len(QUANTILES))]
+    return [quantile_band for quantile_band in bands if quantile_band is not None]
 
 
 def _mark_alarms(axis: Axes, arm: Arm, style: LineStyle) -> int:
-    """The first step of each seed at which the alarm on growing lengths rings."""
+    """Mark the first step of each seed at which the alarm on growing lengths rings. Returns how many were marked."""
     marked = 0
     for run in arm.members:
         first = _first_ring(run, "length")
@@ -144,7 +151,7 @@ def _mark_alarms(axis: Axes, arm: Arm, style: LineStyle) -> int:
 
 
 def _alarm_notes(arms: Sequence[Arm]) -> tuple[str, ...]:
-    """Every alarm that rang, by name: those on the loss or on short responses have no mark in a panel."""
+    """Name every alarm that rang: those on the loss or on short responses have no mark in a panel."""
     return tuple(
         f"{arm.label}, seed {run.seed}: alarm {name}, first at step {first}"
         for arm in arms
@@ -155,7 +162,10 @@ def _alarm_notes(arms: Sequence[Arm]) -> tuple[str, ...]:
 
 
 def _first_ring(run: Run, name: str) -> int | None:
-    """As the axes count steps, from 0. Runs of older versions had one alarm, called `alarm`: that on lengths."""
+    """Return the first step, counted from 0 as on the axes, at which an alarm rang; None where it did not.
+
+    Runs of older versions had one alarm, called `alarm`: that on lengths.
+    """
     own = run.metrics.get(f"alarm_{name}")
     if own is None:
         own = run.metrics.get("alarm", {}) if name == "length" else {}

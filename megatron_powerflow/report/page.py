@@ -38,9 +38,10 @@ OWN_PACKAGES = ("matplotlib", "numpy", "jinja2")
 
 
 def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
-    """Write OUT/index.html and the PNG files; returns the page's path. command: what the page says made it.
+    """Write OUT/index.html and the PNG files; returns the page's path. command: the command line that the page states.
 
-    Raises UserError when a folder is no run, one seed is there twice, matplotlib is missing or OUT cannot be written.
+    Raises UserError when a folder is no run, one seed is there twice, matplotlib is missing or OUT cannot be
+    written.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("a report needs matplotlib; pip install matplotlib")
@@ -84,14 +85,14 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
 
 
 def _refusals(out: Path) -> list[str]:
-    """Why a report may not be put there: the page in it is another's."""
+    """Say why a report may not be written to `out`: it is a file, or another program's page is in it."""
     if out.exists() and not out.is_dir():
         return [f"--out {out}: a file; name a folder"]
     return file_refusals(out / PAGE_NAME, lambda start: GENERATOR in start) if out.is_dir() else []
 
 
 def _versions(origins: Sequence[Origin], what: str) -> list[tuple[str, str]]:
-    """(how many of them state the same, the versions they state)."""
+    """Return (how many state them, the versions), for each different set of versions."""
     counts = Counter(", ".join(f"{k} {v}" for k, v in sorted(origin.versions.items())) for origin in origins)
     return [(f"{count} × {what}", stated) for stated, count in counts.items()]
 
@@ -107,9 +108,9 @@ def _own_versions() -> str:
 
 
 def _write(out: Path, page: str, pictures: dict[str, bytes]) -> None:
-    """The page, whole or not at all, then its pictures: they are known as ours by it."""
-    if not (out / PAGE_NAME).is_file() and (there := [name for name in pictures if (out / f"{name}.png").exists()]):
-        raise UserError(f"--out {out}: holds {there[0]}.png, which no report wrote; choose another folder")
+    """Write the page, whole or not at all, then its pictures: the page is what shows that they are ours."""
+    if not (out / PAGE_NAME).is_file() and (existing := [name for name in pictures if (out / f"{name}.png").exists()]):
+        raise UserError(f"--out {out}: holds {existing[0]}.png, which no report wrote; choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / PAGE_NAME, page.encode())

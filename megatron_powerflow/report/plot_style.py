@@ -4,23 +4,27 @@ Three ways at once: lightness falls evenly from the last line to the first, so t
 alternate between the blue and the yellow side, the axis that the common colour-blindnesses keep; dashes and markers
 repeat only after 35 lines.
 
-Left out: what is drawn. No pyplot: nothing here or in the pictures keeps state between two of them.
+Left out: what is drawn. No pyplot: neither this module nor the pictures keep state between two of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import cos, radians, sin
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from matplotlib.typing import LineStyleType, MarkerType, RcKeyType
 
 DASHES = ((), (6, 2), (1.2, 1.6), (7, 2, 1.2, 2), (3, 1.4, 3, 1.4, 1.2, 1.4))  # in line widths; (): solid
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS: tuple[MarkerType, ...] = ("o", "s", "^", "D", "v", "P", "X")
 HUES = (260.0, 60.0, 310.0, 110.0, 210.0, 20.0)  # OKLCH degrees: blue, orange, violet, olive, teal, red
 CHROMA = 0.16
 DARKEST, LIGHTEST = 22.0, 70.0  # CIE L*: the lightest still stands out on white
 
 # For matplotlib.rc_context. Pictures are 11 inches wide and shown at 1056 CSS pixels or less; at 760, the narrowest
 # the page is meant for, 12.8 points are still 9.
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
     "font.size": 12.8,
     "axes.titlesize": 13.5,
@@ -47,50 +51,69 @@ STYLE = {
 }
 
 
+class MarkKeywords(TypedDict, total=False):
+    """The keywords of `Axes.plot` and `Line2D` that say how a marker looks."""
+
+    marker: MarkerType
+    markersize: float
+    markerfacecolor: str
+    markeredgecolor: str
+    markeredgewidth: float
+    linestyle: LineStyleType
+
+
+class LineKeywords(MarkKeywords, total=False):
+    """The keywords of `Axes.plot` and `Line2D` that say how a line and its markers look."""
+
+    color: str
+    linewidth: float
+
+
 @dataclass(frozen=True, slots=True)
 class LineStyle:
-    """How one line looks. Example: color "#1f4e9c", dashes (6, 2), marker "s"."""
+    """A style says how one line looks. Example: color "#1f4e9c", dashes (6, 2), marker "s"."""
 
     color: str
     dashes: tuple[float, ...]
-    marker: str
+    marker: MarkerType
     edge: str = "white"  # of the marker; black: evaluated only
     width: float = 1.9
 
-    def line(self) -> dict:
-        """Keywords for `axis.plot`; without the marker."""
-        linestyle = (0, self.dashes) if self.dashes else "-"
+    def line(self) -> LineKeywords:
+        """Return the keywords for `axis.plot` of the line without markers."""
+        linestyle: LineStyleType = (0, self.dashes) if self.dashes else "-"
         return {"color": self.color, "linestyle": linestyle, "linewidth": self.width}
 
-    def marked(self) -> dict:
-        return self.line() | {"marker": self.marker, "markeredgecolor": self.edge, "markeredgewidth": 0.7}
+    def marked(self) -> LineKeywords:
+        """Return the keywords for `axis.plot` of the line with its markers."""
+        return {**self.line(), "marker": self.marker, "markeredgecolor": self.edge, "markeredgewidth": 0.7}
 
-    def point(self) -> dict:
-        """Keywords of a marker that stands alone."""
-        return self.marked() | {"linestyle": "none", "markeredgecolor": "black", "markersize": 11.0}
+    def point(self) -> LineKeywords:
+        """Return the keywords of a marker that stands alone."""
+        return {**self.marked(), "linestyle": "none", "markeredgecolor": "black", "markersize": 11.0}
 
 
 def line_styles(count: int) -> list[LineStyle]:
-    """Styles of `count` lines, darkest first."""
+    """Return the styles of `count` lines, darkest first."""
     step = (LIGHTEST - DARKEST) / (count - 1) if count > 1 else 0.0
     return [
         LineStyle(
-            color=_colour(HUES[place % len(HUES)], _luminance_of_lightness(DARKEST + place * step)),
-            dashes=DASHES[place % len(DASHES)],
-            marker=MARKERS[place % len(MARKERS)],
+            color=_colour(HUES[index % len(HUES)], _luminance_of_lightness(DARKEST + index * step)),
+            dashes=DASHES[index % len(DASHES)],
+            marker=MARKERS[index % len(MARKERS)],
         )
-        for place in range(count)
+        for index in range(count)
     ]
 
 
 def relative_luminance(color: str) -> float:
-    """Of "#rrggbb": 0 black, 1 white (WCAG 2): what a grey print keeps."""
-    red, green, blue = (_linear(int(color[place : place + 2], 16) / 255) for place in (1, 3, 5))
+    """Return the luminance of "#rrggbb", from 0 (black) to 1 (white) as WCAG 2 defines it: what a grey print keeps."""
+    red, green, blue = (_linear(int(color[start : start + 2], 16) / 255) for start in (1, 3, 5))
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def _colour(hue: float, luminance: float) -> str:
-    """The sRGB colour of a hue with the wanted luminance, as colourful as CHROMA and sRGB allow."""
+    """Return the sRGB colour of a hue with the wanted luminance, as colourful as CHROMA and sRGB allow."""
     chroma = CHROMA
     while True:
         low, high = 0.0, 1.0
@@ -106,7 +129,7 @@ def _colour(hue: float, luminance: float) -> str:
 
 
 def _oklch_to_linear(lightness: float, chroma: float, hue: float) -> tuple[float, float, float]:
-    """OKLCH -> linear sRGB (Ottosson 2020)."""
+    """Convert OKLCH to linear sRGB (Ottosson 2020)."""
     a, b = chroma * cos(radians(hue)), chroma * sin(radians(hue))
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
@@ -119,7 +142,7 @@ def _oklch_to_linear(lightness: float, chroma: float, hue: float) -> tuple[float
 
 
 def _luminance_of_lightness(lightness: float) -> float:
-    """CIE L* -> relative luminance, for L* above 8."""
+    """Convert CIE L* above 8 to relative luminance."""
     return ((lightness + 16) / 116) ** 3
 
 

@@ -1,6 +1,6 @@
 """What does a file of a run folder say, when nothing about it can be trusted?
 
-A damaged line or a value that is no number is left out and said in a note, never guessed and never fatal: a report of
+A damaged line or a value that is no number is left out and named in a note, never guessed and never fatal: a report of
 a run that is still going, or that crashed, is worth having.
 
 Left out: what the numbers mean (`runs.py`); escaping for HTML, which is the template's (autoescape).
@@ -22,7 +22,7 @@ LARGEST, SMALLEST = 1e100, 1e-100  # beyond them an axis overflows; nothing that
 
 
 def number(value: Any) -> float | None:
-    """A finite float, or None: for NaN, infinity, absurd sizes, text, booleans and everything else."""
+    """Return a finite float; None for NaN, infinity, absurd sizes, text, booleans and everything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -35,7 +35,7 @@ def number(value: Any) -> float | None:
 
 
 def visible(value: Any, limit: int) -> str:
-    """Text that shows what is there: at most `limit` characters, invisible and direction-changing ones spelt out."""
+    """Show a value as text of at most `limit` characters, with invisible and direction-changing ones spelt out."""
     text = value if isinstance(value, str) else str(value)
     shown = "".join(char if _prints(char) else f"\\u{ord(char):04x}" for char in text[:limit])
     return shown if len(text) <= limit else f"{shown} … ({len(text) - limit:,} more characters)"
@@ -46,30 +46,30 @@ def _prints(char: str) -> bool:
 
 
 def read_json_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The JSON objects of a JSONL file; [] when there is no file. Other lines are left out and noted."""
+    """Read the JSON objects of a JSONL file; [] when there is no file. Other lines are left out and noted."""
     text = _text(path, MAX_JSON_BYTES, notes)
     if text is None:
         return []
     # not splitlines(): it also splits at U+2028, U+0085 and the like, which a JSON string may hold
     lines = text.split("\n")
-    found, broken = [], []
-    for place, line in enumerate(lines, start=1):
+    objects, broken = [], []
+    for line_number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         value = _parsed(line)
         if isinstance(value, dict):
-            found.append(value)
+            objects.append(value)
         else:
-            broken.append(place)
+            broken.append(line_number)
     if broken == [len(lines)]:
         notes.append(f"{path}: the last line is cut and left out; the run is still writing, or it crashed")
     elif broken:
         notes.append(f"{path}: {len(broken)} lines are no JSON object and left out (the first is line {broken[0]})")
-    return found
+    return objects
 
 
 def read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
-    """The object in a JSON file; None, with a note, when it holds something else."""
+    """Read the object in a JSON file. Returns None without a file, and None with a note when it is no object."""
     text = _text(path, MAX_JSON_BYTES, notes)
     value = None if text is None else _parsed(text)
     if isinstance(value, dict):
@@ -80,10 +80,11 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def read_config(path: Path, notes: list[str]) -> dict[str, str] | None:
-    """A resolved config as {"section.key": text}; None, with a note, when it cannot be read.
+    """Read a resolved config as {"section.key": text}. Returns None without a file, and None with a note when it is
+    unreadable.
 
-    Read as plain YAML, not as `Config`: a report also shows runs of another version of this program. Anchors are
-    refused: ours never writes them, and they can make a small file enormous.
+    It is read as plain YAML, not as `Config`: a report also shows runs of another version of this program. Anchors
+    are refused: ours never writes them, and they can make a small file enormous.
     """
     text = _text(path, MAX_YAML_BYTES, notes)
     if text is None:

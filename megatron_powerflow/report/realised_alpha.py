@@ -20,14 +20,14 @@ COLUMNS = ("asked", "realised", "R²", "λ realised", "over")
 
 
 def alpha_table(arms: Sequence[Arm]) -> Table | None:
-    """None where no run has an estimate.
+    """Return a row for each trained arm that has an estimate of the realised alpha; None where no run has one.
 
-    Example of a line: asked 4, realised 2.70 [2.58, 2.82], R² 0.941, λ −1.05, steps 490–499. With several seeds
-    2.70 ± 0.05 in place of the interval.
+    Example of a row: asked 4, realised 2.70 [2.58, 2.82], R² 0.941, λ −1.05, steps 490–499. With several seeds it
+    reads 2.70 ± 0.05, a standard error in place of the interval.
     """
     rows = [
-        Row(place, True, (), (Cell(arm.config("objective.alpha") or "–", "objective.alpha"), *_measured(arm)))
-        for place, arm in enumerate(arms)
+        Row(arm_index, True, (), (Cell(arm.config("objective.alpha") or "–", "objective.alpha"), *_measured(arm)))
+        for arm_index, arm in enumerate(arms)
         if any(_last_steps(run) for run in arm.members)
     ]
     return Table(COLUMNS, tuple(rows)) if rows else None
@@ -45,14 +45,14 @@ def _measured(arm: Arm) -> tuple[Cell, ...]:
 
 
 def _with_error(seeds: Sequence[Run], name: str, decimals: int) -> Cell:
-    """Mean over the last steps of each seed, then over seeds; with one seed its interval, where it has one."""
+    """Average over the last steps of each seed, then over the seeds. One seed shows its interval, where it has one."""
     means = [mean for run in seeds if (mean := _mean(run, name)) is not None]
-    found = estimate(means)
-    if found is None:
+    over_seeds = estimate(means)
+    if over_seeds is None:
         return Cell("–", "not measured")
-    text = f"{found.mean:.{decimals}f}"
-    if found.se is not None:
-        return Cell(f"{text} ± {found.se:.{decimals}f}", f"standard error over {found.num_seeds} seeds")
+    text = f"{over_seeds.mean:.{decimals}f}"
+    if over_seeds.se is not None:
+        return Cell(f"{text} ± {over_seeds.se:.{decimals}f}", f"standard error over {over_seeds.num_seeds} seeds")
     low, high = (_mean(seeds[0], f"{name}_{side}") for side in ("low", "high"))
     if low is None or high is None:
         return Cell(text, "one seed")
@@ -67,6 +67,6 @@ def _mean(run: Run, name: str) -> float | None:
 
 
 def _last_steps(run: Run) -> list[int]:
-    """The last ten steps of the run, those that have an estimate."""
+    """Return those of the run's last ten steps that have an estimate."""
     last = max((max(series) for series in run.metrics.values() if series), default=0)
     return [step for step in sorted(run.metrics.get(NAME, {})) if step > last - LAST_STEPS]

@@ -32,22 +32,28 @@ JUDGED = {"quality": "quality", "strategy": "strategies"}
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One measurement of one policy.
+    """An evaluation is one measurement of one policy.
 
-    values: accuracy, accuracy_se, response_length_mean (tokens), truncated_fraction, boxed_rate, maj, policy_entropy,
-    distinct_2, quality, ...: those that were measured. pass_at: k -> share of questions with a right answer
-    among k. step: of the run, None for an evaluation.json.
+    values: accuracy, accuracy_se, response_length_mean (tokens), truncated_fraction, boxed_rate, maj,
+    policy_entropy, distinct_2, quality, ...: those that were measured. pass_at: k -> share of questions with a right
+    answer among k.
     """
 
     values: Mapping[str, float]
     pass_at: Mapping[int, float]
     pass_at_se: Mapping[int, float]  # over questions
-    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvaluation(Evaluation):
+    """An evaluation of a run in training, at a step of it."""
+
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The command that started a run or an evaluation, and the versions it ran with; "" and {} where not stated."""
+    """An origin is what started a run or an evaluation: its command ("" where not stated) and versions ({})."""
 
     command: str
     versions: Mapping[str, str]
@@ -55,8 +61,8 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationFile:
-    """One evaluation.json. where: its folder, as shown; own: it is RUN/evaluation; over_tasks: the plain mean of the
-    tasks' accuracies."""
+    """What one evaluation.json holds. where: its folder, as shown; own: whether it is RUN/evaluation; over_tasks:
+    the plain mean of the tasks' accuracies."""
 
     where: str
     own: bool
@@ -73,38 +79,41 @@ class EvaluationFile:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One seed of one arm. config is None where the argument was an evaluation and not a run."""
+    """A run is one seed of one arm. config is None where the argument was an evaluation and not a run."""
 
     shown: str  # the folder as it was given
     seed: str
     config: Mapping[str, str] | None
     metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # name -> step -> value
-    evaluations: Sequence[Evaluation] = ()  # in training, by step
+    evaluations: Sequence[StepEvaluation] = ()  # in training, by step
     samples: Sequence[Mapping[str, Any]] = ()
     files: Sequence[EvaluationFile] = ()
     launches: Sequence[Origin] = ()  # each start of the run, the first one first
 
 
 def read_runs(folders: Sequence[Path], notes: list[str]) -> list[Run]:
-    """Every folder's run, or its evaluations. Raises UserError naming each folder that holds neither."""
-    found, wrong, seen = [], [], set()
+    """Read the run, or the evaluations, in each folder; what is damaged is added to `notes`.
+
+    Raises UserError naming each folder that holds neither, and each that was given twice.
+    """
+    all_runs, violations, seen = [], [], set()
     for folder in folders:
         if not folder.is_dir():
-            wrong.append(f"{folder}: no such folder; give run folders or folders with an {EVALUATION_NAME}")
+            violations.append(f"{folder}: no such folder; give run folders or folders with an {EVALUATION_NAME}")
         elif folder.resolve() in seen:
-            wrong.append(f"{folder}: given twice; one run is one seed; give it once")
+            violations.append(f"{folder}: given twice; one run is one seed; give it once")
         else:
             seen.add(folder.resolve())
             runs = _read_folder(folder, notes)
-            found += runs
+            all_runs += runs
             if not runs:
-                wrong.append(
+                violations.append(
                     f"{folder}: no step in {METRICS_NAME}, no line in {EVALUATIONS_NAME} and no {EVALUATION_NAME} "
                     "with numbers in it or below; is this a run's folder, and has it made a step?"
                 )
-    if wrong:
-        raise UserError(wrong)
-    return found
+    if violations:
+        raise UserError(violations)
+    return all_runs
 
 
 def _read_folder(folder: Path, notes: list[str]) -> list[Run]:
@@ -126,12 +135,12 @@ def _read_folder(folder: Path, notes: list[str]) -> list[Run]:
     by_policy: dict[tuple, list[EvaluationFile]] = {}
     for file in files:
         by_policy.setdefault((file.model, file.temperature, file.num_responses, file.seed), []).append(file)
-    return [Run(shown, policy[-1], None, files=found) for policy, found in by_policy.items()]
+    return [Run(shown, policy[-1], None, files=policy_files) for policy, policy_files in by_policy.items()]
 
 
 def _of_the_policy(files: Sequence[EvaluationFile], base: str, notes: list[str]) -> list[EvaluationFile]:
-    """Without those of the run's base model, which `powerflow evaluate --reference` makes: they say nothing of the
-    trained policy."""
+    """Leave out evaluations of the run's base model, which `powerflow evaluate --reference` makes: they are not of
+    the trained policy."""
     of_the_base = [file for file in files if file.model in (base, str(Path(base).resolve()))]
     notes += [
         f"{file.where}: an evaluation of the base model; it is in no row of the trained arm. Give this folder to the "
@@ -142,7 +151,7 @@ def _of_the_policy(files: Sequence[EvaluationFile], base: str, notes: list[str])
 
 
 def _evaluation_paths(folder: Path) -> list[Path]:
-    """Of this run; a folder below with metrics of its own is another run."""
+    """Return the evaluation files of this run. A folder below with metrics of its own is another run."""
 
     def walk() -> Iterator[Path]:
         for where, folders, names in os.walk(folder):
@@ -156,9 +165,9 @@ def _evaluation_paths(folder: Path) -> list[Path]:
 
 
 def natural(text: str) -> list[tuple[int, str]]:
-    """A sort key that puts step_9 before step_10."""
+    """Return a sort key that puts step_9 before step_10."""
     parts = re.split(r"([0-9]+)", text)  # every second part is a number
-    return [(int(part[:18]), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]
+    return [(int(part[:18]), "") if index % 2 else (-1, part) for index, part in enumerate(parts)]
 
 
 def _metrics(path: Path, notes: list[str]) -> dict[str, dict[int, float]]:
@@ -168,24 +177,28 @@ def _metrics(path: Path, notes: list[str]) -> dict[str, dict[int, float]]:
         for name, value in line.items():
             if name == "step":
                 continue
-            got = number(value)
-            if got is None:
+            finite = number(value)
+            if finite is None:
                 dropped.add(visible(name, 40))
             else:
-                series.setdefault(name, {})[line["step"]] = got
+                series.setdefault(name, {})[line["step"]] = finite
     if dropped:
         names = ", ".join(sorted(dropped)[:8])
         notes.append(f"{path}: values that are no finite numbers are left out, in: {names}")
     return series
 
 
-def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:
-    by_step = {line["step"]: _evaluation(line, line["step"]) for line in _with_step(path, notes)}
-    return [by_step[step] for step in sorted(by_step) if by_step[step].values]
+def _evaluations(path: Path, notes: list[str]) -> list[StepEvaluation]:
+    by_step = {line["step"]: _evaluation(line) for line in _with_step(path, notes)}
+    return [
+        StepEvaluation(evaluation.values, evaluation.pass_at, evaluation.pass_at_se, step)
+        for step, evaluation in sorted(by_step.items())
+        if evaluation.values
+    ]
 
 
 def _with_step(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Lines whose `step` is a step; of two lines of one step, the later counts (callers overwrite)."""
+    """Yield the lines whose `step` is a step. Of two lines of one step the later counts, as callers overwrite."""
     dropped = 0
     for line in read_json_lines(path, notes):
         step = line.get("step")
@@ -197,31 +210,31 @@ def _with_step(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         notes.append(f"{path}: {dropped} lines without a usable step are left out")
 
 
-def _evaluation(fields: Mapping[str, Any], step: int | None = None, **more: Mapping[str, Any]) -> Evaluation:
-    """fields: one X of evaluation.json or a line of evaluations.jsonl; more: what stands beside X."""
+def _evaluation(fields: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> Evaluation:
+    """Make an evaluation of one X of evaluation.json or a line of evaluations.jsonl. beside: what stands beside X."""
     values = {
-        RENAMED.get(name, name): got
-        for name, value in {**fields, **more}.items()
-        if name != "step" and (got := number(value)) is not None
+        RENAMED.get(name, name): finite
+        for name, value in {**fields, **(beside or {})}.items()
+        if name != "step" and (finite := number(value)) is not None
     }
-    return Evaluation(values, _by_count(fields.get("pass_at")), _by_count(fields.get("pass_at_se")), step)
+    return Evaluation(values, _by_count(fields.get("pass_at")), _by_count(fields.get("pass_at_se")))
 
 
 def _judged(kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """What a judge said: quality and quality_se (of texts), strategies and strategies_se (1 to 5, of solutions)."""
-    found = {}
+    """Return a judge's scores: quality(_se), of texts, and strategies(_se), 1 to 5, of solutions."""
+    values: dict[str, Any] = {}
     for kind, name in JUDGED.items():
-        said = _mapping(kinds.get(kind))
-        found |= {name: said.get("mean"), f"{name}_se": said.get("se")}
-    return found
+        scores = _mapping(kinds.get(kind))
+        values |= {name: scores.get("mean"), f"{name}_se": scores.get("se")}
+    return values
 
 
 def _by_count(value: Any) -> dict[int, float]:
     pairs = {}
     for key, item in _mapping(value).items():
-        got = number(item)
-        if re.fullmatch(r"[0-9]{1,10}", str(key)) and 1 <= int(key) <= MAX_PASS_AT and got is not None:
-            pairs[int(key)] = got
+        finite = number(item)
+        if re.fullmatch(r"[0-9]{1,10}", str(key)) and 1 <= int(key) <= MAX_PASS_AT and finite is not None:
+            pairs[int(key)] = finite
     return dict(sorted(pairs.items()))
 
 
@@ -230,7 +243,7 @@ def _read_file(path: Path, run: Path, notes: list[str]) -> EvaluationFile | None
     if fields is None:
         return None
     beside = _mapping(fields.get("diversity")) | _judged(_mapping(fields.get("judge")))
-    overall = _evaluation(_mapping(fields.get("all")), **beside)
+    overall = _evaluation(_mapping(fields.get("all")), beside)
     if not overall.values:
         notes.append(f'{path}: no number under "all", left out')
         return None
@@ -251,9 +264,9 @@ def _read_file(path: Path, run: Path, notes: list[str]) -> EvaluationFile | None
 
 
 def _plain_mean(fields: Mapping[str, Any]) -> Evaluation | None:
-    """`mean_over_tasks` of evaluation.json; None where a version before it wrote the file, or nothing is graded."""
-    found = _evaluation(_mapping(fields.get("mean_over_tasks")))
-    return found if "accuracy" in found.values else None
+    """Return `mean_over_tasks`; None where an older version wrote the file, or nothing in it is graded."""
+    evaluation = _evaluation(_mapping(fields.get("mean_over_tasks")))
+    return evaluation if "accuracy" in evaluation.values else None
 
 
 def _origin(fields: Mapping[str, Any]) -> Origin:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 import numpy as np
 
@@ -19,16 +20,21 @@ MAX_POINTS = 80  # of a drawn curve; longer ones are averaged in bins of equal w
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over `num_seeds` seeds. over: what `se` is over, "seeds" or "questions"; both None where unknown."""
+    """An estimate is a mean over `num_seeds` seeds with its standard error. over: what `se` is over, "seeds" or
+    "questions"; both are None where the error is unknown."""
 
     mean: float
     se: float | None
     num_seeds: int
-    over: str | None
+    over: Literal["seeds", "questions"] | None
 
 
 def estimate(values: Sequence[float], own_se: Sequence[float | None] = ()) -> Estimate | None:
-    """values: one per seed; own_se: what each measurement says of itself. None when there are no values."""
+    """Average one value per seed. own_se: the standard error that each measurement states, used where there is one
+    seed.
+
+    Returns None when there are no values.
+    """
     if not values:
         return None
     if len(values) > 1:
@@ -39,8 +45,13 @@ def estimate(values: Sequence[float], own_se: Sequence[float | None] = ()) -> Es
     return Estimate(float(values[0]), known, 1, None if known is None else "questions")
 
 
-def error_lengths(means: Sequence[float], errors: Sequence[float | None], *, share: bool) -> np.ndarray:
-    """[2, n] how far an error bar goes below and above each mean. share: it ends at 0 and 1; None: no bar."""
+def error_lengths(
+    means: Sequence[float] | np.ndarray, errors: Sequence[float | None] | np.ndarray, *, share: bool
+) -> np.ndarray:
+    """Return, as [2, n] fp64, how far an error bar goes below and above each mean.
+
+    share: the values lie in 0 to 1, and bars end there. An error of None gives no bar.
+    """
     middle, length = np.asarray(means, float), np.array([error or 0.0 for error in errors])
     if not share:
         return np.stack([length, length])
@@ -49,7 +60,8 @@ def error_lengths(means: Sequence[float], errors: Sequence[float | None], *, sha
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A curve over seeds, all [n] fp64: mean, lowest and highest seed at each step; se is 0 where one seed is left."""
+    """A band is a curve over seeds: mean, lowest and highest seed at each step, and the standard error `se`, which
+    is 0 where only one seed is left. All arrays are [n] fp64."""
 
     steps: np.ndarray
     mean: np.ndarray
@@ -62,28 +74,30 @@ class Band:
 
 
 def band(per_seed: Sequence[Mapping[int, float]], *, max_points: int = MAX_POINTS) -> Band | None:
-    """One step -> value per seed. At each step over the seeds that have it; None when nobody has anything.
+    """Average step -> value maps, one per seed, at each step over the seeds that have it. Returns None when no seed has
+    a value.
 
-    More than `max_points` steps: each seed is averaged within bins of steps first, so a band is that of bin means.
+    With more than `max_points` steps each seed is averaged within bins of steps first, so a band is that of bin
+    means.
     """
     steps = sorted({step for series in per_seed for step in series})
     if not steps:
         return None
     width = ceil((steps[-1] - steps[0] + 1) / max_points) if len(steps) > max_points else 1
     bins: dict[int, list[list[float]]] = {}
-    places: dict[int, list[int]] = {}
+    steps_by_bin: dict[int, list[int]] = {}
     for series in per_seed:
-        mine: dict[int, list[float]] = {}
+        values_by_bin: dict[int, list[float]] = {}
         for step, value in series.items():
-            mine.setdefault((step - steps[0]) // width, []).append(value)
-        for place, values in mine.items():
-            bins.setdefault(place, []).append(values)
+            values_by_bin.setdefault((step - steps[0]) // width, []).append(value)
+        for bin_index, values in values_by_bin.items():
+            bins.setdefault(bin_index, []).append(values)
     for step in steps:
-        places.setdefault((step - steps[0]) // width, []).append(step)
-    order = sorted(bins)
-    seeds = [[float(np.mean(values)) for values in bins[place]] for place in order]
+        steps_by_bin.setdefault((step - steps[0]) // width, []).append(step)
+    bin_order = sorted(bins)
+    seeds = [[float(np.mean(values)) for values in bins[bin_index]] for bin_index in bin_order]
     return Band(
-        steps=np.array([np.mean(places[place]) for place in order]),
+        steps=np.array([np.mean(steps_by_bin[bin_index]) for bin_index in bin_order]),
         mean=np.array([np.mean(values) for values in seeds]),
         low=np.array([min(values) for values in seeds]),
         high=np.array([max(values) for values in seeds]),

@@ -36,23 +36,23 @@ PANELS = (
 
 
 def draw_training_curves(cast: Cast) -> Picture | None:
-    """None when no arm has any of the metrics."""
+    """Draw one panel per training metric, all arms over each other. Returns None when no arm has any of the metrics."""
     shown = [(arm, style) for arm, style in cast.pairs() if arm.trained and any(arm.metric(p.name) for p in PANELS)]
-    there = [panel for panel in PANELS if any(arm.metric(panel.name) for arm, _ in shown)]
-    if not there:
+    available = [panel for panel in PANELS if any(arm.metric(panel.name) for arm, _ in shown)]
+    if not available:
         return None
     notes = [
         f"no run has the panel {heading(panel.name)}, {panel.name} in metrics.jsonl"
         for panel in PANELS
-        if panel not in there
+        if panel not in available
     ]
-    for panel in there:
+    for panel in available:
         lacking = [arm.label for arm, _ in shown if not arm.metric(panel.name)]
         if lacking:
             notes.append(f"the panel {heading(panel.name)} shows nothing of {'; '.join(lacking)}")
     with in_style():
-        figure, axes = panels(len(there))
-        for axis, panel in zip(axes, there, strict=True):
+        figure, axes = panels(len(available))
+        for axis, panel in zip(axes, available, strict=True):
             series = []
             for arm, style in shown:
                 main = arm.metric(panel.name)
@@ -72,7 +72,7 @@ def draw_training_curves(cast: Cast) -> Picture | None:
         name="training_curves",
         title="Training curves",
         alt=f"Training metrics against step for {len(shown)} arms: "
-        + ", ".join(METRICS[panel.name].name for panel in there),
+        + ", ".join(METRICS[panel.name].name for panel in available),
         caption=(
             "Line: mean over the seeds that reached the step. Band: from the lowest to the highest seed. Runs of "
             f"more than {MAX_POINTS} steps are averaged in bins of steps, each seed alone, before the band is taken; "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,22 +87,22 @@ class DecodeBatch:
     def coming_tokens(self) -> np.ndarray:
         """[t] int64, flat, of the coming forward pass: the admitted prompts, or each row's last token."""
         if self._admitted is not None:
-            return np.concatenate([prompt.token_ids for prompt in self._admitted_prompts()])
+            return np.concatenate([prompt.token_ids for prompt in self._prompts_of(self._admitted)])
         return np.where(self._alive, self._tokens[np.arange(len(self._names)), self._lengths - 1], 0)
 
-    def entering(self, place: int, chunk: PolicyModel, padding: int):
-        """Context of that pass through the chunk at `place`; padding: tokens behind the flat ones."""
+    def entering(self, chunk_index: int, chunk: PolicyModel, padding: int) -> AbstractContextManager[None]:
+        """Context of that pass through the chunk at `chunk_index`; padding: tokens behind the flat ones."""
         if self._admitted is None:
-            return self.caches[place].decoding(chunk, self._alive, padding)
-        lengths = [len(prompt.token_ids) for prompt in self._admitted_prompts()]
-        return self.caches[place].prefilling(chunk, lengths, self._admitted, padding)
+            return self.caches[chunk_index].decoding(chunk, self._alive, padding)
+        lengths = [len(prompt.token_ids) for prompt in self._prompts_of(self._admitted)]
+        return self.caches[chunk_index].prefilling(chunk, lengths, self._admitted, padding)
 
     def predicting(self, hidden: Tensor) -> Tensor:
         """hidden [t, 1, H] of that pass -> [n, H], what predicts new tokens: of each prompt's last, or all without
         padding. Each of the n stands for `draws_each` rows."""
         if self._admitted is None:
             return hidden[: len(self._names), 0]
-        lengths = [len(prompt.token_ids) for prompt in self._admitted_prompts()]
+        lengths = [len(prompt.token_ids) for prompt in self._prompts_of(self._admitted)]
         return hidden[torch.from_numpy(np.cumsum(lengths) - 1).to(hidden.device), 0]
 
     @property
@@ -155,8 +156,8 @@ class DecodeBatch:
         """Rows that the coming pass draws a token for."""
         return np.arange(len(self._names)) if self._admitted is None else self._admitted.ravel()
 
-    def _admitted_prompts(self) -> list[Prompt]:
-        return [self._names[row][1] for row in self._admitted[:, 0]]
+    def _prompts_of(self, admitted: np.ndarray) -> list[Prompt]:
+        return [self._names[row][1] for row in admitted[:, 0]]
 
     def _admit(self) -> None:
         """Rows for waiting groups, as many as there is room for: freed ones first, then new ones."""

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from megatron_powerflow.log_probs.plain import make_logits
 from megatron_powerflow.model.decode_weights import decode_weights
-from megatron_powerflow.parallel.collectives import anyone, largest
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.together import anyone, largest
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.decode_batch import DecodeBatch
 from megatron_powerflow.rollout.engine import ProgressCallback
@@ -73,7 +73,7 @@ class MegatronEngine:
             self._run(batches, sampling, total, progress)
         for chunk, was_training in zip(self._chunks, training, strict=True):
             chunk.train(was_training)
-        order = {slot: place for place, (slot, _) in enumerate(prompts)}
+        order = {slot: index for index, (slot, _) in enumerate(prompts)}
         rollouts = [rollout for batch in batches for rollout in batch.rollouts]
         return sorted(rollouts, key=lambda rollout: (order[rollout.slot], rollout.response_index))
 
@@ -88,14 +88,14 @@ class MegatronEngine:
         return [
             DecodeBatch(
                 waiting,
-                at_a_time * (place + 1) // num_batches - at_a_time * place // num_batches,
+                at_a_time * (index + 1) // num_batches - at_a_time * index // num_batches,
                 longest,
                 sampling,
                 self._chunks,
                 tp_size,
                 device,
             )
-            for place in range(num_batches)
+            for index in range(num_batches)
         ]
 
     def _run(
@@ -121,14 +121,14 @@ class MegatronEngine:
 
     def _forward(self, batch: DecodeBatch) -> Tensor | None:
         """One pass of the batch's coming tokens through this rank's chunks; hidden states on the last stage."""
-        tokens = batch.coming_tokens()
-        padding = -len(tokens) % self._alignment  # repeats of the last token: computed, stored nowhere, ignored
-        tokens = torch.from_numpy(np.pad(tokens, (0, padding), mode="edge")).to(self._groups.device)
+        coming = batch.coming_tokens()
+        padding = -len(coming) % self._alignment  # repeats of the last token: computed, stored nowhere, ignored
+        tokens = torch.from_numpy(np.pad(coming, (0, padding), mode="edge")).to(self._groups.device)
         hidden = None
-        for place, chunk in enumerate(self._chunks):
+        for chunk_index, chunk in enumerate(self._chunks):
             if not chunk.pre_process:
                 chunk.set_input_tensor(self._receive(len(tokens)))
-            with batch.entering(place, chunk, padding):
+            with batch.entering(chunk_index, chunk, padding):
                 hidden = chunk(tokens[None], None, None)
             if not chunk.post_process:
                 self._send(hidden)
@@ -136,7 +136,7 @@ class MegatronEngine:
         return hidden
 
     def _idle_pass(self) -> None:
-        """A pass of padding alone, for the ranks that share experts with this one: see `collectives.anyone`."""
+        """A pass of padding alone, for the ranks that share experts with this one: see `together.anyone`."""
         tokens = torch.zeros(1, self._alignment, dtype=torch.int64, device=self._groups.device)
         for chunk in self._chunks:
             if not chunk.pre_process:
@@ -171,7 +171,9 @@ class MegatronEngine:
 
     def _send(self, hidden: Tensor) -> None:
         hidden = hidden.contiguous()
-        self._sends.append((dist.isend(hidden, self._neighbour(+1), group=self._groups.pp), hidden))
+        work = dist.isend(hidden, self._neighbour(+1), group=self._groups.pp)
+        assert work is not None, "None is for ranks that are not of the group"
+        self._sends.append((work, hidden))
         while len(self._sends) > 2 * self._groups.pp_size:  # keeps the buffers of finished sends from piling up
             self._sends.popleft()[0].wait()
 

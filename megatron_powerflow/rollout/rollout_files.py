@@ -43,7 +43,7 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ReplayRequirements:
     """What a run can train on: equal group sizes, vocabulary and temperature; lengths up to these."""
 
     num_prompts: int
@@ -142,14 +142,14 @@ def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
     return rollouts
 
 
-def replay_violations(folder: Path, steps: range, wanted: Wanted) -> list[str]:
+def replay_violations(folder: Path, steps: range, wanted: ReplayRequirements) -> list[str]:
     """Why a run cannot train on these files, each reason once; empty when it can. Reads first lines only."""
     missing = [step for step in steps if not step_file(folder, step).is_file()]
-    found = []
+    violations = []
     if missing:
         shown = ", ".join(map(str, missing[:SHOWN_STEPS])) + (", ..." if len(missing) > SHOWN_STEPS else "")
         there = sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
-        found.append(
+        violations.append(
             f"rollout.replay={str(folder)!r}: no rollouts of step {shown} (steps {there[0]} to {there[-1]} are there, "
             f"{len(there)} files); lower run.num_steps or save those steps"
         )
@@ -160,14 +160,14 @@ def replay_violations(folder: Path, steps: range, wanted: Wanted) -> list[str]:
         try:
             header = read_header(step_file(folder, step))
         except UserError as error:
-            found += error.violations
+            violations += error.violations
             continue
         for reason in _mismatches(header, step, wanted):
             reasons.setdefault(reason, step)
-    return found + [f"{step_file(folder, step)}: {reason}" for reason, step in reasons.items()]
+    return violations + [f"{step_file(folder, step)}: {reason}" for reason, step in reasons.items()]
 
 
-def _mismatches(header: Header, step: int, wanted: Wanted) -> list[str]:
+def _mismatches(header: Header, step: int, wanted: ReplayRequirements) -> list[str]:
     found = [] if header.step == step else [f"holds step {header.step}; files keep the name they were written under"]
     for name, (key, remedy) in _EQUAL.items():
         theirs, ours = getattr(header, name), getattr(wanted, name)

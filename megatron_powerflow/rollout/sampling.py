@@ -78,7 +78,7 @@ def _local_inverse(
     block, rest = _first_above(block_sums, threshold - before)
     inside = mass[torch.arange(len(mass), device=mass.device), block].double()
     column, _ = _first_above(inside, rest)
-    return block * BLOCK + column, dist.get_rank(tp_group) == _owner(sums, threshold)
+    return block * BLOCK + column, _owner(sums, threshold) == dist.get_rank(tp_group)
 
 
 def _first_above(parts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:

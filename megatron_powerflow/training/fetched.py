@@ -12,29 +12,29 @@ from collections.abc import Mapping
 
 from megatron_powerflow.config import Config
 from megatron_powerflow.hub.fetch import locate
-from megatron_powerflow.hub.located import Located, Wanted
+from megatron_powerflow.hub.located import LocalPaths, RequestedName
 from megatron_powerflow.parallel.initialize import Launch
 from megatron_powerflow.training.inputs import read_inputs
 from megatron_powerflow.training.plan import make_plan
 from megatron_powerflow.training.resume import find_resume
 
 
-def fetch_inputs(config: Config, launch: Launch, *, world_size: int, weights: bool = True) -> Located:
+def fetch_inputs(config: Config, launch: Launch, *, world_size: int, weights: bool = True) -> LocalPaths:
     """What `make_plan` is to be told. Collective where a name is the hub's. Raises UserError on all processes alike.
 
     weights: False for a check, which leaves them on the hub. world_size: of the run.
     """
-    wanted = [Wanted("model", config.model.hf_path, "model.hf_path")]
-    wanted += [Wanted("dataset", path, "prompts.path") for path in config.prompts.paths]
+    wanted = [RequestedName("model", config.model.hf_path, "model.hf_path")]
+    wanted += [RequestedName("dataset", path, "prompts.path") for path in config.prompts.paths]
     if config.evaluation.prompts is not None:
-        wanted.append(Wanted("dataset", config.evaluation.prompts, "evaluation.prompts"))
+        wanted.append(RequestedName("dataset", config.evaluation.prompts, "evaluation.prompts"))
 
     def recorded() -> Mapping[str, str]:
         checkpoint = find_resume(config)
         before = read_inputs(checkpoint) if checkpoint else None
         return before.revisions if before else {}
 
-    def judge(located: Located) -> None:
+    def judge(located: LocalPaths) -> None:
         make_plan(config, world_size, weights=False, located=located)
 
-    return locate(wanted, launch, weights=weights, recorded=recorded, judge=judge)
+    return locate(wanted, launch, weights=weights, recorded=recorded, check=judge)

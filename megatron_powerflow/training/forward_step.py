@@ -12,15 +12,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_powerflow.log_probs.kernel_choice import LogProbKernel
 from megatron_powerflow.log_probs.token_log_probs import TokenStatistics
 from megatron_powerflow.model.log_z_head import pool_prompt
 from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.model.stream import chosen, extent, model_tokens, pool_prompts, to_rows
+from megatron_powerflow.model.stream import chosen_tokens, extent, model_tokens, pool_prompts, to_rows
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import MicroBatch
 
@@ -44,9 +45,9 @@ class Scorer:
 
     def log_probs(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> Tensor:
         """hidden [t / cp, r, H] (whole over tp) -> [b, s] fp32 log-probs of the targets, 0 where loss_mask is False."""
-        arguments, places = self._kernel_arguments(hidden, chunk, batch)
-        values = self.kernel.log_probs(**arguments) if len(places) else _of_nothing(arguments["hidden"])
-        return to_rows(values, places, batch, self.groups.cp)
+        arguments, row_index = self._kernel_arguments(hidden, chunk, batch)
+        values = self.kernel.log_probs(**arguments) if len(row_index) else empty_log_probs(arguments["hidden"])
+        return to_rows(values, row_index, batch, self.groups.cp)
 
     def prompt_pool(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """hidden [t / cp, r, H] (whole over tp) -> [b, H] fp32, its mean over the prompt of each rollout."""
@@ -56,26 +57,26 @@ class Scorer:
 
     def statistics(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> TokenStatistics:
         """`log_probs` with the entropy and certainty of the same distributions, each [b, s] fp32, 0 where masked."""
-        arguments, places = self._kernel_arguments(hidden, chunk, batch)
-        found = self.kernel.statistics(**arguments) if len(places) else [_of_nothing(arguments["hidden"])] * 3
-        return TokenStatistics(*(to_rows(values, places, batch, self.groups.cp) for values in found))
+        arguments, row_index = self._kernel_arguments(hidden, chunk, batch)
+        columns = self.kernel.statistics(**arguments) if len(row_index) else [empty_log_probs(arguments["hidden"])] * 3
+        return TokenStatistics(*(to_rows(values, row_index, batch, self.groups.cp) for values in columns))
 
     def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
-        """This rank's response tokens alone, hidden [k, H], targets [k]; and their places [k] in the flat rows."""
-        mask, places = chosen(batch.loss_mask, batch)
+        """This rank's response tokens alone, hidden [k, H], targets [k]; and where each stands [k] in the flat rows."""
+        mask, row_index = chosen_tokens(batch.loss_mask, batch)
         arguments = {
             "hidden": hidden.transpose(0, 1)[mask],
             "output_weight": chunk.output_weight(),
-            "targets": batch.targets.flatten()[places],
+            "targets": batch.targets.flatten()[row_index],
             "tp_group": self.groups.tp,
             "vocab_size": self.vocab_size,
             "temperature": self.temperature,
             "softcap": chunk.logit_softcap,
         }
-        return arguments, places
+        return arguments, row_index
 
 
-def _of_nothing(hidden: Tensor) -> Tensor:
+def empty_log_probs(hidden: Tensor) -> Tensor:
     """hidden [0, H] -> [0] fp32: no tokens (a dummy, a share that is all prompt), and a graph for the backward pass."""
     return hidden.float().sum(dim=1)
 
@@ -98,7 +99,7 @@ def run_forward(
 
 
 def run_forward_backward(
-    ddp_chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], scorer: Scorer, loss_and_rows: Readout
+    ddp_chunks: Sequence[DistributedDataParallel], batches: Sequence[MicroBatch], scorer: Scorer, loss_and_rows: Readout
 ) -> list[Any]:
     """Forward and backward. `loss_and_rows` gives (scalar share of the loss, anything); gradients are summed over
     micro-batches and data-parallel ranks, never averaged. Returns the anythings on the last stage."""
@@ -111,10 +112,15 @@ def run_forward_backward(
     return _run(ddp_chunks, batches, at_the_end, forward_only=False, collect_non_loss_data=False)
 
 
-def _run(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], at_the_end: Callable, **schedule) -> list[Any]:
-    def forward_step(iterator: Iterator[MicroBatch], model: nn.Module):
+def _run(
+    chunks: Sequence[PolicyModel] | Sequence[DistributedDataParallel],
+    batches: Sequence[MicroBatch],
+    at_the_end: Callable,
+    **schedule,
+) -> list[Any]:
+    def forward_step(iterator: Iterator[MicroBatch], model: PolicyModel | DistributedDataParallel):
         batch = next(iterator)
-        bare = model if isinstance(model, PolicyModel) else model.module
+        bare: PolicyModel = model if isinstance(model, PolicyModel) else model.module
         with bare.streaming(batch.stream) as packed_seq_params:
             hidden = model(model_tokens(batch), None, None, packed_seq_params=packed_seq_params)
         return hidden, partial(at_the_end, chunk=bare, batch=batch)

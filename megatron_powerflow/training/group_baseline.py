@@ -34,7 +34,7 @@ def with_group_baseline(
         current = score(chunks, batches, scorer)
         if not scorer.groups.is_last_stage:
             return list(batches)
-        return [*with_log_z(scored_batches(batches), _there(current), objective)]
+        return [*with_log_z(scored_batches(batches), _without_none(current), objective)]
     if isinstance(objective, PolicyGradientObjective):
         rewards = rewards_of(chunks, batches, scorer, objective)
         if not scorer.groups.is_last_stage:
@@ -49,7 +49,7 @@ def rewards_of(
     """[b] the reward of each response, of each micro-batch on the last stage; an empty list elsewhere. Collective."""
     if objective.form.reward == "certainty":
         means = score_certainty(chunks, batches, scorer)
-        return _there(means) if scorer.groups.is_last_stage else []
+        return _without_none(means) if scorer.groups.is_last_stage else []
     if objective.alpha is None:
         return [batch.reward for batch in batches] if scorer.groups.is_last_stage else []
     current, alpha = score(chunks, batches, scorer), objective.alpha
@@ -64,7 +64,7 @@ def rewards_of(
             alpha,
             "length" if objective.form.per_length else "none",
         )
-        for batch, log_probs in zip(scored_batches(batches), _there(current), strict=True)
+        for batch, log_probs in zip(scored_batches(batches), _without_none(current), strict=True)
     ]
 
 
@@ -112,6 +112,6 @@ def _with_advantage(
     ]
 
 
-def _there(values: Sequence[Tensor | None]) -> list[Tensor]:
+def _without_none(values: Sequence[Tensor | None]) -> list[Tensor]:
     """The same, of the last stage, where all of them are."""
     return [value for value in values if value is not None]

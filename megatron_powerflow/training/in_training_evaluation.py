@@ -18,7 +18,7 @@ import numpy as np
 from megatron_powerflow.data.answers import extract_answer, grade
 from megatron_powerflow.metrics.counts import QuestionCounts, summarize
 from megatron_powerflow.metrics.realised_alpha import realised_alpha
-from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
+from megatron_powerflow.metrics.repetition import distinct_share, repeated_share
 from megatron_powerflow.objective.presets import Balance
 from megatron_powerflow.parallel.collectives import every_rollout
 from megatron_powerflow.records import Purpose, Rollout, SamplingParams
@@ -53,11 +53,12 @@ def evaluation_line(rollouts: Sequence[Rollout], reference: np.ndarray, plan: Pl
     summary = summarize(counts)
     tokens = [[rollout.response_token_ids for rollout in members] for members in by_prompt]
     lengths = np.array([len(response) for group in tokens for response in group])
+    distinct_2 = [distinct_share(group, 2) for group in tokens]
     per_prompt = {
         "id": [members[0].prompt.id for members in by_prompt],
         "ref_log_prob_mean": _per_token(reference, lengths, by_prompt),
         "policy_entropy": _per_token(-_sampled(rollouts), lengths, by_prompt),
-        "distinct_2": [distinct_n(group, 2) for group in tokens],
+        "distinct_2": distinct_2,
         "response_length_mean": [float(np.mean([len(response) for response in group])) for group in tokens],
     }
     return {
@@ -68,8 +69,8 @@ def evaluation_line(rollouts: Sequence[Rollout], reference: np.ndarray, plan: Pl
         "ref_log_prob_mean": float(reference.sum() / lengths.sum()),
         "num_prompts": len(by_prompt),
         "num_responses": plan.config.evaluation.num_responses,
-        "distinct_2": float(np.mean(per_prompt["distinct_2"])),
-        "distinct_3": float(np.mean([distinct_n(group, 3) for group in tokens])),
+        "distinct_2": float(np.mean(distinct_2)),
+        "distinct_3": float(np.mean([distinct_share(group, 3) for group in tokens])),
         "repeated_share": float(np.mean([repeated_share(response) for group in tokens for response in group])),
         **_realised(rollouts, reference, lengths, plan),
         "by_prompt": per_prompt,
@@ -97,8 +98,8 @@ def _realised(rollouts: Sequence[Rollout], reference: np.ndarray, lengths: np.nd
         added = np.array([objective.alpha * item.psi + item.reward for item in annotated])
         added = added * counted if objective.form.per_length else added
     prompts = np.array([rollout.slot for rollout in rollouts])
-    found = realised_alpha(_sampled(rollouts), reference, counted, prompts, added)
-    return {name: float(value) for name, value in found.items()}
+    metrics = realised_alpha(_sampled(rollouts), reference, counted, prompts, added)
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _counts(members: Sequence[Rollout], plan: Plan) -> QuestionCounts:

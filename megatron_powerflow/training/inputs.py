@@ -71,24 +71,24 @@ def read_inputs(folder: Path) -> Inputs | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         known = values.pop("format") == FORMAT
-        found = Inputs(**values)
-        date.fromisoformat(found.today)
-        maps = (found.digests, found.paths, found.replay, found.versions, found.revisions)
+        inputs = Inputs(**values)
+        date.fromisoformat(inputs.today)
+        maps = (inputs.digests, inputs.paths, inputs.replay, inputs.versions, inputs.revisions)
         if not known or not all(isinstance(item, str) for texts in maps for pair in texts.items() for item in pair):
             raise ValueError
-        if not all(COMMIT.fullmatch(revision) for revision in found.revisions.values()):
+        if not all(COMMIT.fullmatch(revision) for revision in inputs.revisions.values()):
             raise ValueError
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path}: says not what the run began with; continue from another checkpoint") from None
-    return found
+    return inputs
 
 
 def model_digests(hf_folder: Path, weights_folder: Path) -> dict[str, str]:
     """Of the weights, where there are any, and of the tokenizer."""
     files = weights_files(weights_folder)
     tokenizer = [path for path in companion_files(hf_folder) if path.name not in ("generation_config.json", "LICENSE")]
-    found = {"tokenizer": digest(f"{path}\0{_of_text(hf_folder / path)}" for path in tokenizer)}
-    return found | ({"weights": weights_digest(files)} if files else {})
+    digests = {"tokenizer": digest(f"{path}\0{_of_text(hf_folder / path)}" for path in tokenizer)}
+    return digests | ({"weights": weights_digest(files)} if files else {})
 
 
 def prompt_digest(prompts: Sequence[Prompt]) -> str:
@@ -138,6 +138,7 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int], int, int]] | None:
 
 def _blocks(file: IO[bytes], start: int, end: int, whole: bool) -> str:
     found, size = hashlib.sha256(str(end - start).encode()), end - start
+    places: Sequence[int]
     if whole or size <= BLOCK * NUM_BLOCKS:
         places, length = range(start, end, PIECE), PIECE
     else:
@@ -168,20 +169,20 @@ def _of_text(path: Path) -> str:
 def changes(before: Inputs, now: Inputs) -> list[str]:
     """What is not as it was when the run began, with what to do. Evaluation prompts of another path are another choice,
     which a run may make on its way."""
-    found = []
+    violations = []
     for name in before.digests.keys() & now.digests.keys():
         if before.digests[name] == now.digests[name]:
             continue
         moved = before.paths.get(name) != now.paths.get(name)
         if name == "evaluation" and moved:
             continue
-        found.append(f"{KEY_OF[name]}={now.paths.get(name)}: {_what(name, before, now)}")
-    found += [
+        violations.append(f"{KEY_OF[name]}={now.paths.get(name)}: {_what(name, before, now)}")
+    violations += [
         f"rollout.replay: {name} is another file than when the run began"
         for name in sorted(before.replay.keys() & now.replay.keys())
         if before.replay[name] != now.replay[name]
     ]
-    return sorted(found)
+    return sorted(violations)
 
 
 def _what(name: str, before: Inputs, now: Inputs) -> str:

@@ -170,11 +170,11 @@ def common_columns(log_probs: Tensor, batch: ScoredBatch) -> Columns:
 def _loops(batch: ScoredBatch) -> Tensor:
     """[b, 3] tokens, nats a token and entry nats of each response's longest repetition; NaN without one. How long it
     must be to count as a loop depends on the run's limit, and is for the metrics to say."""
-    found = np.full((len(batch.psi), 3), np.nan, dtype=np.float32)
+    loops = np.full((len(batch.psi), 3), np.nan, dtype=np.float32)
     masks, targets, ref_log_probs = (
         tensor.cpu().numpy() for tensor in (batch.loss_mask, batch.targets, batch.ref_log_probs)
     )
     for row, mask in enumerate(masks):
         if loop := find_loop(targets[row][mask], ref_log_probs[row][mask], min_tokens=MIN_TURNS):
-            found[row] = loop.num_tokens, loop.nats, loop.entry_nats
-    return torch.from_numpy(found).to(batch.psi.device)
+            loops[row] = loop.num_tokens, loop.nats, loop.entry_nats
+    return torch.from_numpy(loops).to(batch.psi.device)

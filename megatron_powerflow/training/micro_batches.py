@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import TypedDict
+
+import torch
 
 from megatron_powerflow.config import Config
 from megatron_powerflow.data.bins import BinRule, flop_count, groups_fit, plan_update
-from megatron_powerflow.data.packing import Annotated, pack, pack_streams
+from megatron_powerflow.data.packing import AnnotatedRollout, pack, pack_streams
 from megatron_powerflow.model.precision import token_alignment
 from megatron_powerflow.objective.presets import Balance
 from megatron_powerflow.parallel.collectives import every_rollout
@@ -25,6 +27,7 @@ from megatron_powerflow.training.session import Session
 
 def bin_rule(layout: Layout, config: Config) -> BinRule:
     """What packed micro-batches must be like."""
+    assert config.parallel.max_tokens_per_micro_batch is not None
     return BinRule(
         max_tokens=config.parallel.max_tokens_per_micro_batch,
         sequence_multiple=layout.sequence_multiple,
@@ -33,13 +36,24 @@ def bin_rule(layout: Layout, config: Config) -> BinRule:
     )
 
 
+class _Packing(TypedDict):
+    """What `pack` and `pack_streams` are told alike."""
+
+    responses_per_prompt: int
+    drop_truncated: bool
+    uniform: bool
+    device: torch.device
+    cp_rank: int
+    cp_size: int
+
+
 def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> list[list[MicroBatch]]:
     """The step's rollouts as micro-batches of this rank, one list per optimizer update; groups stay whole.
 
     rollouts: this replica's share; packed, groups change replicas for the sake of balance. Collective.
     """
     config, groups = plan.config, session.groups
-    arguments = {
+    arguments: _Packing = {
         "responses_per_prompt": config.rollout.responses_per_prompt,
         "drop_truncated": config.objective.truncated == "drop",
         "uniform": plan.layout.vpp is not None,
@@ -49,6 +63,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
     }
     if config.parallel.max_tokens_per_micro_batch is not None:
         return _pack_streams(rollouts, plan, groups, arguments)
+    assert config.parallel.micro_batch_size is not None, "config_rules.py fills it in where nothing packs"
     annotated = annotate(rollouts, config.objective, plan.tokenizer)
     size = len(annotated) // config.optimizer.updates_per_rollout
     return [
@@ -63,7 +78,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
 
 
 def _pack_streams(
-    rollouts: Sequence[Rollout], plan: Plan, groups: Groups, arguments: dict[str, Any]
+    rollouts: Sequence[Rollout], plan: Plan, groups: Groups, arguments: _Packing
 ) -> list[list[MicroBatch]]:
     """Every rank sees the lengths of all rollouts, makes the plan of all ranks, and takes its own part."""
     config = plan.config
@@ -91,5 +106,5 @@ def _pack_streams(
     ]
 
 
-def _name(rollout: Rollout | Annotated) -> tuple[int, int]:
+def _name(rollout: Rollout | AnnotatedRollout) -> tuple[int, int]:
     return rollout.slot, rollout.response_index

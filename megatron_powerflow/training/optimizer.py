@@ -29,8 +29,8 @@ def build_trainable(chunks: Sequence[PolicyModel], head: LogZHead | None, config
         grad_reduce_in_fp32=True, use_distributed_optimizer=section.distributed, overlap_grad_reduce=False
     )
     ddp_chunks = [
-        DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=place > 0)
-        for place, chunk in enumerate(chunks)
+        DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
     ]
     # the loss is a sum already divided by the rollouts of the global batch: gradients are added, never scaled
     transformer.finalize_model_grads_func = lambda model, num_tokens, **kw: finalize_model_grads(model, None, **kw)
@@ -60,6 +60,7 @@ def set_learning_rates(trainable: Trainable, section: OptimizerSection, step: in
     for group in trainable.optimizer.param_groups:
         group["lr"] = lr
     if trainable.head is not None:
+        assert log_z_lr is not None, "config_rules.py fills it in where log Z' is learned"
         trainable.head.rate = log_z_lr
     return lr
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.checkpoint.first_files import CONFIG_MARK
@@ -24,24 +25,26 @@ from megatron_powerflow.checkpoint.folder import (
 from megatron_powerflow.config import Config, ObjectiveSection
 from megatron_powerflow.config_file import dump_config
 from megatron_powerflow.data.prompt_format import PromptFormat
-from megatron_powerflow.data.prompts import PromptFile, load_prompts
-from megatron_powerflow.data.tokenizer import Conversation, Tokenizer, load_tokenizer
+from megatron_powerflow.data.prompts import LoadedPrompts, load_prompts
+from megatron_powerflow.data.tokenizer import ConversationSettings, Tokenizer, load_tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.checked import open_checked
 from megatron_powerflow.hf.config import read_architecture, read_stop_token_ids
 from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.files import SafetensorsFolder
-from megatron_powerflow.hub.located import AS_NAMED, Located
+from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Prompt
-from megatron_powerflow.rollout.rollout_files import Wanted, find_rollouts, replay_violations
+from megatron_powerflow.rollout.rollout_files import ReplayRequirements, find_rollouts, replay_violations
 from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
 from megatron_powerflow.training.resources import resource_violations
 from megatron_powerflow.training.resume import find_resume
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
 from megatron_powerflow.whole_files import write_file
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Plan:
     resume_from: Path | None
     replay_from: Path | None
     inputs: Inputs
-    located: Located = AS_NAMED
+    located: LocalPaths = NO_DOWNLOADS
     on_policy: bool = True
     notices: tuple[str, ...] = ()
 
@@ -85,7 +88,7 @@ class Plan:
     def hf_folder(self) -> Path:
         return hf_folder_of(self.model_folder)
 
-    def share_of(self, prompts: Sequence[Prompt], dp_rank: int) -> list[tuple[int, Prompt]]:
+    def share_of(self, prompts: Sequence[T], dp_rank: int) -> list[tuple[int, T]]:
         """(slot, prompt) pairs of one data-parallel rank: equal, contiguous shares of the step's prompts, cut so
         that each of the step's updates takes an equal share of every rank."""
         per_update = len(prompts) // self.config.optimizer.updates_per_rollout
@@ -93,7 +96,7 @@ class Plan:
         return [(slot, prompt) for slot, prompt in enumerate(prompts) if slot % per_update // per_rank == dp_rank]
 
 
-def make_plan(config: Config, world_size: int, *, weights: bool = True, located: Located = AS_NAMED) -> Plan:
+def make_plan(config: Config, world_size: int, *, weights: bool = True, located: LocalPaths = NO_DOWNLOADS) -> Plan:
     """Raises UserError with every violation that can be found, not just the first.
 
     weights: False where the model's folder may be one without weights, as on a login node: then a notice says what was
@@ -120,8 +123,8 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
         else:
             _collect(violations, lambda: _check_weights(start, architecture, family))
         violations += _length_violations(config, architecture)
-        if config.rollout.replay is not None:
-            replay_from = _collect(violations, lambda: _check_replay(config, architecture, resume_from))
+        if (replay := config.rollout.replay) is not None:
+            replay_from = _collect(violations, lambda: _check_replay(config, replay, architecture, resume_from))
     if model is not None and tokenizer is not None:
         stop_token_ids = _collect(violations, lambda: stop_token_ids_of(config, hf_folder, tokenizer, model[0]))
         read = partial(_read_prompts, config, located, tokenizer, model[0])
@@ -130,12 +133,12 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
             violations += _answer_violations(config, prompt_file)
         if path := config.evaluation.prompts:
             evaluation_file = _collect(violations, lambda: read([path]))
-    if not violations:
-        inputs = _inputs_of(config, located, today, prompt_file, evaluation_file, replay_from)
-        violations += changes(before, inputs) if before else []
     if violations:
         raise UserError(violations)
-    assert model and layout and stop_token_ids and prompt_file
+    assert model and layout and tokenizer is not None and stop_token_ids and prompt_file
+    inputs = _inputs_of(config, located, today, prompt_file, evaluation_file, replay_from)
+    if before and (changed := changes(before, inputs)):
+        raise UserError(changed)
     return Plan(
         inputs=inputs,
         config=config,
@@ -197,7 +200,7 @@ def num_parameters(architecture: Architecture) -> int:
     return total
 
 
-def _collect(violations: list[str], function: Callable):
+def _collect(violations: list[str], function: Callable[[], T]) -> T | None:
     """The function's value; or None, and its violations noted."""
     try:
         return function()
@@ -208,10 +211,10 @@ def _collect(violations: list[str], function: Callable):
 
 def _inputs_of(
     config: Config,
-    located: Located,
+    located: LocalPaths,
     today: date,
-    prompts: PromptFile,
-    evaluation: PromptFile | None,
+    prompts: LoadedPrompts,
+    evaluation: LoadedPrompts | None,
     replay_from: Path | None,
 ) -> Inputs:
     start, on_hub = located.folder(config.model.hf_path), located.model(config.model.hf_path)
@@ -230,7 +233,7 @@ def _inputs_of(
     return Inputs(today.isoformat(), digests, paths, replay, revisions=located.revisions)
 
 
-def conversation_of(config: Config, today: date) -> Conversation:
+def conversation_of(config: Config, today: date) -> ConversationSettings:
     """How this run writes a conversation. Raises UserError where its template cannot be read."""
     section = config.prompts
     template = None
@@ -239,7 +242,7 @@ def conversation_of(config: Config, today: date) -> Conversation:
             template = Path(section.chat_template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"prompts.chat_template={section.chat_template!r}: cannot be read: {error}") from None
-    return Conversation(template, dict(section.template_arguments or {}), today)
+    return ConversationSettings(template, dict(section.template_arguments or {}), today)
 
 
 def stop_token_ids_of(
@@ -254,7 +257,7 @@ def stop_token_ids_of(
     return frozenset(chosen)
 
 
-def _weights_elsewhere(config: Config, located: Located, weights: bool) -> str | None:
+def _weights_elsewhere(config: Config, located: LocalPaths, weights: bool) -> str | None:
     """Why the weights are not looked at: they are not there, and need not be. None where they are to be looked at."""
     start, on_hub = located.folder(config.model.hf_path), located.model(config.model.hf_path)
     if on_hub and on_hub.missing:
@@ -271,7 +274,7 @@ def _check_weights(start: Path, architecture: Architecture, family: Family) -> N
         open_checked(start, architecture, family)
 
 
-def _answer_violations(config: Config, prompt_file: PromptFile) -> list[str]:
+def _answer_violations(config: Config, prompt_file: LoadedPrompts) -> list[str]:
     without = [prompt.id for prompt in prompt_file.prompts if prompt.answer is None]
     if config.objective.text_reward != "gold" or not without:
         return []
@@ -283,8 +286,8 @@ def _answer_violations(config: Config, prompt_file: PromptFile) -> list[str]:
 
 
 def _read_prompts(
-    config: Config, located: Located, tokenizer: Tokenizer, architecture: Architecture, names: Sequence[str]
-) -> PromptFile:
+    config: Config, located: LocalPaths, tokenizer: Tokenizer, architecture: Architecture, names: Sequence[str]
+) -> LoadedPrompts:
     section = config.prompts
     return load_prompts(
         [path for name in names for path in located.files(name)],
@@ -308,11 +311,11 @@ def _length_violations(config: Config, architecture: Architecture) -> list[str]:
     ]
 
 
-def _check_replay(config: Config, architecture: Architecture, resume_from: Path | None) -> Path:
+def _check_replay(config: Config, replay: str, architecture: Architecture, resume_from: Path | None) -> Path:
     """The folder of saved rollouts. Raises UserError unless it holds every step still to do, as this run wants."""
-    rollout, folder = config.rollout, find_rollouts(config.rollout.replay)
+    rollout, folder = config.rollout, find_rollouts(replay)
     first = int(resume_from.name.removeprefix("step_")) if resume_from else 0
-    wanted = Wanted(
+    wanted = ReplayRequirements(
         num_prompts=rollout.prompts_per_step,
         responses_per_prompt=rollout.responses_per_prompt,
         vocab_size=architecture.vocab_size,

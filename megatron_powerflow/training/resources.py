@@ -20,24 +20,25 @@ GIB = 2**30
 
 def resource_violations(config: Config, num_parameters: int | None) -> list[str]:
     """What is missing, with what to do. num_parameters: of the model, where it is known."""
-    found = _packages(config)
+    violations = _packages(config)
     folder = Path(config.run.output_dir)
     above = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), None)
     if above is None or not os.access(above, os.W_OK):
-        return [*found, f"run.output_dir={config.run.output_dir!r}: {above} cannot be written; name another folder"]
+        output_dir = config.run.output_dir
+        return [*violations, f"run.output_dir={output_dir!r}: {above} cannot be written; name another folder"]
     if num_parameters is None:
-        return found
+        return violations
     count = num_checkpoints(config)
     # a run that goes on has some of its checkpoints on the disk already; another one is written before one is removed
     left = max(count - len(checkpoints_of(folder)), 1)
     needed, free = needed_bytes(config, num_parameters, left), shutil.disk_usage(above).free
     if needed > free:
         export = " and the export" if config.run.export else ""
-        found.append(
+        violations.append(
             f"run.output_dir={config.run.output_dir!r}: {left} checkpoint(s){export} take {needed / GIB:,.1f} GiB, and "
             f"{free / GIB:,.1f} GiB are free there; set checkpoint.keep, raise checkpoint.interval, or write elsewhere"
         )
-    return found
+    return violations
 
 
 def num_checkpoints(config: Config) -> int:

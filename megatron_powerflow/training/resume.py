@@ -62,7 +62,7 @@ def find_resume(config: Config) -> Path | None:
 
 def _differences(theirs: Config, ours: Config, *, by_content: bool) -> list[str]:
     """by_content: what the paths name is compared by its content, elsewhere."""
-    found, elsewhere = [], BY_CONTENT if by_content else frozenset()
+    differences, elsewhere = [], BY_CONTENT if by_content else frozenset()
     for section, values in ours.model_dump().items():
         other = theirs.model_dump()[section]
         for key, value in values.items():
@@ -70,5 +70,5 @@ def _differences(theirs: Config, ours: Config, *, by_content: bool) -> list[str]
             if section in CHANGEABLE_SECTIONS or name in CHANGEABLE | elsewhere or name == "run.output_dir":
                 continue
             if other[key] != value:
-                found.append(f"its {name} is {other[key]!r}, not {value!r}")
-    return found
+                differences.append(f"its {name} is {other[key]!r}, not {value!r}")
+    return differences

@@ -14,22 +14,22 @@ import torch
 
 from megatron_powerflow.config import ObjectiveSection
 from megatron_powerflow.data.answers import clusters, extract_answer, verdicts
-from megatron_powerflow.data.packing import Annotated
+from megatron_powerflow.data.packing import AnnotatedRollout
 from megatron_powerflow.data.tokenizer import Tokenizer
-from megatron_powerflow.metrics.repetition import distinct_n, repeated_share
+from megatron_powerflow.metrics.repetition import distinct_share, repeated_share
 from megatron_powerflow.objective.policy_gradient import group_advantage
 from megatron_powerflow.records import Rollout
 
 
-def annotate(rollouts: Sequence[Rollout], objective: ObjectiveSection, tokenizer: Tokenizer) -> list[Annotated]:
+def annotate(rollouts: Sequence[Rollout], objective: ObjectiveSection, tokenizer: Tokenizer) -> list[AnnotatedRollout]:
     """rollouts: of whole groups, sorted by slot. A function of them alone, so equal on every rank that holds them."""
     answers = [extract_answer(tokenizer.decode(rollout.response_token_ids)) for rollout in rollouts]
     correct, rewards = grade_rollouts(rollouts, answers, objective.text_reward)
     if objective.task_reward not in (None, "none"):
         rewards = _energy_rewards(rewards, rollouts, objective)
-    distinct = {slot: (distinct_n(group, 2), distinct_n(group, 3)) for slot, group in _token_groups(rollouts)}
+    distinct = {slot: (distinct_share(group, 2), distinct_share(group, 3)) for slot, group in _token_groups(rollouts)}
     return [
-        Annotated(
+        AnnotatedRollout(
             rollout,
             psi=format_penalty(
                 rollout, answer is not None, psi=objective.psi or 0.0, exempt_tasks=objective.psi_exempt_tasks or ()
@@ -91,6 +91,7 @@ OF_ANSWERS = {
 
 def _energy_rewards(rewards: Sequence[float], rollouts: Sequence[Rollout], objective: ObjectiveSection) -> list[float]:
     """beta r, or beta times the advantage of r in its group (FlowRL, arXiv 2509.15207)."""
+    assert objective.reward_scale is not None, "config_rules.py fills it in where there is a task_reward"
     values = torch.tensor(rewards, dtype=torch.float64)
     if objective.reward_advantage:
         slots = torch.tensor([rollout.slot for rollout in rollouts])

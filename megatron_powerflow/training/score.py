@@ -15,8 +15,8 @@ from megatron_powerflow.training.forward_step import Scorer, run_forward
 
 def score(chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer) -> list[Tensor | None]:
     """[b, s] fp32 log-probs of each micro-batch's responses on the last stage; None elsewhere."""
-    found = run_forward(chunks, batches, scorer, scorer.log_probs)
-    return found if found else [None] * len(batches)
+    log_probs = run_forward(chunks, batches, scorer, scorer.log_probs)
+    return log_probs if log_probs else [None] * len(batches)
 
 
 def score_certainty(
@@ -30,8 +30,8 @@ def score_certainty(
     def mean_certainty(hidden, chunk, batch) -> Tensor:
         return scorer.statistics(hidden, chunk, batch).certainty.sum(dim=1) / batch.num_response_tokens
 
-    found = run_forward(chunks, batches, scorer, mean_certainty)
-    return found if found else [None] * len(batches)
+    means = run_forward(chunks, batches, scorer, mean_certainty)
+    return means if means else [None] * len(batches)
 
 
 def score_reference(reference: Reference, batches: Sequence[MicroBatch], scorer: Scorer) -> list[MicroBatch]:
@@ -65,6 +65,6 @@ def with_saved_old(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
 
 def scored_batches(batches: Sequence[MicroBatch]) -> list[ScoredBatch]:
     """The same, of the last stage, where each has been scored."""
-    found = [batch for batch in batches if isinstance(batch, ScoredBatch)]
-    assert len(found) == len(batches), "micro-batches without the reference's log-probs"
-    return found
+    scored = [batch for batch in batches if isinstance(batch, ScoredBatch)]
+    assert len(scored) == len(batches), "micro-batches without the reference's log-probs"
+    return scored

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from megatron_powerflow.data.packing import Annotated, pack
+from megatron_powerflow.data.packing import AnnotatedRollout, pack
 from megatron_powerflow.model.precision import token_alignment
 from megatron_powerflow.parallel.collectives import last_stage_rows
 from megatron_powerflow.records import Prompt, Rollout
@@ -34,7 +34,7 @@ def reference_sequence_log_probs(rollouts: Sequence[Rollout], plan: Plan, sessio
     filled = [*rollouts, *[FILLER] * (share * groups.dp_size - len(rollouts))]
     numbered = [replace(rollout, slot=number, response_index=0) for number, rollout in enumerate(filled)]
     batches = pack(
-        [Annotated(rollout) for rollout in numbered[groups.dp_rank * share : (groups.dp_rank + 1) * share]],
+        [AnnotatedRollout(rollout) for rollout in numbered[groups.dp_rank * share : (groups.dp_rank + 1) * share]],
         micro_batch_size=size,
         responses_per_prompt=1,
         drop_truncated=False,

@@ -14,6 +14,7 @@ from megatron_powerflow.checkpoint.state import RunProgress, Trainable
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.reference import Reference, ResidentReference, SwapReference
+from megatron_powerflow.objective.presets import LEARNED_LOG_Z
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.rollout.engine import Engine
 from megatron_powerflow.training.forward_step import Scorer
@@ -44,11 +45,11 @@ def build_session(plan: Plan, groups: Groups) -> Session:
 
     chunks = policy()
     reference = SwapReference(chunks) if config.model.reference == "swap" else ResidentReference(policy())
-    head = None
-    if config.objective.learns_log_z and groups.is_last_stage:
+    head, kind = None, config.objective.log_z
+    if kind in LEARNED_LOG_Z and groups.is_last_stage:
         head = LogZHead(
             architecture.hidden_size,
-            kind=config.objective.log_z,
+            kind=kind,
             detach=config.objective.log_z_detach is not False,
             seed=config.run.seed,
         ).to(groups.device)

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.collectives import attempt, broadcast_object, every_rollout, raise_together
+from megatron_powerflow.parallel.collectives import every_rollout
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.together import attempt, broadcast_object, raise_together
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.rollout.rollout_files import ROLLOUTS_NAME, read_rollouts, step_file, write_rollouts

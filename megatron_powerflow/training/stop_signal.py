@@ -6,9 +6,9 @@ import signal
 from pathlib import Path
 
 from megatron_powerflow.checkpoint.folder import STOP_NAME
-from megatron_powerflow.parallel.collectives import any_rank, on_main
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.owner import Owner
+from megatron_powerflow.parallel.together import any_rank, on_main
 
 
 class StopSignal:

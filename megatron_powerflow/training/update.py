@@ -68,9 +68,10 @@ def update(
             assert isinstance(batch, ScoredBatch)
             return micro_batch_loss(hidden, chunk, batch, scorer, objective, trainable.head, num_kept)
 
-        found = run_forward_backward(trainable.ddp_chunks, batches, scorer, loss_and_rows)
+        tables_of_batches = run_forward_backward(trainable.ddp_chunks, batches, scorer, loss_and_rows)
         num_rollouts = sum(batch.tokens.shape[0] for batch in batches)
-        table = last_stage_rows(torch.cat(found).cpu() if found else None, num_rollouts, len(ROLLOUT_COLUMNS), groups)
+        local = torch.cat(tables_of_batches).cpu() if tables_of_batches else None
+        table = last_stage_rows(local, num_rollouts, len(ROLLOUT_COLUMNS), groups)
         finite = bool(table[:, ROLLOUT_COLUMNS.index("loss_term")].isfinite().all()) and num_kept > 0
         mean_weight = _mean_weight(table)
         optimizer_steps.append(

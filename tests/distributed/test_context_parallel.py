@@ -72,7 +72,7 @@ def numbers_beside(neighbour: list[int], model, overrides: tuple[str, ...]):
     """(log-probs of a response, its prompt's pool) packed in front of a neighbour and behind another."""
     from megatron_powerflow.config_file import parse_config
     from megatron_powerflow.data.bins import BinRule
-    from megatron_powerflow.data.packing import Annotated, pack_streams
+    from megatron_powerflow.data.packing import AnnotatedRollout, pack_streams
     from megatron_powerflow.hf.config import read_architecture
     from megatron_powerflow.hf.families import FAMILIES
     from megatron_powerflow.records import Prompt, Rollout
@@ -92,7 +92,7 @@ def numbers_beside(neighbour: list[int], model, overrides: tuple[str, ...]):
         ]
         multiple = 2 * cp if cp > 1 else 1
         (batch,) = pack_streams(
-            [[Annotated(item) for item in items]],
+            [[AnnotatedRollout(item) for item in items]],
             BinRule(64, multiple, multiple, 1),
             responses_per_prompt=1,
             drop_truncated=False,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_powerflow.checkpoint.folder import checkpoints_of
-from megatron_powerflow.converter.convert import Request, hf_to_megatron, megatron_to_hf
+from megatron_powerflow.converter.convert import ConversionRequest, hf_to_megatron, megatron_to_hf
 from megatron_powerflow.converter.inspect import inspect
 from megatron_powerflow.converter.ranks import Ranks
 from tests.distributed.megatron_sessions import run_training
@@ -26,7 +26,7 @@ def converted(tiny_model, tmp_path_factory):
     def convert(family: str) -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp(family) / "megatron"
-            hf_to_megatron(Request(tiny_model(family), made[family]), Ranks())
+            hf_to_megatron(ConversionRequest(tiny_model(family), made[family]), Ranks())
         return made[family]
 
     return convert
@@ -183,7 +183,7 @@ def test_a_run_from_a_converted_checkpoint_and_back(gloo, tiny_model, converted,
         gloo.run(2, run_training, config_file(tmp_path, start, name=name), "parallel.pp=2")
         exports.append(tmp_path / name / "hf_export")
     run = tmp_path / "from_megatron"
-    megatron_to_hf(Request(run, tmp_path / "back", max_shard_bytes=50_000), Ranks())
+    megatron_to_hf(ConversionRequest(run, tmp_path / "back", max_shard_bytes=50_000), Ranks())
     live, again, offline = (tensors_of(folder) for folder in (*exports, tmp_path / "back"))
     assert live.keys() == again.keys() == offline.keys() == tensors_of(tiny_model(family)).keys()
     for name, value in live.items():
@@ -216,5 +216,5 @@ def test_log_probs_of_the_two_are_one(gloo, tiny_model, converted, tmp_path):
     assert scored[0] == scored[1]
     assert gloo.run(1, largest_gap, str(tiny_model("qwen2")), str(converted("qwen2")))[0] == 0
     other = tmp_path / "bf16"
-    hf_to_megatron(Request(tiny_model("qwen2"), other, dtype="bf16"), Ranks())
+    hf_to_megatron(ConversionRequest(tiny_model("qwen2"), other, dtype="bf16"), Ranks())
     assert gloo.run(1, largest_gap, str(tiny_model("qwen2")), str(other))[0] > 1e-3

@@ -54,14 +54,14 @@ def questions(tmp_path_factory) -> Path:
 
 def evaluate_to(folder: str, data: str, out: str, overrides: tuple = (), num_responses: int = 8, **options) -> str:
     from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
-    from megatron_powerflow.evaluation.evaluate import Request, evaluate
+    from megatron_powerflow.evaluation.evaluate import EvaluationRequest, evaluate
     from megatron_powerflow.parallel.initialize import read_launch
 
     launch = read_launch()
     console = make_console(io.StringIO(), width=200)
     settings, reference = options.pop("settings", SETTINGS), options.pop("reference", False)
     opened = open_model(Path(folder), (*settings, *overrides), GENERATE_KEYS, launch.world_size, reference=reference)
-    request = Request(data=(data,), num_responses=num_responses, **options)
+    request = EvaluationRequest(data=(data,), num_responses=num_responses, **options)
     evaluate(opened, request, Path(out), launch, console, command="powerflow evaluate")
     return console.file.getvalue()
 

@@ -25,7 +25,7 @@ def megatron_logits_and_log_probs(
     import torch.distributed as dist
 
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
-    from megatron_powerflow.data.packing import Annotated, pack
+    from megatron_powerflow.data.packing import AnnotatedRollout, pack
     from megatron_powerflow.hf.config import read_architecture
     from megatron_powerflow.hf.families import FAMILIES as families
     from megatron_powerflow.parallel.initialize import initialized, read_launch
@@ -47,7 +47,7 @@ def megatron_logits_and_log_probs(
             for i, (prompt, response) in enumerate(rows)
         ]
         batches = pack(
-            [Annotated(rollout) for rollout in rollouts],
+            [AnnotatedRollout(rollout) for rollout in rollouts],
             micro_batch_size=2,
             responses_per_prompt=1,
             drop_truncated=False,

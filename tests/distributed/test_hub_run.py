@@ -78,12 +78,12 @@ PROCESS = """
 import torch.distributed as dist
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hub.fetch import locate
-from megatron_powerflow.hub.located import Wanted
+from megatron_powerflow.hub.located import RequestedName
 from megatron_powerflow.parallel.agreement import main_first
 from megatron_powerflow.parallel.initialize import cpu_group, read_launch
 
 launch = read_launch()
-found = locate([Wanted("model", "owner/tiny", "--model")], launch).model("owner/tiny")
+found = locate([RequestedName("model", "owner/tiny", "--model")], launch).model("owner/tiny")
 
 def fails():
     raise UserError("only the main process knows")

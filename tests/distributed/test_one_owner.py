@@ -127,12 +127,12 @@ def test_ranks_refuse_together(gloo, config, tmp_path):
 
 def test_a_start_that_is_refused_while_the_model_is_read_leaves_nothing(gloo, config, tiny_model, tmp_path):
     """A damaged converted model is found only then; the mended command, with other settings too, just runs."""
-    from megatron_powerflow.converter.convert import Request, hf_to_megatron
+    from megatron_powerflow.converter.convert import ConversionRequest, hf_to_megatron
     from megatron_powerflow.converter.ranks import Ranks
     from tests.gloo_workers import RankFailed
 
     model = tmp_path / "converted"
-    hf_to_megatron(Request(tiny_model("llama"), model), Ranks())
+    hf_to_megatron(ConversionRequest(tiny_model("llama"), model), Ranks())
     (shard,) = (model / "release").glob("*.distcp")
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
@@ -280,13 +280,15 @@ def evaluate_refused(model: str, data: str, out: str) -> str:
     from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
     from megatron_powerflow.console import make_console
     from megatron_powerflow.errors import UserError
-    from megatron_powerflow.evaluation.evaluate import Request, evaluate
+    from megatron_powerflow.evaluation.evaluate import EvaluationRequest, evaluate
     from megatron_powerflow.parallel.initialize import read_launch
 
     settings = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6")
     opened = open_model(Path(model), settings, GENERATE_KEYS, 1)
     try:
-        evaluate(opened, Request((data,), num_responses=1), Path(out), read_launch(), make_console(io.StringIO()))
+        evaluate(
+            opened, EvaluationRequest((data,), num_responses=1), Path(out), read_launch(), make_console(io.StringIO())
+        )
     except UserError as error:
         return str(error)
     return ""

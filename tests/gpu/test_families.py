@@ -59,10 +59,10 @@ def sample(plan, session):
 
 def scores(rollouts, plan, session) -> torch.Tensor:
     """[tokens] log-probs of all responses by the run's own scorer."""
-    from megatron_powerflow.data.packing import Annotated, pack
+    from megatron_powerflow.data.packing import AnnotatedRollout, pack
     from megatron_powerflow.training.score import score
 
-    alone = [Annotated(replace(rollout, slot=place)) for place, rollout in enumerate(rollouts)]
+    alone = [AnnotatedRollout(replace(rollout, slot=place)) for place, rollout in enumerate(rollouts)]
     packing = {"responses_per_prompt": 1, "drop_truncated": False, "multiple": 1, "uniform": False}
     batches = pack(alone, micro_batch_size=4, device=session.groups.device, **packing)
     found = {}

@@ -69,8 +69,8 @@ _TRAJECTORY_BALANCE = (
         "the two sides of the clip change places",
     ),
     (
-        "1.0 - clip_epsilon, 1.0 + clip_epsilon), exact",
-        "1.0 - clip_epsilon, 1.0 / (1.0 - clip_epsilon)), exact",
+        "1.0 - clip_epsilon, 1.0 + clip_epsilon), unclipped",
+        "1.0 - clip_epsilon, 1.0 / (1.0 - clip_epsilon)), unclipped",
         "upper side of the clip",
     ),
     ("residual = log_z + partial", "residual = partial - log_z", "sign of log Z'"),
@@ -89,21 +89,45 @@ _TRAJECTORY_BALANCE = (
 )
 
 _LOG_Z_ESTIMATE = (
-    ("others = mass - own", "others = mass", "the response itself in leave-one-out's weight"),
-    ("alone = (count < 2)", "alone = (count < 3)", "pairs count as alone"),
-    ("-(total - own * partial.detach())", "-(total - partial.detach())", "leave-one-out takes out what it did not add"),
+    ("others = sums.weight - member_weight", "others = sums.weight", "the response itself in leave-one-out's weight"),
+    ("alone = (sums.num_kept < 2)", "alone = (sums.num_kept < 3)", "pairs count as alone"),
+    (
+        "-(sums.weighted - member_weight * partial.detach())",
+        "-(sums.weighted - partial.detach())",
+        "leave-one-out takes out what it did not add",
+    ),
     (
         "torch.where(alone, -partial.detach(), estimate)",
         "torch.where(alone, partial.detach(), estimate)",
         "one alone has a residual",
     ),
-    ("mass / (count - 1).clamp(min=1)", "mass / count.clamp(min=1)", "G for G - 1 in the contrastive factor"),
-    ("mass / (count - 1).clamp(min=1)", "count / (count - 1).clamp(min=1)", "contrastive factor not weighted"),
-    ("own = torch.where(kept, weight, 0.0).detach()", "own = weight.detach()", "dropped ones in the group's mean"),
+    (
+        "sums.weight / (sums.num_kept - 1).clamp(min=1)",
+        "sums.weight / sums.num_kept.clamp(min=1)",
+        "G for G - 1 in the contrastive factor",
+    ),
+    (
+        "sums.weight / (sums.num_kept - 1).clamp(min=1)",
+        "sums.num_kept / (sums.num_kept - 1).clamp(min=1)",
+        "contrastive factor not weighted",
+    ),
+    (
+        "member_weight = torch.where(kept, weight, 0.0).detach()",
+        "member_weight = weight.detach()",
+        "dropped ones in the group's mean",
+    ),
     ("torch.where(kept, partial.detach(), 0.0)", "torch.where(kept, partial, 0.0)", "a gradient through log Z'"),
-    ("per_group(kept.to(own.dtype))\n", "per_group(torch.ones_like(own))\n", "dropped ones in the group's size"),
-    ("_, place = group.unique", "_, place = torch.zeros_like(group).unique", "one group for all"),
-    ("    return -(total / mass)\n", "    return total / mass\n", "sign of the group's estimate"),
+    (
+        "per_group(kept.to(member_weight.dtype))\n",
+        "per_group(torch.ones_like(member_weight))\n",
+        "dropped ones in the group's size",
+    ),
+    ("_, group_index = group.unique", "_, group_index = torch.zeros_like(group).unique", "one group for all"),
+    (
+        "    return -(sums.weighted / sums.weight)\n",
+        "    return sums.weighted / sums.weight\n",
+        "sign of the group's estimate",
+    ),
 )
 
 _POLICY_GRADIENT = (
@@ -129,13 +153,13 @@ _POLICY_GRADIENT = (
         'divisor = num_tokens if score_norm != "length"',
         "the score's norm the other way",
     ),
-    ("return -advantage * log_probs.sum(dim=1)", "return advantage * log_probs.sum(dim=1)", "uphill"),
+    ("terms = -advantage * log_probs.sum(dim=1)", "terms = advantage * log_probs.sum(dim=1)", "uphill"),
     ("low, high = 0.0 if upper_only else 1.0 - clip_epsilon", "low, high = 1.0 - clip_epsilon", "clip: upper is both"),
-    ("return -torch.minimum(rho * own", "return -torch.maximum(rho * own", "the clip protects nothing"),
+    ("return -torch.minimum(rho * advantage", "return -torch.maximum(rho * advantage", "the clip protects nothing"),
     ("((rho < low) | (rho > high))", "(rho > high)", "only one side counted as clipped"),
     ("(difference.sum(dim=1) / num_tokens).exp()", "difference.mean(dim=1).exp()", "padding in seq_mean"),
     (
-        "clipped(rho, advantage) * num_tokens / divisor, rho",
+        "clipped(rho, advantage) * num_tokens / divisor",
         "clipped(rho, advantage) / divisor, rho",
         "seq_mean's gradient smaller by n",
     ),
@@ -192,7 +216,7 @@ _PRESETS = (
         'self.reference_norm == "length"',
         "the per-token loss is said to tilt",
     ),
-    ('LEARNED_LOG_Z = ("mlp", "scalar")', 'LEARNED_LOG_Z = ("mlp",)', "the scalar head is not learned"),
+    ('LearnedLogZ = Literal["mlp", "scalar"]', 'LearnedLogZ = Literal["mlp"]', "the scalar head is not learned"),
     ('self.reward in ("power", "power_per_token")', 'self.reward in ("power",)', "rl_token knows no alpha"),
 )
 
@@ -336,7 +360,11 @@ _REWARDS = (
     ("divide_by_std=True", "divide_by_std=False", "FlowRL's advantage is not scaled"),
     ("(objective.reward_scale * values)", "values", "reward_scale has no effect"),
     ("if objective.reward_advantage:", "if not objective.reward_advantage:", "FlowRL's advantage elsewhere"),
-    ("distinct_n(group, 2), distinct_n(group, 3)", "distinct_n(group, 3), distinct_n(group, 2)", "swapped"),
+    (
+        "distinct_share(group, 2), distinct_share(group, 3)",
+        "distinct_share(group, 3), distinct_share(group, 2)",
+        "swapped",
+    ),
     ("math.nan if verdict is None", "0.0 if verdict is None", "no gold answer is a wrong one"),
     ("rollout, answer is not None, psi", "rollout, answer is None, psi", "psi for boxed ones"),
     ("repeated_share(rollout.response_token_ids)", "repeated_share(rollout.prompt.token_ids)", "the prompt's"),
@@ -434,7 +462,7 @@ _REDUCE = (
     ("np.abs(gap).mean()", "gap.mean()", "gaps cancel"),
     ('np.abs(every["sequence_log_prob"] - old).mean()', '(every["sequence_log_prob"] - old).mean()', "moves cancel"),
     ('column[every["kept"] > 0]', 'column[every["kept"] >= 0]', "dropped ones in the objective"),
-    ('kept["rollout_index"] // target', 'kept["rollout_index"] % target', "who belongs to which prompt"),
+    ('kept["rollout_index"] // settings', 'kept["rollout_index"] % settings', "who belongs to which prompt"),
     ('"residual_std": residual.std()', '"residual_std": residual.var()', "a variance"),
     ("(weight * residual).mean(),", "residual.mean(),", "not weighted"),
     ('_per_prompt(kept["log_z"] - residual', '_per_prompt(kept["log_z"] + residual', "sign of the group's estimate"),
@@ -448,10 +476,10 @@ _REDUCE = (
     ('        "reward_mean": kept["reward"].mean(),\n', "", "a metric vanishes"),
     ('        "distinct_3": every["distinct_3"].mean(),\n', "", "a metric vanishes"),
     ("(0.05, 0.25, 0.5, 0.75, 0.95)", "(0.05, 0.25, 0.75, 0.95)", "a metric vanishes"),
-    ("np.minimum(lengths, target.tilt_cap)", "np.maximum(lengths, target.tilt_cap)", "the cap is a floor"),
+    ("np.minimum(lengths, settings.tilt_cap)", "np.maximum(lengths, settings.tilt_cap)", "the cap is a floor"),
     (
-        "added * counted if target.energy_per_token",
-        "added * counted if not target.energy_per_token",
+        "added * counted if settings.energy_per_token",
+        "added * counted if not settings.energy_per_token",
         "psi once a token",
     ),
     ("if highest > MAX_LOG_PROB", "if highest > 1.0", "a broken kernel passes"),
@@ -468,7 +496,11 @@ _REDUCE = (
 )
 
 _ALARM = (
-    ("own[:-LOSS_RECENT_STEPS][:LOSS_BASELINE_STEPS]", "own[:LOSS_BASELINE_STEPS]", "recent steps among the first"),
+    (
+        "losses[:-LOSS_RECENT_STEPS][:LOSS_BASELINE_STEPS]",
+        "losses[:LOSS_BASELINE_STEPS]",
+        "recent steps among the first",
+    ),
     (' and line.get("alpha") == alpha', "", "losses at another alpha"),
     ("else usual, LOSS_FLOOR)", "else usual, 0.0)", "ten times nothing rings"),
     ("gap <= bound", "gap < bound", "rings at the bound"),
@@ -490,7 +522,7 @@ _LENGTH_SHIFT = (
     ("max(BASELINE_STEPS, 2 * enough)", "max(BASELINE_STEPS, enough)", "fewer first steps"),
     ("np.mean([line[error] ** 2", "np.mean([line[error]", "an error for its square"),
     ("GROSS_RISE if names is TRUNCATED", "GROSS_RISE if names is not TRUNCATED", "swapped thresholds"),
-    ("told[-num_recent:]", "told[:num_recent]", "the first steps for the recent ones"),
+    ("lines[-num_recent:]", "lines[:num_recent]", "the first steps for the recent ones"),
 )
 
 _TRAP = (
@@ -528,10 +560,14 @@ _LOOPS = (
 _TILT = (
     ('alpha * columns["psi"] + np.where', 'columns["psi"] + np.where', "psi not times alpha"),
     ('columns["reward"], 0.0)', '0.0, columns["reward"])', "the reward of the rivals"),
-    ("np.log(group_size[there])", "np.log(np.bincount(place))", "ordinary ones for all in the mean"),
-    ("np.bincount(place, weight**2, len(there))", "np.bincount(place, weight, len(there))", "effective samples"),
+    ("np.log(group_size[present])", "np.log(np.bincount(prompt_index))", "ordinary ones for all in the mean"),
+    ("prompt_index, weight**2, len(present)", "prompt_index, weight, len(present)", "effective samples"),
     ("largest(excess / counted)", "largest(excess)", "where the root is looked for"),
-    ("exponent = excess - lam[place] * counted", "exponent = excess - lam[place]", "lambda once a response"),
+    (
+        "exponent = excess - lam[prompt_index] * counted",
+        "exponent = excess - lam[prompt_index]",
+        "lambda once a response",
+    ),
 )
 
 _REALISED_ALPHA = (
@@ -540,7 +576,7 @@ _REALISED_ALPHA = (
     ("lines[-WINDOW_STEPS:]", "lines[:WINDOW_STEPS]", "the first steps"),
     ("+ [1.0] * missing", "", "steps without an estimate are left out"),
     ("(num_prompts - 1) / num_prompts * np.square", "1.0 / num_prompts * np.square", "no jackknife"),
-    ("given @ coefficients).sum() / np.square(left).sum()", "given @ coefficients).sum()", "not a share"),
+    ("1.0 - unexplained / np.square(explained).sum()", "1.0 - unexplained", "not a share"),
     ("0.0 - slope", "slope", "sign of lambda"),
     ("half_width / scale[0]", "half_width", "the interval in another unit"),
     ("MIN_SPREAD).any():", "MIN_SPREAD).all():", "a reward that only some prompts have"),
@@ -720,8 +756,8 @@ _OPERATIONS = (
         "width of attention, latent",
     ),
     (
-        "a.mla.nope_head_dim + a.mla.v_head_dim)",
-        "a.mla.nope_head_dim + a.mla.rope_head_dim)",
+        "_required(a.mla).nope_head_dim + _required(a.mla).v_head_dim)",
+        "_required(a.mla).nope_head_dim + _required(a.mla).rope_head_dim)",
         "width of keys and values",
     ),
     ("kv_rows = architecture.num_query_groups", "kv_rows = architecture.num_attention_heads", "no grouped queries"),
@@ -757,9 +793,9 @@ _PACKING = (
     ("pieces[2 * cp_size - 1 - cp_rank]])", "pieces[2 * cp_size - 2 - cp_rank]])", "context ranks share pieces"),
     ("first_key + (piece + 1) * length", "first_key + piece * length", "queries do not see themselves"),
     ("torch.cat(held).argsort()", "torch.cat(held)", "the order of keys, the other way"),
-    ("own[-1] + number * row", "own[-1] + number * size", "tokens of other rows"),
+    ("held[-1] + number * row", "held[-1] + number * size", "tokens of other rows"),
     ("torch.tensor([item.psi for item", "torch.tensor([item.reward for item", "the reward for psi"),
-    ("own[-1] < length", "own[-1] <= length", "padding is a token"),
+    ("held[-1] < length", "held[-1] <= length", "padding is a token"),
     ("max(totals) if uniform else total", "total", "streams not alike where the pipeline interleaves"),
 )
 
@@ -786,19 +822,23 @@ _BINS = (
     ("-(-fewest // rule.count_multiple) * rule.count_multiple", "fewest", "no multiple of pp"),
     ("bins.sort(key=lambda bin: (-sum(", "bins.sort(key=lambda bin: (sum(", "the lightest first"),
     ("x.per_token * mlp", "x.num * mlp", "all experts"),
-    ("return found + [[] for _ in range(num_bins - len(found))]", "return found", "another number of bins"),
+    ("return dense + [[] for _ in range(num_bins - len(dense))]", "return dense", "another number of bins"),
 )
 
 _ANSWERS = (
-    (" and _fits(one.unit, other.unit)", "", "5 cm is 5 inches"),
-    (" and _fits(one.name, other.name)", "", "x = 5 is y = 5"),
+    (" and _fits(first.unit, second.unit)", "", "5 cm is 5 inches"),
+    (" and _fits(first.name, second.name)", "", "x = 5 is y = 5"),
     ("response.rpartition(END_OF_THOUGHT)[2]", "response.partition(END_OF_THOUGHT)[0]", "the answer in the thought"),
-    ("last_boxed(said.partition(THOUGHT)[0])", "last_boxed(said)", "an answer in a thought that does not end"),
-    ("said is None and len(others) == 1", "said is None and len(others) >= 1", "a bare number beside two units"),
-    ("one is None or other is None or one == other", "one == other", "5 is not 5 cm"),
+    (
+        "last_boxed(behind_thoughts.partition(THOUGHT)[0])",
+        "last_boxed(behind_thoughts)",
+        "an answer in a thought that does not end",
+    ),
+    ("stated is None and len(others) == 1", "stated is None and len(others) >= 1", "a bare number beside two units"),
+    ("first is None or second is None or first == second", "first == second", "5 is not 5 cm"),
     ("<= Fraction(str(tolerance))", "< Fraction(str(tolerance))", "just within"),
     ("return near and agree(", "return near or agree(", "units within the tolerance"),
-    ('("none", place) if answer is None', '("none", 0) if answer is None', "those without an answer agree"),
+    ('("none", index) if answer is None', '("none", 0) if answer is None', "those without an answer agree"),
     ("return given is not None and agree", "return given is None or agree", "no answer is right"),
     (
         "return [None] * len(answers) if gold is None",
@@ -852,8 +892,8 @@ _TOKEN_LOG_PROBS = (
     ("        ctx.mark_non_differentiable(certainty)\n", "", "certainty asks for a gradient"),
     ("(columns - block.start, log_normaliser", "(columns, log_normaliser", "the gradient of the first tile's target"),
     (
-        "            if wants_weight and sums.dtype != weight.dtype:\n",
-        "            if wants_weight and sums.dtype == weight.dtype:\n",
+        "            if grad_weight is not None and sums is not None and sums.dtype != weight.dtype:\n",
+        "            if grad_weight is not None and sums is not None and sums.dtype == weight.dtype:\n",
         "in bf16 no gradient of the weight",
     ),
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_powerflow.config import AlarmName
-from megatron_powerflow.metrics.alarm import ALARMS, Thresholds, has_diverged, ringing
+from megatron_powerflow.metrics.alarm import ALARMS, Thresholds, has_diverged, raised_alarms
 from megatron_powerflow.metrics.prompt_statistics import length_statistics
 
 SEEDS = range(3)
@@ -45,14 +45,14 @@ def line(truncated=0.01, log_length=5.0, **other):
     ],
 )
 def test_each_alarm_rings_for_its_own_reason(before, after, names):
-    assert ringing([before] * 20, DEFAULTS) == {}
-    assert ringing([before] * 20 + [after] * 5, DEFAULTS).keys() == names
+    assert raised_alarms([before] * 20, DEFAULTS) == {}
+    assert raised_alarms([before] * 20 + [after] * 5, DEFAULTS).keys() == names
 
 
 def test_lines_of_older_runs_ring_no_alarm_on_lengths():
     old = {"num_rollouts_kept": 4.0, "truncated_fraction": 0.0}
-    assert ringing([old] * 30 + [old | {"truncated_fraction": 1.0}] * 30, DEFAULTS) == {}
-    assert ringing([], DEFAULTS) == {}
+    assert raised_alarms([old] * 30 + [old | {"truncated_fraction": 1.0}] * 30, DEFAULTS) == {}
+    assert raised_alarms([], DEFAULTS) == {}
 
 
 def simulated(seed: int, steps: int, *, num_prompts=16, drift=0.0, begins=0) -> list[dict[str, float]]:
@@ -77,7 +77,7 @@ def simulated(seed: int, steps: int, *, num_prompts=16, drift=0.0, begins=0) -> 
 
 def ring_at(lines: list[dict[str, float]]) -> tuple[int, str] | None:
     """The first step, counted from 0, and the name of the alarm."""
-    return next(((i, name) for i in range(len(lines)) for name in ringing(lines[: i + 1], DEFAULTS)), None)
+    return next(((i, name) for i in range(len(lines)) for name in raised_alarms(lines[: i + 1], DEFAULTS)), None)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -118,62 +118,62 @@ def losses(values) -> list[dict[str, float]]:
 def test_a_noisy_loss_rings_in_less_than_one_run_of_a_hundred():
     """A standard deviation of .8 in its logarithm, as at a high rate: of ten steps the least is a fifth of the rest."""
     runs = np.exp(0.8 * np.random.default_rng(0).normal(size=(300, 60)))
-    rang = [any("loss" in ringing(losses(run[:length]), DEFAULTS) for length in range(1, 61)) for run in runs]
+    rang = [any("loss" in raised_alarms(losses(run[:length]), DEFAULTS) for length in range(1, 61)) for run in runs]
     assert np.mean(rang) < 0.01
 
 
 def test_a_loss_that_the_first_update_spoils_rings():
-    assert "loss" in ringing(losses([1.0, *[50.0] * 9]), DEFAULTS)
-    assert "loss" not in ringing(losses([1.0, *[5.0] * 9]), DEFAULTS)
+    assert "loss" in raised_alarms(losses([1.0, *[50.0] * 9]), DEFAULTS)
+    assert "loss" not in raised_alarms(losses([1.0, *[5.0] * 9]), DEFAULTS)
 
 
 def test_a_loss_is_compared_at_its_own_alpha():
     """Where alpha rises from 1 the loss begins at nothing."""
     rising = [line | {"alpha": 1.0 + step / 10} for step, line in enumerate(losses(np.linspace(0.001, 1.0, 30)))]
-    assert "loss" not in ringing([*rising, *losses([1.0] * 30)], DEFAULTS)
+    assert "loss" not in raised_alarms([*rising, *losses([1.0] * 30)], DEFAULTS)
 
 
 def test_ten_times_nearly_nothing_is_nothing():
-    assert "loss" not in ringing(losses([1e-5] * 20 + [5e-3] * 5), DEFAULTS)
-    assert "loss" in ringing(losses([1e-5] * 20 + [2e-2] * 5), DEFAULTS)
+    assert "loss" not in raised_alarms(losses([1e-5] * 20 + [5e-3] * 5), DEFAULTS)
+    assert "loss" in raised_alarms(losses([1e-5] * 20 + [2e-2] * 5), DEFAULTS)
 
 
 def test_one_loss_of_five_rings_nothing():
-    assert "loss" not in ringing(losses([1.0] * 20 + [1.0, 900.0, 1.0, 900.0, 1.0]), DEFAULTS)
-    assert "loss" in ringing(losses([1.0] * 20 + [1.0, 900.0, 900.0, 900.0, 1.0]), DEFAULTS)
+    assert "loss" not in raised_alarms(losses([1.0] * 20 + [1.0, 900.0, 1.0, 900.0, 1.0]), DEFAULTS)
+    assert "loss" in raised_alarms(losses([1.0] * 20 + [1.0, 900.0, 900.0, 900.0, 1.0]), DEFAULTS)
 
 
 def test_the_recent_losses_are_not_among_the_first():
     """Six steps: the first alone is before the last five."""
-    assert "loss" in ringing(losses([1.0, 20.0, 20.0, 20.0, 20.0, 20.0]), DEFAULTS)
-    assert "loss" not in ringing(losses([1.0, 20.0, 20.0, 20.0, 20.0]), DEFAULTS)
+    assert "loss" in raised_alarms(losses([1.0, 20.0, 20.0, 20.0, 20.0, 20.0]), DEFAULTS)
+    assert "loss" not in raised_alarms(losses([1.0, 20.0, 20.0, 20.0, 20.0]), DEFAULTS)
 
 
 def test_the_sampler_gap_rings_above_its_bound():
-    assert "sampler_gap" not in ringing([line(sampler_gap_mean=1e-3)], DEFAULTS)
-    assert "sampler_gap" in ringing([line(sampler_gap_mean=1.1e-3)], DEFAULTS)
+    assert "sampler_gap" not in raised_alarms([line(sampler_gap_mean=1e-3)], DEFAULTS)
+    assert "sampler_gap" in raised_alarms([line(sampler_gap_mean=1.1e-3)], DEFAULTS)
 
 
 def test_nothing_kept_rings_after_three_steps_in_a_row():
     nothing = line(num_rollouts_kept=0.0)
-    assert "nothing_kept" not in ringing([nothing, line(), nothing, nothing], DEFAULTS)
-    assert "nothing_kept" in ringing([line(), nothing, nothing, nothing], DEFAULTS)
-    assert "nothing_kept" not in ringing([nothing, nothing], DEFAULTS)
+    assert "nothing_kept" not in raised_alarms([nothing, line(), nothing, nothing], DEFAULTS)
+    assert "nothing_kept" in raised_alarms([line(), nothing, nothing, nothing], DEFAULTS)
+    assert "nothing_kept" not in raised_alarms([nothing, nothing], DEFAULTS)
 
 
 def test_a_high_truncated_share_that_does_not_rise_rings_nothing():
     """A rise of .02 is significant here, and allowed."""
     quiet = {"truncated_fraction_error": 0.0005}
     before, after = line(truncated=0.5, **quiet), line(truncated=0.52, **quiet)
-    assert ringing([before] * 20 + [after] * 5, DEFAULTS) == {}
-    assert "length" in ringing([before] * 20 + [line(truncated=0.54, **quiet)] * 5, DEFAULTS)
+    assert raised_alarms([before] * 20 + [after] * 5, DEFAULTS) == {}
+    assert "length" in raised_alarms([before] * 20 + [line(truncated=0.54, **quiet)] * 5, DEFAULTS)
 
 
 @pytest.mark.parametrize(("factor", "rings"), [(1.25, False), (1.35, True), (0.55, False), (0.45, True)])
 def test_lengths_ring_at_the_factors_of_the_config(factor, rings):
     quiet = {"response_log_length_error": 0.001}
     after = line(log_length=5.0 + np.log(factor), **quiet)
-    assert bool(ringing([line(**quiet)] * 20 + [after] * 5, DEFAULTS)) == rings
+    assert bool(raised_alarms([line(**quiet)] * 20 + [after] * 5, DEFAULTS)) == rings
 
 
 def test_a_run_has_diverged_where_its_loss_grew_or_half_of_it_came_to_be_cut():

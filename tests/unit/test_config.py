@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from megatron_powerflow.config import Config
 from megatron_powerflow.config_file import config_keys, dump_config, load_config, parse_config
 from megatron_powerflow.config_rules import CONDITIONAL
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.objective.presets import PRESETS, PresetName
 
 MINIMAL = {"model": {"hf_path": "m"}, "prompts": {"path": "p"}, "run": {"output_dir": "o"}}
 
@@ -44,6 +47,13 @@ def test_the_names_that_users_rely_on_exist():
     }
     assert list(Config.model_fields) == list(promised)
     assert {f"{section}.{key}" for section, keys in promised.items() for key in keys} <= set(config_keys())
+
+
+def test_the_type_of_a_presets_name_has_the_names_of_the_presets():
+    assert get_args(PresetName) == tuple(PRESETS)
+    (said,) = violations("objective.preset=la")
+    *others, last = map(repr, PRESETS)
+    assert said == f"objective.preset='la': must be one of {', '.join(others)} or {last}"
 
 
 def test_every_violation_is_reported_at_once():

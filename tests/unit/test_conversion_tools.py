@@ -22,7 +22,7 @@ from megatron_powerflow.checkpoint.folder import find_checkpoint
 from megatron_powerflow.console import make_console
 from megatron_powerflow.converter.commands import parse_size, verify
 from megatron_powerflow.converter.compare import compare
-from megatron_powerflow.converter.convert import Request, hf_to_megatron, megatron_to_hf
+from megatron_powerflow.converter.convert import ConversionRequest, hf_to_megatron, megatron_to_hf
 from megatron_powerflow.converter.inspect import describe, inspect
 from megatron_powerflow.converter.model_folders import open_model_folder
 from megatron_powerflow.converter.ranks import Ranks
@@ -37,12 +37,12 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def to_megatron(source: Path, out: Path, **settings) -> Path:
-    hf_to_megatron(Request(source, out, **settings), ALONE)
+    hf_to_megatron(ConversionRequest(source, out, **settings), ALONE)
     return out
 
 
 def to_hf(source: Path, out: Path, **settings) -> Path:
-    megatron_to_hf(Request(source, out, **settings), ALONE)
+    megatron_to_hf(ConversionRequest(source, out, **settings), ALONE)
     return out
 
 
@@ -128,8 +128,8 @@ def convert_on_rank(source: str, out: str, back: str) -> int:
     launch = read_launch()
     with cpu_group(launch):
         ranks = Ranks(launch.rank, launch.world_size)
-        hf_to_megatron(Request(Path(source), Path(out)), ranks)
-        found = megatron_to_hf(Request(Path(out), Path(back), max_shard_bytes=50_000, verify=True), ranks)
+        hf_to_megatron(ConversionRequest(Path(source), Path(out)), ranks)
+        found = megatron_to_hf(ConversionRequest(Path(out), Path(back), max_shard_bytes=50_000, verify=True), ranks)
     return found.num_exactly_equal
 
 
@@ -363,7 +363,7 @@ def test_inspect_lists_every_tensor(tiny_model, converted):
 PAUSED = """
 import sys, time
 from pathlib import Path
-from megatron_powerflow.converter.convert import Request, hf_to_megatron, megatron_to_hf
+from megatron_powerflow.converter.convert import ConversionRequest, hf_to_megatron, megatron_to_hf
 from megatron_powerflow.converter.ranks import Ranks
 total = 0
 def advance(size):
@@ -374,7 +374,7 @@ def advance(size):
         time.sleep(600)
 if __name__ == "__main__":
     function = {"hf_to_megatron": hf_to_megatron, "megatron_to_hf": megatron_to_hf}[sys.argv[1]]
-    function(Request(Path(sys.argv[2]), Path(sys.argv[3]), max_shard_bytes=50_000), Ranks(), advance)
+    function(ConversionRequest(Path(sys.argv[2]), Path(sys.argv[3]), max_shard_bytes=50_000), Ranks(), advance)
 """
 
 

@@ -16,12 +16,12 @@ from megatron_powerflow import cli
 from megatron_powerflow.commands.open_model import SCORE_KEYS, open_named
 from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.converter.commands import locate_models
-from megatron_powerflow.converter.convert import Request, hf_to_megatron
+from megatron_powerflow.converter.convert import ConversionRequest, hf_to_megatron
 from megatron_powerflow.converter.ranks import Ranks
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hub import fetch
 from megatron_powerflow.hub.fetch import locate
-from megatron_powerflow.hub.located import Fetched, Located, Wanted
+from megatron_powerflow.hub.located import Download, LocalPaths, RequestedName
 from megatron_powerflow.parallel.initialize import ALONE
 from megatron_powerflow.training.fetched import fetch_inputs
 from megatron_powerflow.training.plan import make_plan
@@ -29,12 +29,12 @@ from megatron_powerflow.training.plan import make_plan
 PROMPTS = b'{"prompt_token_ids": [5, 6, 7]}\n{"prompt_token_ids": [8, 9]}\n'
 
 
-def model(text: str, **options) -> Fetched:
-    return locate([Wanted("model", text, "--model")], ALONE, **options).model(text)
+def model(text: str, **options) -> Download:
+    return locate([RequestedName("model", text, "--model")], ALONE, **options).model(text)
 
 
 def data(text: str) -> tuple[Path, ...]:
-    return locate([Wanted("dataset", text, "--data")], ALONE).files(text)
+    return locate([RequestedName("dataset", text, "--data")], ALONE).files(text)
 
 
 def refusal(function, *arguments, **options) -> str:
@@ -111,12 +111,12 @@ def test_a_node_that_has_not_the_main_processs_cache_fetches_the_same_commit(hub
     commit = hub.add("owner/tiny", {"config.json": b'{"a": 1}', "model.safetensors": b"1"})
     hub.add("owner/tiny", {"config.json": b'{"a": 2}', "model.safetensors": b"2"})
     files = ("config.json", "model.safetensors")
-    told = Fetched("owner/tiny", commit, "/on/another/node", files)
-    there = fetch._on_this_disk(Wanted("model", "owner/tiny", "--model"), told)
+    told = Download("owner/tiny", commit, "/on/another/node", files)
+    there = fetch._on_this_disk(RequestedName("model", "owner/tiny", "--model"), told)
     assert there == replace(told, folder=str(tmp_path / "cache" / "models--owner--tiny" / "snapshots" / commit))
     assert Path(there.folder, "model.safetensors").read_bytes() == b"1"
     hub.asked.clear()
-    assert fetch._on_this_disk(Wanted("model", "owner/tiny", "--model"), there) == there
+    assert fetch._on_this_disk(RequestedName("model", "owner/tiny", "--model"), there) == there
     assert not hub.asked
 
 
@@ -193,18 +193,18 @@ def test_data_is_one_file_a_benchmark_or_the_parts_of_one(hub):
     assert "has no file nothing.csv" in refusal(data, "hf://owner/none/nothing.csv")
     assert not any(name.endswith((".py", ".md")) for name in hub.fetched())
     with pytest.raises(UserError, match="2 files on the hub, and one is read"):
-        locate([Wanted("dataset", "owner/parts", "--data")], ALONE).file("owner/parts")
+        locate([RequestedName("dataset", "owner/parts", "--data")], ALONE).file("owner/parts")
 
 
 def test_files_of_one_data_set_are_of_one_commit(hub):
     first = hub.add("datasets/owner/two", {"a.jsonl": b"1", "b.jsonl": b"1"})
-    wanted = [Wanted("dataset", f"hf://owner/two/{name}.jsonl", "prompts.path") for name in "ab"]
+    wanted = [RequestedName("dataset", f"hf://owner/two/{name}.jsonl", "prompts.path") for name in "ab"]
     assert locate(wanted, ALONE).revisions == {"datasets/owner/two": first}
     assert hub.asked.count("GET /api/datasets/owner/two") == 1  # the second is of the commit that the first was of
 
 
 def test_a_path_asks_nobody(hub, folder, tmp_path):
-    assert locate([Wanted("model", str(folder), "--model")], ALONE) == Located()
+    assert locate([RequestedName("model", str(folder), "--model")], ALONE) == LocalPaths()
     assert not hub.asked
     with pytest.raises(
         UserError, match="no such folder; give a local Hugging Face folder, or OWNER/NAME of one on the"
@@ -265,7 +265,7 @@ def test_check_without_a_network_exits_with_2_and_one_sentence(hub, tmp_path, mo
 def test_a_conversion_of_a_name_says_which_commit_it_is_of(hub, folder, tmp_path):
     commit = hub.add("owner/tiny", folder)
     located = locate_models({"--hf": "owner/tiny"}, ALONE)
-    request = Request(located.folder("owner/tiny"), tmp_path / "megatron", revisions=located.revisions)
+    request = ConversionRequest(located.folder("owner/tiny"), tmp_path / "megatron", revisions=located.revisions)
     hf_to_megatron(request, Ranks())
     mark = json.loads((tmp_path / "megatron" / "conversion.json").read_text())
     assert mark["revisions"] == {"owner/tiny": commit}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.hub.names import BENCHMARK_FILES, HubName, hub_name
+from megatron_powerflow.hub.names import BENCHMARK_FILES, HubName, parse_hub_name
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -20,7 +20,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
     ],
 )
 def test_a_model_is_owner_and_name(text, expected):
-    assert hub_name(text, "model") == expected
+    assert parse_hub_name(text, "model") == expected
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_model_is_owner_and_name(text, expected):
     ],
 )
 def test_data_is_a_data_set_or_a_file_of_one(text, expected):
-    assert hub_name(text, "dataset") == expected
+    assert parse_hub_name(text, "dataset") == expected
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])
@@ -46,7 +46,7 @@ def test_data_is_a_data_set_or_a_file_of_one(text, expected):
     ],
 )
 def test_hostile_and_malformed_names_are_paths(text, kind):
-    assert hub_name(text, kind) is None
+    assert parse_hub_name(text, kind) is None
 
 
 @pytest.mark.parametrize(
@@ -54,16 +54,16 @@ def test_hostile_and_malformed_names_are_paths(text, kind):
 )
 def test_malformed_names_that_are_said_to_be_the_hubs_are_refused(behind):
     with pytest.raises(UserError, match=r"not a name of the hub; data on the hub is hf://OWNER/NAME"):
-        hub_name(f"hf://{behind}", "dataset")
+        parse_hub_name(f"hf://{behind}", "dataset")
     with pytest.raises(UserError, match=r"not a name of the hub; a model on the hub is hf://OWNER/NAME"):
-        hub_name(f"hf://{behind}", "model")
+        parse_hub_name(f"hf://{behind}", "model")
 
 
 def test_what_is_on_this_disk_is_a_path(tmp_path, monkeypatch):
     """A folder OWNER too: models/mine, mistyped, is not a stranger's model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    assert hub_name("models/mine", "model") is None
-    assert hub_name("hf://models/mine", "model") == HubName("model", "models/mine")
-    assert hub_name("prompts/train.jsonl", "dataset") is None  # a file that is not there, and not the hub's
-    assert hub_name("prompts/train.jsonl.gz", "dataset") is None
+    assert parse_hub_name("models/mine", "model") is None
+    assert parse_hub_name("hf://models/mine", "model") == HubName("model", "models/mine")
+    assert parse_hub_name("prompts/train.jsonl", "dataset") is None  # a file that is not there, and not the hub's
+    assert parse_hub_name("prompts/train.jsonl.gz", "dataset") is None

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from megatron_powerflow import cli
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.hub.push import judge_push, push
+from megatron_powerflow.hub.push import check_push, push
 from megatron_powerflow.parallel.initialize import ALONE
 from megatron_powerflow.targets import export_target
 from tests.hub_server import READ_TOKEN, TOKEN
@@ -38,7 +38,7 @@ def write_export(out: Path, model: Path) -> None:
 
 
 def judged(out: Path, *, private: bool = False, name: str = NAME):
-    return judge_push(name, private, export_target(out), ALONE)
+    return check_push(name, private, export_target(out), ALONE)
 
 
 def refusal(*arguments, **options) -> str:

@@ -14,7 +14,7 @@ import pytest
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation import rubrics
-from megatron_powerflow.evaluation.judge import Judge, ask, ask_all, make_judge
+from megatron_powerflow.evaluation.judge import JudgeServer, ask, ask_all, make_judge
 from megatron_powerflow.evaluation.judgements import check_judgeable, judge_responses
 from megatron_powerflow.evaluation.questions import Question
 
@@ -75,8 +75,8 @@ def serve():
         server.stop()
 
 
-def quick(server: ChatServer, **changes) -> Judge:
-    return Judge(server.url, "judge-1", **{"timeout_seconds": 30.0, "pause_seconds": 0.01, **changes})
+def quick(server: ChatServer, **changes) -> JudgeServer:
+    return JudgeServer(server.url, "judge-1", **{"timeout_seconds": 30.0, "pause_seconds": 0.01, **changes})
 
 
 def test_what_is_sent_is_a_chat_completion_at_temperature_0_with_the_key(serve):
@@ -143,7 +143,7 @@ def test_a_refusal_in_the_middle_ends_the_judging(serve):
 
 def test_a_judge_that_is_not_there_is_said_at_once():
     with pytest.raises(UserError, match="does not answer"):
-        ask_all(Judge("http://127.0.0.1:9/v1", "m", pause_seconds=0.01), ["one"] * 1000)
+        ask_all(JudgeServer("http://127.0.0.1:9/v1", "m", pause_seconds=0.01), ["one"] * 1000)
 
 
 def test_replies_keep_their_order_and_hopeless_questions_are_none(serve):
@@ -158,14 +158,14 @@ def test_replies_keep_their_order_and_hopeless_questions_are_none(serve):
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/v1", "localhost:8000", "http://"])
 def test_only_http_is_a_judge(url):
     with pytest.raises(UserError, match="--judge-url"):
-        Judge(url, "m")
+        JudgeServer(url, "m")
 
 
 def test_half_a_judge_is_refused(tmp_path):
     key = tmp_path / "key"
     key.write_text("sk-1\n")
     assert make_judge(None, None, None) is None
-    assert make_judge("http://h/v1", "m", key) == Judge("http://h/v1", "m", "sk-1")
+    assert make_judge("http://h/v1", "m", key) == JudgeServer("http://h/v1", "m", "sk-1")
     for url, model, file in ((None, "m", key), ("http://h/v1", None, None), ("http://h/v1", "m", tmp_path / "none")):
         with pytest.raises(UserError, match="--judge"):
             make_judge(url, model, file)

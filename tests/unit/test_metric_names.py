@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
+from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
 from megatron_powerflow.records import ROLLOUT_COLUMNS
 
 NAN = np.full(8, np.nan)
@@ -46,7 +46,7 @@ COLUMNS = {
     "distinct_2": [0.9] * 4 + [0.5] * 4,
     "distinct_3": [1.0] * 4 + [0.6] * 4,
 }
-LEARNED = Target(4, 20, alpha=2.0, has_tilt=True, energy_per_token=True)
+LEARNED = ReductionSettings(4, 20, alpha=2.0, has_tilt=True, energy_per_token=True)
 
 
 def table(**columns) -> np.ndarray:
@@ -96,14 +96,18 @@ RIVAL = {"residual": NAN, "log_z": NAN, "advantage": [1, 0, 0, -1, 2, 0, -2, 0]}
         (LEARNED, {}, OF_BALANCES | OF_HEADS | OF_POWERS | OF_TILTS | {"clip_fraction"}),
         (LEARNED, {"clipped": NAN}, OF_BALANCES | OF_HEADS | OF_POWERS | OF_TILTS),
         (replace(LEARNED, learns_log_z=False), {"clipped": NAN}, OF_BALANCES | OF_POWERS | OF_TILTS),
-        (Target(4, 20, alpha=2.0, learns_log_z=False), {"clipped": NAN}, OF_BALANCES | OF_POWERS),  # tb_traj
-        (Target(4, 20, learns_log_z=False), RIVAL, {"advantage_std", "clip_fraction"}),  # grpo
+        (ReductionSettings(4, 20, alpha=2.0, learns_log_z=False), {"clipped": NAN}, OF_BALANCES | OF_POWERS),  # tb_traj
+        (ReductionSettings(4, 20, learns_log_z=False), RIVAL, {"advantage_std", "clip_fraction"}),  # grpo
         (
             replace(LEARNED, learns_log_z=False),
             RIVAL | {"clipped": NAN},
             {"advantage_std"} | OF_POWERS | OF_TILTS - {"trap_log_z_gap"},
         ),
-        (Target(4, 20, learns_log_z=False), RIVAL | {"clipped": NAN, "advantage": NAN}, set()),  # one_shot_em
+        (
+            ReductionSettings(4, 20, learns_log_z=False),
+            RIVAL | {"clipped": NAN, "advantage": NAN},
+            set(),
+        ),  # one_shot_em
     ],
     ids=["learned", "learned on policy", "group", "tb_traj", "grpo", "rl_token", "one_shot_em"],
 )
@@ -192,7 +196,7 @@ def test_explained_variance_by_hand():
 
 def test_the_spread_of_advantages_is_over_all_kept_rollouts():
     columns = {**RIVAL, "advantage": [1, -1, 1, -1, 1, -1, 0, 50]}
-    found = reduce_rollouts(table(**columns), Target(4, 20, learns_log_z=False))
+    found = reduce_rollouts(table(**columns), ReductionSettings(4, 20, learns_log_z=False))
     assert found["advantage_std"] == pytest.approx((6 / 7) ** 0.5)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
+from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
 from megatron_powerflow.metrics.step_log import read_step_log, write_step_log
 from megatron_powerflow.metrics.throughput import throughput
 from megatron_powerflow.metrics.writers import JsonlWriter, read_metrics
@@ -53,10 +53,10 @@ def table(**columns) -> np.ndarray:
     return np.stack([values[name] for name in ROLLOUT_COLUMNS], axis=1)
 
 
-TARGET = Target(responses_per_prompt=2, max_response_tokens=8)
+TARGET = ReductionSettings(responses_per_prompt=2, max_response_tokens=8)
 
 
-def reduced(target: Target = TARGET, **columns) -> dict[str, float]:
+def reduced(target: ReductionSettings = TARGET, **columns) -> dict[str, float]:
     return reduce_rollouts(table(**columns), target)
 
 
@@ -135,7 +135,7 @@ def test_self_reward_is_compared_within_prompts():
     assert values["self_reward_covariance"] == pytest.approx((-2 * 1 / 2 - 1 * 1 / 2) / 2)
     pooled = reduced(target, num_response_tokens=[1] * 4, ref_sequence_log_prob=[-1, -1, -9, -9], correct=[1, 1, 0, 0])
     assert pooled["self_reward_covariance"] == 0.0  # easy prompts are likely and right: no covariance of responses
-    alone = Target(responses_per_prompt=1, max_response_tokens=8, alpha=4.0)
+    alone = ReductionSettings(responses_per_prompt=1, max_response_tokens=8, alpha=4.0)
     assert "self_reward_covariance" not in reduced(alone, ref_sequence_log_prob=[-1, -2, -3, -4], correct=[1, 0, 1, 0])
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_powerflow.data.bins import BinRule
 from megatron_powerflow.data.boxes import last_boxed
-from megatron_powerflow.data.packing import Annotated, pack, pack_streams, packed_stream, row_stream
+from megatron_powerflow.data.packing import AnnotatedRollout, pack, pack_streams, packed_stream, row_stream
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.training.rewards import format_penalty
 
@@ -38,7 +38,7 @@ def packed(rollouts, **changes):
         "uniform": False,
         "device": CPU,
     } | changes
-    return pack([Annotated(item) for item in rollouts], **arguments)
+    return pack([AnnotatedRollout(item) for item in rollouts], **arguments)
 
 
 def test_the_example_of_the_record():
@@ -85,7 +85,10 @@ def test_a_prompt_that_comes_twice_in_a_step_makes_two_groups():
 
 
 def test_what_the_text_says_goes_with_its_rollout():
-    items = [Annotated(rollout([1], [5, 6]), psi=-0.5, reward=2.0), Annotated(rollout([1], [5], index=1), reward=3.0)]
+    items = [
+        AnnotatedRollout(rollout([1], [5, 6]), psi=-0.5, reward=2.0),
+        AnnotatedRollout(rollout([1], [5], index=1), reward=3.0),
+    ]
     (batch,) = pack(
         items, micro_batch_size=2, responses_per_prompt=2, drop_truncated=False, multiple=1, uniform=False, device=CPU
     )
@@ -138,7 +141,7 @@ def test_psi_is_for_responses_without_a_box_outside_exempt_tasks():
 
 def streams_of(bins, *, max_tokens=32, sequence=1, total=1, uniform=False, cp_rank=0, cp_size=1):
     return pack_streams(
-        [[Annotated(item) for item in bin] for bin in bins],
+        [[AnnotatedRollout(item) for item in bin] for bin in bins],
         BinRule(max_tokens, sequence, total, 1),
         responses_per_prompt=2,
         drop_truncated=False,

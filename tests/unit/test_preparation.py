@@ -136,14 +136,16 @@ def test_only_what_this_command_wrote_is_replaced(files):
 def test_copies_differ_in_spacing_case_and_latex_and_neighbours_are_no_copies():
     question = "Let $\\frac{a}{b}$ be the fraction in lowest terms that equals $0.125$. What is a + b in total?"
     overlap = Overlap([("one", question), ("short", "What is 2 + 2?")])
-    assert overlap.with_which(question.upper().replace("\\FRAC", "\\dfrac").replace("  ", " ")) == "one"
-    assert overlap.with_which("what is 2+2 ?") == "short"
-    assert overlap.with_which("What is 2 + 3?") is None
+    assert overlap.overlapping_question(question.upper().replace("\\FRAC", "\\dfrac").replace("  ", " ")) == "one"
+    assert overlap.overlapping_question("what is 2+2 ?") == "short"
+    assert overlap.overlapping_question("What is 2 + 3?") is None
     assert (
-        overlap.with_which("Let n be the number of ways to choose three of the seven colours. What is n in total?")
+        overlap.overlapping_question(
+            "Let n be the number of ways to choose three of the seven colours. What is n in total?"
+        )
         is None
     )
-    assert Counter(map(overlap.with_which, [""])) == {None: 1}
+    assert Counter(map(overlap.overlapping_question, [""])) == {None: 1}
 
 
 POEM = "\n".join(f"Line {n} of a poem about the sea" for n in range(6))

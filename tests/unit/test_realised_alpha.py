@@ -8,7 +8,7 @@ import pytest
 from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.realised_alpha import alpha_reached, realised_alpha
-from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
+from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
 from megatron_powerflow.records import ROLLOUT_COLUMNS
 
 NAMES = {"alpha_realised", "alpha_realised_low", "alpha_realised_high", "alpha_realised_r2", "lambda_realised"}
@@ -188,17 +188,17 @@ def test_a_step_is_reduced_with_the_lengths_and_energies_of_its_target():
     counted = np.minimum(given["lengths"], 150)
     psi = np.where(np.arange(64) % 3 == 0, -0.5, 0.0)
     policy = 4 * given["reference"] + 1.5 * counted + 0.6 * 4 * psi * counted
-    target = Target(16, 1000, alpha=4.0, tilt_cap=150, has_tilt=True, energy_per_token=True)
+    target = ReductionSettings(16, 1000, alpha=4.0, tilt_cap=150, has_tilt=True, energy_per_token=True)
     found = reduce_rollouts(rows(policy, given["reference"], given["lengths"], psi=psi), target)
     assert found["alpha_realised"] == pytest.approx(4.0, abs=1e-8)
     assert found["lambda_realised"] == pytest.approx(-1.5, abs=1e-8)
     missing = {"residual": np.full(64, np.nan), "reward": 4 * given["reference"] - policy}
-    target = Target(16, 1000, alpha=4.0, has_tilt=True, energy_per_token=True)
+    target = ReductionSettings(16, 1000, alpha=4.0, has_tilt=True, energy_per_token=True)
     policy = 2 * given["reference"] + np.random.default_rng(7).normal(0, 1, 64)
     found = reduce_rollouts(rows(policy, given["reference"], given["lengths"], **missing), target)
     assert found["alpha_realised"] == pytest.approx(2.0, abs=0.2)
     assert 0.5 < found["alpha_realised_r2"] < 1 - 1e-6
-    rival = reduce_rollouts(rows(policy, given["reference"], given["lengths"]), Target(16, 1000))
+    rival = reduce_rollouts(rows(policy, given["reference"], given["lengths"]), ReductionSettings(16, 1000))
     assert rival["alpha_realised"] == pytest.approx(2.0, abs=0.2)  # what a rival has come to, though it asks for none
 
 

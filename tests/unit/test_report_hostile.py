@@ -61,6 +61,15 @@ def test_a_config_that_is_none_is_noted_and_never_executed(tmp_path, config):
     assert not Path("owned").exists()
 
 
+def test_an_evaluation_may_call_its_diversities_what_it_likes(tmp_path):
+    (tmp_path / "evaluation.json").write_text(
+        '{"all": {"avg": 0.5}, "diversity": {"fields": 1, "step": 2, "beside": 3, "distinct_1": 0.25}}'
+    )
+    (run,) = read_runs([tmp_path], [])
+    (file,) = run.files
+    assert (file.overall.values["accuracy"], file.overall.values["distinct_1"]) == (0.5, 0.25)
+
+
 def test_numbers_and_text_by_hand():
     assert number(3) == 3.0
     assert [number(bad) for bad in (True, "1", None, [], float("nan"), float("inf"), 10**400, 1e200)] == [None] * 8

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_powerflow.config import ObjectiveSection
-from megatron_powerflow.data.packing import Annotated
+from megatron_powerflow.data.packing import AnnotatedRollout
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.training.rewards import (
     annotate,
@@ -88,7 +88,7 @@ class Words:
         return " ".join(f"\\boxed{{{token}}}" if token else "hm" for token in token_ids)
 
 
-def annotated(responses, tasks=(None,), **settings) -> list[Annotated]:
+def annotated(responses, tasks=(None,), **settings) -> list[AnnotatedRollout]:
     """One group per task, of the same responses; the gold answer is 7."""
     rollouts = [
         Rollout(Prompt("q", slot, (3, 3, 3, 3, 3, 3), answer="7", task=task), slot, i, tuple(tokens), (0.0,), "eos")

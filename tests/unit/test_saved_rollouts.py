@@ -14,7 +14,7 @@ from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.rollout.rollout_files import (
-    Wanted,
+    ReplayRequirements,
     find_rollouts,
     read_rollouts,
     replay_violations,
@@ -22,7 +22,7 @@ from megatron_powerflow.rollout.rollout_files import (
     write_rollouts,
 )
 
-WANTED = Wanted(
+WANTED = ReplayRequirements(
     num_prompts=2, responses_per_prompt=2, vocab_size=50, temperature=1.0, longest_prompt=4, longest_response=3
 )
 MINIMAL = {"model": {"hf_path": "m"}, "prompts": {"path": "p"}, "run": {"output_dir": "o"}}

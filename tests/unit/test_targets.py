@@ -11,7 +11,7 @@ import pytest
 
 from megatron_powerflow import targets
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.targets import MARK_NAME, Target, export_target, file_refusals, starts_with_line_of
+from megatron_powerflow.targets import MARK_NAME, TargetFolder, export_target, file_refusals, starts_with_line_of
 from megatron_powerflow.whole_files import write_file
 
 
@@ -25,7 +25,7 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 def export(out: Path, content: str, made_by: str = "powerflow export") -> Path:
-    target = Target(out, made_by)
+    target = TargetFolder(out, made_by)
     partial = target.begin()
     (partial / "config.json").write_text(content)
     (partial / "templates").mkdir()

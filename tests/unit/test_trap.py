@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_powerflow.metrics.reduce import Target, reduce_rollouts
+from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
 from megatron_powerflow.metrics.tilt import prompt_tilts
 from megatron_powerflow.metrics.trap import trap_margin
 from megatron_powerflow.objective.presets import PRESETS
@@ -41,7 +41,7 @@ def table(**columns) -> np.ndarray:
 
 
 def reported(rows: np.ndarray, alpha: float, *, tilt_cap: int | None = None, group: int = GROUP) -> dict[str, float]:
-    values = reduce_rollouts(rows, Target(group, LIMIT, alpha, tilt_cap, has_tilt=True))
+    values = reduce_rollouts(rows, ReductionSettings(group, LIMIT, alpha, tilt_cap, has_tilt=True))
     return {name: value for name, value in values.items() if name.startswith("trap_")}
 
 
@@ -206,7 +206,7 @@ def test_a_repetition_below_a_fifth_of_the_limit_is_no_loop():
     rows, _ = exact_samples(np.full(4, -1.5))
     for name, value in (("loop_tokens", 614), ("loop_nats", 0.01), ("entry_nats", 5.0)):
         rows[:, ROLLOUT_COLUMNS.index(name)] = value
-    found = reduce_rollouts(rows, Target(GROUP, LIMIT, ALPHA, None, has_tilt=True))
+    found = reduce_rollouts(rows, ReductionSettings(GROUP, LIMIT, ALPHA, None, has_tilt=True))
     assert found["loop_fraction"] == 0.0
     assert "trap_margin" not in found
     assert found["trap_lambda"] == pytest.approx(-1.5)

@@ -101,41 +101,43 @@ def _overrides(fields):
 
 
 def _violations(fields):
-    found = []
+    violations = []
     experts, per_token = fields["n_routed_experts"], fields["num_experts_per_tok"]
     groups, best = fields["n_group"], fields["topk_group"]
     nope, rope = fields["qk_nope_head_dim"], fields["qk_rope_head_dim"]
     if fields.get("qk_head_dim") not in (None, nope + rope):
-        found.append(f"qk_head_dim={fields['qk_head_dim']} is not qk_nope_head_dim + qk_rope_head_dim = {nope + rope}")
+        violations.append(
+            f"qk_head_dim={fields['qk_head_dim']} is not qk_nope_head_dim + qk_rope_head_dim = {nope + rope}"
+        )
     if fields.get("head_dim", rope) != rope:  # transformers rotates so many, and fails
-        found.append(f"head_dim={fields['head_dim']} is not qk_rope_head_dim={rope}; take head_dim away")
+        violations.append(f"head_dim={fields['head_dim']} is not qk_rope_head_dim={rope}; take head_dim away")
     if rope % 2:
-        found.append(f"qk_rope_head_dim={rope} is odd; dimensions are rotated in pairs")
+        violations.append(f"qk_rope_head_dim={rope} is odd; dimensions are rotated in pairs")
     if fields["num_key_value_heads"] not in (None, fields["num_attention_heads"]):
-        found.append(
+        violations.append(
             f"num_key_value_heads={fields['num_key_value_heads']} is not supported; latent attention makes keys and "
             f"values for each of the num_attention_heads={fields['num_attention_heads']} heads"
         )
     dense, layers = fields["first_k_dense_replace"], fields["num_hidden_layers"]
     if not 0 <= dense < layers:
-        found.append(
+        violations.append(
             f"first_k_dense_replace={dense!r} leaves no layer of num_hidden_layers={layers} with experts; it must be "
             f"0 to {layers - 1}"
         )
     scaling = fields["routed_scaling_factor"]
     if not scaling > 0:
-        found.append(f"routed_scaling_factor={scaling!r} is not supported; it must be a number above 0")
+        violations.append(f"routed_scaling_factor={scaling!r} is not supported; it must be a number above 0")
     if not 1 <= best <= groups or experts % groups or experts // groups < 2:
-        found.append(
+        violations.append(
             f"n_group={groups} with topk_group={best} does not divide n_routed_experts={experts} into groups of two or "
             "more, of which some are chosen"
         )
     elif best < groups and not (per_token // best == 2 and per_token <= best * (experts // groups)):
-        found.append(
+        violations.append(
             f"num_experts_per_tok={per_token} with topk_group={best} of n_group={groups} is not supported: Megatron "
             f"ranks groups by their best {per_token // best} experts, DeepSeek by their best 2"
         )
-    return found
+    return violations
 
 
 FAMILY = Family(

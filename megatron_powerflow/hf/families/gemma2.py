@@ -8,7 +8,7 @@ hidden_activation counts, and hidden_act, which released files have as well, mus
 """
 
 from megatron_powerflow.hf.config import windows_by_layer
-from megatron_powerflow.hf.families.llama import DEFAULTS, LAYER_OPS, MODEL_OPS, heads_divide
+from megatron_powerflow.hf.families.llama import DEFAULTS, LAYER_OPS, MODEL_OPS, head_violations
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.operations import Replicated
 
@@ -22,10 +22,10 @@ NORMS = (
 
 
 def _violations(fields):
-    found = heads_divide(fields)
+    violations = head_violations(fields)
     if fields["sliding_window"] is None:  # transformers asks for one even where no layer has it
-        found.append("sliding_window=None is not supported for gemma2; say a number of tokens")
-    return found
+        violations.append("sliding_window=None is not supported for gemma2; say a number of tokens")
+    return violations
 
 
 FAMILY = Family(

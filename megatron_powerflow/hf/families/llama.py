@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_powerflow.hf.family import Family
-from megatron_powerflow.hf.operations import GateUp, Qkv, Replicated, Rows, VocabRows
+from megatron_powerflow.hf.operations import GateUp, Op, Qkv, Replicated, Rows, VocabRows
 
 ATTENTION = "model.layers.{layer}.self_attn."
 MLP = "model.layers.{layer}.mlp."
 
-LAYER_OPS = (
+LAYER_OPS: tuple[Op, ...] = (
     Replicated("input_layernorm.weight", "model.layers.{layer}.input_layernorm.weight"),
     Qkv(
         "self_attention.linear_qkv.weight",
@@ -26,15 +26,16 @@ LAYER_OPS = (
     GateUp("mlp.linear_fc1.weight", MLP + "gate_proj.weight", MLP + "up_proj.weight"),
     Rows("mlp.linear_fc2.weight", MLP + "down_proj.weight", inputs="ffn"),
 )
-MODEL_OPS = (
+MODEL_OPS: tuple[Op, ...] = (
     VocabRows("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
     Replicated("decoder.final_layernorm.weight", "model.norm.weight"),
     VocabRows("output_layer.weight", "lm_head.weight"),
 )
 
 
-def heads_divide(fields: Mapping[str, Any]) -> list[str]:
-    """transformers 5 asks it of Llama and Gemma 2, whatever head_dim says."""
+def head_violations(fields: Mapping[str, Any]) -> list[str]:
+    """Return a violation when hidden_size is no multiple of the heads, which transformers 5 refuses for Llama and Gemma
+    2, whatever head_dim says; else nothing."""
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     return [f"num_attention_heads={heads} does not divide hidden_size={hidden}"] if hidden % heads else []
 
@@ -49,5 +50,5 @@ FAMILY = Family(
     layer_ops=LAYER_OPS,
     model_ops=MODEL_OPS,
     nullable=("num_key_value_heads", "head_dim"),
-    violations=heads_divide,
+    violations=head_violations,
 )

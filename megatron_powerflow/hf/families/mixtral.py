@@ -12,7 +12,10 @@ from megatron_powerflow.hf.operations import GateUp, Op, Replicated, Rows
 
 
 def expert_ops(block: str, gate: str, up: str, down: str) -> tuple[Op, ...]:
-    """Llama's layer with a router and experts; the names are those below model.layers.{layer}, without .weight."""
+    """Return the operations of Llama's layer with a router and experts in the place of its MLP.
+
+    block: the mixture's name below model.layers.{layer}; gate, up, down: names of an expert's weights, less .weight.
+    """
     expert = f"model.layers.{{layer}}.{block}.experts.{{expert}}."
     local = "mlp.experts.local_experts.{expert}."
     return (

@@ -20,6 +20,7 @@ WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layer
 
 
 def windows_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Architecture fields of the sliding window of Qwen2 and Qwen3, none where it is switched off."""
     window = fields["sliding_window"] if fields["use_sliding_window"] else None
     default = [layer >= fields["max_window_layers"] for layer in range(fields["num_hidden_layers"])]
     return windows_by_layer(window, fields.get("layer_types"), default)

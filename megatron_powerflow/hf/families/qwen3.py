@@ -19,7 +19,7 @@ FAMILY = Family(
     defaults={**DEFAULTS, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, **WINDOW},
     must_be={"hidden_act": "silu"},
     overrides=lambda fields: {"qk_norm": True, **windows_of(fields)},
-    layer_ops=LAYER_OPS + NORMS,
+    layer_ops=(*LAYER_OPS, *NORMS),
     model_ops=MODEL_OPS,
     nullable=("num_key_value_heads",),
 )

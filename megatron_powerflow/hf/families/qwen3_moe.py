@@ -43,6 +43,6 @@ FAMILY = Family(
             bool(fields["norm_topk_prob"]),
         ),
     },
-    layer_ops=expert_ops("mlp", "gate_proj", "up_proj", "down_proj") + qwen3.NORMS,
+    layer_ops=(*expert_ops("mlp", "gate_proj", "up_proj", "down_proj"), *qwen3.NORMS),
     model_ops=MODEL_OPS,
 )
