@@ -966,7 +966,7 @@ GUARDS = {
     "hf/operations.py": ("operations", "conversion"),
     "data/packing.py": ("packing",),
     "data/bins.py": ("bins",),
-    "data/answers.py": ("answers", "answer_table"),
+    "data/answers.py": ("answer_table", "answers"),
     "rollout/sampling.py": ("sampling",),
     "log_probs/plain.py": ("token_log_probs",),
     "log_probs/token_log_probs.py": ("token_log_probs",),
