@@ -893,7 +893,7 @@ _TOKEN_LOG_PROBS = (
     ("(columns - block.start, log_normaliser", "(columns, log_normaliser", "the gradient of the first tile's target"),
     (
         "            if grad_weight is not None and sums is not None and sums.dtype != weight.dtype:\n",
-        "            if grad_weight is not None and sums is None:\n",
+        "            if grad_weight is not None and sums is not None and sums.dtype == weight.dtype:\n",
         "in bf16 no gradient of the weight",
     ),
 )
@@ -966,7 +966,7 @@ GUARDS = {
     "hf/operations.py": ("operations", "conversion"),
     "data/packing.py": ("packing",),
     "data/bins.py": ("bins",),
-    "data/answers.py": ("answers", "answer_table"),
+    "data/answers.py": ("answer_table", "answers"),
     "rollout/sampling.py": ("sampling",),
     "log_probs/plain.py": ("token_log_probs",),
     "log_probs/token_log_probs.py": ("token_log_probs",),

@@ -121,7 +121,7 @@ def test_evenness_gives_way_to_the_budget():
 
 def test_a_bin_may_be_full_to_the_last_token():
     assert first_fit([6, 4, 5, 5], 10) == [[0, 1], [2, 3]]
-    assert fill_evenly([6, 4, 5, 5], [6.0, 4.0, 5.0, 5.0], 10, 2) == [[0, 1], [2, 3]]
+    assert fill_evenly([5, 5, 5, 5], [1.0, 9.0, 9.0, 1.0], 10, 2) == [[0, 2], [1, 3]]  # first fit: 0 1, 2 3
     assert groups_fit([[6, 4], [5, 5]], rule_of(10))
     assert not groups_fit([[6, 4], [5, 6]], rule_of(10))
     assert not groups_fit([[6, 4]], rule_of(10, sequence=4, total=4))  # 8 + 4 of 8

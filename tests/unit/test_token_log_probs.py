@@ -89,6 +89,18 @@ def test_log_probs_are_fp32_and_at_most_0(alone):
     assert values.isfinite().all()
 
 
+def test_in_bf16_the_weight_has_its_gradient(alone):
+    """That of full logits in fp32, up to rounding."""
+    hidden, weight, targets = case(11, 37, 48, dtype=torch.bfloat16)
+    weight.requires_grad_()
+    arguments = {"tp_group": alone, "vocab_size": 37, "temperature": 1.0, "max_logits": 20}
+    token_log_probs(hidden, weight, targets, **arguments).sum().backward()
+    exact = weight.detach().float().requires_grad_()
+    plain(hidden.float(), exact, targets, 37, 1.0).sum().backward()
+    torch.testing.assert_close(weight.grad.float(), exact.grad, rtol=0.05, atol=0.05)
+    assert exact.grad.abs().max() > 0.5
+
+
 def test_no_tokens_no_values(alone):
     hidden, weight, targets = case(0, 37, 37)
     assert token_log_probs(hidden, weight, targets, tp_group=alone, vocab_size=37, temperature=1.0).shape == (0,)
