@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = {}
-exec((here / "megatron_powerflow" / "__init__.py").read_text(), version)
+exec((here / "megatron_powerflow" / "version.py").read_text(), version)
 
 extras = {
     "te": ["transformer-engine[pytorch]>=2.2"],

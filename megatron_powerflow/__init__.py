@@ -3,4 +3,7 @@
 Importing this package imports neither torch nor megatron; the command line relies on that.
 """
 
-__version__ = "0.2.0"
+from megatron_powerflow import former_names
+from megatron_powerflow.version import __version__ as __version__
+
+former_names.install()

@@ -9,11 +9,15 @@ processes (`parallel/layout.py`, `training/plan.py`). Imports no torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from megatron_powerflow.former_names import former_names_of
 from megatron_powerflow.objective.presets import LEARNED_LOG_Z, PRESETS, Form, LogZ, PolicyGradient, PresetName, Ratio
+
+if not TYPE_CHECKING:  # names of 0.1.0, until 0.3
+    __getattr__ = former_names_of(__name__)
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

@@ -11,8 +11,12 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
+from megatron_powerflow.former_names import former_names_of
+
 if TYPE_CHECKING:
     from torch import Tensor
+else:  # names of 0.1.0, until 0.3
+    __getattr__ = former_names_of(__name__)
 
 FinishReason = Literal["eos", "length"]
 

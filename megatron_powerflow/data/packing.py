@@ -11,12 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_powerflow.data.bins import BinRule
+from megatron_powerflow.former_names import former_names_of
 from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Piece, Rollout, Stream
+
+if not TYPE_CHECKING:  # names of 0.1.0, until 0.3
+    __getattr__ = former_names_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_powerflow"
 # Every file and folder at the top of the package, by floor: a floor imports lower ones only, and no room its neighbour.
 FLOORS = (
+    ("former_names", "version"),
     ("architecture", "console", "errors", "log_probs", "objective", "records", "whole_files"),
     ("config", "random_streams", "targets"),
     ("config_rules", "data", "metrics", "parallel", "recipes"),
@@ -32,6 +33,7 @@ FREE_OF_TORCH = (
     "config_rules",
     "config_file",
     "records",
+    "former_names",
     "architecture",
     "random_streams",
     "cli",
