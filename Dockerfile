@@ -17,3 +17,5 @@ RUN pip freeze | grep -iE '^(torch|numpy|transformer[-_]engine|apex|triton)[ =@]
 COPY examples examples
 COPY tools tools
 COPY tests tests
+COPY benchmarks benchmarks
+COPY docs docs

@@ -1,4 +1,4 @@
-"""The command line: `powerflow train|check|config|prepare|score|generate|evaluate|export|curves|report|stop|env`.
+"""The command line: powerflow train|check|config|recipes|prepare|score|generate|evaluate|export|curves|report|stop|env.
 
 Thin: parses, validates, hands over. torch is imported inside the commands only, so `--help` and `check` are quick
 and an impossible run never reaches it.
@@ -460,8 +460,9 @@ def _refuse_options(options: Mapping[str, object], unused: bool, why: str) -> No
 
 
 def _command() -> str:
-    """What was typed, as the folders that it fills state it."""
-    return shlex.join(["powerflow", *sys.argv[1:]])
+    """Write the command of this process for the folders that it fills: powerflow, or the module a launcher runs."""
+    by_name = Path(sys.argv[0]).name == "powerflow"
+    return shlex.join([*(["powerflow"] if by_name else ["python", "-m", "megatron_powerflow.cli"]), *sys.argv[1:]])
 
 
 def main() -> None:

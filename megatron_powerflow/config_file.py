@@ -66,21 +66,47 @@ def config_keys() -> list[str]:
 
 
 def _validate(plain: dict) -> Config:
-    try:
-        config = Config.model_validate(plain)
-    except ValidationError as error:
-        raise UserError([_sentence(item, plain) for item in error.errors()]) from None
-    violations = []
+    config, violations, wrong = _typed(plain)
+    if config is None:
+        raise UserError(violations)
+    conflicts = []
     for key, default, applies, why in CONDITIONAL:
         value = _get(config, key)
         if applies(config) and value is None:
             config = _with(config, key, default(config) if callable(default) else default)
         elif not applies(config) and value is not None:
-            violations.append(f"{key}={value!r} has no effect because {why}; remove it")
-    violations += contradictions(config)
+            conflicts.append(f"{key}={value!r} has no effect because {why}; remove it")
+    conflicts += contradictions(config)
+    violations += [text for text in conflicts if not any(key in text for key in wrong)]
     if violations:
         raise UserError(violations)
     return config
+
+
+def _typed(plain: dict) -> tuple[Config | None, list[str], list[str]]:
+    """Give the values their types: the config, what is wrong, and the keys that are.
+
+    A wrong value is left out of the config, and a missing one stands in it as a text, so that what contradicts each
+    other in the rest is said at the same time. None where the rest is no config either.
+    """
+    try:
+        return Config.model_validate(plain), [], []
+    except ValidationError as error:
+        items = error.errors()
+    rest = {name: dict(section) if isinstance(section, dict) else section for name, section in plain.items()}
+    for item in items:
+        section, *key = (str(part) for part in item["loc"][:2])
+        if not key:
+            rest.pop(section, None)
+        elif item["type"] == "missing":
+            rest.setdefault(section, {})[key[0]] = "missing"
+        elif isinstance(rest.get(section), dict):
+            rest[section].pop(key[0], None)
+    try:
+        config = Config.model_validate(rest)
+    except ValidationError:
+        config = None
+    return config, [_sentence(item, plain) for item in items], [".".join(map(str, item["loc"][:2])) for item in items]
 
 
 def _with(config: Config, key: str, value: Any) -> Config:

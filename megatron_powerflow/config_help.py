@@ -5,6 +5,7 @@ Left out: the keys themselves (`config.py`), what hangs on what (`config_rules.p
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from megatron_powerflow.config_rules import CONDITIONAL
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.objective.presets import PRESETS
 
+# keys that give others an effect
+OPENERS: tuple[dict[str, Any], ...] = ({"task_reward": "gold"}, {"psi": -0.5}, {"log_z": "mlp"})
 SMALLEST = {"model": {"hf_path": "model"}, "prompts": {"path": "prompts"}, "run": {"output_dir": "run"}}
 
 
@@ -84,13 +87,16 @@ def _type(annotation: Any, field: FieldInfo | None = None) -> str:
 
 
 def _presets(key: str) -> tuple[str, ...]:
-    """Ask the rules themselves which objectives know a key: a config of each preset, without anything else."""
+    """Ask the rules themselves which objectives know a key: a config of each preset, alone and with each key of
+    OPENERS, without which some keys have no effect whatever the objective."""
     rule = next((rule for rule in CONDITIONAL if rule[0] == key), None)
     if rule is None or not key.startswith(("objective.", "run.stop_at_alpha")):
         return ()
-    known = tuple(name for name in PRESETS if rule[2](_of_preset(name)))
+    known = tuple(name for name in PRESETS if any(map(rule[2], _of_preset(name))))
     return () if len(known) == len(PRESETS) or not known else known
 
 
-def _of_preset(name: str) -> Config:
-    return parse_config({**SMALLEST, "objective": {"preset": name}})
+def _of_preset(name: str) -> Iterator[Config]:
+    for opener in ({}, *OPENERS):
+        with contextlib.suppress(UserError):  # a key that this objective does not know
+            yield parse_config({**SMALLEST, "objective": {"preset": name, **opener}})

@@ -124,4 +124,4 @@ class FormerModules:
 def install() -> None:
     """Let imports find the former modules, behind everything that is there."""
     if FormerModules not in sys.meta_path:
-        sys.meta_path.append(FormerModules)  # type: ignore[arg-type]
+        sys.meta_path.append(FormerModules)

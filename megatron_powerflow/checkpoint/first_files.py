@@ -15,6 +15,8 @@ from megatron_powerflow.metrics.writers import FILE_NAME as METRICS_NAME
 from megatron_powerflow.whole_files import PARTIAL_SUFFIX, is_partial_of
 
 CONFIG_MARK = "# the resolved config of this folder's run, written by powerflow train\n"
+# What a kill of 0.1.0 left where it was writing one of the two. It is left alone, and no reason to refuse a folder.
+CUT_OFF_BY_0_1_0 = ("config.yaml.partial", "metrics.partial")
 # Files that a start writes before its first step is done, in the order in which they may go; config.yaml, the last,
 # says that the others are ours.
 FIRST_FILES = (
@@ -51,6 +53,7 @@ def not_ours(folder: Path) -> list[str]:
     """What is in a folder beside the first files of a start and its lock."""
     a_run = holds_a_run(folder)
     ours = {*FIRST_FILES, "wandb", "tensorboard"} if a_run else {STOP_NAME}
+    ours |= {*CUT_OFF_BY_0_1_0} if a_run else {CUT_OFF_BY_0_1_0[0]}
     cut_off = FIRST_FILES if a_run else (CONFIG_NAME,)
     return sorted(
         path.name

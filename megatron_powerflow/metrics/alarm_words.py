@@ -12,8 +12,8 @@ from megatron_powerflow.metrics.alarm import ALARMS, Thresholds
 SAMPLER_GAP = {"fp32": 1e-3, "bf16": 0.15, "fp8": 0.3}
 
 ADVICE = {
-    "length": "The target may reward repetition: see the README on lower limits, objective.tilt_cap and "
-    "objective.alpha_warmup_steps",
+    "length": "The target may reward repetition: set objective.tilt_cap just above the length of a good answer, lower "
+    "rollout.max_response_tokens, or raise objective.alpha_warmup_steps, and start again",
     "short": "The objective may pay for fewer tokens (tb_traj does): see objective.preset, or continue from an earlier "
     "checkpoint",
     "loss": "The policy diverges: lower optimizer.lr and start again",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,10 +131,18 @@ class ConsoleWriter:
     """
 
     def __init__(
-        self, console: Console, *, first_step: int, num_steps: int, quiet_seconds: float = QUIET_SECONDS
+        self,
+        console: Console,
+        *,
+        first_step: int,
+        num_steps: int,
+        quiet_seconds: float = QUIET_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """clock: seconds that only grow."""
+        self._clock = clock
         self._console, self._num_steps, self._first_step = console, num_steps, first_step
-        self._start = self._written = time.monotonic()
+        self._start = self._written = clock()
         self._done, self._phase = first_step, ""
         self._live = Progress(
             TextColumn("training", style="bold"),
@@ -147,7 +156,7 @@ class ConsoleWriter:
         )
         self._task = self._live.add_task("training", total=num_steps, completed=first_step, phase="", left="")
         self._live.start()
-        self._heartbeat = Heartbeat(console, self._under_way, quiet_seconds=quiet_seconds).start()
+        self._heartbeat = Heartbeat(console, self.under_way, quiet_seconds=quiet_seconds).start()
 
     def phase(self, text: str) -> None:
         """Sets the text that says what is going on within the step."""
@@ -156,7 +165,7 @@ class ConsoleWriter:
 
     def write(self, metrics: StepMetrics) -> None:
         """Prints the line of a step that has ended, and moves the live line on."""
-        self._done, self._written, value = metrics.step + 1, time.monotonic(), metrics.values
+        self._done, self._written, value = metrics.step + 1, self._clock(), metrics.values
         parts = [
             f"step {self._done}/{self._num_steps}",
             f"loss {value['loss']:.4g}" if "loss" in value else "loss -",
@@ -178,11 +187,11 @@ class ConsoleWriter:
         self._heartbeat.close()
         self._live.stop()
 
-    def _under_way(self) -> str:
+    def under_way(self) -> str:
         """Returns the line within a step. Example: step 3/10 done  rollout 5/16  2 min so far  14 min left."""
         if not self._phase:
             return ""
-        spent, left = duration(time.monotonic() - self._written), self._left()
+        spent, left = duration(self._clock() - self._written), self._left()
         parts = [f"step {self._done}/{self._num_steps} done", self._phase, f"{spent} so far"]
         return "  ".join([*parts, left] if left else parts)
 
@@ -192,5 +201,5 @@ class ConsoleWriter:
         if not done or not remaining:
             return ""
         mean = (self._written - self._start) / done
-        under_way = min(time.monotonic() - self._written, mean)
+        under_way = min(self._clock() - self._written, mean)
         return f"{duration(mean * remaining - under_way)} left"

@@ -10,13 +10,14 @@ Left out: delayed scaling, which keeps a history, pickled, in the checkpoint.
 from __future__ import annotations
 
 import importlib.util
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.config import PrecisionSection
 from megatron_powerflow.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Fp8Recipe(NamedTuple):
@@ -42,12 +43,16 @@ def _recipe(precision: PrecisionSection) -> str:
 
 def params_dtype(precision: PrecisionSection) -> torch.dtype:
     """Return the dtype of parameters, and of activations outside FP8 matrix products."""
+    import torch
+
     return torch.float32 if precision.dtype == "fp32" else torch.bfloat16
 
 
 def use_transformer_engine(precision: PrecisionSection) -> bool:
     """Tell whether Transformer Engine's layers are used: on CUDA where it is importable, but never for fp32, which is
     compared with HF."""
+    import torch
+
     return torch.cuda.is_available() and transformer_engine_installed() and precision.dtype != "fp32"
 
 
@@ -73,6 +78,8 @@ def fp8_violations(precision: PrecisionSection) -> list[str]:
     """Say why FP8 cannot run on this machine. The list is empty when it can, or when FP8 is not asked for."""
     if precision.dtype != "fp8":
         return []
+    import torch
+
     if not torch.cuda.is_available():
         return ["precision.dtype=fp8 needs a CUDA GPU (compute capability 8.9 or newer), and there is none; use bf16"]
     if not transformer_engine_installed():
@@ -90,24 +97,28 @@ def fp8_violations(precision: PrecisionSection) -> list[str]:
     return []
 
 
+def fp8_layer_violations(precision: PrecisionSection, architecture: Architecture, cp: int) -> list[str]:
+    """Say why FP8 cannot run on this model under cp, on any machine. Without torch."""
+    if precision.dtype != "fp8" or not needs_own_layers(architecture, cp):
+        return []
+    return [
+        f"precision.dtype=fp8: a {architecture.family} model"
+        + (f" with sliding_window={architecture.sliding_window} at parallel.cp={cp}" if cp > 1 else "")
+        + " does not run on Transformer Engine's layers, and FP8 is theirs; use precision.dtype=bf16"
+        + (", or parallel.cp=1" if cp > 1 and not needs_own_layers(architecture, 1) else "")
+    ]
+
+
 def require_fp8_support(precision: PrecisionSection, architecture: Architecture, cp: int) -> None:
     """Raise UserError when FP8 is asked for and this machine, or this model under cp, cannot have it."""
-    violations = fp8_violations(precision)
-    if precision.dtype == "fp8" and needs_own_layers(architecture, cp):
-        violations.append(
-            f"precision.dtype=fp8: a {architecture.family} model"
-            + (f" with sliding_window={architecture.sliding_window} at parallel.cp={cp}" if cp > 1 else "")
-            + " does not run on Transformer Engine's layers, and FP8 is theirs; use precision.dtype=bf16"
-            + (", or parallel.cp=1" if cp > 1 and not needs_own_layers(architecture, 1) else "")
-        )
-    if violations:
+    if violations := fp8_violations(precision) + fp8_layer_violations(precision, architecture, cp):
         raise UserError(violations)
 
 
 def transformer_config_fields(precision: PrecisionSection) -> dict:
     """Return the fields of Megatron's TransformerConfig that follow from the precision."""
     dtype = params_dtype(precision)
-    fields: dict = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype is torch.bfloat16}
+    fields: dict = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": precision.dtype != "fp32"}
     if precision.dtype == "fp8":
         # fp8_param stays off: FP8 parameters cost memory beside bf16 main copies and clash with offloading
         fields |= {"fp8": precision.fp8_format, "fp8_recipe": FP8_RECIPES[_recipe(precision)].megatron_name}

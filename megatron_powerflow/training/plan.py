@@ -34,6 +34,7 @@ from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.files import SafetensorsFolder
 from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths
+from megatron_powerflow.model.precision import FP8_RECIPES, fp8_layer_violations
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Prompt
 from megatron_powerflow.rollout.rollout_files import ReplayRequirements, find_rollouts, replay_violations
@@ -123,6 +124,7 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
         else:
             _collect(violations, lambda: _check_weights(start, architecture, family))
         violations += _length_violations(config, architecture)
+        violations += fp8_layer_violations(config.precision, architecture, config.parallel.cp)
         if (replay := config.rollout.replay) is not None:
             replay_from = _collect(violations, lambda: _check_replay(config, replay, architecture, resume_from))
     if model is not None and tokenizer is not None:
@@ -177,6 +179,7 @@ def describe(plan: Plan) -> str:
             f"objective {config.objective.preset}, alpha {config.objective.alpha}, log Z' {config.objective.log_z}",
             *([f"replays   {plan.replay_from}, no engine"] if plan.replay_from else []),
             weight_line(config, plan.on_policy),
+            *_fp8_lines(config),
             *temperature_lines(config),
             f"run       {config.run.num_steps} steps into {config.run.output_dir} ({resumes}), "
             f"{config.run.num_steps * config.rollout.prompts_per_step / len(plan.prompts):.2g} epochs of the prompts",
@@ -185,6 +188,16 @@ def describe(plan: Plan) -> str:
             *(f"notice    {notice}" for notice in plan.notices),
         ]
     )
+
+
+def _fp8_lines(config: Config) -> list[str]:
+    if config.precision.dtype != "fp8":
+        return []
+    version = ".".join(map(str, FP8_RECIPES[config.precision.fp8_recipe or ""].compute_capability))
+    return [
+        f"fp8       {config.precision.fp8_recipe}: that each GPU has compute capability {version} and that Transformer "
+        "Engine is installed is looked at when training starts, not here"
+    ]
 
 
 def num_parameters(architecture: Architecture) -> int:

@@ -106,6 +106,17 @@ def test_fp8_is_refused_for_layers_that_transformer_engine_does_not_know(tiny_mo
         assert "does not run on Transformer Engine" not in settled
 
 
+def test_check_refuses_fp8_for_those_layers_and_says_what_it_cannot_look_at(tiny_model, config):
+    gemma = tiny_model("gemma2")
+    assert "a gemma2 model does not run on Transformer" in violations(
+        config, f"model.hf_path={gemma}", "precision.dtype=fp8"
+    )
+    done = run_cli("check", config, "precision.dtype=fp8")
+    assert done.returncode == 0, done.stderr
+    assert "compute capability 8.9" in done.stdout
+    assert "is looked at when training starts, not here" in done.stdout
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_fp8_without_cuda_is_refused_with_the_reason(config):
     done = run_cli("train", config, "precision.dtype=fp8")

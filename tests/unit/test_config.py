@@ -356,3 +356,27 @@ def test_words_that_yaml_reads_as_booleans_mean_what_they_say():
     assert parse_config(MINIMAL, ["metrics.wandb=off"]).metrics.wandb == "off"
     assert parse_config(MINIMAL, ["checkpoint.resume=true"]).checkpoint.resume == "auto"
     assert parse_config(MINIMAL, ["checkpoint.resume=false"]).checkpoint.resume == "never"
+
+
+def test_what_contradicts_itself_is_said_with_what_has_the_wrong_type():
+    values = {
+        "model": {"hf_path": "m"},
+        "prompts": {},
+        "run": {"output_dir": "r", "num_steps": "many"},
+        "objective": {"preset": "grpo", "alpha": 2.0},
+        "parallel": {"tp": 0},
+    }
+    with pytest.raises(UserError) as caught:
+        parse_config(values)
+    text = str(caught.value)
+    for part in ("prompts.path: missing", "run.num_steps='many'", "parallel.tp=0", "objective.alpha=2.0 has no effect"):
+        assert part in text
+    assert len(caught.value.violations) == 4
+
+
+def test_what_only_a_wrong_value_would_contradict_is_not_said():
+    values = {"model": {"hf_path": "m"}, "prompts": {"path": "p"}, "run": {"output_dir": "r"}}
+    with pytest.raises(UserError) as caught:
+        parse_config(values | {"objective": {"task_reward": "goldd", "reward_scale": 2.0}})
+    (text,) = caught.value.violations
+    assert text == "objective.task_reward='goldd': must be one of 'none', 'gold', 'majority' or 'boxed'"

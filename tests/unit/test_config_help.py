@@ -28,6 +28,9 @@ def test_a_key_names_the_objectives_that_know_it():
     (alpha,) = explain("objective.alpha")
     assert "la_tb" in alpha.presets
     assert "grpo" not in alpha.presets
+    (scale,) = explain("objective.reward_scale")  # has an effect only beside a task_reward
+    assert {"la_tb", "flow_rl"} <= set(scale.presets)
+    assert "grpo" not in scale.presets
 
 
 def test_a_section_is_all_of_its_keys():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import io
-import re
 import time
 from pathlib import Path
 
@@ -58,16 +57,18 @@ def test_durations_never_say_60_of_a_unit(seconds, text):
 
 def test_a_log_has_a_line_whenever_it_was_quiet_for_long():
     console = make_console(io.StringIO())
-    with Heartbeat(console, lambda: "still at it", quiet_seconds=0.1) as heartbeat:
+    with Heartbeat(console, lambda: "still at it", quiet_seconds=0.5) as heartbeat:
         for _ in range(6):  # a print that comes in time puts the line off
             time.sleep(0.02)
             heartbeat.spoke()
         assert said(console) == []
-        time.sleep(0.5)
+        give_up = time.monotonic() + 60
+        while len(said(console)) < 2 and time.monotonic() < give_up:
+            time.sleep(0.05)
     count = len(said(console))
-    assert 2 <= count <= 5
+    assert count >= 2
     assert set(said(console)) == {"still at it"}
-    time.sleep(0.3)
+    time.sleep(1.2)
     assert len(said(console)) == count  # ended
 
 
@@ -94,26 +95,26 @@ def test_the_line_of_a_step_has_truncated_share_and_seconds_a_step():
 
 def test_the_time_left_agrees_with_itself():
     """Steps of a quarter of a second, 2,000 of them: about 8 minutes, in the lines of steps and in those between."""
-    console = make_console(io.StringIO())
-    writer = ConsoleWriter(console, first_step=100, num_steps=2100, quiet_seconds=0.1)
+    console, now = make_console(io.StringIO()), [0.0]
+    writer = ConsoleWriter(console, first_step=100, num_steps=2100, clock=lambda: now[0])
     writer.phase("rollout 1/16")
-    time.sleep(0.25)
-    writer.write(StepMetrics(100, VALUES))
-    writer.phase("update")
-    time.sleep(0.25)
-    writer.phase("")
-    writer.write(StepMetrics(101, VALUES))
+    now[0] = 0.2
+    assert writer.under_way() == "step 100/2100 done  rollout 1/16  0 s so far"  # nothing is known yet
+    within = []
+    for step in range(100, 104):
+        now[0] = 0.25 * (step - 99)
+        writer.write(StepMetrics(step, VALUES))
+        writer.phase("update")
+        for spent in (0.1, 0.2, 3.0):  # the last one: a step that takes longer than the others
+            now[0] = 0.25 * (step - 99) + spent
+            within.append(writer.under_way())
     writer.close()
+    assert all(
+        line.endswith("  update  0 s so far  8 min left") or "  3 s so far  8 min left" in line for line in within
+    )
     lines = said(console)
-    before = [line for line in lines if line.startswith("step 100/2100 done  rollout 1/16  ")]
-    within = [line for line in lines if line.startswith("step 101/2100 done  update  ")]
-    assert before
-    assert within
-    assert not any("left" in line for line in before)  # nothing is known before the first step
-    left = [int(re.search(r"  (\d+) min left$", line)[1]) for line in lines if line not in before]
-    assert len(left) == len(within) + 2
-    assert max(left) - min(left) <= 3
-    assert 6 <= left[0] <= 20
+    assert len(lines) == 4
+    assert all(line.endswith("  8 min left") for line in lines)
 
 
 def test_a_bar_is_a_line_a_minute_where_there_is_no_terminal():
