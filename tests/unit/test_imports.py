@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -151,6 +152,40 @@ def test_a_file_that_a_docstring_names_is_there():
                 assert any((folder / name).is_file() for folder in (path.parent, PACKAGE, PACKAGE.parent)), (
                     f"{path.relative_to(PACKAGE)} speaks of {name}"
                 )
+
+
+@functools.cache
+def names_of(path: Path) -> set[str]:
+    """Everything that a module or a package has at its top, by its text."""
+    names = set()
+    if path.name == "__init__.py":
+        names |= {beside.stem for beside in path.parent.iterdir()}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def test_what_is_imported_is_there():
+    """From anywhere, within functions as well, which only a run would show; tests of the GPU among them."""
+    root, missing = PACKAGE.parent, []
+    files = [path for room in ("tests", "benchmarks", "tools", "examples") for path in (root / room).rglob("*.py")]
+    for path in (*MODULES, *files):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (
+                isinstance(node, ast.ImportFrom)
+                and (node.module or "").split(".")[0] in ("megatron_powerflow", "tests")
+            ):
+                continue
+            home = root.joinpath(*node.module.split("."))
+            home = home / "__init__.py" if home.is_dir() else home.with_suffix(".py")
+            gone = {alias.name for alias in node.names} - names_of(home) if home.is_file() else {"the module"}
+            missing += [f"{path.relative_to(root)}:{node.lineno}: {node.module}: {name}" for name in sorted(gone)]
+    assert not missing
 
 
 def test_no_grab_bags():
