@@ -17,18 +17,28 @@ SUMS_NAME = "SHA256SUMS"
 
 
 def digest_share(folder: Path, rank: int, world_size: int) -> dict[str, str]:
-    """Relative path -> SHA-256 of this rank's share of the files in `folder`. Raises OSError."""
+    """Return the SHA-256 of each file in this rank's share of `folder`, by relative path.
+
+    Raises OSError.
+    """
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return {name: _digest(folder / name) for name in _share(folder, names, rank, world_size) if name != SUMS_NAME}
 
 
 def write_sums(folder: Path, digests: dict[str, str]) -> None:
+    """Write the digests into the folder, as SHA256SUMS.
+
+    digests: relative path -> SHA-256, of all files. Raises OSError.
+    """
     lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
     (folder / SUMS_NAME).write_text("".join(lines), encoding="utf-8")
 
 
 def check_share(folder: Path, rank: int, world_size: int) -> None:
-    """Raises UserError with every file of this rank's share that is missing, damaged or not on the list."""
+    """Compare this rank's share of the files in `folder` with SHA256SUMS.
+
+    Raises UserError with every file of the share that is missing, damaged or not in SHA256SUMS.
+    """
     expected = read_sums(folder)
     unlisted = [path.relative_to(folder).as_posix() for path in folder.glob("policy/*") if path.is_file()]
     bad = []
@@ -44,7 +54,10 @@ def check_share(folder: Path, rank: int, world_size: int) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256. Raises UserError when there is no such list, or not one of `sha256sum`."""
+    """Read SHA256SUMS of a folder: relative path -> SHA-256.
+
+    Raises UserError when there is no such file, or it is not one of `sha256sum`.
+    """
     path = folder / SUMS_NAME
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -57,7 +70,10 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def _share(folder: Path, names: Iterable[str], rank: int, world_size: int) -> list[str]:
-    """The largest files go to different ranks. The same on every rank as long as the folder is."""
+    """Return a rank's share of the files; the largest ones go to different ranks.
+
+    The shares are disjoint and complete as long as every rank sees the same folder.
+    """
     sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in names}
     return sorted(sizes, key=lambda name: (-sizes[name], name))[rank::world_size]
 

@@ -31,7 +31,10 @@ FIRST_FILES = (
 
 
 def holds_a_run(folder: Path) -> bool:
-    """Whether its config.yaml is one that `powerflow train` wrote: no config of a user's is taken for it."""
+    """Whether the folder's config.yaml is one that `powerflow train` wrote.
+
+    No config of a user's is taken for it.
+    """
     config = folder / CONFIG_NAME
     if not config.is_file():
         return False
@@ -50,7 +53,7 @@ def holds_a_step(folder: Path) -> bool:
 
 
 def not_ours(folder: Path) -> list[str]:
-    """What is in a folder beside the first files of a start and its lock."""
+    """Return the names of what is in a folder beside the first files of a start and its lock."""
     a_run = holds_a_run(folder)
     ours = {*FIRST_FILES, "wandb", "tensorboard"} if a_run else {STOP_NAME}
     ours |= {*CUT_OFF_BY_0_1_0} if a_run else {CUT_OFF_BY_0_1_0[0]}
@@ -63,7 +66,10 @@ def not_ours(folder: Path) -> list[str]:
 
 
 def remove_first_files(folder: Path) -> None:
-    """Away with what a start without a step left. The holder's of the folder."""
+    """Remove what a start without a step left; do nothing in the folder of a run with steps.
+
+    Only the holder of the folder may call it.
+    """
     if holds_a_step(folder):
         return
     remove_cut_off_files(folder)
@@ -72,7 +78,10 @@ def remove_first_files(folder: Path) -> None:
 
 
 def remove_cut_off_files(folder: Path) -> None:
-    """Away with what kills left of files that were being written. The holder's of the folder."""
+    """Remove what is left of files that were being written when a start was killed.
+
+    Only the holder of the folder may call it.
+    """
     for path in folder.glob(".*" + PARTIAL_SUFFIX):
         if is_partial_of(path.name, FIRST_FILES if holds_a_run(folder) else (CONFIG_NAME,)):
             path.unlink(missing_ok=True)

@@ -27,17 +27,21 @@ STOP_NAME = "stop"  # touch RUN/stop: the run saves at the end of its step and e
 
 
 def checkpoint_name(step: int) -> str:
+    """Return the name of a step's checkpoint, such as step_000050."""
     return f"step_{step:06d}"
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints of a run's folder, oldest first."""
     paths = [path for path in (run / CHECKPOINTS_NAME).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """What `checkpoints/latest` names; None in a run without a checkpoint. Raises UserError when it names nothing."""
+    """Return the checkpoint that `checkpoints/latest` names; None in a run without a checkpoint.
+
+    Raises UserError when it names nothing that is there.
+    """
     pointer = run / CHECKPOINTS_NAME / LATEST_NAME
     if not pointer.is_file():
         return None
@@ -49,9 +53,10 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
-    """The checkpoint a path means: one of a run, a converted one, or a run's latest (or that of `step`).
+    """Return the checkpoint that a path means: one of a run, a converted one, or the latest of a run.
 
-    None: neither, perhaps an HF folder. Raises UserError when the run has no checkpoint of that step.
+    step: of a run, that step's instead of the latest. None: neither, perhaps an HF folder. Raises UserError when the
+    run has no checkpoint of that step, or the path is one checkpoint and a step is given.
     """
     if is_checkpoint(folder):
         if step is not None:
@@ -66,25 +71,32 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether it is one checkpoint, of a run or a converted one."""
+    """Whether the folder is one checkpoint, of a run or a converted one."""
     return is_converted(folder) or ((folder / POLICY_NAME).is_dir() and (folder / HF_NAME).is_dir())
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether tools/convert_hf_to_megatron.py wrote it, to the end."""
+    """Whether the folder is a converted checkpoint that tools/convert_hf_to_megatron.py wrote, to the end."""
     return (folder / TRACKER_NAME).is_file() and (folder / RELEASE_NAME).is_dir() and (folder / HF_NAME).is_dir()
 
 
 @dataclass(frozen=True, slots=True)
 class Keeps:
-    """What a command that reads a model must leave alone, as `TargetFolder.refusals` takes it."""
+    """The folders that a command which reads a model must leave alone.
+
+    apart_from, not_over: as `TargetFolder.refusals` takes them.
+    """
 
     apart_from: tuple[Path, ...]
     not_over: tuple[Path, ...]
 
 
 def keeps_of(model: Path, step: int | None = None) -> Keeps:
-    """The model's own folder or its run's checkpoints; the run's folder; the model that the run started from."""
+    """Return the folders that must be left alone where this model is read.
+
+    They are the model's own folder or its run's checkpoints, the run's folder, and the model that the run started from.
+    Raises UserError where `find_checkpoint` does, or the checkpoint's config cannot be read.
+    """
     checkpoint = find_checkpoint(model, step) if model.is_dir() else None
     if checkpoint is None or is_converted(checkpoint):
         return Keeps((model,), ())
@@ -97,15 +109,21 @@ def keeps_of(model: Path, step: int | None = None) -> Keeps:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run's folder that a checkpoint lies in; itself where it was taken elsewhere, for it has a config too."""
+    """Return the run's folder that a checkpoint lies in.
+
+    Of a checkpoint that was taken elsewhere it returns the checkpoint itself, which has a config too.
+    """
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_NAME else checkpoint
 
 
 def tensors_folder(checkpoint: Path) -> Path:
-    """The torch_dist folder of a checkpoint."""
+    """Return the torch_dist folder of a checkpoint."""
     return checkpoint / (RELEASE_NAME if is_converted(checkpoint) else POLICY_NAME)
 
 
 def hf_folder_of(model: Path) -> Path:
-    """Where config and tokenizer are of the model that a run starts from: in `hf/` of a converted checkpoint."""
+    """Return the folder with config and tokenizer of the model that a run starts from.
+
+    That is `hf/` in a converted checkpoint, and else the model's folder itself.
+    """
     return model / HF_NAME if is_converted(model) else model

@@ -49,7 +49,7 @@ class _AuditUnpickler(pickle.Unpickler):
 
 
 def audit_checkpoint(folder: Path) -> Metadata:
-    """The index of a torch_dist folder, read by the safe unpickler.
+    """Return the index of a torch_dist folder, once all its pickled parts have passed.
 
     Raises UserError when a pickled part of the folder would do more than describe data, or is damaged.
     """

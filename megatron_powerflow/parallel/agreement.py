@@ -1,7 +1,7 @@
-"""How do processes agree before there are process groups? The main one finds out, and the others take it up.
+"""How do processes agree before there are process groups? The main process asks, and tells the others the answer.
 
-For what one process is to ask of a network and all have to know: which commit a name on the hub stands for. They meet
-in a key-value store, which is torchrun's, or the main process's own under srun.
+This is for what one process should ask of a network and all must know, such as the commit that a name on the hub stands
+for. They meet in a key-value store, which is torchrun's, or the main process's own under srun.
 
 Left out: process groups (`initialize.py`).
 """
@@ -21,9 +21,10 @@ T = TypeVar("T")
 
 
 def main_first(launch: Launch, name: str, find: Callable[[], str], take_up: Callable[[str], T]) -> T:
-    """`take_up(text)` of every process, the text being what `find` returned on the main one. Collective.
+    """Return `take_up(text)` on every process, where the text is what `find` returned on the main process.
 
-    A UserError of any process is raised on all of them. name: of this agreement; a process makes each one once.
+    A UserError of any process is raised on all of them. name: the agreement's, which a process makes once. Collective
+    over all processes of the launch.
     """
     if launch.world_size == 1:
         return take_up(find())
@@ -55,7 +56,7 @@ def main_first(launch: Launch, name: str, find: Callable[[], str], take_up: Call
 
 
 def _tried(function: Callable[[], T]) -> tuple[T | None, Sequence[str]]:
-    """The function's value, or what its UserError says."""
+    """Return the function's value, or what its UserError says."""
     try:
         return function(), ()
     except UserError as error:

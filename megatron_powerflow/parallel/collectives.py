@@ -1,4 +1,4 @@
-"""Which collectives of tensors and rollouts are our own? The few that Megatron-Core has no word for.
+"""Which collectives of tensors and rollouts are our own? The few that Megatron-Core does not have.
 
 Left out: everything that Megatron-Core does itself (gradients, activations between stages in training); small values
 that ranks decide by (`together.py`).
@@ -26,8 +26,10 @@ class _SumOver(torch.autograd.Function):
 
 
 def sum_over(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over the ranks of `group`, for what all of them go on with alike: each rank has the whole gradient of the sum
-    and hands it to its own share as it is."""
+    """Return the sum of `values` over the ranks of `group`, for what all of them go on with alike.
+
+    Each rank has the whole gradient of the sum and hands it to its own share as it is. Collective over `group`.
+    """
     return values if dist.get_world_size(group) == 1 else _SumOver.apply(values, group)
 
 
@@ -50,15 +52,20 @@ class _GatherOver(torch.autograd.Function):
 
 
 def gather_over(values: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[t / n, ...] of each of n ranks -> [t, ...] on all of them: place i is place order[i] of the shares behind each
-    other. For what the ranks go on with differently: the gradient of a share is the sum over all of them."""
+    """Gather [t / n, ...] of each of the n ranks of `group` into [t, ...] on all of them.
+
+    order: [t] int64; element i of the result is element order[i] of the shares behind each other. It is for what the
+    ranks go on with differently: the gradient of a share is the sum over all of them. Collective over `group`, also in
+    the backward pass.
+    """
     return _GatherOver.apply(values, order, group)
 
 
 def from_last_stage(values: Tensor | None, shape: tuple[int, ...], groups: Groups) -> Tensor:
-    """Numbers computed on the last stage -> every stage of the replica.
+    """Send numbers that the last stage computed to every stage of the replica.
 
-    values: `shape` fp64 on CPU, on the last stage; ignored elsewhere. Returns the same, on every stage.
+    values: `shape` fp64 on CPU, on the last stage; ignored elsewhere. Returns the same, on every stage. Collective over
+    the pipeline's ranks.
     """
     local = values if groups.is_last_stage else torch.empty(shape, dtype=torch.float64)
     assert local is not None and local.shape == shape and local.dtype == torch.float64
@@ -69,10 +76,10 @@ def from_last_stage(values: Tensor | None, shape: tuple[int, ...], groups: Group
 
 
 def last_stage_rows(rows: Tensor | None, num_rows: int, num_columns: int, groups: Groups) -> Tensor:
-    """Rows computed on the last stage of every replica -> all rows on every rank, in dp order.
+    """Gather the rows that the last stage of every replica computed, onto every rank, in dp order.
 
-    rows: [num_rows, num_columns] fp64 on CPU, on the last stage; ignored elsewhere.
-    Returns [dp_size * num_rows, num_columns] fp64 on CPU, the same on every rank of the world.
+    rows: [num_rows, num_columns] fp64 on CPU, on the last stage; ignored elsewhere. Returns [dp_size * num_rows,
+    num_columns] fp64 on CPU, the same on every rank of the world. Collective over the run.
     """
     local = from_last_stage(rows, (num_rows, num_columns), groups)
     everyone = [torch.empty_like(local) for _ in range(groups.world_size)]
@@ -84,11 +91,11 @@ def last_stage_rows(rows: Tensor | None, num_rows: int, num_columns: int, groups
 
 
 def every_rollout(rollouts: list, groups: Groups, *, shared_over_cp: bool) -> list:
-    """All rollouts (or annotated ones) of the step on every rank, by slot, then response. Host memory; collective over
-    the run.
+    """Gather all rollouts (or annotated ones) of the step onto every rank, by slot, then response.
 
     rollouts: those of this replica, alike on each of its ranks (with shared_over_cp: of this sampler, alike over tp and
-    pp). One rank of each speaks for all, so that the ranks of a replica cannot come to differ.
+    pp). One rank of each speaks for all, so that the ranks of a replica cannot come to differ. Uses host memory.
+    Collective over the run.
     """
     speaks = groups.is_last_stage and groups.tp_rank == 0 and (shared_over_cp or groups.cp_rank == 0)
     everything: list[list] = [[] for _ in range(groups.world_size)]

@@ -1,4 +1,4 @@
-"""What lets real Megatron-Core run on CPU over gloo? Every difference, one entry each.
+"""What lets the real Megatron-Core run on CPU over gloo? A list of shims, each of which changes one thing.
 
 Megatron-Core assumes CUDA in a handful of places: a device literal here, a stream there. Each entry of
 `SHIMS` answers one of them and says which upstream symbol it concerns, what happens without it and when
@@ -21,7 +21,11 @@ import torch
 
 @dataclass(frozen=True)
 class Shim:
-    """One debt to upstream. `tests/distributed/test_cpu_gloo.py` fails once an entry is not needed."""
+    """One change to torch or Megatron-Core that a CPU run needs.
+
+    upstream: the symbol that it concerns. symptom: what happens without it. removal: when it can go.
+    `tests/distributed/test_cpu_gloo.py` fails once an entry is not needed.
+    """
 
     name: str
     upstream: str
@@ -34,8 +38,8 @@ class Shim:
 def install(*, leave_out: frozenset[str] = frozenset()) -> None:
     """Make `import megatron.core` usable on this CPU. Call before the first such import.
 
-    leave_out: names of entries to skip; for the test that proves each one necessary.
-    Raises RuntimeError where CUDA is available: there nothing may be patched.
+    leave_out: names of entries to skip; for the test that proves each one necessary. Raises RuntimeError where CUDA is
+    available, for there nothing may be patched, and ValueError for a name that no entry has.
     """
     if torch.cuda.is_available():
         raise RuntimeError("cpu_gloo.install() was called on a machine with CUDA; it only serves CPU runs")
@@ -61,7 +65,10 @@ def _is_cuda(device: object) -> bool:
 
 
 def _put(owner: object, name: str, replacement: object) -> None:
-    """Every patch. It need not be of the type of what it replaces: a device stands for a number, say."""
+    """Set an attribute; every patch is made here.
+
+    The new value may be of another type: a device stands for an index, say.
+    """
     setattr(owner, name, replacement)
 
 
@@ -137,7 +144,7 @@ def _rng_tracker() -> None:
 
 
 class _NullStream:
-    """Stands where Megatron-Core names a CUDA stream or event; CPU work is in program order anyway."""
+    """A stand-in for a CUDA stream or event, which does nothing: CPU work is in program order anyway."""
 
     def __init__(self, *args, **kwargs) -> None:
         pass

@@ -12,7 +12,10 @@ import psutil
 
 
 def interface_towards(host: str) -> str | None:
-    """Its name, such as eth0; None where the host's name does not resolve or no route leads there. Sends nothing."""
+    """Return the name, such as eth0, of the interface through which this machine reaches a host.
+
+    None where the host's name does not resolve, or no route or interface leads there. Sends nothing to the host.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

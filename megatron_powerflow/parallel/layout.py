@@ -39,7 +39,10 @@ VOCAB_MULTIPLE = 128  # rows per rank, for the matrix products; the padding take
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of each way of splitting. world_size = tp * cp * pp * dp."""
+    """How a run is split over processes: the size of each way of splitting. world_size = tp * cp * pp * dp.
+
+    vpp: the number of chunks of a stage with interleaving; None without it.
+    """
 
     tp: int
     pp: int
@@ -51,11 +54,12 @@ class Layout:
 
     @property
     def world_size(self) -> int:
+        """The number of processes: tp * cp * pp * dp."""
         return self.tp * self.cp * self.pp * self.dp
 
     @property
     def expert_ranks(self) -> list[range]:
-        """Ranks among which one set of experts is divided, first part first; one entry per (set, tp rank, stage)."""
+        """The ranks that divide a set of experts, first part first; one entry per (set, tp rank, stage)."""
         span = self.tp * self.ep
         return [
             range(first + tp_rank, first + span, self.tp)
@@ -65,24 +69,28 @@ class Layout:
 
     @property
     def num_chunks(self) -> int:
-        """Model chunks on each rank: 1, or vpp with interleaving."""
+        """The number of model chunks on each rank: 1, or vpp with interleaving."""
         return self.vpp or 1
 
     @property
     def sequence_multiple(self) -> int:
-        """Each sequence has a multiple of this many positions: 2 cp pieces, into which context parallelism cuts it."""
+        """The multiple to which each sequence is padded, in positions: 2 cp with context parallelism, else 1.
+
+        Context parallelism cuts each sequence into 2 cp pieces.
+        """
         return 2 * self.cp if self.cp > 1 else 1
 
     def position_multiple(self, token_multiple: int) -> int:
-        """So has each micro-batch: every cp rank's part is split over tp under sequence parallelism.
+        """Return the multiple to which each micro-batch is padded, in positions.
 
-        token_multiple: what the matrix products want of a rank's tokens (FP8).
+        Every cp rank's part is split over tp under sequence parallelism. token_multiple: the multiple that the matrix
+        products want a rank's tokens to be (FP8).
         """
         part = math.lcm(2 if self.cp > 1 else 1, self.tp if self.sequence_parallel else 1, token_multiple)
         return self.cp * part
 
     def describe(self) -> str:
-        """One line: `8 processes = tp 2 x pp 2 x dp 2`."""
+        """Return the layout in one line, such as `8 processes = tp 2 x cp 1 x pp 2 x dp 2`."""
         parts = [f"{name} {getattr(self, name)}" for name in ("tp", "cp", "pp", "dp")]
         extras = [f"vpp {self.vpp}"] if self.vpp else []
         extras += ["sequence parallel"] if self.sequence_parallel else []
@@ -90,7 +98,11 @@ class Layout:
         return f"{self.world_size} processes = {' x '.join(parts)}" + (f" ({', '.join(extras)})" if extras else "")
 
     def picture(self, max_rows: int = 8) -> str:
-        """The ranks of each stage, one row per data-parallel replica."""
+        """Return a picture of the ranks of each stage, with one row per data-parallel replica.
+
+        max_rows: the most rows; how many more there are is written below. With ep > 1 some sets of `expert_ranks`
+        follow.
+        """
         width = max(len(str(self.world_size)) + 1, 3)
         cell = self.tp * self.cp
         header = "".join(f"stage {stage}".ljust(max(cell * width, 9) + 2) for stage in range(self.pp))
@@ -112,13 +124,16 @@ class Layout:
 
 
 def padded_vocab_size(architecture: Architecture, tp: int) -> int:
-    """Vocabulary rows on all ranks together; each rank holds an equal share."""
+    """Return the number of vocabulary rows on all ranks together, with padding; each rank holds an equal share."""
     multiple = VOCAB_MULTIPLE * tp if architecture.vocab_size >= VOCAB_MULTIPLE * tp else tp
     return -(-architecture.vocab_size // multiple) * multiple
 
 
 def plan_layout(config: Config, architecture: Architecture, world_size: int) -> Layout:
-    """The layout of a run on `world_size` processes. Raises UserError with every violation."""
+    """Return the layout of a run on `world_size` processes.
+
+    Raises UserError with every violation of sizes and model; without one, with that of the batch.
+    """
     parallel = config.parallel
     violations = _size_violations(parallel, world_size) + model_violations(parallel, architecture)
     if not violations:
@@ -130,7 +145,10 @@ def plan_layout(config: Config, architecture: Architecture, world_size: int) -> 
 
 
 def inference_layout(parallel: ParallelSection, architecture: Architecture, world_size: int) -> Layout:
-    """The layout for scoring or generating: no batch to divide."""
+    """Return the layout for scoring or generating, where there is no batch to divide.
+
+    Raises UserError with every violation.
+    """
     violations = _size_violations(parallel, world_size) + model_violations(parallel, architecture)
     if violations:
         raise UserError(violations)
@@ -166,7 +184,7 @@ def _size_violations(parallel: ParallelSection, world_size: int) -> list[str]:
 
 
 def model_violations(parallel: ParallelSection, architecture: Architecture) -> list[str]:
-    """Why this model cannot be split this way."""
+    """Return why this model cannot be split this way, a sentence each; [] when it can."""
     tp, pp, vpp = parallel.tp, parallel.pp, parallel.vpp or 1
     violations = []
     counts = {
@@ -244,7 +262,7 @@ def _batch_violations(config: Config, layout: Layout) -> list[str]:
 
 
 def _budget_violations(config: Config, layout: Layout, budget: int) -> list[str]:
-    """Packed micro-batches come in any number; each rollout needs room in one."""
+    """Return why the budget of packed micro-batches is too small: each rollout needs room in one of them."""
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     multiple = layout.position_multiple(FP8_TOKENS if config.precision.dtype == "fp8" else 1)
     needed = -(-longest // multiple) * multiple

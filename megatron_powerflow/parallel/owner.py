@@ -1,4 +1,4 @@
-"""Who may write in a folder? One process at a time: a lock file that says which, and how to know that it is gone.
+"""Who may write in a folder? One process at a time: a lock file names it, and tells others when it is gone.
 
     run.lock    {"token", "host", "boot", "pid_space", "pid", "process_start", "job", "restarts", "since", "what"}
 
@@ -48,9 +48,10 @@ NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What a lock says of its owner. since: seconds since 1970; process_start: the kernel's ticks, None: not known.
+    """What a lock says of its owner.
 
-    boot, pid_space: which start of the host, and which numbering of processes (a container has one of its own).
+    since: seconds since 1970. process_start: the kernel's ticks; None: not known. boot, pid_space: which start of the
+    host, and which numbering of processes (a container has one of its own). what: the command, for people.
     """
 
     token: str
@@ -65,13 +66,14 @@ class Holder:
     what: str
 
     def describe(self) -> str:
+        """Return the command, the process, its host and job, and since when it holds the lock, for people."""
         job = f", job {self.job}" if self.job else ""
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return f"{self.what} (process {self.pid} on {self.host}{job}) since {when}"
 
 
 def this_process(what: str) -> Holder:
-    """This process as the holder of a new lock. what: the command, for people."""
+    """Return this process as the holder of a new lock. what: the command, for people."""
     job = read_job()
     return Holder(
         token=uuid.uuid4().hex,
@@ -88,10 +90,10 @@ def this_process(what: str) -> Holder:
 
 
 class Owner:
-    """The lock of one folder, for this process. A context: what was taken is released however it ends.
+    """The lock of one folder, for this process; a context that releases what was taken, however it ends.
 
-    guarded: the folder; lock: the file that says whose it is, in it or beside it. `take` makes the folder of the lock;
-    on release those that it made go again if nothing was put in them.
+    guarded: the folder; lock: the file that says whose it is, in it or beside it. what: the command, for people. `take`
+    makes the folder of the lock; on release those folders that it made are removed if nothing was put in them.
     """
 
     def __init__(self, guarded: Path, lock: Path, what: str) -> None:
@@ -103,11 +105,14 @@ class Owner:
 
     @property
     def taken(self) -> bool:
+        """Whether the folder was taken and has not been released."""
         return self._mine is not None
 
     def take(self) -> None:
-        """Raises UserError, and leaves nothing, where another process holds the folder. Does nothing where it is held
-        by this owner already."""
+        """Take the folder for this process, or do nothing where this owner holds it already.
+
+        Raises UserError, and leaves nothing, where another process holds the folder or it cannot be written.
+        """
         if self.taken:
             return
         mine = this_process(self._what)
@@ -133,7 +138,10 @@ class Owner:
         return self._mine is not None and _holder_at_end(self.lock) == self._mine
 
     def confirm(self) -> None:
-        """Raises UserError when another process has taken the folder over: this one looked dead for too long."""
+        """Raise UserError where another process has taken the folder over: this one looked dead for too long.
+
+        Does nothing where the folder is not taken.
+        """
         if self._mine is not None and not self.holds():
             holder = _holder_at_end(self.lock)
             now = holder.describe() if holder else "nobody: its lock is gone"
@@ -143,7 +151,7 @@ class Owner:
             )
 
     def release(self) -> None:
-        """Give the folder free, if it is held."""
+        """Release the folder if it is held, and remove the folders that `take` made if they are empty."""
         self._ended.set()
         mine, self._mine = self._mine, None
         if mine is not None:
@@ -180,7 +188,7 @@ class Owner:
 
 
 def held_by_another(guarded: Path, lock: Path) -> str | None:
-    """What `Owner.take` would say here and now, or None. Reads only."""
+    """Return the reason for which `Owner.take` would fail here and now; None where it would not. Reads only."""
     for path, holder in [*_chain(lock)][-1:]:
         if not _is_gone(holder, path, time.time()):
             return _refusal(guarded, path, holder)
@@ -226,7 +234,7 @@ def _take(guarded: Path, lock: Path, mine: Holder) -> None:
 
 
 def _chain(lock: Path) -> Iterator[tuple[Path, Holder]]:
-    """The lock and those that succeeded it, each with its path."""
+    """Yield the lock and those that succeeded it, each with its path."""
     path, seen = lock, set()
     while (found := _read(path)) is not None and found.token not in seen:
         seen.add(found.token)
@@ -243,7 +251,7 @@ def _after(lock: Path, holder: Holder) -> Path:
 
 
 def _link(new: Path, path: Path) -> bool:
-    """Whether `path` is now what `new` is; False where something was there."""
+    """Link `path` to the file `new`, and tell whether it is that file now; False where something was there."""
     try:
         os.link(new, path)
     except FileExistsError:
@@ -262,7 +270,10 @@ def _link(new: Path, path: Path) -> bool:
 
 
 def _sweep(lock: Path, now: float) -> None:
-    """Away with what killed takers left. The holder's: what others are just making is not theirs to lose."""
+    """Remove what killed processes left while they took the lock. Only the holder of the lock may call it.
+
+    Files of processes that live stay: they are just making them.
+    """
     for path in (*lock.parent.glob(f"{lock.name}.after-*"), *lock.parent.glob(f"{lock.name}.new-*")):
         found = _read(path)
         if found is not None and _is_gone(found, path, now):
@@ -270,8 +281,11 @@ def _sweep(lock: Path, now: float) -> None:
 
 
 def _read(path: Path) -> Holder | None:
-    """None: nothing there. The holder of a lock that is damaged, or being written, is not known; that of a file that
-    begins like no lock is FOREIGN."""
+    """Read the holder of a lock; None where there is no file.
+
+    The holder of a lock that is damaged, or being written, is not known; that of a file that begins like no lock is
+    FOREIGN.
+    """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
         since = path.stat().st_mtime
@@ -285,7 +299,10 @@ def _read(path: Path) -> Holder | None:
 
 
 def _holder(values: dict[str, Any]) -> Holder:
-    """Raises TypeError or ValueError for anything but what `this_process` makes."""
+    """Make a holder of the values of a lock.
+
+    Raises TypeError or ValueError for anything but what `this_process` makes.
+    """
     holder = Holder(**values)
     texts = (holder.token, holder.host, holder.boot, holder.pid_space, holder.what)
     numbers = (holder.pid, holder.restarts)
@@ -330,8 +347,10 @@ def _lives(holder: Holder) -> bool:
 
 
 def _process_start(pid: int) -> int | None:
-    """The kernel's clock ticks at which a process began; -1 for one that has ended and was not waited for; None where
-    the kernel does not say."""
+    """Return the kernel's clock ticks at which a process began.
+
+    -1 for one that has ended and was not waited for; None where the kernel does not say.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()  # the name before it may hold spaces

@@ -1,11 +1,11 @@
-"""What is known of a handful of half-written responses? Tokens so far, who is done, whose cache is whose.
+"""What does a decode batch keep of half-written responses? Their tokens, which are finished, and their cache.
 
 A group takes its rows as soon as there is room for all of it, and shares one prefill; rows whose responses are finished
-wait for the next group. Once no group waits, finished rows leave the batch. What a row draws is a function of its names
-and of nothing else, so neither the order nor the neighbours matter.
+wait for the next group. Once no group waits, finished rows leave the batch. The random numbers of a row are a function
+of purpose, seed, step, slot and response alone, so neither the order nor the neighbours matter.
 
-Every rank of a replica holds the same batches and makes the same decisions from the same tokens; only the sampling
-itself is the last stage's.
+Every rank of a replica holds the same batches and makes the same decisions from the same tokens; only the last stage
+samples.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ ROW_ARRAYS = ("_alive", "_lengths", "_tokens", "_log_probs", "_uniforms")
 
 
 class DecodeBatch:
-    """Rows that move through the pipeline together: a row of the batch is a row of the cache.
+    """The rows that go through the pipeline together; each row is one response, and one row of the KV cache.
 
     waiting: (slot, prompt) of the groups that have no rows yet, shared with the other batches, which take from it in
-    the same order on every rank. max_groups: groups whose rows the batch may hold. max_prompt_tokens: of any group to
-    come.
+    the same order on every rank. max_groups: the most groups whose rows the batch may hold. max_prompt_tokens: the
+    length of the longest prompt of any group to come. chunks: those of this rank, for each of which the batch has a KV
+    cache.
     """
 
     def __init__(
@@ -82,24 +83,34 @@ class DecodeBatch:
 
     @property
     def finished(self) -> bool:
+        """Whether every response in the batch is finished."""
         return not self._alive.any()
 
     def coming_tokens(self) -> np.ndarray:
-        """[t] int64, flat, of the coming forward pass: the admitted prompts, or each row's last token."""
+        """Return the tokens of the coming forward pass: those of the admitted prompts, or each row's last token.
+
+        They are [t] int64, flat; a finished row gives the token 0.
+        """
         if self._admitted is not None:
             return np.concatenate([prompt.token_ids for prompt in self._prompts_of(self._admitted)])
         return np.where(self._alive, self._tokens[np.arange(len(self._names)), self._lengths - 1], 0)
 
     def entering(self, chunk_index: int, chunk: PolicyModel, padding: int) -> AbstractContextManager[None]:
-        """Context of that pass through the chunk at `chunk_index`; padding: tokens behind the flat ones."""
+        """Return the context in which the chunk at `chunk_index` makes the coming pass.
+
+        padding: the number of tokens behind the flat ones, which are stored nowhere.
+        """
         if self._admitted is None:
             return self.caches[chunk_index].decoding(chunk, self._alive, padding)
         lengths = [len(prompt.token_ids) for prompt in self._prompts_of(self._admitted)]
         return self.caches[chunk_index].prefilling(chunk, lengths, self._admitted, padding)
 
     def predicting(self, hidden: Tensor) -> Tensor:
-        """hidden [t, 1, H] of that pass -> [n, H], what predicts new tokens: of each prompt's last, or all without
-        padding. Each of the n stands for `draws_each` rows."""
+        """Select the hidden states that new tokens are drawn from: [t, 1, H] of the coming pass -> [n, H].
+
+        They are those of each prompt's last token while prompts are prefilled, and else those of all rows, without the
+        padding. Each of the n stands for `draws_each` rows.
+        """
         if self._admitted is None:
             return hidden[: len(self._names), 0]
         lengths = [len(prompt.token_ids) for prompt in self._prompts_of(self._admitted)]
@@ -107,10 +118,11 @@ class DecodeBatch:
 
     @property
     def draws_each(self) -> int:
+        """The number of rows that draw a token from each hidden state of `predicting`."""
         return 1 if self._admitted is None else self._sampling.responses_per_prompt
 
     def uniform(self) -> Tensor | None:
-        """[drawing rows] fp64, the numbers that sample the coming token; None for greedy decoding."""
+        """Return the uniform numbers that sample the coming token: [drawing rows] fp64; None for greedy decoding."""
         if self._sampling.temperature == 0:
             return None
         rows = self._drawing()
@@ -118,7 +130,11 @@ class DecodeBatch:
         return torch.from_numpy(drawn).to(self._device)
 
     def exchange(self, sampled: tuple[Tensor, Tensor] | None, groups: Groups) -> None:
-        """The last stage tells the others what it drew; whoever comes back to this batch collects it."""
+        """Send the sampled tokens from the last stage to the others, where `take_tokens` waits for them.
+
+        sampled: (tokens [rows], log-probs [rows]) on the last stage; None elsewhere. Collective over the pipeline's
+        ranks; does not wait for them.
+        """
         if sampled is not None:
             message = torch.stack([sampled[0].double(), sampled[1].double()]).cpu()  # the one host round trip
         else:
@@ -130,7 +146,10 @@ class DecodeBatch:
         self._incoming = (message, work)
 
     def take_tokens(self) -> None:
-        """Collect the tokens of the previous round, end rows, give freed rows to waiting groups or drop them."""
+        """Take the tokens of the previous round, end rows, and give freed rows to waiting groups or drop them.
+
+        Does nothing before the first `exchange`.
+        """
         if self._incoming is None:
             return
         message, work = self._incoming
@@ -153,14 +172,14 @@ class DecodeBatch:
             self._compact()
 
     def _drawing(self) -> np.ndarray:
-        """Rows that the coming pass draws a token for."""
+        """Return the rows that the coming pass draws a token for."""
         return np.arange(len(self._names)) if self._admitted is None else self._admitted.ravel()
 
     def _prompts_of(self, admitted: np.ndarray) -> list[Prompt]:
         return [self._names[row][1] for row in admitted[:, 0]]
 
     def _admit(self) -> None:
-        """Rows for waiting groups, as many as there is room for: freed ones first, then new ones."""
+        """Give rows to as many waiting groups as there is room for: freed rows first, then new ones."""
         group_size = self._sampling.responses_per_prompt
         num_groups = min(len(self._waiting), (self._max_rows - int(self._alive.sum())) // group_size)
         if num_groups == 0:
@@ -192,7 +211,7 @@ class DecodeBatch:
             setattr(self, name, np.pad(array, [(0, count)] + [(0, 0)] * (array.ndim - 1)))
 
     def _compact(self) -> None:
-        """Finished rows leave the batch now and then, unless all are finished or a prefill has been laid out."""
+        """Drop the finished rows where there are many, unless all are finished or a prefill has been laid out."""
         num_alive = int(self._alive.sum())
         if self._admitted is not None or num_alive == 0 or num_alive >= COMPACT_BELOW * len(self._alive):
             return

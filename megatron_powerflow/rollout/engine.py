@@ -15,13 +15,15 @@ ProgressCallback = Callable[[int, int], None]
 
 
 class Engine(Protocol):
+    """An engine, which draws responses from the policy's current weights."""
+
     def generate(
         self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams, progress: ProgressCallback | None = None
     ) -> list[Rollout]:
-        """Responses for (slot, prompt) pairs of this data-parallel rank.
+        """Draw responses to the (slot, prompt) pairs of this sampler (`Groups.sampler_rank`).
 
-        Returns responses_per_prompt rollouts for each, by slot, then response_index; the same list on every
-        tensor- and pipeline-parallel rank of the replica. Collective over those ranks, and over the replicas that share
-        experts, where one without prompts takes part with an empty list.
+        Returns responses_per_prompt rollouts for each pair, in the order of the pairs, then by response_index; the same
+        list on every tensor- and pipeline-parallel rank of the replica. Collective over those ranks, and over the
+        replicas that share experts, where one without prompts takes part with an empty list.
         """
         ...

@@ -38,10 +38,11 @@ if TYPE_CHECKING:
 
 
 class MegatronEngine:
-    """Engine over the policy's own chunks: no copy of the weights, nothing to synchronise.
+    """An engine that decodes with the policy's own chunks: no copy of the weights, nothing to synchronise.
 
-    max_concurrent_rows: responses decoded at a time on a data-parallel rank (bounds the KV cache).
-    alignment: tokens of a forward pass are padded to a multiple of this (tp with sequence parallelism, FP8).
+    vocab_size: the tokens that may be drawn, without the padding of the output layer. max_concurrent_rows: responses
+    decoded at a time on a data-parallel rank (bounds the KV cache). alignment: tokens of a forward pass are padded to a
+    multiple of this (tp with sequence parallelism, FP8).
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class MegatronEngine:
     def generate(
         self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams, progress: ProgressCallback | None = None
     ) -> list[Rollout]:
-        """See `Engine.generate`."""
+        """Draw responses, as `Engine.generate` says."""
         training = [chunk.training for chunk in self._chunks]
         for chunk in self._chunks:
             chunk.eval()
@@ -78,8 +79,10 @@ class MegatronEngine:
         return sorted(rollouts, key=lambda rollout: (order[rollout.slot], rollout.response_index))
 
     def _decode_batches(self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> list[DecodeBatch]:
-        """Up to pp decode batches, which share the groups that may have rows at a time as evenly as they come; as many
-        as those of any rank that shares experts with this one, if need be without a group."""
+        """Make up to pp decode batches, which share evenly the groups that may have rows at a time.
+
+        They are as many as on any rank that shares experts with this one, if need be without a group.
+        """
         waiting = deque(prompts)
         at_a_time = min(len(prompts), max(1, self._max_rows // sampling.responses_per_prompt))
         num_batches = largest(min(self._groups.pp_size, at_a_time), self._groups)
@@ -120,7 +123,7 @@ class MegatronEngine:
             self._sends.popleft()[0].wait()
 
     def _forward(self, batch: DecodeBatch) -> Tensor | None:
-        """One pass of the batch's coming tokens through this rank's chunks; hidden states on the last stage."""
+        """Run the batch's coming tokens through this rank's chunks; hidden states on the last stage, None elsewhere."""
         coming = batch.coming_tokens()
         padding = -len(coming) % self._alignment  # repeats of the last token: computed, stored nowhere, ignored
         tokens = torch.from_numpy(np.pad(coming, (0, padding), mode="edge")).to(self._groups.device)
@@ -136,7 +139,7 @@ class MegatronEngine:
         return hidden
 
     def _idle_pass(self) -> None:
-        """A pass of padding alone, for the ranks that share experts with this one: see `together.anyone`."""
+        """Make a pass over padding alone, for the ranks that share experts with this one: see `together.anyone`."""
         tokens = torch.zeros(1, self._alignment, dtype=torch.int64, device=self._groups.device)
         for chunk in self._chunks:
             if not chunk.pre_process:
@@ -148,7 +151,7 @@ class MegatronEngine:
     def _sample(
         self, batch: DecodeBatch, hidden: Tensor | None, sampling: SamplingParams
     ) -> tuple[Tensor, Tensor] | None:
-        """(tokens [rows] int64, log-probs [rows] fp32) of the batch on the last stage; None elsewhere."""
+        """Sample the batch's tokens on the last stage: (tokens [rows] int64, log-probs [rows] fp32); None elsewhere."""
         if hidden is None:
             return None
         if self._config.sequence_parallel:

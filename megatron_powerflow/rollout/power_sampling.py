@@ -56,7 +56,11 @@ DECISIONS = 1
 
 @dataclass(frozen=True, slots=True)
 class PowerSampling:
-    """alpha > 0; num_blocks >= 1 growing limits; num_moves >= 0 Metropolis-Hastings moves under each."""
+    """The settings of power sampling.
+
+    alpha > 0: the power. num_blocks >= 1: the number of growing limits on the length. num_moves >= 0: the number of
+    Metropolis-Hastings moves under each limit.
+    """
 
     alpha: float
     num_blocks: int
@@ -65,8 +69,11 @@ class PowerSampling:
 
 @dataclass(frozen=True, slots=True)
 class ChainState:
-    """A response. log_probs: [n] fp64 at temperature 1; proposal_log_probs: [n] fp64 at temperature 1/alpha;
-    ended: by a stop token, its last one."""
+    """A response in a chain, with its log-probs under the model and under the proposal.
+
+    log_probs: [n] fp64 at temperature 1. proposal_log_probs: [n] fp64 at temperature 1/alpha. ended: whether its last
+    token is a stop token.
+    """
 
     token_ids: tuple[int, ...]
     log_probs: np.ndarray
@@ -74,7 +81,7 @@ class ChainState:
     ended: bool
 
     def spliced(self, cut: int, end: ChainState) -> ChainState:
-        """The first `cut` tokens of this one, then `end`."""
+        """Return the first `cut` tokens of this response, with `end` behind them."""
         return ChainState(
             self.token_ids[:cut] + end.token_ids,
             np.concatenate([self.log_probs[:cut], end.log_probs]),
@@ -85,7 +92,7 @@ class ChainState:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Where a chain stands after its last move, and how many of its moves were accepted."""
+    """A chain after its last move, with the number of its moves that were accepted."""
 
     number: int
     prompt: Prompt
@@ -97,19 +104,25 @@ EMPTY = ChainState((), np.zeros(0), np.zeros(0), ended=False)
 
 
 def block_limits(max_tokens: int, num_blocks: int) -> list[int]:
-    """Tokens a response may have in each block: growing, the last one max_tokens."""
+    """Return the most tokens that a response may have in each block: growing, the last one max_tokens.
+
+    Raises UserError where there are more blocks than tokens.
+    """
     if num_blocks > max_tokens:
         raise UserError(f"{num_blocks} blocks of {max_tokens} response tokens: a block needs a token; use fewer blocks")
     return [max_tokens * (block + 1) // num_blocks for block in range(num_blocks)]
 
 
 def cut_position(uniform: float, num_tokens: int) -> int:
-    """Uniform on 0 .. num_tokens - 1 for uniform in [0, 1)."""
+    """Return a position uniform on 0 .. num_tokens - 1, from a number uniform in [0, 1)."""
     return min(int(uniform * num_tokens), num_tokens - 1)
 
 
 def log_acceptance(old: ChainState, new: ChainState, cut: int, alpha: float) -> float:
-    """log r of the file's docstring; the first `cut` tokens are the same in both, so theirs cancel."""
+    """Return log r, the logarithm of the acceptance ratio in the file's docstring.
+
+    cut: the number of first tokens that are the same in both, so that theirs cancel.
+    """
     target = alpha * (new.log_probs[cut:].sum() - old.log_probs[cut:].sum())
     proposal = old.proposal_log_probs[cut:].sum() - new.proposal_log_probs[cut:].sum()
     return float(target + proposal + math.log(len(old.token_ids)) - math.log(len(new.token_ids)))
@@ -125,10 +138,11 @@ def power_sampling(
     propose: Propose,
     score: Score,
 ) -> list[Chain]:
-    """Run one chain per (number, prompt) pair, numbers being unique, to its end; answers in the given order.
+    """Run one chain to its end for each (number, prompt) pair; return the chains in the order of the pairs.
 
-    What a chain does is a function of (seed, its number, its prompt) alone: proposals and decisions of each round of
-    moves have a step of their own. rows_per_call: continuations asked for at a time.
+    The numbers are unique. What a chain does is a function of (seed, its number, its prompt) alone: proposals and
+    decisions of each round of moves have a step of their own. rows_per_call: continuations asked for at a time. Raises
+    UserError where recipe.num_blocks is over max_tokens. Collective where `propose` and `score` are.
     """
     states, accepted = [EMPTY] * len(chains), [0] * len(chains)
     ends = _Ends(chains, rows_per_call, propose, score)
@@ -150,7 +164,7 @@ def power_sampling(
 
 
 class _Ends:
-    """Draws and scores the ends of many responses at once."""
+    """What draws and scores the ends of many responses at once."""
 
     def __init__(
         self, chains: Sequence[tuple[int, Prompt]], rows_per_call: int, propose: Propose, score: Score
@@ -158,7 +172,10 @@ class _Ends:
         self._chains, self._rows_per_call, self._propose, self._score = chains, rows_per_call, propose, score
 
     def draw(self, states: Sequence[ChainState], cuts: dict[int, int], limit: int, step: int) -> dict[int, ChainState]:
-        """For each row of `cuts`, tokens behind its first cuts[row] ones, to a stop token or to `limit` in all."""
+        """Draw and score a new end of each row of `cuts`, behind the row's first cuts[row] tokens.
+
+        An end goes to a stop token, or to `limit` tokens of the response in all.
+        """
         rollouts: dict[int, Rollout] = {}
         # the engine has one limit for all it draws: rows with about as much to go are drawn together, the rest is cut
         rows = sorted(cuts, key=lambda row: (cuts[row], row))
@@ -186,7 +203,7 @@ class _Ends:
 
 
 def cut_at(rollout: Rollout, num_tokens: int) -> Rollout:
-    """The rollout that a limit of num_tokens would have given: the same numbers sampled the same tokens."""
+    """Return the rollout that a limit of num_tokens would have given: the same numbers sampled the same tokens."""
     if len(rollout.response_token_ids) <= num_tokens:
         return rollout
     return replace(

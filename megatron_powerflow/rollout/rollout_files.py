@@ -29,7 +29,7 @@ SHOWN_STEPS = 5  # of those that an error names
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file of rollouts is, without reading it: sizes to compare with a config, and the body's SHA-256."""
+    """The first line of a file of rollouts: sizes to compare with a config, and the SHA-256 of the other lines."""
 
     format: int
     step: int
@@ -44,7 +44,10 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class ReplayRequirements:
-    """What a run can train on: equal group sizes, vocabulary and temperature; lengths up to these."""
+    """What a run needs of the rollouts that it trains on.
+
+    Group sizes, vocabulary and temperature must be equal to these; the lengths, in tokens, may be up to these.
+    """
 
     num_prompts: int
     responses_per_prompt: int
@@ -65,11 +68,15 @@ _AT_MOST = {"longest_prompt": "rollout.max_prompt_tokens", "longest_response": "
 
 
 def step_file(folder: Path, step: int) -> Path:
+    """Return the path of a step's rollouts in a folder of such files."""
     return folder / f"step_{step:06d}.jsonl"
 
 
 def find_rollouts(folder: str | Path) -> Path:
-    """The folder of step files that a path means: itself, or a run's `rollouts`. Raises UserError without any."""
+    """Return the folder of step files that a path means: itself, or a run's `rollouts`.
+
+    Raises UserError where neither holds any.
+    """
     folder = Path(folder)
     for candidate in (folder / ROLLOUTS_NAME, folder):
         if candidate.is_dir() and any(candidate.glob("step_*.jsonl")):
@@ -81,7 +88,11 @@ def find_rollouts(folder: str | Path) -> Path:
 
 
 def write_rollouts(path: Path, rollouts: Sequence[Rollout], *, step: int, vocab_size: int, temperature: float) -> None:
-    """All rollouts of a step, in whole groups of equal size. Raises OSError; nothing is left under `path` then."""
+    """Write all rollouts of a step into a file, in whole groups of equal size.
+
+    vocab_size, temperature: of the model and the sampling that drew them. Raises OSError; nothing is left under `path`
+    then.
+    """
     ordered = sorted(rollouts, key=lambda rollout: (rollout.slot, rollout.response_index))
     groups = [list(members) for _, members in groupby(ordered, key=lambda rollout: rollout.slot)]
     assert groups and len({len(group) for group in groups}) == 1, "whole groups of one size"
@@ -102,7 +113,10 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout], *, step: int, vocab_
 
 
 def read_header(path: Path) -> Header:
-    """Raises UserError when there is no such file or it is none of ours."""
+    """Read the first line of a file of rollouts.
+
+    Raises UserError where the file cannot be read or is of another format.
+    """
     try:
         with path.open("rb") as file:
             values = json.loads(file.readline())
@@ -115,7 +129,11 @@ def read_header(path: Path) -> Header:
 
 
 def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
-    """By slot, then response_index. Raises UserError when the file is damaged, made up or of another vocabulary."""
+    """Read the rollouts of a file, by slot, then by response_index.
+
+    vocab_size: of the model that is trained. Raises UserError where the file is damaged, is not as `write_rollouts`
+    writes it, or holds a token outside that vocabulary.
+    """
     header = read_header(path)
     with path.open("rb") as file:
         file.readline()
@@ -143,7 +161,10 @@ def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
 
 
 def replay_violations(folder: Path, steps: range, wanted: ReplayRequirements) -> list[str]:
-    """Why a run cannot train on these files, each reason once; empty when it can. Reads first lines only."""
+    """Return why a run cannot train on these files, each reason once; [] when it can.
+
+    Reads first lines only.
+    """
     missing = [step for step in steps if not step_file(folder, step).is_file()]
     violations = []
     if missing:

@@ -26,7 +26,10 @@ BLOCK = 128
 def uniforms(
     *, seed: int, step: int, slot: int, response: int, count: int, purpose: Purpose = Purpose.ROLLOUTS
 ) -> np.ndarray:
-    """[count] fp64 in [0, 1): the numbers that sample one response, by counter-based Philox."""
+    """Return the random numbers that sample one response: [count] fp64, uniform in [0, 1).
+
+    They come from Philox, which is counter-based (`random_streams.py`).
+    """
     return generator(purpose, seed=seed, index=step, slot=slot, response=response).random(count)
 
 
@@ -36,9 +39,9 @@ def sample_tokens(
     """Draw one token per row from softmax(logits), the vocabulary split over tp_group.
 
     logits: [r, V/tp] fp32, temperature applied, padding at -inf, OVERWRITTEN: a second buffer of that size would be
-    mapped anew for every token; `first` is the global id of column 0.
-    uniform: [r] fp64 in [0, 1); None: the most likely token (lowest id on ties).
-    Returns tokens [r] int64 and their log-probs [r] fp32, equal on every rank of tp_group.
+    mapped anew for every token; `first` is the global id of column 0. uniform: [r] fp64 in [0, 1); None: the most
+    likely token (lowest id on ties). Returns tokens [r] int64 and their log-probs [r] fp32, equal on every rank of
+    tp_group. Collective over tp_group.
     """
     maxima = logits.amax(dim=-1)
     _reduce(maxima, dist.ReduceOp.MAX, tp_group)
@@ -60,7 +63,7 @@ def sample_tokens(
 
 
 def _blocks(mass: Tensor) -> Tensor:
-    """[r, v] -> [r, blocks, BLOCK], filled up with zeros."""
+    """Split [r, v] into blocks, [r, blocks, BLOCK], the last one filled up with zeros."""
     missing = -mass.shape[1] % BLOCK
     if missing:
         mass = F.pad(mass, (0, missing))
@@ -70,9 +73,9 @@ def _blocks(mass: Tensor) -> Tensor:
 def _local_inverse(
     mass: Tensor, block_sums: Tensor, sums: Tensor, threshold: Tensor, tp_group
 ) -> tuple[Tensor, Tensor]:
-    """Column of this shard at which the running mass first exceeds the threshold, and whether it is here.
+    """Return this shard's column at which the running mass first exceeds the threshold, and whether it is here.
 
-    First the block, then the column in it; both running sums in fp64.
+    First comes the block, then the column in it; both running sums are fp64.
     """
     before = (sums.cumsum(dim=0) - sums)[dist.get_rank(tp_group)]
     block, rest = _first_above(block_sums, threshold - before)
@@ -82,7 +85,10 @@ def _local_inverse(
 
 
 def _first_above(parts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """parts [r, n] fp64, threshold [r] -> where the running sum first exceeds it [r], threshold less the sum before."""
+    """Return where the running sum first exceeds the threshold [r], and the threshold less the sum before [r].
+
+    parts: [r, n] fp64; threshold: [r].
+    """
     running = parts.cumsum(dim=-1)
     place = torch.searchsorted(running, threshold[:, None], right=True)
     # rounding may carry the threshold past the last part that has any mass: stay on it
@@ -92,13 +98,16 @@ def _first_above(parts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _owner(sums: Tensor, threshold: Tensor) -> Tensor:
-    """[r] the rank whose share of the running total holds the threshold: the first that exceeds it."""
+    """Return the rank [r] whose share of the running total holds the threshold: the first that exceeds it."""
     exceeds = sums.cumsum(dim=0) > threshold
     return torch.where(exceeds.any(dim=0), exceeds.int().argmax(dim=0), _last_positive(sums, dim=0))
 
 
 def _last_positive(values: Tensor, dim: int) -> Tensor:
-    """Place of the last value above 0; 0 where there is none: a model that blew up (NaN) draws a token that exists."""
+    """Return the index of the last value above 0, or 0 where there is none.
+
+    So a model that blew up (NaN) draws a token that exists.
+    """
     positive = values > 0
     last = values.shape[dim] - 1 - positive.flip(dim).int().argmax(dim=dim)
     return torch.where(positive.any(dim=dim), last, 0)

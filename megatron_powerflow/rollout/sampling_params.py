@@ -15,7 +15,11 @@ def sampling_params(
     responses_per_prompt: int | None = None,
     temperature: float | None = None,
 ) -> SamplingParams:
-    """rollout.responses_per_prompt and rollout.temperature unless others are given; uniforms of run.seed and `step`."""
+    """Return the sampling parameters of a config, for one step and purpose.
+
+    responses_per_prompt, temperature: instead of those of `rollout` in the config, where they are not None. The random
+    numbers are those of run.seed, `step` and `purpose`.
+    """
     rollout = config.rollout
     return SamplingParams(
         responses_per_prompt=rollout.responses_per_prompt if responses_per_prompt is None else responses_per_prompt,

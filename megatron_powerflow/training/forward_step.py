@@ -1,4 +1,4 @@
-"""How does a micro-batch become per-token log-probs? The one scorer behind old, reference and current.
+"""How does a micro-batch become per-token log-probs? One scorer serves the old policy, the reference and the current.
 
 `run_forward` and `run_forward_backward` are Megatron's schedules with our forward step: the output of a stage is
 its hidden states; on the last stage a function of (hidden states, micro-batch) makes what is asked for.
@@ -28,7 +28,11 @@ from megatron_powerflow.records import MicroBatch
 
 @dataclass(frozen=True)
 class Scorer:
-    """Everything a log-prob depends on beside the weights and the tokens: the same for all three policies."""
+    """The settings that a log-prob depends on beside weights and tokens, the same for all three policies.
+
+    vocab_size: without the padding of the output layer. temperature: logits are divided by it. kernel: the arithmetic
+    of the log-probs.
+    """
 
     groups: Groups
     vocab_size: int
@@ -37,32 +41,48 @@ class Scorer:
     kernel: LogProbKernel = field(default_factory=LogProbKernel)
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
-        """[t / cp / tp, r, H] -> [t / cp, r, H] under sequence parallelism. Its gradient is complete on every rank
-        already, so the backward pass hands each rank its slice and adds nothing up."""
+        """Gather the hidden states of the whole sequence over tp: [t / cp / tp, r, H] -> [t / cp, r, H].
+
+        Without sequence parallelism they are whole as they come. The gradient is complete on every rank already, so the
+        backward pass hands each rank its slice and adds nothing up. Collective over tp.
+        """
         if not self.sequence_parallel:
             return hidden
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.groups.tp)
 
     def log_probs(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> Tensor:
-        """hidden [t / cp, r, H] (whole over tp) -> [b, s] fp32 log-probs of the targets, 0 where loss_mask is False."""
+        """Return the log-probs of the targets: [b, s] fp32, 0 where loss_mask is False.
+
+        hidden: [t / cp, r, H], whole over tp. chunk: the last one. Collective over tp, and over cp where the batch has
+        a stream.
+        """
         arguments, row_index = self._kernel_arguments(hidden, chunk, batch)
         values = self.kernel.log_probs(**arguments) if len(row_index) else empty_log_probs(arguments["hidden"])
         return to_rows(values, row_index, batch, self.groups.cp)
 
     def prompt_pool(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        """hidden [t / cp, r, H] (whole over tp) -> [b, H] fp32, its mean over the prompt of each rollout."""
+        """Return the mean of the hidden states over the prompt of each rollout: [b, H] fp32.
+
+        hidden: [t / cp, r, H], whole over tp. Collective over cp where the batch has a stream.
+        """
         if batch.stream is None:
             return pool_prompt(hidden, batch.prompt_mask)
         return pool_prompts(hidden, batch, self.groups.cp)
 
     def statistics(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> TokenStatistics:
-        """`log_probs` with the entropy and certainty of the same distributions, each [b, s] fp32, 0 where masked."""
+        """Return the log-probs with the entropy and certainty of the same distributions, each [b, s] fp32.
+
+        They are 0 where loss_mask is False. Arguments and collectives are those of `log_probs`.
+        """
         arguments, row_index = self._kernel_arguments(hidden, chunk, batch)
         columns = self.kernel.statistics(**arguments) if len(row_index) else [empty_log_probs(arguments["hidden"])] * 3
         return TokenStatistics(*(to_rows(values, row_index, batch, self.groups.cp) for values in columns))
 
     def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
-        """This rank's response tokens alone, hidden [k, H], targets [k]; and where each stands [k] in the flat rows."""
+        """Return the kernel's arguments for this rank's response tokens alone, and the tokens' row_index.
+
+        Among the arguments are hidden [k, H] and targets [k]. row_index: [k], each token's index in the flat rows.
+        """
         mask, row_index = chosen_tokens(batch.loss_mask, batch)
         arguments = {
             "hidden": hidden.transpose(0, 1)[mask],
@@ -77,7 +97,10 @@ class Scorer:
 
 
 def empty_log_probs(hidden: Tensor) -> Tensor:
-    """hidden [0, H] -> [0] fp32: no tokens (a dummy, a share that is all prompt), and a graph for the backward pass."""
+    """Return the log-probs of no tokens, hidden [0, H] -> [0] fp32, with a graph for the backward pass.
+
+    A dummy has no tokens to score, nor has a share that is all prompt.
+    """
     return hidden.float().sum(dim=1)
 
 
@@ -89,7 +112,11 @@ Readout = Callable[[Tensor, PolicyModel, MicroBatch], Any]
 def run_forward(
     chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer, readout: Readout
 ) -> list[Any]:
-    """Forward only. One readout per micro-batch, in order, on the last stage; an empty list elsewhere."""
+    """Run the forward passes of the micro-batches, without gradients, and collect what `readout` gives.
+
+    Returns one readout per micro-batch, in order, on the last stage; an empty list elsewhere. Collective over the
+    replica, and over the ranks that share experts with it.
+    """
 
     def at_the_end(hidden: Tensor, *, chunk, batch, non_loss_data: bool):
         assert non_loss_data
@@ -101,8 +128,12 @@ def run_forward(
 def run_forward_backward(
     ddp_chunks: Sequence[DistributedDataParallel], batches: Sequence[MicroBatch], scorer: Scorer, loss_and_rows: Readout
 ) -> list[Any]:
-    """Forward and backward. `loss_and_rows` gives (scalar share of the loss, anything); gradients are summed over
-    micro-batches and data-parallel ranks, never averaged. Returns the anythings on the last stage."""
+    """Run the forward and backward passes of the micro-batches, and sum up the gradients.
+
+    loss_and_rows: gives (scalar share of the loss, rows of any kind). The gradients are summed over micro-batches and
+    data-parallel ranks, never averaged. Returns the rows of each micro-batch, in order, on the last stage; an empty
+    list elsewhere. Collective over the run.
+    """
 
     def at_the_end(hidden: Tensor, *, chunk, batch):
         loss, rows = loss_and_rows(scorer.whole_sequence(hidden), chunk, batch)

@@ -24,9 +24,10 @@ from megatron_powerflow.training.score import score, score_certainty, scored_bat
 def with_group_baseline(
     chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer, objective: Objective
 ) -> list[MicroBatch]:
-    """The micro-batches of one update with what the objective needs of whole groups, on the last stage.
+    """Return the micro-batches of one update with what the objective needs of whole groups.
 
-    They are as they were where it needs nothing, or nothing yet. Collective.
+    They have it on the last stage. They are as they were where the objective needs nothing, or nothing yet, and on the
+    other stages. Collective, as `run_forward` is.
     """
     if isinstance(objective, BalanceObjective):
         if objective.learns_log_z or all(batch.whole_groups for batch in batches):
@@ -46,7 +47,11 @@ def with_group_baseline(
 def rewards_of(
     chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer, objective: PolicyGradientObjective
 ) -> list[Tensor]:
-    """[b] the reward of each response, of each micro-batch on the last stage; an empty list elsewhere. Collective."""
+    """Return the reward of each response: [b] for each micro-batch, on the last stage; an empty list elsewhere.
+
+    It is the certainty (`score_certainty`), the reward of the text, or `power_reward`, by the objective. Collective, as
+    `run_forward` is.
+    """
     if objective.form.reward == "certainty":
         means = score_certainty(chunks, batches, scorer)
         return _without_none(means) if scorer.groups.is_last_stage else []
@@ -71,7 +76,7 @@ def rewards_of(
 def with_log_z(
     batches: Sequence[ScoredBatch], current: Sequence[Tensor], objective: BalanceObjective
 ) -> list[EstimatedBatch]:
-    """The micro-batches, of whole groups together, with the estimates of log Z'.
+    """Return the micro-batches, which hold whole groups together, with the estimates of log Z'.
 
     current: [b, s] detached log-probs of the policy, of each micro-batch.
     """
@@ -113,5 +118,5 @@ def _with_advantage(
 
 
 def _without_none(values: Sequence[Tensor | None]) -> list[Tensor]:
-    """The same, of the last stage, where all of them are."""
+    """Return the values that are not None; on the last stage these are all."""
     return [value for value in values if value is not None]

@@ -1,4 +1,4 @@
-"""Is a run that goes on fed with what it began with? Content counts, and not how a path is spelt.
+"""Does a run that goes on read what it began with? Content counts, and not how a path is spelt.
 
     RUN/inputs.json, and one in each checkpoint:
     {"format": 1, "today": "2026-11-26", "paths": {...}, "digests": {...}, "replay": {file: digest}, "versions": {...},
@@ -49,8 +49,12 @@ LIBRARIES = ("tokenizers", "transformers")
 
 @dataclass(frozen=True)
 class Inputs:
-    """digests: by what is read. paths: where it was, for messages. replay: by the name of the file. revisions: 40
-    hexadecimal digits, by the name on the hub; data sets' begin with datasets/."""
+    """What a run reads, as digests that a later start compares with.
+
+    today: the date of the run's first start, as YYYY-MM-DD. digests: by what is read. paths: where it was, for
+    messages. replay: by the name of the file. versions: of LIBRARIES. revisions: 40 hexadecimal digits, by the name on
+    the hub; data sets' begin with datasets/.
+    """
 
     today: str
     digests: Mapping[str, str]
@@ -60,11 +64,15 @@ class Inputs:
     revisions: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
+        """Write the inputs into a folder, as inputs.json."""
         write_file(folder / INPUTS_NAME, json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
 
 
 def read_inputs(folder: Path) -> Inputs | None:
-    """What a run or checkpoint began with; None for one of an older version. Raises UserError for a damaged file."""
+    """Read what a run or checkpoint began with; None for one of an older version.
+
+    Raises UserError for a damaged file.
+    """
     path = folder / INPUTS_NAME
     if not path.is_file():
         return None
@@ -84,7 +92,10 @@ def read_inputs(folder: Path) -> Inputs | None:
 
 
 def model_digests(hf_folder: Path, weights_folder: Path) -> dict[str, str]:
-    """Of the weights, where there are any, and of the tokenizer."""
+    """Return the digest of the tokenizer and, where there are any, that of the weights.
+
+    The keys are "tokenizer" and "weights".
+    """
     files = weights_files(weights_folder)
     tokenizer = [path for path in companion_files(hf_folder) if path.name not in ("generation_config.json", "LICENSE")]
     digests = {"tokenizer": digest(f"{path}\0{_of_text(hf_folder / path)}" for path in tokenizer)}
@@ -92,18 +103,23 @@ def model_digests(hf_folder: Path, weights_folder: Path) -> dict[str, str]:
 
 
 def prompt_digest(prompts: Sequence[Prompt]) -> str:
+    """Return the digest of the ids, token ids, answers and tasks of prompts, in their order."""
     return digest(json.dumps([p.id, p.token_ids, p.answer, p.task]) for p in prompts)
 
 
 def file_digest(path: Path) -> str:
-    """Of all bytes of a file of up to WHOLE_BYTES, of blocks of a larger one."""
+    """Return the digest of a file: of all bytes up to a size of WHOLE_BYTES, of blocks of a larger one."""
     size = path.stat().st_size
     with path.open("rb") as file:
         return _blocks(file, 0, size, size <= WHOLE_BYTES)
 
 
 def weights_digest(files: Sequence[Path]) -> str:
-    """Of what the files hold together. Files that are no safetensors, or are damaged, count as they are."""
+    """Return the digest of the tensors that the files hold together, in whatever files they lie.
+
+    All bytes count if the files have up to WHOLE_BYTES together, else blocks of each tensor. Files that are no
+    safetensors, or are damaged, count as they are.
+    """
     whole = sum(path.stat().st_size for path in files) <= WHOLE_BYTES
     return digest(sorted(part for path in files for part in _parts(path, whole)))
 
@@ -119,7 +135,10 @@ def _parts(path: Path, whole: bool) -> Iterator[str]:
 
 
 def _tensors(path: Path) -> list[tuple[str, str, list[int], int, int]] | None:
-    """(name, dtype, shape, first byte, byte behind the last) of each; None where the header cannot be read."""
+    """Return (name, dtype, shape, first byte, byte behind the last) of each tensor in a file.
+
+    None where the header cannot be read.
+    """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -151,6 +170,7 @@ def _blocks(file: IO[bytes], start: int, end: int, whole: bool) -> str:
 
 
 def digest(parts: Iterable[str]) -> str:
+    """Return the SHA-256 of the parts, each with a line feed behind it, as hexadecimal digits."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part.encode("utf-8", errors="surrogatepass") + b"\n")
@@ -158,7 +178,7 @@ def digest(parts: Iterable[str]) -> str:
 
 
 def _of_text(path: Path) -> str:
-    """Of a small file: what a JSON file says, or the bytes."""
+    """Return the digest of a small file: of what a JSON file says, of the bytes of any other."""
     content = path.read_bytes()
     if path.suffix == ".json":
         with contextlib.suppress(ValueError, RecursionError):
@@ -167,8 +187,10 @@ def _of_text(path: Path) -> str:
 
 
 def changes(before: Inputs, now: Inputs) -> list[str]:
-    """What is not as it was when the run began, with what to do. Evaluation prompts of another path are another choice,
-    which a run may make on its way."""
+    """Return what is not as it was when the run began, a sentence each with what to do; [] for nothing.
+
+    Evaluation prompts of another path are another choice, which a run may make on its way.
+    """
     violations = []
     for name in before.digests.keys() & now.digests.keys():
         if before.digests[name] == now.digests[name]:

@@ -1,4 +1,4 @@
-"""How fast at which step? The learning rates as functions of the step, so that there is no scheduler to save."""
+"""How fast does a run learn at each step? The rates are functions of the step: no scheduler is saved."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from megatron_powerflow.config import OptimizerSection
 
 
 def learning_rates(section: OptimizerSection, step: int, num_steps: int) -> tuple[float, float | None]:
-    """(policy's, log Z' head's) at a step (0-based); None where nobody learns log Z'. min_lr bounds the policy's
-    decay, not its warm-up."""
+    """Return the learning rate of the policy and the log Z' head's at a step (0-based).
+
+    The head's is None where nobody learns log Z'. min_lr bounds the policy's decay, not its warm-up.
+    """
     share = decay(section, step, num_steps)
     lr = section.lr * share
     if step >= section.warmup_steps:
@@ -18,7 +20,10 @@ def learning_rates(section: OptimizerSection, step: int, num_steps: int) -> tupl
 
 
 def decay(section: OptimizerSection, step: int, num_steps: int) -> float:
-    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, linear or cosine to 0."""
+    """Return the share of the peak learning rate at a step (0-based).
+
+    It is a linear warm-up, then constant, or linear or cosine to 0.
+    """
     if step < section.warmup_steps:
         return (step + 1) / section.warmup_steps
     progress = (step - section.warmup_steps) / max(1, num_steps - section.warmup_steps)

@@ -43,9 +43,11 @@ def micro_batch_loss(
     head: LogZHead | None,
     num_kept: int,
 ) -> tuple[Tensor, Tensor]:
-    """(this micro-batch's share of the step's loss, its rows [b, len(ROLLOUT_COLUMNS)] fp64 detached).
+    """Return this micro-batch's share of the loss, and a row of numbers for each of its rollouts.
 
-    hidden: [t / cp, r, H], whole over tp. num_kept: rollouts of the update that take part, over all ranks.
+    The rows are [b, len(ROLLOUT_COLUMNS)] fp64, detached. hidden: [t / cp, r, H], whole over tp. head: the learned log
+    Z', or None. num_kept: rollouts of the update that take part, over all ranks. Collective over tp, and over cp where
+    the batch has a stream.
     """
     if isinstance(objective, BalanceObjective):
         log_probs = scorer.log_probs(hidden, chunk, batch)
@@ -69,7 +71,7 @@ def micro_batch_loss(
 
 
 def _estimated(batch: ScoredBatch, log_probs: Tensor, objective: BalanceObjective) -> EstimatedBatch:
-    """With log Z' from this very forward pass: the groups are whole in the micro-batch."""
+    """Return the batch with log Z' from this very forward pass: its groups are whole in the micro-batch."""
     assert batch.whole_groups
     return with_log_z([batch], [log_probs], objective)[0]
 
@@ -82,9 +84,10 @@ def balance(
     objective: BalanceObjective,
     num_kept: int,
 ) -> tuple[Tensor, Columns]:
-    """w m (log Z' + ...)^2, summed over the micro-batch, over num_kept (Eq. 10, arXiv 2603.18363).
+    """Return the trajectory-balance loss of a micro-batch, and columns of its rollouts.
 
-    log_probs: [b, s] with gradient; log_z: [b], with gradient where a head says it; factor: [b], on the weight w m.
+    The loss is w m (log Z' + ...)^2, summed over the micro-batch, over num_kept (Eq. 10, arXiv 2603.18363). log_probs:
+    [b, s] with gradient; log_z: [b], with gradient where a head says it; factor: [b], on the weight w m.
     """
     sequence = log_probs.sum(dim=1)
     importance, ratio = importance_of(sequence, batch, objective)
@@ -103,7 +106,11 @@ def balance(
 def policy_gradient(
     log_probs: Tensor, batch: RewardedBatch, objective: PolicyGradientObjective, num_kept: int
 ) -> tuple[Tensor, Columns]:
-    """-A S / a or its clipped surrogate, and the KL term, summed over the micro-batch, over num_kept."""
+    """Return the policy-gradient loss of a micro-batch, and columns of its rollouts.
+
+    The loss is -A S / a or its clipped surrogate (`surrogate_terms`), and the KL term (`kl_terms`), summed over the
+    micro-batch, over num_kept. log_probs: [b, s] with gradient.
+    """
     old, rule = batch.old_log_probs if batch.old_log_probs is not None else log_probs.detach(), objective.importance
     terms, ratio, clipped = surrogate_terms(
         log_probs,
@@ -126,7 +133,11 @@ def policy_gradient(
 def entropy_minimum(
     log_probs: Tensor, entropy: Tensor, batch: ScoredBatch, objective: EntropyObjective, num_kept: int
 ) -> tuple[Tensor, Columns]:
-    """Mean over a response's tokens of -sum_v p_v log p_v, by its own gradient (arXiv 2505.20282), over num_kept."""
+    """Return the entropy loss of a micro-batch, and columns of its rollouts.
+
+    The loss is the mean over a response's tokens of -sum_v p_v log p_v, by its own gradient (arXiv 2505.20282), and the
+    KL term (`kl_terms`), summed over the micro-batch, over num_kept. log_probs, entropy: [b, s] with gradient.
+    """
     mean_entropy = entropy.sum(dim=1) / batch.num_response_tokens
     terms = _kept_with_kl(mean_entropy, log_probs, batch, objective.kl_coefficient)
     ones = torch.ones_like(batch.psi)
@@ -140,7 +151,10 @@ def _kept_with_kl(terms: Tensor, log_probs: Tensor, batch: ScoredBatch, kl_coeff
 
 
 def common_columns(log_probs: Tensor, batch: ScoredBatch) -> Columns:
-    """What is known of a rollout whatever the form. log_probs: [b, s] detached."""
+    """Return the columns of the rollouts that do not depend on the form of the objective.
+
+    log_probs: [b, s] detached.
+    """
     old = log_probs if batch.old_log_probs is None else batch.old_log_probs
     difference = torch.where(batch.loss_mask, old - batch.rollout_log_probs, 0.0)
     if batch.old_from_sampler:
@@ -168,8 +182,10 @@ def common_columns(log_probs: Tensor, batch: ScoredBatch) -> Columns:
 
 
 def _loops(batch: ScoredBatch) -> Tensor:
-    """[b, 3] tokens, nats a token and entry nats of each response's longest repetition; NaN without one. How long it
-    must be to count as a loop depends on the run's limit, and is for the metrics to say."""
+    """Return tokens, nats a token and entry nats of each response's longest repetition: [b, 3]; NaN without one.
+
+    How long it must be to count as a loop depends on the run's limit, and is for the metrics to say.
+    """
     loops = np.full((len(batch.psi), 3), np.nan, dtype=np.float32)
     masks, targets, ref_log_probs = (
         tensor.cpu().numpy() for tensor in (batch.loss_mask, batch.targets, batch.ref_log_probs)

@@ -26,7 +26,7 @@ from megatron_powerflow.training.session import Session
 
 
 def bin_rule(layout: Layout, config: Config) -> BinRule:
-    """What packed micro-batches must be like."""
+    """Return the sizes that packed micro-batches may have, under this layout and config."""
     assert config.parallel.max_tokens_per_micro_batch is not None
     return BinRule(
         max_tokens=config.parallel.max_tokens_per_micro_batch,
@@ -37,7 +37,7 @@ def bin_rule(layout: Layout, config: Config) -> BinRule:
 
 
 class _Packing(TypedDict):
-    """What `pack` and `pack_streams` are told alike."""
+    """The arguments that `pack` and `pack_streams` have in common."""
 
     responses_per_prompt: int
     drop_truncated: bool
@@ -48,9 +48,10 @@ class _Packing(TypedDict):
 
 
 def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> list[list[MicroBatch]]:
-    """The step's rollouts as micro-batches of this rank, one list per optimizer update; groups stay whole.
+    """Return the step's rollouts as micro-batches of this rank, one list per optimizer update.
 
-    rollouts: this replica's share; packed, groups change replicas for the sake of balance. Collective.
+    Groups stay whole within an update. rollouts: this replica's share; packed, groups change replicas for the sake of
+    balance. Collective over the run.
     """
     config, groups = plan.config, session.groups
     arguments: _Packing = {
@@ -80,7 +81,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
 def _pack_streams(
     rollouts: Sequence[Rollout], plan: Plan, groups: Groups, arguments: _Packing
 ) -> list[list[MicroBatch]]:
-    """Every rank sees the lengths of all rollouts, makes the plan of all ranks, and takes its own part."""
+    """Plan the packed micro-batches of all ranks by the lengths of all rollouts, and pack those of this rank."""
     config = plan.config
     rule, flops = bin_rule(plan.layout, config), flop_count(plan.architecture)
     # annotated where they were sampled, in whole groups: a rank's own part may hold a piece of a group only

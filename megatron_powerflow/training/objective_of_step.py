@@ -14,7 +14,10 @@ from megatron_powerflow.objective.presets import Balance, PolicyGradient
 
 
 def objective_of_step(section: ObjectiveSection, step: int) -> Objective:
-    """section: resolved, as `config_file.parse_config` leaves it. step: counted from 0."""
+    """Return the objective of a step.
+
+    section: resolved, as `config_file.parse_config` leaves it. step: counted from 0.
+    """
     form, alpha = section.form, alpha_of_step(section, step)
     if isinstance(form, Balance):
         assert alpha is not None and section.log_z is not None
@@ -25,9 +28,9 @@ def objective_of_step(section: ObjectiveSection, step: int) -> Objective:
 
 
 def alpha_of_step(section: ObjectiveSection, step: int) -> float | None:
-    """The power of the base model that this step aims at: from 1 to objective.alpha, linearly, then constant.
+    """Return the power of the base model that a step aims at; None for an objective that aims at no power.
 
-    None for an objective that aims at no power.
+    It rises linearly from 1 to objective.alpha over objective.alpha_warmup_steps, then stays. step: counted from 0.
     """
     warmup_steps = section.alpha_warmup_steps or 0
     if section.alpha is None or step + 1 >= warmup_steps:
@@ -36,5 +39,5 @@ def alpha_of_step(section: ObjectiveSection, step: int) -> float | None:
 
 
 def importance_rule(section: ObjectiveSection) -> ImportanceRule:
-    """objective.ratio, objective.clip_epsilon and objective.clip."""
+    """Return the rule that objective.ratio, objective.clip_epsilon and objective.clip make."""
     return ImportanceRule(section.ratio or "none", section.clip_epsilon or 0.0, section.clip == "upper")

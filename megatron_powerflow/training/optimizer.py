@@ -22,7 +22,10 @@ from megatron_powerflow.training.learning_rate import learning_rates
 
 
 def build_trainable(chunks: Sequence[PolicyModel], head: LogZHead | None, config: Config, groups: Groups) -> Trainable:
-    """DDP around the chunks and both trainable. Takes the parameters as they are: load weights first."""
+    """Put DDP around the chunks, make their optimizer, and return both with the head.
+
+    It takes the parameters as they are: load weights first.
+    """
     section = config.optimizer
     transformer = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
@@ -55,7 +58,10 @@ def build_trainable(chunks: Sequence[PolicyModel], head: LogZHead | None, config
 
 
 def set_learning_rates(trainable: Trainable, section: OptimizerSection, step: int, num_steps: int) -> float:
-    """Give the policy's optimizer and the head their rate for this step; returns the policy's."""
+    """Give the policy's optimizer and the head their rates for a step; return the policy's.
+
+    step: counted from 0.
+    """
     lr, log_z_lr = learning_rates(section, step, num_steps)
     for group in trainable.optimizer.param_groups:
         group["lr"] = lr
@@ -67,7 +73,10 @@ def set_learning_rates(trainable: Trainable, section: OptimizerSection, step: in
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """grad_norm: of the policy, before clipping, global. applied: False when something was not finite."""
+    """The outcome of one update of the weights.
+
+    grad_norm: of the policy, before clipping, global. applied: False when something was not finite.
+    """
 
     grad_norm: float
     applied: bool
@@ -78,8 +87,9 @@ def step_optimizers(
 ) -> OptimizerStep:
     """Apply the gradients, unless the loss or a gradient is not finite: then nothing moves, on any rank.
 
-    clip_grad bounds the policy's gradient. The head's is not clipped: its norm grows with the width, and its step is a
-    share of the residuals already. mean_weight: of the loss's w m over the update's kept rollouts, global.
+    clip_grad bounds the norm of the policy's gradient. The head's is not clipped: its norm grows with the width, and
+    its step is a share of the residuals already. mean_weight: the mean of the loss's weight w m over the update's kept
+    rollouts, global. loss_is_finite: the same on every rank. Collective over the run.
     """
     optimizer = trainable.optimizer
     overflow = optimizer.prepare_grads()
@@ -98,8 +108,11 @@ def step_optimizers(
 
 
 def _reduce_head_gradients(trainable: Trainable, groups: Groups) -> float:
-    """Sum the head's gradients over dp; average over tp and cp, whose ranks computed the same. Returns their norm on
-    every rank, 0 without a head, so that all ranks judge alike."""
+    """Sum the head's gradients over dp, average them over tp and cp, and return their norm.
+
+    Ranks of tp and cp computed the same. The norm is the same on every rank of a pipeline, 0 without a head, so that
+    all ranks judge alike.
+    """
     square = torch.zeros(1, dtype=torch.float64)
     if trainable.head is not None:
         for parameter in trainable.head.learned():

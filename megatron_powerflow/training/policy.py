@@ -1,5 +1,6 @@
-"""How does a policy come onto the devices, and who samples from it? This rank's model chunks, with the weights of a
-folder of any kind, and the engine over them.
+"""How does a policy come onto the devices, and who samples from it?
+
+A policy is this rank's model chunks, with the weights of a folder of any kind; the engine over them samples.
 
 Left out: what is trained of it (`session.py`).
 """
@@ -33,10 +34,10 @@ def build_policy(
     precision: PrecisionSection,
     groups: Groups,
 ) -> list[PolicyModel]:
-    """Model chunks of this rank, with the weights of a folder: each rank reads its own slices. Collective.
+    """Build the model chunks of this rank, with the weights of a folder.
 
-    model.hf_path: here a Hugging Face folder, a run's checkpoint or a converted one. Raises UserError when it is
-    damaged.
+    Each rank reads its own slices. model.hf_path: here a Hugging Face folder, a run's checkpoint or a converted one.
+    Collective over the run. Raises UserError when the folder is damaged.
     """
     config = transformer_config(architecture, layout, model, precision)
     chunks = build_chunks(config, architecture, layout, precision, groups.device)
@@ -51,7 +52,7 @@ def build_policy(
 def build_engine(
     chunks: Sequence[PolicyModel], architecture: Architecture, layout: Layout, config: Config, groups: Groups
 ) -> MegatronEngine:
-    """The engine over these chunks, as `rollout` of the config has it."""
+    """Build the engine over these chunks, as `rollout` of the config has it."""
     return MegatronEngine(
         chunks,
         groups,
@@ -62,5 +63,8 @@ def build_engine(
 
 
 def alignment(layout: Layout, precision: PrecisionSection) -> int:
-    """A rank's forward pass has a multiple of this many tokens in a row: sequence parallelism's and FP8's rules."""
+    """Return the number of which the tokens of a rank's forward pass must be a multiple.
+
+    Sequence parallelism and FP8 each have such a rule.
+    """
     return math.lcm(layout.tp if layout.sequence_parallel else 1, token_alignment(precision))

@@ -1,4 +1,4 @@
-"""What is the residual of each rollout in a micro-batch, and how much does it weigh? Eq. 10 on our records.
+"""What is the residual of each rollout in a micro-batch, and how much does it weigh? Equation 10 on our records.
 
 Left out: the formulas (`objective/trajectory_balance.py`), log Z' (`group_baseline.py`, `model/log_z_head.py`).
 """
@@ -14,7 +14,10 @@ from megatron_powerflow.records import ScoredBatch
 
 
 def residual_without_log_z(sequence_log_prob: Tensor, batch: ScoredBatch, objective: BalanceObjective) -> Tensor:
-    """[b] `partial_residual` of a micro-batch. sequence_log_prob: [b], by the policy."""
+    """Return the residual without log Z' of each rollout in a micro-batch (`partial_residual`): [b].
+
+    sequence_log_prob: [b], by the policy.
+    """
     return partial_residual(
         sequence_log_prob,
         batch.ref_log_probs.sum(dim=1),
@@ -28,21 +31,24 @@ def residual_without_log_z(sequence_log_prob: Tensor, batch: ScoredBatch, object
 
 
 def tilt_length(batch: ScoredBatch, objective: BalanceObjective) -> Tensor:
-    """[b] the length that the residual divides by: n, or min(n, tilt_cap)."""
+    """Return the length that the residual divides by: [b], n or min(n, tilt_cap)."""
     if objective.tilt_cap is None:
         return batch.num_response_tokens
     return batch.num_response_tokens.clamp(max=objective.tilt_cap)
 
 
 def residual_weight(batch: ScoredBatch, objective: BalanceObjective) -> Tensor:
-    """[b] m: 1, or the number of response tokens."""
+    """Return the weight m of each residual: [b], 1 or the number of response tokens."""
     if objective.form.weight == "length":
         return batch.num_response_tokens.to(batch.psi.dtype)
     return torch.ones_like(batch.psi)
 
 
 def importance_of(sequence_log_prob: Tensor, batch: ScoredBatch, objective: BalanceObjective) -> Weight:
-    """(w, ratio) [b] of a micro-batch; the old policy is the current one where no other was scored."""
+    """Return the importance weight w of each rollout and its ratio before clipping, each [b].
+
+    sequence_log_prob: [b], by the policy. The old policy is the current one where no other was scored.
+    """
     old = batch.old_log_probs.sum(dim=1) if batch.old_log_probs is not None else sequence_log_prob.detach()
     rule = objective.importance
     return importance_weight(

@@ -19,7 +19,10 @@ GIB = 2**30
 
 
 def resource_violations(config: Config, num_parameters: int | None) -> list[str]:
-    """What is missing, with what to do. num_parameters: of the model, where it is known."""
+    """Return what a run needs and does not have, a sentence each with what to do; [] for nothing.
+
+    num_parameters: of the model, where it is known.
+    """
     violations = _packages(config)
     folder = Path(config.run.output_dir)
     above = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), None)
@@ -42,13 +45,17 @@ def resource_violations(config: Config, num_parameters: int | None) -> list[str]
 
 
 def num_checkpoints(config: Config) -> int:
-    """That stand at one time; while one is written the oldest is still there."""
+    """Return the most checkpoints that are on the disk at one time.
+
+    While one is written the oldest is still there.
+    """
     section = config.checkpoint
     made = math.ceil(config.run.num_steps / section.interval) if section.interval else 1
     return made if section.keep is None else min(made, section.keep + 1)
 
 
 def needed_bytes(config: Config, num_parameters: int, num_checkpoints: int) -> int:
+    """Return the bytes that so many checkpoints, and the export if the run makes one, take on the disk."""
     exported = (4 if config.precision.dtype == "fp32" else 2) if config.run.export else 0
     return num_parameters * (num_checkpoints * CHECKPOINT_BYTES + exported)
 

@@ -22,7 +22,11 @@ from megatron_powerflow.records import Rollout
 
 
 def annotate(rollouts: Sequence[Rollout], objective: ObjectiveSection, tokenizer: Tokenizer) -> list[AnnotatedRollout]:
-    """rollouts: of whole groups, sorted by slot. A function of them alone, so equal on every rank that holds them."""
+    """Return the rollouts with penalty, reward and numbers for the metrics, which follow from their text.
+
+    rollouts: of whole groups, sorted by slot. The result is a function of them alone, so equal on every rank that holds
+    them.
+    """
     answers = [extract_answer(tokenizer.decode(rollout.response_token_ids)) for rollout in rollouts]
     correct, rewards = grade_rollouts(rollouts, answers, objective.text_reward)
     if objective.task_reward not in (None, "none"):
@@ -49,7 +53,11 @@ def annotate(rollouts: Sequence[Rollout], objective: ObjectiveSection, tokenizer
 def grade_rollouts(
     rollouts: Sequence[Rollout], answers: Sequence[str | None], reward: str
 ) -> tuple[list[float], list[float]]:
-    """(correctness: 1, 0, or NaN where the prompt has no answer; the named reward) of each rollout of whole groups."""
+    """Return the correctness and the named reward of each rollout of whole groups.
+
+    Correctness is 1 or 0, or NaN where the prompt has no answer. rollouts: sorted by slot. answers: what each response
+    answers, None without an answer. reward: "gold", which is the correctness, or a key of OF_ANSWERS.
+    """
     correct: list[float] = []
     rewards: list[float] = []
     for _, members in groupby(zip(rollouts, answers, strict=True), key=lambda pair: pair[0].slot):
@@ -62,14 +70,20 @@ def grade_rollouts(
 
 
 def cluster_reward(answers: Sequence[str | None]) -> list[float]:
-    """EMPO (arXiv 2504.05812): r_i = (size of i's cluster) / G; a response without an answer is alone."""
+    """Return r_i = (size of i's cluster) / G for the answers of a group (EMPO, arXiv 2504.05812).
+
+    A response without an answer is alone in its cluster.
+    """
     numbers = clusters(answers)
     sizes = Counter(numbers)
     return [(1 if number is None else sizes[number]) / len(answers) for number in numbers]
 
 
 def majority_reward(answers: Sequence[str | None]) -> list[float]:
-    """TTRL (arXiv 2504.16084): r_i = 1 where the answer is the most common one; the earliest of equally common ones."""
+    """Return 1 for each answer that is the most common one of its group, else 0 (TTRL, arXiv 2504.16084).
+
+    Of equally common answers the earliest counts.
+    """
     numbers = clusters(answers)
     votes = Counter(number for number in numbers if number is not None)
     label = votes.most_common(1)[0][0] if votes else math.nan
@@ -77,7 +91,7 @@ def majority_reward(answers: Sequence[str | None]) -> list[float]:
 
 
 def boxed_reward(answers: Sequence[str | None]) -> list[float]:
-    """1 where there is an answer in a box at all."""
+    """Return 1 for each response that has an answer in a box at all, else 0."""
     return [float(answer is not None) for answer in answers]
 
 
@@ -90,7 +104,7 @@ OF_ANSWERS = {
 
 
 def _energy_rewards(rewards: Sequence[float], rollouts: Sequence[Rollout], objective: ObjectiveSection) -> list[float]:
-    """beta r, or beta times the advantage of r in its group (FlowRL, arXiv 2509.15207)."""
+    """Return beta r, or beta times the advantage of r in its group (FlowRL, arXiv 2509.15207)."""
     assert objective.reward_scale is not None, "config_rules.py fills it in where there is a task_reward"
     values = torch.tensor(rewards, dtype=torch.float64)
     if objective.reward_advantage:
@@ -105,7 +119,7 @@ def _token_groups(rollouts: Sequence[Rollout]):
 
 
 def format_penalty(rollout: Rollout, boxed: bool, *, psi: float, exempt_tasks: Sequence[str]) -> float:
-    """psi without a box, 0 with one; tasks that ask for no box are exempt.
+    """Return psi for a response without a box, 0 for one with a box; tasks that ask for no box are exempt.
 
     psi enters the energy per token: a response without \\boxed{} has alpha * psi added to each of its n tokens' share,
     so psi = -0.5 at alpha = 4 is -2 nats a token.

@@ -1,4 +1,4 @@
-"""What do the reference, and the policy before an update, think of the responses? Forward passes only."""
+"""How likely are the responses under the reference, and under the policy before an update? Forward passes only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from megatron_powerflow.training.forward_step import Scorer, run_forward
 
 
 def score(chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer) -> list[Tensor | None]:
-    """[b, s] fp32 log-probs of each micro-batch's responses on the last stage; None elsewhere."""
+    """Return the log-probs of each micro-batch's responses: [b, s] fp32 on the last stage, None elsewhere.
+
+    Collective, as `run_forward` is.
+    """
     log_probs = run_forward(chunks, batches, scorer, scorer.log_probs)
     return log_probs if log_probs else [None] * len(batches)
 
@@ -22,9 +25,10 @@ def score(chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: 
 def score_certainty(
     chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer
 ) -> list[Tensor | None]:
-    """[b] mean over each response's tokens of logsumexp - mean of the logits, on the last stage; None elsewhere.
+    """Return the mean certainty of each response: [b] for each micro-batch on the last stage, None elsewhere.
 
-    Self-certainty (Intuitor, arXiv 2505.19590), KL(Uniform || p), up to the constant log(vocabulary).
+    It is the mean over the response's tokens of logsumexp - mean of the logits: self-certainty (Intuitor, arXiv
+    2505.19590), KL(Uniform || p), up to the constant log(vocabulary). Collective, as `run_forward` is.
     """
 
     def mean_certainty(hidden, chunk, batch) -> Tensor:
@@ -35,7 +39,10 @@ def score_certainty(
 
 
 def score_reference(reference: Reference, batches: Sequence[MicroBatch], scorer: Scorer) -> list[MicroBatch]:
-    """`ScoredBatch`es on the last stage; the micro-batches as they are elsewhere, where nobody needs the numbers."""
+    """Return the micro-batches with the reference's log-probs: `ScoredBatch`es, on the last stage.
+
+    They are as they were elsewhere, where nobody needs the numbers. Collective, as `run_forward` is.
+    """
     with reference.weights() as chunks:
         scored = score(chunks, batches, scorer)
     return [
@@ -45,7 +52,10 @@ def score_reference(reference: Reference, batches: Sequence[MicroBatch], scorer:
 
 
 def score_old(chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer) -> list[MicroBatch]:
-    """The micro-batches with `old_log_probs` on the last stage: of the policy that sampled, before its first update."""
+    """Return the micro-batches with `old_log_probs`, on the last stage: by the policy that sampled.
+
+    Call it before the first update of that policy. Collective, as `run_forward` is.
+    """
     scored = score(chunks, batches, scorer)
     return [
         replace(batch, old_log_probs=values) if isinstance(batch, ScoredBatch) else batch
@@ -54,7 +64,10 @@ def score_old(chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scor
 
 
 def with_saved_old(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """The micro-batches of replayed rollouts: the policy that sampled is gone, its sampler's log-probs are there."""
+    """Return the micro-batches of replayed rollouts with the saved log-probs of their sampler as `old_log_probs`.
+
+    The policy that sampled is gone and cannot be scored.
+    """
     return [
         replace(batch, old_log_probs=batch.rollout_log_probs, old_from_sampler=True)
         if isinstance(batch, ScoredBatch)
@@ -64,7 +77,7 @@ def with_saved_old(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
 
 
 def scored_batches(batches: Sequence[MicroBatch]) -> list[ScoredBatch]:
-    """The same, of the last stage, where each has been scored."""
+    """Return the micro-batches as `ScoredBatch`es; each must have been scored, as all are on the last stage."""
     scored = [batch for batch in batches if isinstance(batch, ScoredBatch)]
     assert len(scored) == len(batches), "micro-batches without the reference's log-probs"
     return scored

@@ -1,4 +1,6 @@
-"""What does the frozen base think of any rollouts, whatever their number? For looking at a policy, not for training it.
+"""How likely are rollouts under the frozen base?
+
+They may be of any number. This is for looking at a policy, not for training it.
 
 Left out: the forward pass (`score.py`).
 """
@@ -23,9 +25,10 @@ FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and 
 
 
 def reference_sequence_log_probs(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> np.ndarray:
-    """[B] fp64, nats: the sum over each response's tokens under the base model at rollout.temperature, on every rank.
+    """Return the log-prob of each response under the base model: [B] fp64, nats, on every rank.
 
-    rollouts: all of them, alike on every rank. Collective.
+    It is the sum over the response's tokens, at rollout.temperature. rollouts: all of them, alike on every rank.
+    Collective over the run.
     """
     groups, config = session.groups, plan.config
     size = config.parallel.micro_batch_size or 1

@@ -1,4 +1,4 @@
-"""Which policy sampled the rollouts of a step, and what becomes of the importance weight w of Eq. 10?
+"""Which policy sampled the rollouts of a step, and what becomes of the importance weight w of Equation 10?
 
     one update, own rollouts        S_old = S: w = 1 exactly, and objective.ratio is none
     several updates                 S_old is scored by the trainer before the first; w moves from the second on
@@ -26,9 +26,9 @@ _WEIGHT_KEYS = ("ratio", "clip", "clip_epsilon")
 def is_own_run(config: Config, replay_from: Path, *, revisions: Mapping[str, str] | None = None) -> bool:
     """Whether the run that saved these rollouts trained as `config` says, so that its policy at each step is ours.
 
-    replay_from: RUN/rollouts. Compared is what the weights depend on beside the rollouts; layouts and micro-batches
-    change them by rounding only. Without a config that can be read they are another policy's. revisions: of the hub,
-    by name; a model of another commit is another policy.
+    replay_from: RUN/rollouts. What is compared is what the weights depend on beside the rollouts; layouts and
+    micro-batches change them by rounding only. Without a config that can be read they are another policy's. revisions:
+    of the hub, by name; a model of another commit is another policy.
     """
     path = replay_from.parent / CONFIG_NAME
     if not path.is_file():
@@ -43,7 +43,7 @@ def is_own_run(config: Config, replay_from: Path, *, revisions: Mapping[str, str
 
 
 def _trains(config: Config) -> dict:
-    """What the weights of every step follow from, given the rollouts."""
+    """Return what the weights of every step follow from, given the rollouts."""
     objective = config.objective.model_dump()
     if config.optimizer.updates_per_rollout == 1:  # w = 1, whatever it is made of
         objective = {key: value for key, value in objective.items() if key not in _WEIGHT_KEYS}
@@ -58,15 +58,18 @@ def _trains(config: Config) -> dict:
 
 
 def objective_of(config: Config, on_policy: bool) -> ObjectiveSection:
-    """The objective that is trained. One update of replayed rollouts that are the policy's own has no ratio, as the run
-    that saved them had none by default; everything else as it stands in the config."""
+    """Return the objective that is trained.
+
+    One update of replayed rollouts that are the policy's own has no ratio, as the run that saved them had none by
+    default; everything else is as the config has it.
+    """
     if on_policy and config.rollout.replay is not None and config.optimizer.updates_per_rollout == 1:
         return config.objective.model_copy(update={"ratio": "none", "clip": None, "clip_epsilon": None})
     return config.objective
 
 
 def weight_line(config: Config, on_policy: bool) -> str:
-    """For `powerflow check`: what w is, or that it is dropped."""
+    """Return the line of `powerflow check` that says what w is, or that it is dropped."""
     objective, several = config.objective, config.optimizer.updates_per_rollout > 1
     if on_policy and not several:
         return "weight    w = 1: each update is of rollouts by the policy that it trains"
@@ -84,7 +87,7 @@ def weight_line(config: Config, on_policy: bool) -> str:
 
 
 def temperature_lines(config: Config) -> list[str]:
-    """What rollout.temperature other than 1 does to the target and to serving; nothing at 1."""
+    """Return what a rollout.temperature other than 1 does to the target and to serving, as lines; [] at 1."""
     t = config.rollout.temperature
     if t == 1.0:
         return []

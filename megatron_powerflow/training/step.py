@@ -33,11 +33,11 @@ Phase = Callable[[str], AbstractContextManager]  # a phase of the step by its na
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves beside other weights.
+    """What a step gives beside the changed weights.
 
-    rows: [B, len(ROLLOUT_COLUMNS)] fp64, one per rollout of the step, by rollout_index, on every rank. alpha: the power
-    that the step aimed at, None where the objective knows none. log_z_start: the value that a learned log Z' was given
-    at step 0, nats; None in all other steps.
+    rows: [B, len(ROLLOUT_COLUMNS)] fp64, one per rollout of the step, by rollout_index, on every rank. lr: the policy's
+    learning rate. alpha: the power that the step aimed at, None where the objective knows none. log_z_start: the value
+    that a learned log Z' was given at step 0, nats; None in all other steps.
     """
 
     rows: Tensor
@@ -48,7 +48,10 @@ class StepResult:
 
     @property
     def skipped(self) -> bool:
-        """Something was not finite, or nothing was kept: an update left the weights as they were."""
+        """Whether an update left the weights as they were.
+
+        That is so where something was not finite, or no rollout was kept.
+        """
         return not all(taken.applied for taken in self.optimizer_steps)
 
 
@@ -61,9 +64,10 @@ def run_step(
     phase: Phase = nullcontext,
     progress: ProgressCallback | None = None,
 ) -> StepResult:
-    """Step `step` of the run, from its prompts to its last update. Collective.
+    """Run one step, from its prompts to its last update. Collective over the run.
 
-    prompts: of the whole step, alike on every rank. Raises UserError where saved rollouts are damaged.
+    prompts: of the whole step, alike on every rank. step: counted from 0. Raises UserError where saved rollouts are
+    damaged or cannot be written.
     """
     with phase("rollout"):
         rollouts = step_rollouts(plan, session, prompts, sampling_of_step(plan, step), progress)
@@ -74,9 +78,9 @@ def run_step(
 def learn(
     plan: Plan, session: Session, updates: Sequence[Sequence[MicroBatch]], step: int, *, phase: Phase = nullcontext
 ) -> StepResult:
-    """The step behind its rollouts. Collective.
+    """Run the rest of a step once its rollouts are there: reference scores and updates. Collective over the run.
 
-    updates: from `pack_updates`, this rank's micro-batches of each update.
+    updates: from `pack_updates`, this rank's micro-batches of each update. step: counted from 0.
     """
     config, objective = plan.config, objective_of_step(plan.objective, step)
     with phase("reference"):
@@ -93,5 +97,5 @@ def learn(
 
 
 def sampling_of_step(plan: Plan, step: int) -> SamplingParams:
-    """How the rollouts of step `step` are drawn."""
+    """Return the sampling parameters of a step's rollouts. step: counted from 0."""
     return sampling_params(plan.config, plan.stop_token_ids, step=step)

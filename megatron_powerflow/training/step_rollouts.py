@@ -32,9 +32,10 @@ def step_rollouts(
     sampling: SamplingParams,
     progress: ProgressCallback | None = None,
 ) -> list[Rollout]:
-    """Rollouts of this replica's share of the step's prompts, by slot, then response; alike on all its ranks.
+    """Return the rollouts of this replica's share of the step's prompts, alike on all its ranks.
 
-    Collective. Raises UserError when a saved file is damaged, or cannot be written.
+    They are ordered by slot, then response. prompts: of the whole step. Collective over the run. Raises UserError when
+    a saved file is damaged, or cannot be written.
     """
     groups, step = session.groups, sampling.step
     if plan.replay_from is not None:
@@ -53,13 +54,13 @@ def step_rollouts(
 
 
 def _share(rollouts: Sequence[Rollout], plan: Plan, groups: Groups) -> list[Rollout]:
-    """Those of the slots that `Plan.share_of` gives this data-parallel rank."""
+    """Return those of the slots that `Plan.share_of` gives this data-parallel rank."""
     slots = {slot for slot, _ in plan.share_of(range(plan.config.rollout.prompts_per_step), groups.dp_rank)}
     return [rollout for rollout in rollouts if rollout.slot in slots]
 
 
 def _holds(path: Path, prompts: Sequence[Prompt], plan: Plan) -> bool:
-    """A try that broke off got as far as this step's rollouts: whole, and of these prompts."""
+    """Whether a try that broke off has saved this step's rollouts: whole, and of these prompts."""
     if not path.is_file():
         return False
     try:

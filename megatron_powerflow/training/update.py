@@ -1,4 +1,4 @@
-"""How does one step's rollouts change the policy? The objective, put through Megatron's schedule.
+"""How do the rollouts of a step change the policy? The objective, put through Megatron's schedule.
 
     for each update: (what needs whole groups) -> loss -> gradients -> optimizers
 
@@ -32,7 +32,11 @@ from megatron_powerflow.training.score import score_old, scored_batches, with_sa
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """rows: [B, len(ROLLOUT_COLUMNS)] fp64, one per rollout of the step, sorted by rollout_index, on every rank."""
+    """What the updates of a step give beside the changed weights.
+
+    rows: [B, len(ROLLOUT_COLUMNS)] fp64, one per rollout of the step, sorted by rollout_index, on every rank.
+    optimizer_steps: one per update.
+    """
 
     rows: Tensor
     optimizer_steps: tuple[OptimizerStep, ...]
@@ -47,10 +51,10 @@ def update(
     *,
     on_policy: bool = True,
 ) -> UpdateResult:
-    """One optimizer update per element of `updates`: micro-batches of whole groups, reference scored.
+    """Make one optimizer update for each element of `updates`. Collective over the run.
 
-    on_policy: the policy as it is now sampled the rollouts; False: another one did, of which the saved log-probs are
-    left. Collective.
+    updates: of each, this rank's micro-batches, scored by the reference, which together hold whole groups. on_policy:
+    the policy as it is now sampled the rollouts; False: another one did, of which the saved log-probs are left.
     """
     groups = scorer.groups
     sampled_by = [list(batches) for batches in updates]
@@ -94,8 +98,11 @@ def calibrate_head(
     objective: BalanceObjective,
     scorer: Scorer,
 ) -> float:
-    """Give the head its start value: minus the mean residual of the first step's rollouts without it, over all ranks,
-    S = S_ref. Returns it. A head that reads prompts also learns what all of them share. Collective."""
+    """Give the head its start value, and return it. Collective over the run.
+
+    It is minus the mean residual of the first step's rollouts without log Z', over all ranks, with S = S_ref
+    (`initial_log_z`); 0 where no rollout is kept. A head that reads prompts also learns what all of them share.
+    """
     local, groups = None, scorer.groups
     batches = [batch for of_update in updates for batch in of_update]
     if objective.log_z == "mlp":
@@ -124,8 +131,11 @@ def calibrate_head(
 
 
 def _centre_head(trainable: Trainable, updates: Sequence[Sequence[MicroBatch]], scorer: Scorer) -> None:
-    """`LogZHead.centre` by the prompts of all ranks: one forward pass per update, since each is padded by itself and an
-    interleaved schedule takes micro-batches of one shape only."""
+    """Centre the head by the prompts of all ranks (`LogZHead.centre`).
+
+    One forward pass is made per update, since each is padded by itself and an interleaved schedule takes micro-batches
+    of one shape only.
+    """
 
     def mean(values: Tensor) -> Tensor:
         sums = torch.cat([values.double().sum(dim=0), values.new_tensor([len(values)], dtype=torch.float64)])
@@ -144,13 +154,16 @@ def _centre_head(trainable: Trainable, updates: Sequence[Sequence[MicroBatch]], 
 
 
 def _mean_weight(table: Tensor) -> float:
-    """Of the loss's weight w m over the kept rollouts of the update, all ranks'; 0 when none was kept."""
+    """Return the mean of the loss's weight w m over the kept rollouts of all ranks; 0 when none was kept."""
     weight, kept = (table[:, ROLLOUT_COLUMNS.index(name)] for name in ("weight", "kept"))
     return float(weight[kept > 0].sum() / (kept > 0).sum().clamp(min=1))
 
 
 def _num_kept(batches: Sequence[MicroBatch], groups: Groups) -> int:
-    """Rollouts of this update that take part, over all data-parallel ranks: the denominator of the loss."""
+    """Count the rollouts of this update that take part, over all data-parallel ranks.
+
+    It is the denominator of the loss.
+    """
     count = torch.stack([batch.kept.sum() for batch in batches]).sum()
     dist.all_reduce(count, group=groups.dp)
     return int(count)
