@@ -698,7 +698,9 @@ _CONFIG_RULES = (
 _CONFIG_FILE = (
     ("elif not applies(config) and value is not None", "elif not applies(config) and value", "0 and false are ignored"),
     ("if applies(config) and value is None", "if applies(config) and not value", "0 and false become the default"),
-    ("    violations += contradictions(config)\n", "", "contradictions pass"),
+    ("    conflicts += contradictions(config)\n", "", "contradictions pass"),
+    ("if not any(key in text for key in wrong)]", "if not wrong]", "contradictions beside a wrong type are not said"),
+    (" if not any(key in text for key in wrong)]", "]", "what only a wrong value contradicts is said"),
     (
         "merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))",
         "merge(OmegaConf.from_dotlist(list(overrides)), OmegaConf.create(values))",
