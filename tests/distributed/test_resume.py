@@ -202,7 +202,7 @@ def test_a_stop_signal_saves_and_asks_to_be_started_again(gloo, config, tmp_path
     assert run_cli("train", config, f"run.output_dir={tmp_path / 'run'}").returncode == 0
     launches = [json.loads(line) for line in (tmp_path / "run" / "launches.jsonl").read_text().splitlines()]
     assert [launch["first_step"] for launch in launches] == [0, num_done]
-    assert all(f"powerflow train {config} " in launch["command"] for launch in launches)
+    assert all(f"python -m megatron_powerflow.cli train {config} " in launch["command"] for launch in launches)
     assert all(launch["versions"].keys() >= {"python", "torch", "megatron-core"} for launch in launches)
     gloo.run(1, run_training, config, f"run.output_dir={tmp_path / 'whole'}")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
