@@ -114,7 +114,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW_CASES = ("tp2_pp2_scalar", "bf16_distributed_swap")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_CASES else name for name in CASES]
+)
 def test_a_crashed_run_continues_as_the_unbroken_one(gloo, config, tmp_path, case):
     num_processes, settings = CASES[case]
     whole, crashed = tmp_path / "whole", tmp_path / "crashed"
