@@ -1,4 +1,4 @@
-"""The command line: `powerflow train|check|config|prepare|score|generate|evaluate|export|curves|report|stop|env`.
+"""The command line: `powerflow train|check|config|prepare|score|generate|evaluate|export|curves|report|goodput|stop`.
 
 Thin: parses, validates, hands over. torch is imported inside the commands only, so `--help` and `check` are quick
 and an impossible run never reaches it.
@@ -423,6 +423,30 @@ def report(
 
     command = shlex.join(["powerflow", "report", *map(str, runs), "--out", str(out)])
     print(build_report(runs, out, command))
+
+
+@app.command()
+def goodput(
+    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    as_json: Annotated[bool, typer.Option("--json", help="numbers for programs, on stdout")] = False,
+) -> None:
+    """Where the time of a run went, over all its starts: productive, lost, saving, loading, waiting; what ended them.
+
+    Example: powerflow goodput runs/local
+    """
+    import json
+
+    from megatron_powerflow.report.goodput_table import goodput_json, goodput_table, read_all
+    from megatron_powerflow.run_folder import is_running
+
+    notes: list[str] = []
+    found = read_all({run: is_running(run) for run in runs}, notes)
+    if as_json:
+        print(json.dumps({str(run): goodput_json(goodput) for run, goodput in found.items()}, indent=2))
+    else:
+        for run, goodput in found.items():
+            make_console().print(goodput_table(run, goodput))
+    print(*(f"notice: {note}" for note in notes), sep="\n", end="\n" if notes else "", file=sys.stderr)
 
 
 @app.command()

@@ -117,9 +117,12 @@ def read_header(path: Path) -> Header:
 def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
     """By slot, then response_index. Raises UserError when the file is damaged, made up or of another vocabulary."""
     header = read_header(path)
-    with path.open("rb") as file:
-        file.readline()
-        body = file.read()
+    try:
+        with path.open("rb") as file:
+            file.readline()
+            body = file.read()
+    except OSError as error:
+        raise UserError(f"{path}: no rollouts that can be read ({error})") from None
     if hashlib.sha256(body).hexdigest() != header.sha256:
         raise UserError(f"{path}: damaged: its content does not have the checksum it was written with; sample it again")
     try:
