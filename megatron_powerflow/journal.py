@@ -10,6 +10,7 @@ Left out: what the lines mean; files that are written whole (`whole_files.py`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -63,7 +64,7 @@ def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     content = text.encode("utf-8", errors="backslashreplace")  # a lone surrogate becomes JSON's \ud800
     try:
-        new = not path.exists()
+        new = not _is_there(path)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             size = os.fstat(descriptor).st_size
@@ -104,8 +105,6 @@ def read_journal(path: Path, check: Check | None = None, *, start: bytes = b"{")
                 damages.append(Damage(piece.number, piece.damage))
             if piece.line is not None:
                 lines.append(piece.line)
-    except FileNotFoundError:
-        pass
     except OSError as error:
         damages.append(Damage(0, f"cannot be read ({error.strerror})"))
     return Journal(lines, damages)
@@ -120,8 +119,8 @@ def notes_of(path: Path, damages: Sequence[Damage]) -> list[str]:
         else f"{path}: {damage.what}; left out"
         for damage in damages[:SHOWN_DAMAGES]
     ]
-    if more := len(damages) - SHOWN_DAMAGES:
-        notes += [f"{path}: {more} more damaged lines are left out"] if more > 0 else []
+    if (more := len(damages) - SHOWN_DAMAGES) > 0:
+        notes.append(f"{path}: {more} more damaged lines are left out")
     return notes
 
 
@@ -133,10 +132,7 @@ def cut_back(path: Path, first_step: int, check: Check, *, start: bytes = b"{") 
     The file is replaced, whole, only where something goes. check: refuses lines without a number `step`. Raises
     OSError.
     """
-    try:
-        pieces = [*_pieces(path, check, start)]
-    except FileNotFoundError:
-        return Cut([], 0, [])
+    pieces = [*_pieces(path, check, start)]
     kept: list[_Piece] = []
     num_cut, lost = 0, False
     for piece in pieces:
@@ -154,6 +150,13 @@ def cut_back(path: Path, first_step: int, check: Check, *, start: bytes = b"{") 
     numbers = [place if changed else piece.number for place, piece in enumerate(kept, start=1)]
     damages = [Damage(number, piece.damage) for number, piece in zip(numbers, kept, strict=True) if piece.damage]
     return Cut([piece.line for piece in kept if piece.line is not None], num_cut, damages)
+
+
+def _is_there(path: Path) -> bool:
+    """Raises OSError for what is there and no file: a device has no end, a pipe makes its reader wait."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no plain file", str(path))
+    return path.exists()
 
 
 def _copy(path: Path, pieces: Sequence[_Piece]) -> None:
@@ -187,6 +190,8 @@ class _Piece:
 
 def _pieces(path: Path, check: Check | None, start: bytes) -> Iterator[_Piece]:
     """Raises OSError."""
+    if not _is_there(path):
+        return
     with path.open("rb") as file:
         number = begin = 0
         while raw := file.readline(MAX_LINE_BYTES):

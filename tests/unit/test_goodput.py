@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 
 import pytest
 from hypothesis import given
@@ -249,7 +249,7 @@ def test_what_is_shown_and_what_programs_get(tmp_path):
     assert notes == [f"{run}/events.jsonl:14: torn: it has no end; this line is left out, and no other"]
     sentence = goodput_sentence("run", goodput)
     assert sentence == "run: 2 starts, 4 steps, effective 30.2% of 2 min; 1 steps lost; interrupted by: killed 1"
-    console = make_console(open(os.devnull, "w"), width=120)
+    console = make_console(io.StringIO(), width=120)
     with console.capture() as captured:
         console.print(goodput_table(run, goodput))
     assert "productive" in captured.get()
