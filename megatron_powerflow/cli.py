@@ -407,7 +407,9 @@ def curves(
     """
     from megatron_powerflow.report.curves import CURVES_NAME, draw_curves
 
-    print(draw_curves(runs, out or runs[0] / CURVES_NAME))
+    notes: list[str] = []
+    print(draw_curves(runs, out or runs[0] / CURVES_NAME, notes))
+    _say_notices(notes)
 
 
 @app.command()
@@ -446,7 +448,7 @@ def goodput(
     else:
         for run, goodput in found.items():
             make_console().print(goodput_table(run, goodput))
-    print(*(f"notice: {note}" for note in notes), sep="\n", end="\n" if notes else "", file=sys.stderr)
+    _say_notices(notes)
 
 
 @app.command()
@@ -474,6 +476,12 @@ def _done(run: Path) -> str:
     measure = ["powerflow", "evaluate", "--model", str(run), "--data", A_BENCHMARK, "--out", str(run / "evaluation")]
     look = ["powerflow", "report", str(run), "--out", str(run / "report")]
     return "\n".join([*lines, f"  measure it   {shlex.join(measure)}", f"  look at it   {shlex.join(look)}"])
+
+
+def _say_notices(notes: list[str]) -> None:
+    """What was left out of files that were read, to stderr."""
+    for note in notes:
+        print(f"notice: {note}", file=sys.stderr)
 
 
 def _refuse_options(options: Mapping[str, object], unused: bool, why: str) -> None:

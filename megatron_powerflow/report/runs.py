@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.metrics.goodput import Goodput
+from megatron_powerflow.metrics.goodput import EVENTS_NAME, Goodput
 from megatron_powerflow.metrics.step_log import START, without_step
 from megatron_powerflow.report.goodput_table import read_goodput
 from megatron_powerflow.report.reading import number, read_config, read_json, read_json_lines, visible
@@ -134,7 +134,10 @@ def _read_folder(folder: Path, notes: list[str]) -> list[Run]:
         files = _of_the_policy(files, config.get("model.hf_path", ""), notes)
         samples = read_json_lines(folder / SAMPLES_NAME, notes)
         launches = [_origin(line) for line in read_json_lines(folder / LAUNCHES_NAME, notes)]
-        seed, goodput = config.get("run.seed", "?"), read_goodput(folder, [])
+        seed = config.get("run.seed", "?")
+        of_time: list[str] = []
+        goodput = read_goodput(folder, of_time)
+        notes += [note for note in of_time if EVENTS_NAME in note]  # of the other files it was said
         return [Run(shown, seed, config, metrics, evaluations, samples, files, launches, goodput)]
     by_policy: dict[tuple, list[EvaluationFile]] = {}
     for file in files:

@@ -172,6 +172,7 @@ def test_the_categories_are_the_wall_clock_whatever_is_written(starts, r):
     run, at = Written(), 0.0
     for events in starts:
         run.start(at, untouched=r.choice([None, 0.0, 1.0, 1e6]))
+        at += 1  # when its line is written
         if r.random() < 0.8:
             run.loaded(at := at + 2, r.randrange(9), r.randrange(3))
         for event, step in events:
@@ -246,7 +247,7 @@ def test_what_is_shown_and_what_programs_get(tmp_path):
         file.write(b'{"event": "st')
     notes: list[str] = []
     goodput = read_all({run: False}, notes)[run]
-    assert notes == [f"{run}/events.jsonl:14: torn: it has no end; this line is left out, and no other"]
+    assert notes == [f"{run}/events.jsonl:13: torn: it has no end; this line is left out, and no other"]
     sentence = goodput_sentence("run", goodput)
     assert sentence == "run: 2 starts, 4 steps, effective 30.2% of 2 min; 1 steps lost; interrupted by: killed 1"
     console = make_console(io.StringIO(), width=120)
