@@ -21,6 +21,7 @@ from megatron_powerflow.report.goodput_table import (
     read_all,
     read_goodput,
 )
+from tests.report_folders import make_run
 
 STEP = {"rollout": 5.0, "reference": 1.0, "update": 2.0}  # 8 s
 
@@ -262,3 +263,15 @@ def test_what_is_shown_and_what_programs_get(tmp_path):
         read_all({tmp_path / "none": False, tmp_path: False}, [])
     assert "no such folder" in caught.value.violations[0]
     assert "no events.jsonl" in caught.value.violations[1]
+
+
+def test_a_report_has_a_line_of_where_the_time_went(tmp_path):
+    from megatron_powerflow.report.page import build_report
+
+    run = make_run(tmp_path / "run", seed=0, evaluated=False, last=25)
+    append_lines(run / "events.jsonl", a_killed_run().lines)
+    with (run / "events.jsonl").open("ab") as file:
+        file.write(b"\0" * 9)
+    page = build_report([run], tmp_path / "out", "powerflow report ...").read_text(encoding="utf-8")
+    assert "2 starts, 4 steps, effective 30.2% of 2 min; 1 steps lost; interrupted by: killed 1" in page
+    assert "events.jsonl:13: zeros, as a power cut leaves them" in page
