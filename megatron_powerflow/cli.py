@@ -1,4 +1,4 @@
-"""The command line: powerflow train|check|config|recipes|prepare|score|generate|evaluate|export|curves|report|stop|env.
+"""The command line: powerflow train|check|config|recipes|prepare|score|generate|evaluate|export|report|goodput|...
 
 Thin: parses, validates, hands over. torch is imported inside the commands only, so `--help` and `check` are quick
 and an impossible run never reaches it.
@@ -407,7 +407,9 @@ def curves(
     """
     from megatron_powerflow.report.curves import CURVES_NAME, draw_curves
 
-    print(draw_curves(runs, out or runs[0] / CURVES_NAME))
+    notes: list[str] = []
+    print(draw_curves(runs, out or runs[0] / CURVES_NAME, notes))
+    _say_notices(notes)
 
 
 @app.command()
@@ -423,6 +425,30 @@ def report(
 
     command = shlex.join(["powerflow", "report", *map(str, runs), "--out", str(out)])
     print(build_report(runs, out, command))
+
+
+@app.command()
+def goodput(
+    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    as_json: Annotated[bool, typer.Option("--json", help="numbers for programs, on stdout")] = False,
+) -> None:
+    """Where the time of a run went, over all its starts: productive, lost, saving, loading, waiting; what ended them.
+
+    Example: powerflow goodput runs/local
+    """
+    import json
+
+    from megatron_powerflow.report.goodput_table import goodput_json, goodput_table, read_all
+    from megatron_powerflow.run_folder import is_running
+
+    notes: list[str] = []
+    found = read_all({run: is_running(run) for run in runs}, notes)
+    if as_json:
+        print(json.dumps({str(run): goodput_json(goodput) for run, goodput in found.items()}, indent=2))
+    else:
+        for run, goodput in found.items():
+            make_console().print(goodput_table(run, goodput))
+    _say_notices(notes)
 
 
 @app.command()
@@ -450,6 +476,12 @@ def _done(run: Path) -> str:
     measure = ["powerflow", "evaluate", "--model", str(run), "--data", A_BENCHMARK, "--out", str(run / "evaluation")]
     look = ["powerflow", "report", str(run), "--out", str(run / "report")]
     return "\n".join([*lines, f"  measure it   {shlex.join(measure)}", f"  look at it   {shlex.join(look)}"])
+
+
+def _say_notices(notes: list[str]) -> None:
+    """What was left out of files that were read, to stderr."""
+    for note in notes:
+        print(f"notice: {note}", file=sys.stderr)
 
 
 def _refuse_options(options: Mapping[str, object], unused: bool, why: str) -> None:

@@ -24,5 +24,19 @@ class UserError(ValueError):
         super().__init__("\n".join(self.violations))
 
 
+def disk_refusal(error: OSError) -> UserError:
+    """Make the user's error of what a disk refused: the path, what happened, what to do."""
+    where = error.filename or "a file of this command"
+    why = error.strerror or str(error) or type(error).__name__
+    return UserError(
+        f"{where}: could not be read or written ({why}); free space on that disk or mend its permissions, and the same "
+        "command continues"
+    )
+
+
 class RequeueRequested(Exception):
-    """A signal or a stop file asked the run to end; its state is saved: exit code 75."""
+    """A signal or a stop file asked the run to end; its state is saved: exit code 75. by: what asked, for people."""
+
+    def __init__(self, message: str, *, by: str = "") -> None:
+        super().__init__(message)
+        self.by = by

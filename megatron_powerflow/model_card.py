@@ -19,10 +19,10 @@ import numpy as np
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME
 from megatron_powerflow.config import Config
 from megatron_powerflow.config_file import load_config
-from megatron_powerflow.errors import UserError
+from megatron_powerflow.journal import read_journal
 from megatron_powerflow.metrics.names import METRICS, label
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME, provenance
-from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME
+from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, read_step_log
 from megatron_powerflow.metrics.writers import read_metrics
 
 CARD_NAME, PROVENANCE_NAME = "README.md", "provenance.json"
@@ -53,7 +53,7 @@ def card_files(run: Path, step: int, command: str, base_folder: Path | None = No
         "realised": _realised(lines),
         "evaluations": _evaluations(run / EVALUATIONS_NAME, step),
         "inputs": inputs,
-        "launches": _json_lines(run / LAUNCHES_NAME),
+        "launches": read_journal(run / LAUNCHES_NAME).lines,
         "export": provenance(command),
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False, default=str)
@@ -151,7 +151,7 @@ def _licence(base: Path) -> str | None:
 
 def _evaluations(path: Path, step: int) -> list[dict[str, Any]]:
     """Return the last line of each step up to `step`, without single prompts' values; [] if `step` has none."""
-    by_step = {line["step"]: line for line in _json_lines(path) if isinstance(line.get("step"), int)}
+    by_step = {line["step"]: line for line in read_step_log(path)}
     if step not in by_step:
         return []
     return [
@@ -159,16 +159,6 @@ def _evaluations(path: Path, step: int) -> list[dict[str, Any]]:
         for at in sorted(by_step)
         if at <= step
     ]
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); a model card states what it holds") from None
-    return [line for line in lines if isinstance(line, dict)]
 
 
 def _json(path: Path) -> Any:

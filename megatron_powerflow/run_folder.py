@@ -5,6 +5,7 @@ Left out: the lock itself (`parallel/owner.py`), which files are the first (`che
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_powerflow.checkpoint.first_files import remove_cut_off_files, remo
 from megatron_powerflow.checkpoint.folder import LOCK_NAME, STOP_NAME
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.owner import Owner, held_by_another
-from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.plan import Plan, write_config
 from megatron_powerflow.training.resume import find_resume
 
 
@@ -28,8 +29,9 @@ def run_folder(plan: Plan) -> Iterator[Owner]:
         try:
             yield owner
         except UserError:
-            if owner.holds():
-                remove_first_files(folder)
+            with contextlib.suppress(OSError):  # a disk that refuses that, too: the first error is the one to tell
+                if owner.holds():
+                    remove_first_files(folder)
             raise
 
 
@@ -46,7 +48,9 @@ def take_run_folder(plan: Plan, owner: Owner) -> None:
             "while this one started; start again"
         )
     if newest is None:
-        remove_first_files(plan.run_folder)  # of a start that was killed, perhaps with other settings
+        # of a start that was killed, perhaps with other settings
+        remove_first_files(plan.run_folder, keep_events=True)
+        write_config(plan)  # says whose the folder is, before anything else is in it
     remove_cut_off_files(plan.run_folder)
     (plan.run_folder / STOP_NAME).unlink(missing_ok=True)  # of a try before this one
 
@@ -54,3 +58,11 @@ def take_run_folder(plan: Plan, owner: Owner) -> None:
 def holder_of(folder: Path) -> str | None:
     """Return what `powerflow train` prints of a folder that another process holds; None where it is free."""
     return held_by_another(folder, folder / LOCK_NAME)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process that lives holds the folder, as far as its lock can be read."""
+    try:
+        return holder_of(folder) is not None
+    except OSError:
+        return False

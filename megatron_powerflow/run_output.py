@@ -1,13 +1,13 @@
 """What does a run show of itself while it goes on? Metrics, samples, evaluations, alarms, the console.
 
-Only the main rank writes; collective parts run on every rank alike.
+Only the main rank writes; collective parts run on every rank alike. What the disk refuses ends all of them together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +22,15 @@ from megatron_powerflow.metrics.alarm_words import ADVICE, alarms_that_end_run, 
 from megatron_powerflow.metrics.change import change_table, changes_of
 from megatron_powerflow.metrics.realised_alpha import alpha_reached
 from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
-from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, read_step_log, write_step_log
+from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, StepLog, read_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
-from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, read_metrics
-from megatron_powerflow.parallel.together import any_rank
+from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter
+from megatron_powerflow.parallel.together import any_rank, on_main
 from megatron_powerflow.records import Purpose, SamplingParams, StepMetrics
 from megatron_powerflow.report.change_picture import CHANGE_NAME, draw_change
 from megatron_powerflow.report.curves import CURVES_NAME, draw_curves
 from megatron_powerflow.rollout.sampling_params import sampling_params
+from megatron_powerflow.run_events import RunEvents
 from megatron_powerflow.training.in_training_evaluation import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.session import Session
@@ -42,8 +43,8 @@ EVALUATION_SEED_STEP = 0
 class RunOutput:
     """Everything a run writes beside its checkpoints. A context: files are closed however the run ends."""
 
-    def __init__(self, plan: Plan, session: Session, console: Console) -> None:
-        self._plan, self._session, self._console = plan, session, console
+    def __init__(self, plan: Plan, session: Session, console: Console, events: RunEvents) -> None:
+        self._plan, self._session, self._console, self._events = plan, session, console, events
         self._writers: list = []
         self._line: ConsoleWriter | None = None
         self._clock = PhaseClock()
@@ -52,28 +53,37 @@ class RunOutput:
         self._diverged = False
         self._thresholds = thresholds_of(plan.config)
         self._reached: str | None = None  # why run.stop_at_alpha ends the run
+        self._logs: dict[str, StepLog] = {}
 
     def __enter__(self) -> RunOutput:
-        plan, first_step = self._plan, self._session.progress.step
-        if self._session.groups.is_main:
-            if first_step:
-                self._console.print(f"continuing after step {first_step} from {plan.resume_from}")
-            self._writers = [JsonlWriter(plan.run_folder, first_step=first_step)]
-            self._lines = read_metrics(plan.run_folder)
-            self._alarms = raised_alarms(self._lines, self._thresholds)
-            self._diverged = has_diverged(self._lines, self._thresholds)
-            self._note_reached()
-            if plan.config.metrics.tensorboard:
-                self._writers.append(TensorBoardWriter(plan.run_folder, first_step=first_step))
-            if plan.config.metrics.wandb != "off":
-                config = plan.config.model_dump(exclude_none=True)
-                run_id = self._session.progress.wandb_run_id
-                self._writers.append(
-                    WandbWriter(plan.config.metrics, plan.run_folder, config, run_id, plan.config.run.name)
-                )
-            self._line = ConsoleWriter(self._console, first_step=first_step, num_steps=plan.config.run.num_steps)
-            self._writers.append(self._line)
+        on_main(self._open, self._session.groups)
         return self
+
+    def _open(self) -> None:
+        plan, first_step = self._plan, self._session.progress.step
+        if first_step:
+            self._console.print(f"continuing after step {first_step} from {plan.resume_from}")
+        metrics = JsonlWriter(plan.run_folder, first_step=first_step)
+        self._logs = {
+            name: StepLog(plan.run_folder / name, first_step=first_step) for name in (SAMPLES_NAME, EVALUATIONS_NAME)
+        }
+        for note in (*metrics.notes, *(note for log in self._logs.values() for note in log.notes)):
+            self._console.print(f"notice: {note}")
+        self._writers, self._lines = [metrics], metrics.lines
+        self._alarms = raised_alarms(self._lines, self._thresholds)
+        self._diverged = has_diverged(self._lines, self._thresholds)
+        self._note_reached()
+        if plan.config.metrics.tensorboard:
+            self._writers.append(TensorBoardWriter(plan.run_folder, first_step=first_step))
+        if plan.config.metrics.wandb != "off":
+            config = plan.config.model_dump(exclude_none=True)
+            run_id, name = self._session.progress.wandb_run_id, plan.config.run.name
+            self._writers.append(
+                WandbWriter(plan.config.metrics, plan.run_folder, config, run_id, name, say=self._console.print)
+            )
+        self._events.loaded(first_step=first_step, num_dropped=metrics.num_dropped)
+        self._line = ConsoleWriter(self._console, first_step=first_step, num_steps=plan.config.run.num_steps)
+        self._writers.append(self._line)
 
     def __exit__(self, kind, error, traceback) -> None:
         for writer in self._writers:
@@ -86,11 +96,16 @@ class RunOutput:
         """Show by a table and a picture how answers to the held-out prompts changed, if there are two evaluations."""
         if not self._session.groups.is_main or not self._plan.evaluation_prompts:
             return
-        changes = changes_of(read_step_log(self._plan.run_folder / EVALUATIONS_NAME))
+        alpha = self._plan.config.objective.alpha
+        try:
+            changes = changes_of(read_step_log(self._plan.run_folder / EVALUATIONS_NAME))
+            table = None if changes is None else change_table(changes, alpha)
+        except Exception as error:  # whatever a line of that file holds, the run is finished and saved
+            self._console.print(f"no table of before and after: {type(error).__name__}: {error}")
+            return
         if changes is None:
             return
-        alpha = self._plan.config.objective.alpha
-        self._console.print(change_table(changes, alpha))
+        self._console.print(table)
         if self._plan.config.metrics.curves:
             self._draw(CHANGE_NAME, lambda out: draw_change(changes, alpha, out))
 
@@ -104,7 +119,7 @@ class RunOutput:
     def phase(self, name: str) -> Iterator[None]:
         """Show what is going on, and count its seconds for the next line of metrics."""
         self._say(name)
-        with self._clock(name):
+        with self._clock(name), self._events.phase(name):
             yield
         self._say("")
 
@@ -137,10 +152,17 @@ class RunOutput:
         peak = torch.tensor([peak_memory_bytes()])
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.control)
         values["peak_memory_bytes"] = float(peak)
-        if groups.is_main:
-            self._listen(step, values)
+        on_main(lambda: self._write(step, values), groups)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self._listen(step, values)
         for writer in self._writers:
             writer.write(StepMetrics(step, values))
+        self._events.step(step)
+
+    def saved(self, step: int) -> None:
+        """Note that a checkpoint of `step` steps is complete. Collective."""
+        on_main(lambda: self._events.saved(step), self._session.groups)
 
     def _listen(self, step: int, values: dict[str, float]) -> None:
         """Add the alarms to the metrics, and print each one when it begins."""
@@ -200,8 +222,7 @@ class RunOutput:
         sampling = self._sampling(section.num_responses)
         with self.phase("evaluation"):
             line = evaluate_held_out(plan, self._session, sampling, step, self.rollout_progress)
-        if line is not None:
-            write_step_log(plan.run_folder / EVALUATIONS_NAME, step, [line])
+        self._append(EVALUATIONS_NAME, step, [] if line is None else [line])
 
     def _sampling(self, responses_per_prompt: int) -> SamplingParams:
         """Return the sampling of training, with the same uniforms each time: what differs is the policy."""
@@ -214,14 +235,12 @@ class RunOutput:
 
     def _sample(self, step: int) -> None:
         """Answer the first prompts of the file, into samples.jsonl."""
-        plan, section, groups = self._plan, self._plan.config.evaluation, self._session.groups
+        plan, section = self._plan, self._plan.config.evaluation
         if not section.samples:
             return
         prompts = list(enumerate(plan.prompts[: section.samples]))
         with self.phase("samples"):
             rollouts = self._session.engine.generate(prompts, replace(self._sampling(1), purpose=Purpose.SAMPLES))
-        if not groups.is_main:
-            return
         decode = plan.tokenizer.decode
         lines = [
             {
@@ -236,7 +255,10 @@ class RunOutput:
             }
             for rollout in rollouts
         ]
-        write_step_log(plan.run_folder / SAMPLES_NAME, step, lines)
+        self._append(SAMPLES_NAME, step, lines)
+
+    def _append(self, name: str, step: int, lines: Sequence[dict]) -> None:
+        on_main(lambda: self._logs[name].append(step, lines), self._session.groups)
 
 
 @contextlib.contextmanager

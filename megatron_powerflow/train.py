@@ -20,8 +20,10 @@ from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.model_card import card_files
+from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.parallel.together import on_main
+from megatron_powerflow.run_events import RunEvents, begin
 from megatron_powerflow.run_folder import run_folder, take_run_folder
 from megatron_powerflow.run_output import RunOutput, announced
 from megatron_powerflow.training.plan import Plan, write_config
@@ -38,35 +40,49 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
     require_fp8_support(plan.config.precision, plan.architecture, plan.layout.cp)
     with run_folder(plan) as owner, initialized(plan.layout, launch, seed=plan.config.run.seed) as groups:
         on_main(lambda: take_run_folder(plan, owner), groups)
-        with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
-            session = build_session(plan, groups)
-        if groups.is_main:
-            write_config(plan)
-            plan.inputs.write(plan.run_folder)
-            note_launch(
-                plan.run_folder,
-                command=command,
-                first_step=session.progress.step,
-                world_size=groups.world_size,
-                revisions=plan.located.revisions,
-            )
-        with RunOutput(plan, session, console) as output, StopSignal(plan.run_folder, owner, groups) as stop:
-            progress = run_steps(plan, session, output, stop)
-            output.show_change()
-            if plan.config.run.export and output.may_export():
-                with output.phase("export"):
-                    export_to_hf(
-                        session.trainable.chunks,
-                        plan.architecture,
-                        plan.family,
-                        groups,
-                        companions=plan.hf_folder,
-                        out=plan.run_folder / EXPORT_NAME,
-                        source=plan.run_folder,
-                        more=card_files(plan.run_folder, progress.step, command, plan.model_folder)
-                        if groups.is_main
-                        else None,
-                    )
+        with RunEvents(plan.run_folder) as events:
+            begin(events, groups)
+            with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
+                session = build_session(plan, groups)
+            on_main(lambda: note_start(plan, groups, command, session.progress.step), groups)
+            with (
+                RunOutput(plan, session, console, events) as output,
+                StopSignal(plan.run_folder, owner, groups) as stop,
+            ):
+                progress = run_steps(plan, session, output, stop)
+                output.show_change()
+                if plan.config.run.export and output.may_export():
+                    with output.phase("export"):
+                        export_policy(plan, session, progress.step, command)
+            on_main(events.finished, groups)
+
+
+def note_start(plan: Plan, groups: Groups, command: str, first_step: int) -> None:
+    """Write what this start is into the run's folder. For the main rank; raises OSError."""
+    write_config(plan)
+    plan.inputs.write(plan.run_folder)
+    note_launch(
+        plan.run_folder,
+        command=command,
+        first_step=first_step,
+        world_size=groups.world_size,
+        revisions=plan.located.revisions,
+    )
+
+
+def export_policy(plan: Plan, session: Session, step: int, command: str) -> None:
+    """Write the policy after `step` steps as RUN/hf_export. Collective."""
+    groups = session.groups
+    export_to_hf(
+        session.trainable.chunks,
+        plan.architecture,
+        plan.family,
+        groups,
+        companions=plan.hf_folder,
+        out=plan.run_folder / EXPORT_NAME,
+        source=plan.run_folder,
+        more=on_main(lambda: card_files(plan.run_folder, step, command, plan.model_folder), groups),
+    )
 
 
 def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal) -> RunProgress:
@@ -96,8 +112,9 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
                     companions=plan.hf_folder,
                     keep=config.checkpoint.keep,
                 )
+            output.saved(progress.step)
         if stopping and not last:
-            raise RequeueRequested(f"stopped after step {step + 1}; the same command continues")
+            raise RequeueRequested(f"stopped after step {step + 1}; the same command continues", by=stop.by)
     output.evaluate_if_due(progress.step)
     return progress
 

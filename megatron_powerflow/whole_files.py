@@ -6,6 +6,7 @@ and files that grow line by line.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -19,19 +20,33 @@ PARTIAL_SUFFIX = ".partial"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, which is `path` when the block ends and nothing when it raises. Raises OSError."""
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL_SUFFIX, dir=path.parent)
+    """A file to write into, which is `path` when the block ends and nothing when it raises. Raises OSError that names
+    `path`."""
+    with _naming(path):
+        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL_SUFFIX, dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            give_usual_mode(Path(partial))  # mkstemp's own is for secrets
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                os.unlink(partial)
+            raise
+        sync(path.parent)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A write to a full disk raises without a name, and what is being made has a name that nobody knows."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        give_usual_mode(Path(partial))  # mkstemp's own is for secrets
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-    sync(path.parent)
+        yield
+    except OSError as error:
+        if error.errno is None or not (error.filename is None or str(error.filename).endswith(PARTIAL_SUFFIX)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_file(path: Path, content: bytes | str) -> None:

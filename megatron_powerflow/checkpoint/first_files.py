@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_powerflow.checkpoint.folder import CHECKPOINTS_NAME, CONFIG_NAME, INPUTS_NAME, LOCK_NAME, STOP_NAME
+from megatron_powerflow.metrics.goodput import EVENTS_NAME
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME
 from megatron_powerflow.metrics.writers import FILE_NAME as METRICS_NAME
@@ -23,6 +24,7 @@ FIRST_FILES = (
     METRICS_NAME,
     SAMPLES_NAME,
     EVALUATIONS_NAME,
+    EVENTS_NAME,
     LAUNCHES_NAME,
     STOP_NAME,
     INPUTS_NAME,
@@ -65,16 +67,19 @@ def not_ours(folder: Path) -> list[str]:
     )
 
 
-def remove_first_files(folder: Path) -> None:
+def remove_first_files(folder: Path, *, keep_events: bool = False) -> None:
     """Remove what a start without a step left; do nothing in the folder of a run with steps.
 
-    Only the holder of the folder may call it.
+    Only the holder of the folder may call it. keep_events: the time that the start took stays on record, and so does
+    config.yaml, which says whose the record is.
     """
     if holds_a_step(folder):
         return
     remove_cut_off_files(folder)
+    kept = (EVENTS_NAME, CONFIG_NAME) if keep_events and (folder / EVENTS_NAME).is_file() else ()
     for name in FIRST_FILES if holds_a_run(folder) else (STOP_NAME,):
-        (folder / name).unlink(missing_ok=True)
+        if name not in kept:
+            (folder / name).unlink(missing_ok=True)
 
 
 def remove_cut_off_files(folder: Path) -> None:

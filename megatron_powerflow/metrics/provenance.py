@@ -5,7 +5,6 @@ Left out: the config, which a run's folder holds whole (config.yaml).
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_powerflow
+from megatron_powerflow.journal import append_lines
 
 LAUNCHES_NAME = "launches.jsonl"
 PACKAGES = ("torch", "megatron-core", "transformers", "mpmath")
@@ -35,11 +35,10 @@ def note_launch(
 ) -> None:
     """Adds a line to launches.jsonl, which has one for each start of a run.
 
-    first_step: the first step of this start; the steps before it belong to earlier ones.
+    first_step: the first step of this start; the steps before it belong to earlier ones. Raises OSError.
     """
     line = {"first_step": first_step, "world_size": world_size, **provenance(command, revisions)}
-    with (folder / LAUNCHES_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    append_lines(folder / LAUNCHES_NAME, [line])
 
 
 def _git_commit() -> str | None:

@@ -1,45 +1,57 @@
-"""Which samples and evaluations does a run keep? JSON lines, each of a step: samples.jsonl, evaluations.jsonl.
+"""Which samples and evaluations does a run keep? Journals with lines of a step: samples.jsonl, evaluations.jsonl.
 
-A resumed run replaces the lines of the steps that were lost.
+They grow by appending. A resumed run takes away what a lost try wrote, and nothing else.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_powerflow.errors import UserError
-from megatron_powerflow.whole_files import write_file
+from megatron_powerflow.journal import Line, append_lines, cut_back, notes_of, read_journal
 
 SAMPLES_NAME = "samples.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
+START = b'{"step": '  # of each line
 
 
-def read_step_log(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a file, each with a `step`; none where there is no file. Raises UserError for a damaged one.
+def without_step(line: Line) -> str | None:
+    """Says what is wrong with the step of a line; None where it has one."""
+    step = line.get("step")
+    return None if type(step) is int and 0 <= step < 2**53 else "without a usable step"
 
-    A line of samples.jsonl has id, question, prompt, response, answer, finish_reason and num_response_tokens. A line of
-    evaluations.jsonl is explained in `training/in_training_evaluation.py`.
+
+def read_step_log(path: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
+    """Returns the lines of a file, each with a `step`; none where there is no file.
+
+    A damaged line is left out, and named in `notes` where they are given. A line of samples.jsonl has id, question,
+    prompt, response, answer, finish_reason and num_response_tokens. A line of evaluations.jsonl is explained in
+    `training/in_training_evaluation.py`.
     """
-    if not path.is_file():
-        return []
-    try:
-        # not splitlines(): it also splits at U+2028, U+0085 and the like, which an answer may hold
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        if not all(isinstance(line, dict) and isinstance(line["step"], int) for line in lines):
-            raise ValueError("a line without a step")
-    except (ValueError, KeyError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}); move it away, and the run goes on with a new one") from None
-    return lines
+    journal = read_journal(path, without_step, start=START)
+    if notes is not None:
+        notes += notes_of(path, journal.damages)
+    return journal.lines
 
 
-def write_step_log(path: Path, step: int, lines: Sequence[dict[str, Any]]) -> None:
-    """Adds the lines made before step number `step`.
+class StepLog:
+    """Appends to such a file.
 
-    Lines of this step and later ones are from a try that was lost, and are replaced.
+    first_step: of this start; lines of later steps are from a try that was lost, and are taken away at once. Lines of
+    first_step itself are what the last start may have ended with; they stay until this one writes that step again.
+    notes: what is damaged in the file. Raises OSError that names the file.
     """
-    kept = [line for line in read_step_log(path) if line["step"] < step]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*kept, *lines])
-    write_file(path, text)
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        self._path, self._first_step = path, first_step
+        cut = cut_back(path, first_step + 1, without_step, start=START)
+        self._done_before = any(line["step"] == first_step for line in cut.kept)
+        self.notes = notes_of(path, cut.damages)
+
+    def append(self, step: int, lines: Sequence[dict[str, Any]]) -> None:
+        """Adds the lines made before step number `step`; they are on the disk when the method returns."""
+        if self._done_before and step == self._first_step:
+            cut_back(self._path, step, without_step, start=START)
+            self._done_before = False
+        append_lines(self._path, lines)

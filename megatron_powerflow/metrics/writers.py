@@ -1,14 +1,17 @@
 """Where do a step's numbers go? To metrics.jsonl, wandb, TensorBoard and the console. Only the main rank writes.
 
-metrics.jsonl is the record: one line a step, flushed as it is written and cut back to the checkpoint on resume, so
-that a resumed run's file equals that of a run that was never interrupted.
+metrics.jsonl is the record: one line a step, on the disk when it is written and cut back to the checkpoint on resume,
+so that a resumed run's file equals that of a run that was never interrupted.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +21,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from megatron_powerflow.config import MetricsSection
 from megatron_powerflow.console import QUIET_SECONDS, Heartbeat, duration
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.journal import Line, append_lines, cut_back, notes_of, read_journal
+from megatron_powerflow.metrics.step_log import START, without_step
 from megatron_powerflow.records import StepMetrics
-from megatron_powerflow.whole_files import write_file
 
 FILE_NAME = "metrics.jsonl"
 
@@ -27,68 +31,107 @@ FILE_NAME = "metrics.jsonl"
 class JsonlWriter:
     """Appends one JSON object per step to metrics.jsonl.
 
-    first_step: of this start; lines of this step and later ones are from a try that was lost, and are dropped.
+    first_step: of this start; lines of this step and later ones are from a try that was lost, and are dropped. lines:
+    those before it; num_dropped: steps of the lost try; notes: what is damaged in the file. Raises OSError that names
+    the file.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
-        path = folder / FILE_NAME
-        kept = [line for line in read_metrics(folder) if line["step"] < first_step]
-        write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = folder / FILE_NAME
+        cut = cut_back(self._path, first_step, _wrong_with, start=START)
+        self.lines: list[dict[str, float]] = cut.kept
+        self.num_dropped = cut.num_cut
+        self.notes = notes_of(self._path, cut.damages)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Appends the line of a step, which is in the file when the method returns."""
-        self._file.write(json.dumps({"step": metrics.step, **metrics.values}) + "\n")
-        self._file.flush()
+        """Appends the line of a step, which is on the disk when the method returns."""
+        append_lines(self._path, [{"step": metrics.step, **metrics.values}])
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Does nothing: every line is on the disk already."""
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Returns the lines of a run's metrics.jsonl up to the first damaged one, as a crash leaves at the end."""
+def read_metrics(folder: Path, notes: list[str] | None = None) -> list[dict[str, float]]:
+    """Returns the lines of a run's metrics.jsonl. A damaged one is left out, and named in `notes` where they are given.
+
+    Each line has a `step`, and every value in it is a number.
+    """
     path = folder / FILE_NAME
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(values, dict):
-            break
-        lines.append(values)
-    return lines
+    journal = read_journal(path, _wrong_with, start=START)
+    if notes is not None:
+        notes += notes_of(path, journal.damages)
+    return journal.lines
+
+
+def _wrong_with(line: Line) -> str | None:
+    if wrong := without_step(line):
+        return wrong
+    bad = next((name for name, value in line.items() if not _is_number(value)), None)
+    return None if bad is None else f"{bad[:40]!r} is no number"
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 class WandbWriter:
-    """Writes one wandb run per training run, however often it is resumed; offline where no key is configured."""
+    """Writes one wandb run per training run, however often it is resumed; offline where no key is configured.
+
+    wandb is foreign: whatever fails in it is said once, and the run goes on without it. say: prints a line.
+    """
 
     def __init__(
-        self, section: MetricsSection, folder: Path, config: dict[str, Any], run_id: str, name: str | None = None
+        self,
+        section: MetricsSection,
+        folder: Path,
+        config: dict[str, Any],
+        run_id: str,
+        name: str | None = None,
+        *,
+        say: Callable[[str], None],
     ) -> None:
         import wandb
 
-        self.run = wandb.init(
-            project=section.wandb_project,
-            id=run_id,
-            name=name or folder.name,
-            mode=_wandb_mode(section),
-            resume="allow",
-            dir=str(folder),
-            config=config,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        self._say, self.run = say, None
+        mode = _wandb_mode(section)
+
+        def begin() -> None:
+            self.run = wandb.init(
+                project=section.wandb_project,
+                id=run_id,
+                name=name or folder.name,
+                mode=mode,
+                resume="allow",
+                dir=str(folder),
+                config=config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+
+        self._try(begin)
 
     def write(self, metrics: StepMetrics) -> None:
         """Sends the numbers of a step to wandb."""
-        self.run.log(metrics.values, step=metrics.step)
+        if self.run is not None:
+            self._try(partial(self.run.log, metrics.values, step=metrics.step))
 
     def close(self) -> None:
         """Ends the wandb run."""
-        self.run.finish()
+        if self.run is not None:
+            self._try(self.run.finish)
+
+    def _try(self, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except Exception as error:  # of another program, about numbers that metrics.jsonl holds
+            self.run = None
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self._say(f"wandb: {what}; the run goes on without it, and metrics.jsonl holds every number")
 
 
 def _wandb_mode(section: MetricsSection) -> Literal["online", "offline"] | None:
@@ -105,22 +148,47 @@ def _wandb_mode(section: MetricsSection) -> Literal["online", "offline"] | None:
 
 
 class TensorBoardWriter:
-    """Writes every number of a step to RUN/tensorboard, for `tensorboard --logdir RUN`."""
+    """Writes every number of a step to RUN/tensorboard, for `tensorboard --logdir RUN`.
+
+    Through TensorBoard's own records, but not through SummaryWriter: that one writes in a thread, where a full disk
+    ends in a traceback and, some steps later, in an error of another step. Raises OSError that names the file.
+    """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # steps from first_step on that an earlier start wrote are hidden
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._event = Event
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = folder / "tensorboard" / name
+        self._file = self._path.open("ab")
+        self._records = RecordWriter(self._file)
+        # the start of a session hides steps from first_step on that an earlier start wrote
+        begun = Event(step=first_step, session_log=SessionLog(status=SessionLog.START))
+        self._write([Event(file_version="brain.Event:2"), begun])
 
     def write(self, metrics: StepMetrics) -> None:
         """Writes the numbers of a step, one scalar each."""
-        for name, value in metrics.values.items():
-            self._writer.add_scalar(name, value, metrics.step)
+        from torch.utils.tensorboard.summary import scalar
+
+        self._write(
+            [self._event(step=metrics.step, summary=scalar(name, value)) for name, value in metrics.values.items()]
+        )
 
     def close(self) -> None:
-        """Closes the event file."""
-        self._writer.close()
+        """Closes the event file; what could not be written was said at its step."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write(self, events: Sequence[Any]) -> None:
+        try:
+            for event in events:
+                event.wall_time = time.time()
+                self._records.write(event.SerializeToString())
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 class ConsoleWriter:

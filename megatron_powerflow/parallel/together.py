@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_powerflow.errors import UserError
+from megatron_powerflow.errors import UserError, disk_refusal
 from megatron_powerflow.parallel.groups import Groups
 
 Value = TypeVar("Value")
@@ -65,11 +65,11 @@ def on_main(function: Callable[[], Value], groups: Groups) -> Value:
     if groups.is_main:
         try:
             value = function()
-        except (UserError, OSError) as error:
+        except UserError as error:
             failure = error
-    raise_together(
-        failure, lambda text: f"could not be read or written: {text}; free space or mend its permissions", groups
-    )
+        except OSError as error:
+            failure = disk_refusal(error)
+    raise_together(failure, str, groups)
     return broadcast_object(value, groups)
 
 

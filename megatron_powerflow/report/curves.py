@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.names import METRICS, heading
 from megatron_powerflow.metrics.writers import read_metrics
 from megatron_powerflow.report.plot_style import STYLE, LineStyle, line_styles
+from megatron_powerflow.report.reading import number
 from megatron_powerflow.targets import file_refusals, require
 from megatron_powerflow.whole_files import write_file
 
@@ -62,9 +63,10 @@ PANELS = (
 )
 
 
-def draw_curves(runs: Sequence[Path], out: Path) -> Path:
+def draw_curves(runs: Sequence[Path], out: Path, notes: list[str] | None = None) -> Path:
     """Draw the curves of one or more run folders over each other into `out` (PNG). Returns `out`.
 
+    notes: gets what is damaged in the folders.
     Raises UserError when a folder holds no metrics, matplotlib is not installed or `out` may not be or cannot be
     written.
     """
@@ -77,7 +79,7 @@ def draw_curves(runs: Sequence[Path], out: Path) -> Path:
 
     if out != runs[0] / CURVES_NAME:
         require(_refusals(out))
-    lines = {run: read_metrics(run) for run in runs}
+    lines = {run: read_metrics(run, notes) for run in runs}
     empty = [f"{run}: no metrics.jsonl with a step in it; is this a run's folder?" for run in runs if not lines[run]]
     if empty:
         raise UserError(empty)
@@ -142,14 +144,14 @@ def _label(panel: CurvePanel, run: Path, name: str, num_runs: int) -> str:
 
 
 def _shade(axis: Axes, style: LineStyle, of_run: Lines, low: str, high: str) -> None:
-    both = [line for line in of_run if low in line and high in line]
+    both = [line for line in of_run if all(number(line.get(name)) is not None for name in (low, high))]
     steps, lower, upper = ([line[name] for line in both] for name in ("step", low, high))
     axis.fill_between(steps, lower, upper, color=style.color, alpha=0.2, linewidth=0)
 
 
 def _series(of_run: Lines, name: str) -> tuple[list[float], list[float]]:
     """Return the steps and the finite values of a metric."""
-    points = [(line["step"], line[name]) for line in of_run if isfinite(line.get(name, float("nan")))]
+    points = [(line["step"], line[name]) for line in of_run if number(line.get(name)) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 

@@ -23,6 +23,7 @@ from megatron_powerflow import __version__
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.report.answers import answers_of
 from megatron_powerflow.report.arms import group_runs
+from megatron_powerflow.report.goodput_table import goodput_lines
 from megatron_powerflow.report.reading import visible
 from megatron_powerflow.report.realised_alpha import alpha_table
 from megatron_powerflow.report.runs import Origin, read_runs
@@ -77,6 +78,7 @@ def build_report(folders: Sequence[Path], out: Path, command: str) -> Path:
         commands=list(dict.fromkeys(origin.command for origin in [*training, *evaluating] if origin.command)),
         command=visible(command, 5000),
         own_versions=_own_versions(),
+        goodputs=goodput_lines([(run.shown, run.goodput) for run in runs]),
         notes=[visible(note, 600) for note in notes[:MAX_NOTES]],
         more_notes=max(0, len(notes) - MAX_NOTES),
     )

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from megatron_powerflow.journal import Check, notes_of, read_journal
+
 MAX_JSON_BYTES = 512 * 2**20
 MAX_YAML_BYTES = 2**20
 LARGEST, SMALLEST = 1e100, 1e-100  # beyond them an axis overflows; nothing that trains reaches them
@@ -45,27 +47,18 @@ def _prints(char: str) -> bool:
     return char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
-def read_json_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Read the JSON objects of a JSONL file; [] when there is no file. Other lines are left out and noted."""
-    text = _text(path, MAX_JSON_BYTES, notes)
-    if text is None:
+def read_json_lines(
+    path: Path, notes: list[str], check: Check | None = None, *, start: bytes = b"{"
+) -> list[dict[str, Any]]:
+    """Read the JSON objects of a journal; [] when there is no file. Damaged lines are left out and noted.
+
+    check, start: as for `read_journal`.
+    """
+    if _is_too_large(path, MAX_JSON_BYTES, notes):
         return []
-    # not splitlines(): it also splits at U+2028, U+0085 and the like, which a JSON string may hold
-    lines = text.split("\n")
-    objects, broken = [], []
-    for line_number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        value = _parsed(line)
-        if isinstance(value, dict):
-            objects.append(value)
-        else:
-            broken.append(line_number)
-    if broken == [len(lines)]:
-        notes.append(f"{path}: the last line is cut and left out; the run is still writing, or it crashed")
-    elif broken:
-        notes.append(f"{path}: {len(broken)} lines are no JSON object and left out (the first is line {broken[0]})")
-    return objects
+    journal = read_journal(path, check, start=start)
+    notes += notes_of(path, journal.damages)
+    return journal.lines
 
 
 def read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
@@ -129,14 +122,17 @@ def _parsed(text: str) -> Any:
         return None
 
 
+def _is_too_large(path: Path, max_bytes: int, notes: list[str]) -> bool:
+    size = path.stat().st_size if path.is_file() else 0
+    if size > max_bytes:
+        notes.append(f"{path}: {size:,} bytes, more than the {max_bytes:,} that are read; left out")
+    return size > max_bytes
+
+
 def _text(path: Path, max_bytes: int, notes: list[str]) -> str | None:
-    if not path.is_file():
+    if not path.is_file() or _is_too_large(path, max_bytes, notes):
         return None
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            notes.append(f"{path}: {size:,} bytes, more than the {max_bytes:,} that are read; left out")
-            return None
         return path.read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
         notes.append(f"{path}: cannot be read ({error.strerror}), left out")

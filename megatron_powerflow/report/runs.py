@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.metrics.goodput import EVENTS_NAME, Goodput
+from megatron_powerflow.metrics.step_log import START, without_step
+from megatron_powerflow.report.goodput_table import read_goodput
 from megatron_powerflow.report.reading import number, read_config, read_json, read_json_lines, visible
 
 CONFIG_NAME = "config.yaml"
@@ -23,7 +26,6 @@ EVALUATION_NAME = "evaluation.json"
 LAUNCHES_NAME = "launches.jsonl"
 OWN_FOLDER = "evaluation"  # RUN/evaluation: what `powerflow train` tells its user to make
 MAX_EVALUATION_FILES = 1000
-MAX_STEP = 2**53
 MAX_PASS_AT = 2**30
 # evaluation.json says avg where evaluations.jsonl says accuracy
 RENAMED = {"avg": "accuracy", "avg_se": "accuracy_se"}
@@ -89,6 +91,7 @@ class Run:
     samples: Sequence[Mapping[str, Any]] = ()
     files: Sequence[EvaluationFile] = ()
     launches: Sequence[Origin] = ()  # each start of the run, the first one first
+    goodput: Goodput | None = None  # None where the folder does not tell
 
 
 def read_runs(folders: Sequence[Path], notes: list[str]) -> list[Run]:
@@ -131,7 +134,11 @@ def _read_folder(folder: Path, notes: list[str]) -> list[Run]:
         files = _of_the_policy(files, config.get("model.hf_path", ""), notes)
         samples = read_json_lines(folder / SAMPLES_NAME, notes)
         launches = [_origin(line) for line in read_json_lines(folder / LAUNCHES_NAME, notes)]
-        return [Run(shown, config.get("run.seed", "?"), config, metrics, evaluations, samples, files, launches)]
+        seed = config.get("run.seed", "?")
+        of_time: list[str] = []
+        goodput = read_goodput(folder, of_time)
+        notes += [note for note in of_time if EVENTS_NAME in note]  # of the other files it was said
+        return [Run(shown, seed, config, metrics, evaluations, samples, files, launches, goodput)]
     by_policy: dict[tuple, list[EvaluationFile]] = {}
     for file in files:
         by_policy.setdefault((file.model, file.temperature, file.num_responses, file.seed), []).append(file)
@@ -197,17 +204,9 @@ def _evaluations(path: Path, notes: list[str]) -> list[StepEvaluation]:
     ]
 
 
-def _with_step(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the lines whose `step` is a step. Of two lines of one step the later counts, as callers overwrite."""
-    dropped = 0
-    for line in read_json_lines(path, notes):
-        step = line.get("step")
-        if type(step) is int and 0 <= step < MAX_STEP:
-            yield line
-        else:
-            dropped += 1
-    if dropped:
-        notes.append(f"{path}: {dropped} lines without a usable step are left out")
+def _with_step(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Read the lines whose `step` is a step. Of two lines of one step the later counts, as callers overwrite."""
+    return read_json_lines(path, notes, without_step, start=START)
 
 
 def _evaluation(fields: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> Evaluation:

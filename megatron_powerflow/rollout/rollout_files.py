@@ -135,9 +135,12 @@ def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
     writes it, or holds a token outside that vocabulary.
     """
     header = read_header(path)
-    with path.open("rb") as file:
-        file.readline()
-        body = file.read()
+    try:
+        with path.open("rb") as file:
+            file.readline()
+            body = file.read()
+    except OSError as error:
+        raise UserError(f"{path}: no rollouts that can be read ({error})") from None
     if hashlib.sha256(body).hexdigest() != header.sha256:
         raise UserError(f"{path}: damaged: its content does not have the checksum it was written with; sample it again")
     try:

@@ -21,7 +21,8 @@ class StopSignal:
 
     def __init__(self, folder: Path, owner: Owner, groups: Groups) -> None:
         self._file, self._owner, self._groups = folder / STOP_NAME, owner, groups
-        self._received = False
+        self.by = ""  # what asked, as far as this rank knows
+        self._received = ""  # the signal's name
 
     def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
@@ -34,8 +35,9 @@ class StopSignal:
     def requested(self) -> bool:
         """Collective; the same answer everywhere. Raises UserError when the folder has another owner by now."""
         on_main(self._owner.confirm, self._groups)
-        asked = self._received or (self._groups.is_main and self._file.exists())
-        return any_rank(asked, self._groups)
+        by_file = self._groups.is_main and self._file.exists()
+        self.by = self._received or (STOP_NAME if by_file else "another rank")
+        return any_rank(bool(self._received) or by_file, self._groups)
 
     def _note(self, number: int, frame) -> None:
-        self._received = True
+        self._received = signal.Signals(number).name

@@ -900,7 +900,83 @@ _TOKEN_LOG_PROBS = (
     ),
 )
 
+_JOURNAL = (
+    (
+        '    content = text.encode("utf-8", errors="backslashreplace")',
+        '    content = text.encode("utf-8", errors="replace")',
+        "a lone surrogate is lost",
+    ),
+    (
+        'os.pread(descriptor, 1, size - 1) != b"\\n"',
+        'os.pread(descriptor, 1, size - 1) == b"\\n"',
+        "a torn line swallows the next",
+    ),
+    ("        os.fsync(descriptor)", "        pass", "a line is not on the disk"),
+    ("            os.ftruncate(descriptor, size)", "            pass", "half a line stays of a full disk"),
+    ("            sync(path.parent)", "            pass", "the name of a new file is not on the disk"),
+    (
+        'lost = piece.line["step"] >= first_step',
+        'lost = piece.line["step"] > first_step',
+        "a step is there twice after a resume",
+    ),
+    ("lost = int(step[1]) >= first_step", "lost = int(step[1]) < first_step", "a damaged line of a finished step goes"),
+    (
+        "        elif piece is pieces[-1] and not piece.ended:\n            lost = True",
+        "        elif False:\n            lost = True",
+        "a torn end stays",
+    ),
+    ("    if changed := len(kept) < len(pieces):", "    if changed := True:", "a file is replaced without need"),
+    ("raw.rfind(start)) > 0", "raw.rfind(start)) < 0", "a torn line hides the one behind it"),
+    (
+        "    if check and (wrong := check(value)):",
+        "    if not check and (wrong := check(value)):",
+        "lines without a step are read",
+    ),
+    (
+        "            if not piece.ended:\n                new.write",
+        "            if piece.ended:\n                new.write",
+        "line ends doubled",
+    ),
+)
+
+_GOODPUT = (
+    ("- after.began - (before.duration", "+ after.began - (before.duration", "loading counts as waiting"),
+    ("after.began - (before.duration - before.at[-1])", "after.began", "life after the last line counts twice"),
+    ("value * world_size / 3600", "value / 3600", "hours of one process"),
+    ('line["step"] >= first_lost if', 'line["step"] > first_lost if', "a step too few is lost"),
+    ('if step < loaded["first_step"]]', 'if step <= loaded["first_step"]]', "a lost step counts as kept"),
+    (
+        "lost += dropped if _is_count(dropped) else",
+        "lost += 0 if _is_count(dropped) else",
+        "lost steps are not counted",
+    ),
+    (
+        "return len(set(kept)), lost + len(held) - len(kept)",
+        "return len(set(kept)), lost",
+        "steps behind the last checkpoint are no loss",
+    ),
+    ("    if total > interval:", "    if total < interval:", "parts exceed the whole"),
+    ('| {"other": spent["other"] + interval - total}', '| {"other": spent["other"]}', "seconds are lost from the sum"),
+    ("        return math.inf", "        return 0", "every step of a finished run is lost"),
+    ("        return min(later)", "        return max(later)", "a second kill hides what the first one cost"),
+    (
+        '"loading" if not loaded else "other" if going else "lost"',
+        '"loading" if not loaded else "other"',
+        "what a kill cost is other",
+    ),
+    (
+        "min(between - untouched, between - after.began)",
+        "max(between - untouched, between - after.began)",
+        "a dead start lives on",
+    ),
+    ("abs(moved) > CLOCK_SECONDS", "abs(moved) < CLOCK_SECONDS", "a moved clock is not said"),
+    ('boot == after.first.get("boot")', 'boot != after.first.get("boot")', "another machine's uptime"),
+    ("if start.cause != FINISHED)", "if start.cause == FINISHED)", "ends that are no interruption"),
+)
+
 _BY_FILE = {
+    "journal.py": _JOURNAL,
+    "metrics/goodput.py": _GOODPUT,
     "objective/trajectory_balance.py": _TRAJECTORY_BALANCE,
     "objective/log_z_estimate.py": _LOG_Z_ESTIMATE,
     "objective/policy_gradient.py": _POLICY_GRADIENT,
@@ -940,6 +1016,8 @@ FAULTS = tuple(Fault(file, *texts) for file, of_file in _BY_FILE.items() for tex
 
 # file or folder of the package -> names in tests/unit, without test_ and .py
 GUARDS = {
+    "journal.py": ("journal", "metrics"),
+    "metrics/goodput.py": ("goodput",),
     "objective/trajectory_balance.py": ("trajectory_balance", "laws"),
     "objective/log_z_estimate.py": ("trajectory_balance", "laws"),
     "objective/policy_gradient.py": ("policy_gradient", "laws"),

@@ -7,6 +7,7 @@ with the other tests, 10,000 with -m long.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import shutil
@@ -20,6 +21,7 @@ import yaml
 from megatron_powerflow.checkpoint.state import FORMAT
 from megatron_powerflow.checkpoint.storage import read_progress
 from megatron_powerflow.config_file import load_config
+from megatron_powerflow.console import make_console
 from megatron_powerflow.data.prompts import load_prompts
 from megatron_powerflow.data.tokenizer import load_tokenizer
 from megatron_powerflow.errors import UserError
@@ -27,7 +29,14 @@ from megatron_powerflow.evaluation.questions import load_questions
 from megatron_powerflow.hf.checked import open_checked
 from megatron_powerflow.hf.config import read_architecture, read_stop_token_ids
 from megatron_powerflow.hf.families import FAMILIES
+from megatron_powerflow.journal import append_lines
+from megatron_powerflow.metrics.alarm import raised_alarms
+from megatron_powerflow.metrics.alarm_words import thresholds_of
+from megatron_powerflow.metrics.step_log import StepLog
+from megatron_powerflow.metrics.writers import read_metrics
+from megatron_powerflow.model_card import card_files
 from megatron_powerflow.records import Prompt, Rollout
+from megatron_powerflow.report.goodput_table import goodput_json, goodput_table, read_all
 from megatron_powerflow.report.runs import read_runs
 from megatron_powerflow.rollout.rollout_files import find_rollouts, read_rollouts, step_file, write_rollouts
 from megatron_powerflow.training.inputs import read_inputs
@@ -37,6 +46,16 @@ VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 3.5, -0.0, 1e308, 10**30, 2**63, float("nan"), float("inf"), "", " ", "x", "0"),
     *("nan", "\x00", "\ud800", "../../etc/passwd", "{{ 1/0 }}", "{% for i in range(9) %}x{% endfor %}", "é" * 300),
     *([], [None], [[]], {}, {"": 0}, {"a": {"b": []}}, [1, "2", 3.0], ["</s>"], "9" * 5000, [0] * 50),
+)
+
+
+CLOCK = {"start": "a", "time": 1.7e9, "uptime": 9.0}
+EVENTS = (
+    {"event": "start", **CLOCK, "began": 1.0, "untouched": None, "boot": "b", "world_size": 2, "device": "cpu"},
+    {"event": "loaded", **CLOCK, "first_step": 0, "num_dropped": 0},
+    {"event": "step", **CLOCK, "step": 0, "seconds": {"rollout": 1.0, "update": 2.0}},
+    {"event": "saved", **CLOCK, "step": 1, "seconds": {"checkpoint": 1.0}},
+    {"event": "end", **CLOCK, "cause": "bug", "by": "KeyError", "seconds": {}},
 )
 
 
@@ -126,6 +145,8 @@ class World:
         (run / "launches.jsonl").write_text('{"first_step": 0, "world_size": 1, "command": "x", "versions": {}}\n')
         (run / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0, "alarm": 0.0}\n{"step": 1, "loss": 0.5}\n')
         (run / "evaluations.jsonl").write_text('{"step": 0, "accuracy": 0.5, "pass_at": {"1": 0.5}}\n')
+        (run / "samples.jsonl").write_text('{"step": 0, "id": "a", "question": "q", "response": "r", "answer": "4"}\n')
+        append_lines(run / "events.jsonl", EVENTS)
         values = {"format": 1, "today": "2026-11-26", "paths": {}, "digests": {"prompts": "x"}, "replay": {}}
         (checkpoint / "inputs.json").write_text(json.dumps(values | {"versions": {"tokenizers": "0"}}))
         progress = {
@@ -152,6 +173,30 @@ class World:
     def weights(self) -> None:
         open_checked(self.model, *read_architecture(self.model, FAMILIES))
 
+    def report(self) -> None:
+        """What `powerflow report` and `powerflow goodput` read of a run, and a start that goes on with it."""
+        run, notes = self.folder / "run", []
+        read_runs([run], notes)
+        for goodput in read_all({run: False}, notes).values():
+            json.dumps(goodput_json(goodput), allow_nan=False)
+            make_console(io.StringIO()).print(goodput_table(run, goodput))
+        raised_alarms(read_metrics(run, notes), thresholds_of(load_config(self.config)))
+        for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
+            content = (run / name).read_bytes()
+            StepLog(run / name, first_step=1).append(1, [{"step": 1}])
+            (run / name).write_bytes(content)
+        card_files(run, 1, "powerflow export")
+
+    def older(self) -> None:
+        """The same of a run of before events.jsonl."""
+        events = self.folder / "run" / "events.jsonl"
+        content = events.read_bytes()
+        events.unlink()
+        try:
+            self.report()
+        finally:
+            events.write_bytes(content)
+
     def kinds(self) -> dict[str, tuple[Path, str | None, Callable[[], object]]]:
         """Name -> (file, what it is as a document, what reads it)."""
         model, folder, run = self.model, self.folder, self.folder / "run"
@@ -172,9 +217,11 @@ class World:
             "latest": (run / "checkpoints" / "latest", None, lambda: find_resume(config)),
             "inputs.json": (checkpoint / "inputs.json", "json", lambda: read_inputs(checkpoint)),
             "progress.json": (checkpoint / "progress.json", "json", lambda: read_progress(checkpoint)),
-            "metrics.jsonl": (run / "metrics.jsonl", "lines", lambda: read_runs([run], [])),
-            "evaluations.jsonl": (run / "evaluations.jsonl", "lines", lambda: read_runs([run], [])),
-            "launches.jsonl": (run / "launches.jsonl", "lines", lambda: read_runs([run], [])),
+            "metrics.jsonl": (run / "metrics.jsonl", "lines", self.older),
+            "evaluations.jsonl": (run / "evaluations.jsonl", "lines", self.report),
+            "samples.jsonl": (run / "samples.jsonl", "lines", self.report),
+            "launches.jsonl": (run / "launches.jsonl", "lines", self.older),
+            "events.jsonl": (run / "events.jsonl", "lines", self.report),
         }
 
 
@@ -186,7 +233,7 @@ def world(tiny_model, tmp_path_factory) -> World:
 NAMES = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "weights", "config.yaml"),
     *("prompts.jsonl", "list.json", "table.csv", "rollouts", "run's config", "latest", "inputs.json", "progress.json"),
-    *("metrics.jsonl", "evaluations.jsonl", "launches.jsonl"),
+    *("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "launches.jsonl", "events.jsonl"),
 )
 
 

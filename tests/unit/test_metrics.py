@@ -10,7 +10,7 @@ import pytest
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
-from megatron_powerflow.metrics.step_log import read_step_log, write_step_log
+from megatron_powerflow.metrics.step_log import StepLog, read_step_log
 from megatron_powerflow.metrics.throughput import throughput
 from megatron_powerflow.metrics.writers import JsonlWriter, read_metrics
 from megatron_powerflow.records import ROLLOUT_COLUMNS, StepMetrics
@@ -182,17 +182,38 @@ def test_a_resumed_file_drops_lines_of_the_lost_try_and_a_cut_line(tmp_path):
 
 def test_samples_of_a_lost_try_are_replaced(tmp_path):
     path = tmp_path / "samples.jsonl"
-    write_step_log(path, 0, [{"step": 0, "response": "a"}])
-    write_step_log(path, 5, [{"step": 5, "response": "lost"}])
-    write_step_log(path, 5, [{"step": 5, "response": "ü"}])
-    assert [line["response"] for line in read_step_log(path)] == ["a", "ü"]
+    first = StepLog(path, first_step=0)
+    for step, response in ((0, "a"), (5, "before the checkpoint"), (7, "lost")):
+        first.append(step, [{"step": step, "response": response}])
+    resumed = StepLog(path, first_step=5)
+    assert [line["response"] for line in read_step_log(path)] == ["a", "before the checkpoint"]
+    resumed.append(5, [{"step": 5, "response": "ü"}])
+    resumed.append(7, [{"step": 7, "response": "b"}])
+    assert [line["response"] for line in read_step_log(path)] == ["a", "ü", "b"]
+
+
+def test_an_answer_at_the_last_step_stays_when_the_run_goes_on_behind_it(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    StepLog(path, first_step=0).append(5, [{"step": 5, "response": "at the end"}])
+    StepLog(path, first_step=5).append(9, [{"step": 9, "response": "later"}])
+    assert [line["step"] for line in read_step_log(path)] == [5, 9]
+
+
+def test_a_step_log_grows_by_appending(tmp_path):
+    """The file is the same one, not a new one of its name, as long as nothing is cut back."""
+    path = tmp_path / "samples.jsonl"
+    StepLog(path, first_step=0).append(0, [{"step": 0, "response": "a"}])
+    before = path.stat().st_ino
+    StepLog(path, first_step=4).append(4, [{"step": 4, "response": "b"}])
+    assert path.stat().st_ino == before
 
 
 def test_an_answer_with_line_separators_is_read_back(tmp_path):
     """JSON leaves U+2028 and U+0085 as they are, and str.splitlines() splits there."""
     response, path = "one\u2028two\x85three\x0bfour", tmp_path / "samples.jsonl"
-    write_step_log(path, 0, [{"step": 0, "response": response}])
-    write_step_log(path, 5, [{"step": 5, "response": "b"}])
+    log = StepLog(path, first_step=0)
+    log.append(0, [{"step": 0, "response": response}])
+    log.append(5, [{"step": 5, "response": "b"}])
     assert [line["response"] for line in read_step_log(path)] == [response, "b"]
 
 
