@@ -17,8 +17,10 @@ from megatron_powerflow.objective.presets import LEARNED_LOG_Z, PRESETS, Form, L
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Beyond these fp32, in which runs compute, holds 0 or infinity for a number, or soon for what is made of it.
+SMALLEST, LARGEST = 1e-30, 1e30
+PositiveFloat = Annotated[float, Field(ge=SMALLEST, le=LARGEST, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -131,7 +133,7 @@ class ObjectiveSection(Section):
         None, description="power of the base model, default 4; > 1 sharpens, < 1 flattens"
     )
     alpha_warmup_steps: NonNegativeInt | None = Field(None, description="alpha rises from 1 over these; default 0")
-    psi: Annotated[float, Field(le=0, allow_inf_nan=False)] | None = Field(
+    psi: Annotated[float, Field(le=0, ge=-LARGEST, allow_inf_nan=False)] | None = Field(
         None, description="added to the energy, per token, of a response without \\boxed{}; default 0, the paper: -0.5"
     )
     psi_exempt_tasks: list[str] | None = Field(None, description="tasks without psi; default [creative]")
