@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_powerflow"
 FLOORS = (
     ("architecture", "console", "errors", "log_probs", "objective", "records", "whole_files"),
     ("config", "random_streams", "targets"),
-    ("config_rules", "data", "metrics", "parallel", "recipes"),
+    ("config_rules", "config_text", "data", "metrics", "parallel", "recipes"),
     ("config_file", "environment", "hf", "model", "report"),
     ("checkpoint", "config_help", "hub", "rollout"),
     ("model_card", "training"),
@@ -31,6 +31,7 @@ FREE_OF_TORCH = (
     "config",
     "config_rules",
     "config_file",
+    "config_text",
     "records",
     "architecture",
     "random_streams",
