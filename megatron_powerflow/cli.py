@@ -20,7 +20,14 @@ from megatron_powerflow import __version__
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_USER_ERROR, RequeueRequested, UserError
-from megatron_powerflow.parallel.initialize import ALONE, prepare_imports, read_launch
+from megatron_powerflow.parallel.initialize import (
+    ALONE,
+    command_line,
+    environment_secrets,
+    prepare_imports,
+    read_launch,
+)
+from megatron_powerflow.redaction import redacted
 
 app = typer.Typer(
     name="powerflow",
@@ -421,7 +428,7 @@ def report(
     """
     from megatron_powerflow.report.page import build_report
 
-    command = shlex.join(["powerflow", "report", *map(str, runs), "--out", str(out)])
+    command = command_line("powerflow", "report", *map(str, runs), "--out", str(out))
     print(build_report(runs, out, command))
 
 
@@ -461,7 +468,7 @@ def _refuse_options(options: Mapping[str, object], unused: bool, why: str) -> No
 
 def _command() -> str:
     """What was typed, as the folders that it fills state it."""
-    return shlex.join(["powerflow", *sys.argv[1:]])
+    return command_line("powerflow", *sys.argv[1:])
 
 
 def main() -> None:
@@ -484,7 +491,8 @@ def exit_codes(program: Callable[[], None]) -> None:
 def _leave(code: int, lines: list[str]) -> None:
     """Exit on every rank alike; one of them says why."""
     if read_launch().is_main:
-        print(*lines, sep="\n", file=sys.stderr)
+        secrets = environment_secrets()
+        print(*(redacted(line, secrets) for line in lines), sep="\n", file=sys.stderr)
     sys.exit(code)
 
 

@@ -153,7 +153,7 @@ def test_the_advice_works_when_it_is_followed_to_the_letter(gloo, config, tmp_pa
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run_again" / "metrics.jsonl").read_text().splitlines()]
     assert [line["num_skipped"] for line in lines] == [0, 0, 0, 0]
-    assert (tmp_path / "run_again" / "hf_export" / "model.safetensors.index.json").exists()
+    assert (tmp_path / "run_again" / "hf_export" / "model.safetensors").exists()
 
 
 def test_a_dump_whose_log_probs_are_no_numbers_scores_to_which(gloo, config, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_powerflow"
 # Every file and folder at the top of the package, by floor: a floor imports lower ones only, and no room its neighbour.
 FLOORS = (
-    ("architecture", "console", "errors", "log_probs", "objective", "records", "whole_files"),
+    ("architecture", "console", "errors", "log_probs", "objective", "records", "redaction", "whole_files"),
     ("config", "random_streams", "targets"),
     ("config_rules", "config_text", "data", "metrics", "parallel", "recipes"),
     ("config_file", "environment", "hf", "model", "report"),
@@ -33,6 +33,7 @@ FREE_OF_TORCH = (
     "config_file",
     "config_text",
     "records",
+    "redaction",
     "architecture",
     "random_streams",
     "cli",
