@@ -143,7 +143,10 @@ def _realised_rows(realised: Mapping[str, float]) -> list[str]:
 def _licence(base: Path) -> str | None:
     """Return the licence that the base's own model card states; None where it states none."""
     try:
-        match = LICENCE.search((base / CARD_NAME).read_text(encoding="utf-8", errors="replace")[:20_000])
+        if not (base / CARD_NAME).is_file():
+            return None
+        with (base / CARD_NAME).open(encoding="utf-8", errors="replace") as file:
+            match = LICENCE.search(file.read(20_000))
     except OSError:
         return None
     return match[1] if match else None
@@ -162,10 +165,12 @@ def _evaluations(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
+    if not path.exists():
         return []
+    try:
+        if not path.is_file():
+            raise OSError("no ordinary file")
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); a model card states what it holds") from None
     return [line for line in lines if isinstance(line, dict)]

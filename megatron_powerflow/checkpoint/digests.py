@@ -47,6 +47,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     """Relative path -> SHA-256. Raises UserError when there is no such list, or not one of `sha256sum`."""
     path = folder / SUMS_NAME
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no ordinary file")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); is {folder} a checkpoint of this program?") from None

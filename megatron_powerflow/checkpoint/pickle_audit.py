@@ -55,6 +55,8 @@ def audit_checkpoint(folder: Path) -> Metadata:
     """
     path = folder / ".metadata"
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no ordinary file")
         metadata = _AuditUnpickler(io.BytesIO(path.read_bytes())).load()
         entries = dict(metadata.storage_data)
         kinds = {name: type(kind).__name__ for name, kind in metadata.state_dict_metadata.items()}
@@ -64,7 +66,7 @@ def audit_checkpoint(folder: Path) -> Metadata:
         raise UserError(f"{path}: refused, its index is damaged or not safe to load: {error}") from None
     for index, place in entries.items():
         file = folder / place.relative_path
-        if file.parent != folder or getattr(place, "transform_descriptors", None):
+        if file.parent != folder or (file.exists() and not file.is_file()) or getattr(place, "transform_descriptors", None):
             raise UserError(f"{path}: refused, {index.fqn} is not stored as it is in this folder: {place}")
         if kinds.get(index.fqn) != "TensorStorageMetadata":
             _audit_entry(file, index.fqn, place.offset, place.length)

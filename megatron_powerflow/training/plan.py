@@ -33,6 +33,7 @@ from megatron_powerflow.hf.config import read_architecture, read_stop_token_ids
 from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.files import SafetensorsFolder
+from megatron_powerflow.hf.ordinary_files import require_ordinary_files
 from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths
 from megatron_powerflow.parallel.initialize import environment_secrets
 from megatron_powerflow.parallel.layout import Layout, plan_layout
@@ -107,6 +108,7 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
     violations: list[str] = _secret_violations(config)
     notices: list[str] = []
     hf_folder = hf_folder_of(start := located.folder(config.model.hf_path))
+    require_ordinary_files(Path(hf_folder))  # before anything of it is read
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
     resume_from = _collect(violations, lambda: find_resume(config))
     before = _collect(violations, lambda: read_inputs(resume_from)) if resume_from else None
@@ -241,6 +243,8 @@ def conversation_of(config: Config, today: date) -> ConversationSettings:
     template = None
     if section.chat_template is not None:
         try:
+            if not Path(section.chat_template).is_file():
+                raise OSError("no such file, or no ordinary one")
             template = Path(section.chat_template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"prompts.chat_template={section.chat_template!r}: cannot be read: {error}") from None

@@ -316,7 +316,7 @@ def test_a_judge_that_echoes_the_key_puts_it_nowhere(serve, tmp_path):
     reply, trouble = ask(judge, "bad")
     assert reply is None
     assert KEY not in trouble
-    questions = [Question("a", "creative", [{"role": "user", "content": "a poem"}], None, "here")]
+    questions = [Question("a", "creative", {"prompt": "a poem"}, None, "here")]
     lines = {("creative", "a"): [{"response_index": 0, "text": "a text"}]}
     printed = io.StringIO()
     judge_responses(judge, questions, lines, tmp_path, make_console(printed))
