@@ -27,6 +27,7 @@ from typing import Any
 from megatron_powerflow.errors import UserError
 
 RENDER_SECONDS = 10.0
+AGAIN_SECONDS = 1.0  # until the alarm rings once more, should somebody's code have swallowed it
 RENDER_BYTES = 2**30  # of address space, beyond what the process has when the template begins
 MAX_CHARACTERS = 10**7
 JINJA_NAME, JSON_NAME, CONFIG_NAME = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
@@ -111,8 +112,8 @@ def render(tokenizer: Any, messages: list[dict[str, str]], settings: Conversatio
     return text
 
 
-class _TooLongError(Exception):
-    pass
+class _TooLongError(BaseException):
+    """No Exception: Jinja's optimizer swallows those, and the template would go on."""
 
 
 @contextlib.contextmanager
@@ -129,7 +130,7 @@ def _at_most(seconds: float) -> Iterator[None]:
         raise _TooLongError
 
     before = signal.signal(signal.SIGALRM, ring)
-    pending, interval = signal.setitimer(signal.ITIMER_REAL, seconds)  # somebody else's alarm goes on afterwards
+    pending, interval = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)  # somebody else's alarm goes on afterwards
     try:
         yield
     finally:
