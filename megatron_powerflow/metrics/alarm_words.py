@@ -14,9 +14,10 @@ SAMPLER_GAP = {"fp32": 1e-3, "bf16": 0.15, "fp8": 0.3}
 ADVICE = {
     "length": "The target may reward repetition: see the README on lower limits, objective.tilt_cap and "
     "objective.alpha_warmup_steps",
-    "short": "The objective may pay for fewer tokens (tb_traj does): see objective.preset, or continue from an earlier "
-    "checkpoint",
-    "loss": "The policy diverges: lower optimizer.lr and start again",
+    "short": "The objective may pay for fewer tokens (tb_traj does): start anew in another run.output_dir with another "
+    "objective.preset; `powerflow export` writes an earlier checkpoint",
+    "loss": "The policy diverges: start anew in another run.output_dir with a lower optimizer.lr; `powerflow export` "
+    "writes an earlier checkpoint",
     "sampler_gap": "Sampler and scorer disagree on the same weights: look at precision and at the engine before "
     "trusting this run",
     "nothing_kept": "Raise rollout.max_response_tokens, or set objective.truncated=keep",
