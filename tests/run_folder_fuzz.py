@@ -127,8 +127,17 @@ def commands(config: Path, run: Path, out: Path) -> dict[str, Callable[[], objec
     def export() -> None:
         export_file(open_model(run, (), COMMON_KEYS, 1), out / "export", read_launch(), make_console(io.StringIO()))
 
+    def opened() -> None:
+        from megatron_powerflow.commands.open_model import load_chunks
+        from megatron_powerflow.parallel.initialize import initialized
+
+        model = open_model(run, (), COMMON_KEYS, 1)
+        with initialized(model.layout, read_launch(), seed=0) as groups:
+            load_chunks(model, groups)
+
     overrides = [f"run.output_dir={run}"]
     return {
+        "open": opened,  # as score, generate and evaluate do; run: any model's folder
         "check": lambda: cli.check(config, overrides),
         "resume": lambda: load(config, overrides),
         "export": export,
@@ -158,7 +167,7 @@ def load(config: Path, overrides: list[str]) -> None:
             output.show_change()
 
 
-WEIGHTS = {"check": 10, "resume": 6, "export": 3, "curves": 1, "report": 1, "stop": 3}
+WEIGHTS = {"open": 2, "check": 10, "resume": 6, "export": 3, "curves": 1, "report": 1, "stop": 3}
 
 
 def fuzz(config: Path, good: Path, work: Path, cases: range, wanted: tuple[str, ...] = tuple(WEIGHTS)) -> dict:

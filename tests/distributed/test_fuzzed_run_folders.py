@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,24 @@ def test_a_planted_pickle_runs_in_no_file_of_a_run(gloo, world):
     (result,) = gloo.run(1, planted_everywhere, *world, ("resume",))
     assert not result["bad"], "\n".join(result["bad"][:3])
     assert result["counts"]["resume: refused"] > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hf", "converted"])
+def test_a_planted_pickle_runs_in_no_file_of_a_model(gloo, world, tiny_model, tmp_path, kind):
+    """A Hugging Face folder, with weights of the kind that is a pickle beside its own; and a converted checkpoint."""
+    from megatron_powerflow.converter.convert import ConversionRequest, hf_to_megatron
+    from megatron_powerflow.converter.ranks import Ranks
+
+    model = shutil.copytree(tiny_model("llama", num_key_value_heads=1, head_dim=8, rope=None, **SIZES), tmp_path / "hf")
+    if kind == "converted":
+        hf_to_megatron(ConversionRequest(model, tmp_path / "converted"), Ranks())
+        model = tmp_path / "converted"
+    else:  # weights of the kind that is a pickle, which are never opened
+        (model / "pytorch_model.bin").write_bytes(b"x")
+    (result,) = gloo.run(1, planted_everywhere, world[0], model, tmp_path, ("open",))
+    assert not result["bad"], "\n".join(result["bad"][:3])
+    assert result["counts"]["open: refused"] >= 5
 
 
 @pytest.mark.long
