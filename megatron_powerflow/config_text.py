@@ -65,14 +65,16 @@ def check_text(text: str, source: str) -> None:
 
 
 def check_interpolations(values: Mapping[str, Any], source: str) -> None:
-    """Raise UserError where a value calls a resolver, or where interpolations go round in a circle or unfold to too much.
+    """Raise UserError where a value calls a resolver, or interpolations go round in a circle or unfold to too much.
 
     values: the sections as they stand in the file, with nothing resolved.
     """
     leaves = dict(_leaves(values, ""))
     for text in leaves.values():
         if "${" in INTERPOLATION.sub("", text):
-            raise UserError(f"{source}: {text!r} calls a resolver; only ${{section.key}} is allowed; write the value out")
+            raise UserError(
+                f"{source}: {text!r} calls a resolver; only ${{section.key}} is allowed; write the value out"
+            )
     lengths: dict[str, int] = {}
 
     def length(key: str, path: tuple[str, ...]) -> int:
@@ -85,7 +87,9 @@ def check_interpolations(values: Mapping[str, Any], source: str) -> None:
         return lengths[key]
 
     if sum(length(key, ()) for key in leaves) > MAX_CHARACTERS:
-        raise UserError(f"{source}: its interpolations stand for over {MAX_CHARACTERS:,} characters; write the values out")
+        raise UserError(
+            f"{source}: its interpolations stand for over {MAX_CHARACTERS:,} characters; write the values out"
+        )
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:

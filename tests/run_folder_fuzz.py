@@ -148,7 +148,7 @@ def commands(config: Path, run: Path, out: Path) -> dict[str, Callable[[], objec
 
 
 def load(config: Path, overrides: list[str]) -> None:
-    """`powerflow train` up to its first step: the folder taken, the state loaded, the journals opened, the stop asked."""
+    """`powerflow train` up to its first step: the folder taken, the state loaded, the journals opened."""
     from megatron_powerflow.config_file import load_config
     from megatron_powerflow.console import make_console
     from megatron_powerflow.parallel.initialize import initialized, read_launch

@@ -99,15 +99,15 @@ def render(tokenizer: Any, messages: list[dict[str, str]], settings: Conversatio
         ) from None
     except MemoryError:
         raise UserError(
-            f"the chat template asks for over {RENDER_BYTES / 2**30:.0f} GiB of memory to write this conversation: give "
-            "the model's folder its right template"
+            f"the chat template asks for over {RENDER_BYTES / 2**30:.0f} GiB of memory to write this conversation: "
+            "give the model's folder its right template"
         ) from None
     except Exception as error:  # somebody else's program: whatever it raises
         raise UserError(f"the chat template refuses these messages: {_one_line(error)}") from None
     if len(text) > MAX_CHARACTERS:
         raise UserError(
-            f"the chat template writes {len(text):,} characters for this conversation, over {MAX_CHARACTERS:,}: give the "
-            "model's folder its right template"
+            f"the chat template writes {len(text):,} characters for this conversation, over {MAX_CHARACTERS:,}: give "
+            "the model's folder its right template"
         )
     return text
 
@@ -130,7 +130,9 @@ def _at_most(seconds: float) -> Iterator[None]:
         raise _TooLongError
 
     before = signal.signal(signal.SIGALRM, ring)
-    pending, interval = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)  # somebody else's alarm goes on afterwards
+    pending, interval = signal.setitimer(
+        signal.ITIMER_REAL, seconds, AGAIN_SECONDS
+    )  # somebody else's alarm goes on afterwards
     try:
         yield
     finally:

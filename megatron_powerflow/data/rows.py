@@ -97,7 +97,7 @@ def _allowed_bytes(path: Path) -> int:
 def _too_large(path: Path) -> UserError:
     size, allowed = path.stat().st_size, _allowed_bytes(path)
     return UserError(
-        f"{path}: unpacks to over {allowed / 2**20:,.0f} MiB, of {size:,} bytes; give a part of it, or the file unpacked"
+        f"{path}: unpacks to over {allowed / 2**20:,.0f} MiB, of {size:,} bytes; give a part of it, or unpack it first"
     )
 
 

@@ -146,7 +146,7 @@ def ask(judge: JudgeServer, question: str) -> tuple[str | None, str]:
 
 
 def _hidden(text: str, judge: JudgeServer) -> str:
-    """What the judge says, without the key, which a server may echo: replies and troubles are kept in files and logs."""
+    """What the judge says, without the key, which a server may echo: it is kept in files and logs."""
     return text if judge.key is None else text.replace(judge.key, HIDDEN)
 
 

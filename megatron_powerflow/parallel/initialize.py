@@ -47,8 +47,11 @@ ALONE = Launch("alone", 0, 1, 0, 1)
 
 
 def environment_secrets() -> list[str]:
-    """The values of the environment's keys, tokens and passwords, by the variables' names (WANDB_API_KEY, HF_TOKEN)."""
-    return [value for name, value in os.environ.items() if value and SECRET_NAME.search(name)]
+    """The values of the environment's keys, tokens and passwords, by the variables' names (WANDB_API_KEY, HF_TOKEN).
+
+    A path is none: it says where a key lies.
+    """
+    return [v for name, v in os.environ.items() if SECRET_NAME.search(name) and not v.startswith(("/", ".", "~"))]
 
 
 def command_line(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""What is left of a run whose steps change nothing? Why it stops, and a folder with which its last step can be repeated.
+"""What is left of a run whose steps change nothing? Why it stops, and a folder to look at its last step with.
 
     RUN/dump_step_000007/
         policy/            the weights that step 7 found and left, as a plain Hugging Face folder
@@ -137,8 +137,10 @@ def commands(folder: Path, plan: Plan) -> dict[str, str]:
     data = str(folder / RESPONSES_NAME)
     return {
         name: shlex.join(
-            ["powerflow", "score", "--model", str(model), "--data", data]
-            + ["--out", str(folder.with_name(f"{folder.name}_{name}.jsonl")), *settings]
+            [
+                *("powerflow", "score", "--model", str(model), "--data", data),
+                *("--out", str(folder.with_name(f"{folder.name}_{name}.jsonl")), *settings),
+            ]
         )
         for name, model in (("policy", folder / POLICY_NAME), ("base", plan.config.model.hf_path))
     }
@@ -151,7 +153,7 @@ def again(config: Config, *overrides: str) -> str:
 
 
 def _not_finite(plan: Plan, progress: RunProgress) -> str:
-    """Say what happened and what to do. Where no step was ever finite the weights are the base's: it is not the rate."""
+    """Say what happened and what to do. Where no step was ever finite the weights are the base's: the rate is not it."""
     what = f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; the weights are"
     optimizer, objective = plan.config.optimizer, plan.config.objective
     if progress.num_skipped < progress.step:
@@ -160,7 +162,9 @@ def _not_finite(plan: Plan, progress: RunProgress) -> str:
         return f"{what} those before them. Start anew with a lower learning rate: {again_with}"
     numbers = [name for name in NUMBERS if getattr(objective, name) is not None]
     if plan.config.precision.dtype != "fp32":
-        numbers_in_fp32 = again(plan.config, "precision.dtype=fp32", "precision.fp8_recipe=null", "precision.fp8_format=null")
+        numbers_in_fp32 = again(
+            plan.config, "precision.dtype=fp32", "precision.fp8_recipe=null", "precision.fp8_format=null"
+        )
         return f"{what} the base's still, for no step of this run was finite. Start anew in fp32: {numbers_in_fp32}"
     defaults = again(plan.config, *(f"objective.{name}=null" for name in numbers))
     return (
@@ -173,8 +177,8 @@ def _nothing_kept(plan: Plan, skipped: int) -> str:
     rollout = plan.config.rollout
     return (
         f"{skipped} steps in a row had no response to learn from: all were cut at "
-        f"rollout.max_response_tokens={rollout.max_response_tokens} and objective.truncated=drop. Raise that limit in a "
-        f"new folder, or keep such responses: {again(plan.config, 'objective.truncated=keep')}"
+        f"rollout.max_response_tokens={rollout.max_response_tokens} and objective.truncated=drop. Raise that limit in "
+        f"a new folder, or keep such responses: {again(plan.config, 'objective.truncated=keep')}"
     )
 
 

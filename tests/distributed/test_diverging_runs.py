@@ -1,4 +1,4 @@
-"""Runs that diverge, for real: what ends them, what they leave, and whether the advice works, followed to the letter."""
+"""Runs that diverge, for real: what ends them, what they leave, and whether their advice works to the letter."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_a_sampler_gap_is_refused_before_the_first_update_and_after_a_resume(glo
     """A bound below fp32's rounding stands for a sampler that disagrees."""
     run, low = tmp_path / "run", "alarm.sampler_gap=1e-9"
     (text,) = refusal(gloo, 2, config, low, "parallel.tp=2")
-    assert re.match(r"sampler_gap_mean is \S+ nats per token at the first batch, above 1e-09 \(alarm.sampler_gap\)", text)
+    assert re.match(
+        r"sampler_gap_mean is \S+ nats per token at the first batch, above 1e-09 \(alarm.sampler_gap\)", text
+    )
     assert not (run / "checkpoints").exists()
     gloo.run(1, run_training, config, "run.num_steps=1", "run.export=false")
     (text,) = refusal(gloo, 1, config, low)
@@ -117,7 +119,9 @@ def test_a_run_that_only_skips_stops_and_leaves_its_last_step(gloo, config, tmp_
     assert len(scores) == 8
     assert all({"sequence_log_prob", "residual", "loss_term"} <= set(line["not_finite"]) for line in scores)
     assert all(line["ref_sequence_log_prob"] < 0 for line in scores)  # the base is sound
-    assert about["responses_not_finite"] == [line["id"] for line in scores] == [f"p{i}/{j}" for i, j in order_of(scores)]
+    assert (
+        about["responses_not_finite"] == [line["id"] for line in scores] == [f"p{i}/{j}" for i, j in order_of(scores)]
+    )
     assert about["weights_not_finite"] == []
     assert ["model.embed_tokens.weight"] in about["gradients_not_finite"]
     assert Path(about["checkpoint"]).parent == run / "checkpoints"
@@ -131,7 +135,7 @@ def order_of(scores: list[dict]) -> list[tuple[int, int]]:
 
 @pytest.mark.slow
 def test_the_advice_works_when_it_is_followed_to_the_letter(gloo, config, tmp_path):
-    """lr 1e30: log-probs stay finite, gradients do not. The dump scores again to the numbers of the step; the run starts
+    """lr 1e30: log-probs stay finite, gradients do not. The dump scores again to the step's numbers; the run starts
     anew."""
     (text,) = refusal(gloo, 1, config, "optimizer.lr=1e30")
     start_anew, score_again = commands_of(text)

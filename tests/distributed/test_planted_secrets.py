@@ -1,4 +1,4 @@
-"""Keys in the environment, and keys that somebody types: in no file of a real run's folder, and in nothing it prints."""
+"""Keys in the environment, and keys that somebody types: in no file of a real run's folder, in nothing it prints."""
 
 from __future__ import annotations
 

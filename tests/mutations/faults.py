@@ -732,7 +732,11 @@ _REDACTION = (
     ("len(secret) >= SHORTEST:", "len(secret) > 99:", "by value"),
     ("reverse=True", "reverse=False", "the rest of a longer secret stays"),
     ("_IN_URL.sub(rf", "_BEARER.sub(rf", "by place"),
-    ("token|secret|password|passwd|credentials?)$", "secret|password|passwd|credentials?)$", "tokens of the environment"),
+    (
+        "token|secret|password|passwd|credentials?)$",
+        "secret|password|passwd|credentials?)$",
+        "tokens of the environment",
+    ),
 )
 
 _OPERATIONS = (

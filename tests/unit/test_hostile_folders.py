@@ -97,7 +97,9 @@ def test_a_blob_that_is_a_link_itself_is_refused(tmp_path):
         require_ordinary_files(snapshot)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "generation_config.json", "README.md", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "config.json", "generation_config.json", "README.md", "model.safetensors"]
+)
 def test_a_fifo_or_a_device_in_a_model_is_named_and_not_waited_for(config, model, name):
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
@@ -163,7 +165,10 @@ def test_an_endless_or_enormous_template_is_refused(model, name, monkeypatch):
         tokenizer.encode_chat([{"role": "user", "content": "w5"}])
     assert time.monotonic() - began < 20
     assert resource.getrlimit(resource.RLIMIT_AS) == before
-    assert load_tokenizer(model, ConversationSettings("w5 w6")).encode_chat([{"role": "user", "content": "x"}]) == [5, 6]
+    assert load_tokenizer(model, ConversationSettings("w5 w6")).encode_chat([{"role": "user", "content": "x"}]) == [
+        5,
+        6,
+    ]
 
 
 READ = """
@@ -222,7 +227,9 @@ def test_repeated_rows_are_no_bomb(tmp_path):
 
 def test_deep_json_and_huge_numbers_are_refused_by_line(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "w5"}\n' + "[" * 100_000 + "\n" + '{"prompt": ' + "9" * 5000 + "}\n" + json.dumps({"a": 1}))
+    path.write_text(
+        '{"prompt": "w5"}\n' + "[" * 100_000 + "\n" + '{"prompt": ' + "9" * 5000 + "}\n" + json.dumps({"a": 1})
+    )
     violations: list[str] = []
     assert len(list(read_file(path, violations))) == 2
     assert [text.split(": ")[0] for text in violations] == [f"{path}:2", f"{path}:3"]

@@ -325,14 +325,18 @@ def test_a_judge_that_echoes_the_key_puts_it_nowhere(serve, tmp_path):
     assert KEY not in (tmp_path / "judgements.jsonl").read_text() + printed.getvalue()
 
 
-@pytest.mark.parametrize("address", ["user:hunter2@host/v1", "hunter2@host/v1", "host/v1?key=hunter2", "host/v1#hunter2"])
+@pytest.mark.parametrize(
+    "address", ["user:hunter2@host/v1", "hunter2@host/v1", "host/v1?key=hunter2", "host/v1#hunter2"]
+)
 def test_an_address_with_a_password_is_refused_without_it(address):
     with pytest.raises(UserError, match="an address without user, password") as caught:
         make_judge(f"https://{address}", "m", None)
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["https://a:hunter2hunter2@b:x/v1", "file://me:hunter2hunter2@x/v1", "https://[::1/v1"])
+@pytest.mark.parametrize(
+    "address", ["https://a:hunter2hunter2@b:x/v1", "file://me:hunter2hunter2@x/v1", "https://[::1/v1"]
+)
 def test_an_address_that_is_none_is_refused_without_its_password(address):
     with pytest.raises(UserError, match="must be http") as caught:
         make_judge(address, "m", None)

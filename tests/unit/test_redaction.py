@@ -46,9 +46,10 @@ def test_what_is_no_secret_is_left_as_it_is(text):
 def test_a_typed_command_has_no_value_of_the_environment(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "planted-key-1")
     monkeypatch.setenv("MY_TOKEN", "planted-token-2")
+    monkeypatch.setenv("SSH_KEY", "/home/me/.ssh/id_rsa")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "harmless-value")
-    text = command_line("powerflow", "x=planted-key-1", "a planted-token-2", "harmless-value")
-    assert text == "powerflow x=[secret] 'a [secret]' harmless-value"
+    text = command_line("powerflow", "x=planted-key-1", "a planted-token-2", "harmless-value", "/home/me/.ssh/id_rsa")
+    assert text == "powerflow x=[secret] 'a [secret]' harmless-value /home/me/.ssh/id_rsa"
 
 
 def test_a_longer_secret_goes_before_one_that_it_holds():
