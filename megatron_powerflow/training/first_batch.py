@@ -91,6 +91,6 @@ def _gap(config: Config, gap: float, bound: float) -> str:
     }[dtype]
     return (
         f"sampler_gap_mean is {gap:.3g} nats per token at the first batch, above {bound:.3g} ({by}): sampler and "
-        "scorer disagree on the same weights, so that the responses are not those of the policy that is trained. Nothing was "
-        f"updated; {look}. If this gap is known and meant, set alarm.sampler_gap above it"
+        "scorer disagree on the same weights, so that the responses are not those of the policy that is trained. "
+        f"Nothing was updated; {look}. If this gap is known and meant, set alarm.sampler_gap above it"
     )

@@ -153,7 +153,7 @@ def again(config: Config, *overrides: str) -> str:
 
 
 def _not_finite(plan: Plan, progress: RunProgress) -> str:
-    """Say what happened and what to do. Where no step was ever finite the weights are the base's: the rate is not it."""
+    """Say what happened and what to do. Where no step was ever finite the weights are the base's, and it is not lr."""
     what = f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; the weights are"
     optimizer, objective = plan.config.optimizer, plan.config.objective
     if progress.num_skipped < progress.step:
