@@ -92,7 +92,7 @@ class _HfTokenizer:
         self._has_template = bool(settings.template or self._transformers.chat_template)
         if self._has_template:
             # what transformers imports for the first conversation does not count as a template's memory
-            _guarded(folder, lambda: self._transformers.apply_chat_template(A_TALK, chat_template="", tokenize=False))
+            _guarded(folder, lambda: self._transformers.apply_chat_template(A_TALK, chat_template="x", tokenize=False))
         else:
             self.notices += (NO_TEMPLATE,)
 
