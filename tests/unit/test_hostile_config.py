@@ -121,9 +121,9 @@ def bomb_of_lists(depth: int) -> str:
     ],
 )
 def test_a_small_file_does_not_become_enormous(refused, start, words):
-    began = time.monotonic()
+    began = time.process_time()
     assert words in refused("run: {output_dir: o, name: '${model.hf_path}'}", start=start)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_values_in_memory_are_looked_at_too():
