@@ -20,7 +20,14 @@ from megatron_powerflow import __version__
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_USER_ERROR, RequeueRequested, UserError
-from megatron_powerflow.parallel.initialize import ALONE, prepare_imports, read_launch
+from megatron_powerflow.parallel.initialize import (
+    ALONE,
+    command_line,
+    environment_secrets,
+    prepare_imports,
+    read_launch,
+)
+from megatron_powerflow.redaction import redacted
 
 app = typer.Typer(
     name="powerflow",
@@ -423,7 +430,7 @@ def report(
     """
     from megatron_powerflow.report.page import build_report
 
-    command = shlex.join(["powerflow", "report", *map(str, runs), "--out", str(out)])
+    command = command_line("powerflow", "report", *map(str, runs), "--out", str(out))
     print(build_report(runs, out, command))
 
 
@@ -494,7 +501,7 @@ def _refuse_options(options: Mapping[str, object], unused: bool, why: str) -> No
 def _command() -> str:
     """Write the command of this process for the folders that it fills: powerflow, or the module a launcher runs."""
     by_name = Path(sys.argv[0]).name == "powerflow"
-    return shlex.join([*(["powerflow"] if by_name else ["python", "-m", "megatron_powerflow.cli"]), *sys.argv[1:]])
+    return command_line(*(["powerflow"] if by_name else ["python", "-m", "megatron_powerflow.cli"]), *sys.argv[1:])
 
 
 def main() -> None:
@@ -517,7 +524,8 @@ def exit_codes(program: Callable[[], None]) -> None:
 def _leave(code: int, lines: list[str]) -> None:
     """Exit on every rank alike; one of them says why."""
     if read_launch().is_main:
-        print(*lines, sep="\n", file=sys.stderr)
+        secrets = environment_secrets()
+        print(*(redacted(line, secrets) for line in lines), sep="\n", file=sys.stderr)
     sys.exit(code)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from megatron_powerflow.former_names import former_names_of
 from megatron_powerflow.objective.presets import LEARNED_LOG_Z, PRESETS, Form, LogZ, PolicyGradient, PresetName, Ratio
@@ -21,8 +21,18 @@ if not TYPE_CHECKING:  # names of 0.1.0, until 0.3
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SMALLEST, LARGEST = 1e-30, 1e30
+
+
+def _held_by_fp32(value: float) -> float:
+    """Beyond these sizes fp32, in which runs compute, has 0 or infinity for a number or soon for what is made of it."""
+    if value and not SMALLEST <= abs(value) <= LARGEST:
+        raise ValueError(f"a size between {SMALLEST:g} and {LARGEST:g}, which fp32 computes with, is needed")
+    return value
+
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_held_by_fp32)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_held_by_fp32)]
 
 
 class Section(BaseModel):
@@ -135,7 +145,7 @@ class ObjectiveSection(Section):
         None, description="power of the base model, default 4; > 1 sharpens, < 1 flattens"
     )
     alpha_warmup_steps: NonNegativeInt | None = Field(None, description="alpha rises from 1 over these; default 0")
-    psi: Annotated[float, Field(le=0, allow_inf_nan=False)] | None = Field(
+    psi: Annotated[float, Field(le=0, allow_inf_nan=False), AfterValidator(_held_by_fp32)] | None = Field(
         None, description="added to the energy, per token, of a response without \\boxed{}; default 0, the paper: -0.5"
     )
     psi_exempt_tasks: list[str] | None = Field(None, description="tasks without psi; default [creative]")

@@ -7,6 +7,7 @@ Left out: the keys (`config.py`), which keys depend on which (`config_rules.py`)
 from __future__ import annotations
 
 import difflib
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from megatron_powerflow.config import Config, Section
 from megatron_powerflow.config_rules import CONDITIONAL, contradictions
+from megatron_powerflow.config_text import check_interpolations, check_text
 from megatron_powerflow.errors import UserError
 
 
@@ -29,7 +31,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise UserError(f"{path}: no such config file; `powerflow recipes` lists what can be copied")
     try:
-        loaded = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8")
+        check_text(text, str(path))
+        loaded = OmegaConf.load(io.StringIO(text))
+    except UserError:
+        raise
     except Exception as error:  # of two foreign readers of a foreign file: assertions and recursion limits, too
         raise UserError(f"{path}: not a YAML file that can be read: {_one_line(error)}") from None
     if not OmegaConf.is_dict(loaded):
@@ -47,7 +53,7 @@ def parse_config(values: Any, overrides: Sequence[str] = (), *, source: str = "c
         raise UserError([f"override {item!r} is not of the form section.key=value" for item in malformed])
     try:
         merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
-        _refuse_resolvers(OmegaConf.to_container(merged, resolve=False), source)
+        check_interpolations(OmegaConf.to_container(merged, resolve=False), source)
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{source}: {_one_line(error)}") from None
@@ -147,18 +153,6 @@ def _fields_of(section: str) -> dict[str, FieldInfo]:
 def _get(config: Config, key: str) -> Any:
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
-
-
-def _refuse_resolvers(value: Any, source: str) -> None:
-    """Refuse resolvers (`${oc.env:..}`), which read what is not in the file. Other keys may be interpolated."""
-    if isinstance(value, dict):
-        for item in value.values():
-            _refuse_resolvers(item, source)
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_resolvers(item, source)
-    elif isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
-        raise UserError(f"{source}: {value!r} calls a resolver; only ${{section.key}} is allowed; write the value out")
 
 
 def _one_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 SLOWEST_LOG_Z_LR = 0.01
+SMALLEST_EPS = 1e-20  # the square of a gradient below 1e-22 is 0 in fp32, and Adam divides by eps alone
 
 
 def _has_alpha(c: Config) -> bool:
@@ -137,6 +138,16 @@ def contradictions(config: Config) -> list[str]:
         )
     if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
         violations.append(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
+    if optimizer.eps < SMALLEST_EPS:
+        violations.append(
+            f"optimizer.eps={optimizer.eps:g}: where a gradient is so small that its square is 0 in fp32, Adam divides "
+            f"by eps alone, and the weight is NaN or infinite; choose {SMALLEST_EPS:g} or more (1e-8 is the default)"
+        )
+    if optimizer.lr * optimizer.weight_decay >= 1:
+        violations.append(
+            f"optimizer.weight_decay={optimizer.weight_decay:g} with optimizer.lr={optimizer.lr:g}: each update "
+            "multiplies the weights by 1 - lr * weight_decay, which must be above 0; lower one of them"
+        )
     if optimizer.log_z_lr is not None and 0 < optimizer.log_z_lr < SLOWEST_LOG_Z_LR:
         violations.append(
             f"optimizer.log_z_lr={optimizer.log_z_lr}: it is the share of the mean residual that an update takes out "

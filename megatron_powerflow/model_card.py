@@ -143,7 +143,10 @@ def _realised_rows(realised: Mapping[str, float]) -> list[str]:
 def _licence(base: Path) -> str | None:
     """Return the licence that the base's own model card states; None where it states none."""
     try:
-        match = LICENCE.search((base / CARD_NAME).read_text(encoding="utf-8", errors="replace")[:20_000])
+        if not (base / CARD_NAME).is_file():
+            return None
+        with (base / CARD_NAME).open(encoding="utf-8", errors="replace") as file:
+            match = LICENCE.search(file.read(20_000))
     except OSError:
         return None
     return match[1] if match else None

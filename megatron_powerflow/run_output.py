@@ -16,6 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
+from megatron_powerflow.checkpoint.folder import CHECKPOINTS_NAME, checkpoints_of
 from megatron_powerflow.checkpoint.state import RunProgress
 from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, raised_alarms
 from megatron_powerflow.metrics.alarm_words import ADVICE, alarms_that_end_run, thresholds_of
@@ -186,10 +187,13 @@ class RunOutput:
         diverged = any_rank(self._diverged, self._session.groups)
         if self._alarms:
             what = "the policy has diverged and is not exported" if diverged else "the exported policy is that one"
-            message = (
-                f" {', '.join(self._alarms)} rings at the end of this run: {what}. Checkpoints are in "
-                f"{self._plan.run_folder}; `powerflow export` writes one that you choose"
-            )
+            run = self._plan.run_folder
+            message = f" {', '.join(self._alarms)} rings at the end of this run: {what}"
+            if known := checkpoints_of(run):
+                message += (
+                    f". To write an earlier one: powerflow export {known[0]} --out {run}_earlier; "
+                    f"`ls {run}/{CHECKPOINTS_NAME}` shows which there are"
+                )
             self._console.print(Text.assemble(("alarm", "bold red"), message))
         return not diverged
 

@@ -15,7 +15,7 @@ from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import EXPORT_NAME
 from megatron_powerflow.checkpoint.state import RunProgress
 from megatron_powerflow.data.prompts import PromptStream
-from megatron_powerflow.errors import RequeueRequested, UserError
+from megatron_powerflow.errors import RequeueRequested
 from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
@@ -28,6 +28,7 @@ from megatron_powerflow.run_folder import run_folder, take_run_folder
 from megatron_powerflow.run_output import RunOutput, announced
 from megatron_powerflow.training.plan import Plan, write_config
 from megatron_powerflow.training.session import Session, build_session
+from megatron_powerflow.training.skipped import refuse_endless_skipping
 from megatron_powerflow.training.step import run_step
 from megatron_powerflow.training.stop_signal import StopSignal
 
@@ -99,7 +100,7 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
         result = run_step(plan, session, prompts, step, phase=output.phase, progress=output.rollout_progress)
         progress = advance(progress, stream, skipped=result.skipped)
         output.write(step, result, progress)
-        refuse_endless_skipping(progress, config.optimizer.max_skipped_steps)
+        refuse_endless_skipping(plan, session, result, progress)
         last = step + 1 == config.run.num_steps or output.alarmed() or output.reached()
         stopping = stop.requested()
         if last or stopping or (config.checkpoint.interval and (step + 1) % config.checkpoint.interval == 0):
@@ -128,13 +129,3 @@ def advance(progress: RunProgress, stream: PromptStream, *, skipped: bool) -> Ru
         skipped_in_a_row=progress.skipped_in_a_row + 1 if skipped else 0,
         num_skipped=progress.num_skipped + skipped,
     )
-
-
-def refuse_endless_skipping(progress: RunProgress, limit: int) -> None:
-    """Raise UserError when `limit` steps in a row changed nothing."""
-    if progress.skipped_in_a_row >= limit:
-        raise UserError(
-            f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, or no response to "
-            "learn from; the weights are those before them. Lower optimizer.lr, look at residual_* and "
-            "truncated_fraction in metrics.jsonl, or continue from an earlier checkpoint"
-        )

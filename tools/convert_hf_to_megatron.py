@@ -5,7 +5,6 @@ python tools/convert_hf_to_megatron.py --hf models/SmolLM2-135M-Instruct --out s
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +13,7 @@ import typer
 
 from megatron_powerflow.cli import exit_codes
 from megatron_powerflow.console import make_console
-from megatron_powerflow.parallel.initialize import read_launch
+from megatron_powerflow.parallel.initialize import command_line, read_launch
 
 
 def main(
@@ -34,7 +33,7 @@ def main(
     from megatron_powerflow.converter.commands import convert, locate_models
     from megatron_powerflow.converter.convert import ConversionRequest
 
-    launch, command = read_launch(), shlex.join(["python", *sys.argv])
+    launch, command = read_launch(), command_line("python", *sys.argv)
     located = locate_models({"--hf": hf}, launch)
     request = ConversionRequest(
         located.folder(hf),

@@ -5,7 +5,6 @@ python tools/convert_megatron_to_hf.py --checkpoint runs/local --out exported --
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +13,7 @@ import typer
 
 from megatron_powerflow.cli import exit_codes
 from megatron_powerflow.console import make_console
-from megatron_powerflow.parallel.initialize import read_launch
+from megatron_powerflow.parallel.initialize import command_line, read_launch
 
 
 def main(
@@ -44,7 +43,7 @@ def main(
         step=step,
         overwrite=overwrite,
         verify=verify,
-        command=shlex.join(["python", *sys.argv]),
+        command=command_line("python", *sys.argv),
     )
     convert(request, read_launch(), make_console(), to_hf=True)
 

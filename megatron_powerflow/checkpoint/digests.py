@@ -60,6 +60,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     path = folder / SUMS_NAME
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no ordinary file")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); is {folder} a checkpoint of this program?") from None

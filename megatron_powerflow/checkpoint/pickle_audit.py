@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_powerflow.errors import UserError
 
+COMMON_NAME = "common.pt"  # what Megatron keeps beside the shards
 ALLOWED = frozenset(
     {
         ("collections", "OrderedDict"),
@@ -55,6 +58,8 @@ def audit_checkpoint(folder: Path) -> Metadata:
     """
     path = folder / ".metadata"
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no ordinary file")
         metadata = _AuditUnpickler(io.BytesIO(path.read_bytes())).load()
         entries = dict(metadata.storage_data)
         kinds = {name: type(kind).__name__ for name, kind in metadata.state_dict_metadata.items()}
@@ -62,9 +67,16 @@ def audit_checkpoint(folder: Path) -> Metadata:
         raise UserError(f"{path}: no such file; the checkpoint is not complete") from None
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise UserError(f"{path}: refused, its index is damaged or not safe to load: {error}") from None
+    common = folder / COMMON_NAME
+    if common.exists() and (not common.is_file() or _unpacks_to_more(common)):
+        raise UserError(f"{common}: refused, it is no file as torch writes it, or unpacks to more than it is")
     for index, place in entries.items():
         file = folder / place.relative_path
-        if file.parent != folder or getattr(place, "transform_descriptors", None):
+        if (
+            file.parent != folder
+            or (file.exists() and not file.is_file())
+            or getattr(place, "transform_descriptors", None)
+        ):
             raise UserError(f"{path}: refused, {index.fqn} is not stored as it is in this folder: {place}")
         if kinds.get(index.fqn) != "TensorStorageMetadata":
             _audit_entry(file, index.fqn, place.offset, place.length)
@@ -75,8 +87,25 @@ def _audit_entry(file: Path, name: str, offset: int, length: int) -> None:
     try:
         with file.open("rb") as stream:
             stream.seek(offset)
-            torch.load(io.BytesIO(stream.read(length)), weights_only=True)
+            content = io.BytesIO(stream.read(length))
+        if _unpacks_to_more(content):
+            raise ValueError(f"{length:,} bytes that unpack to more; torch packs nothing")
+        torch.load(content, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError) as error:
         raise UserError(
             f"{file}: refused, {name} is damaged or not safe to load: {str(error).splitlines()[0]}"
         ) from None
+
+
+def _unpacks_to_more(file: Path | IO[bytes]) -> bool:
+    """Whether a part of an archive is packed: torch stores them as they are, and a few kB can unpack to any size.
+
+    Leaves the file at its beginning."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(part.file_size > part.compress_size for part in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        return False  # no archive; whoever reads it will say what is wrong
+    finally:
+        if not isinstance(file, Path):
+            file.seek(0)

@@ -130,6 +130,8 @@ def read_progress(checkpoint: Path) -> RunProgress:
     """progress.json of a checkpoint. Raises UserError when it is missing, damaged or of another format."""
     path = checkpoint / PROGRESS_FILE
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no ordinary file")
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); is {checkpoint} a checkpoint of this program?") from None

@@ -30,6 +30,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.config import read_architecture, read_json
 from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.hf.family import Family
+from megatron_powerflow.hf.ordinary_files import require_ordinary_files
 from megatron_powerflow.hub.fetch import locate
 from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths, RequestedName
 from megatron_powerflow.model.policy_model import PolicyModel
@@ -146,6 +147,7 @@ def open_model(
         folder = located.folder(run.model.hf_path)
         checkpoint = folder if is_converted(folder) else None
     hf_folder = checkpoint / HF_NAME if checkpoint else folder
+    require_ordinary_files(hf_folder)
     architecture, family = read_architecture(hf_folder, FAMILIES)
     if run:
         precision = {"dtype": run.precision.dtype, "fp8_recipe": run.precision.fp8_recipe}

@@ -5,6 +5,8 @@ Left out: how the lines come into their file (`rounds.py`).
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from megatron_powerflow.training.policy import alignment
 from megatron_powerflow.training.score import score
 
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away
+SHOWN_ROWS = 20  # of those whose log-probs are not finite
 
 
 def score_file(opened: OpenModel, data: str | Path, out: Path, launch: Launch, console: Console) -> None:
@@ -53,6 +56,30 @@ def score_file(opened: OpenModel, data: str | Path, out: Path, launch: Launch, c
             return [(slot, line) for slot, line in scored_lines if slot != FILLER.slot] if reports else None
 
         write_rounds(rows, one_round, ROUND_ROWS, out, groups, console, "powerflow score")
+    if launch.is_main:
+        for line in not_finite_lines(out):
+            console.print(line)
+
+
+def not_finite_lines(out: Path) -> list[str]:
+    """Say which rows of a scored file hold log-probs that are not finite, and from which token on; [] where none does.
+
+    Such numbers stand in the file as NaN, Infinity and -Infinity, which Python's JSON reads.
+    """
+    bad, num_rows = [], 0
+    with out.open(encoding="utf-8") as file:
+        for line in file:
+            num_rows += 1
+            if "NaN" not in line and "Infinity" not in line:
+                continue
+            row = json.loads(line)
+            places = [place for place, value in enumerate(row["log_probs"], start=1) if not math.isfinite(value)]
+            if places:  # else the id was spelt so
+                bad.append(f"  {row['id']}: {len(places)} of {len(row['log_probs'])} tokens, the first is {places[0]}")
+    if not bad:
+        return []
+    more = [f"  and {len(bad) - SHOWN_ROWS} more"] if len(bad) > SHOWN_ROWS else []
+    return [f"{len(bad)} of {num_rows} responses have log-probs that are not finite:", *bad[:SHOWN_ROWS], *more]
 
 
 def _as_many_as_others(rollouts: Sequence[Rollout], groups: Groups) -> list[Rollout]:

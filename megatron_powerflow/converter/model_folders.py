@@ -24,7 +24,8 @@ from megatron_powerflow.hf.checked import open_checked
 from megatron_powerflow.hf.config import read_architecture
 from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.hf.family import Family
-from megatron_powerflow.hf.files import FLOATS, SafetensorsFolder, companion_files
+from megatron_powerflow.hf.files import FLOATS, SafetensorsFolder
+from megatron_powerflow.hf.ordinary_files import refuse_links_outside, require_ordinary_files
 from megatron_powerflow.hf.shapes import impossible_sizes
 from megatron_powerflow.hf.shard_files import TensorInfo
 from megatron_powerflow.hf.torch_dist_names import (
@@ -127,8 +128,8 @@ def open_model_folder(path: Path, ranks: Ranks, *, step: int | None = None) -> M
         return _open_megatron(checkpoint, ranks)
     if step is not None or (path / CONFIG_NAME).is_file():
         raise UserError(f"{path}: a run without a checkpoint")
-    refuse_links_outside(path, [path / "config.json", *path.glob("*.safetensors*")])
-    refuse_links_outside(path, [path / relative for relative in companion_files(path)])
+    require_ordinary_files(path)
+    refuse_links_outside(path, list(path.glob("*.safetensors*")))
     architecture, family = read_architecture(path, FAMILIES)
     return HfModel(path, architecture, family, open_checked(path, architecture, family))
 
@@ -136,6 +137,7 @@ def open_model_folder(path: Path, ranks: Ranks, *, step: int | None = None) -> M
 def _open_megatron(checkpoint: Path, ranks: Ranks) -> MegatronModel:
     if not is_converted(checkpoint):
         ranks.together(lambda: check_share(checkpoint, ranks.rank, ranks.size))
+    require_ordinary_files(checkpoint / HF_NAME)
     architecture, family = read_architecture(checkpoint / HF_NAME, FAMILIES)
     source = TorchDistFolder(tensors_folder(checkpoint))
     tensors = source.tensors()
@@ -189,21 +191,6 @@ def _violations(model: MegatronModel, shapes: dict[str, tuple[int, ...]]) -> lis
                 violations[slice_.key] = f"is {model.dtypes[slice_.key]}; only {', '.join(FLOATS)} are read"
     violations |= dict.fromkeys(sorted(set(shapes) - known), "is not part of this architecture")
     return [f"tensor {name} {what}" for name, what in violations.items()]
-
-
-def refuse_links_outside(folder: Path, paths: Sequence[Path]) -> None:
-    """Refuse links that leave the folder. Raises UserError naming each.
-
-    Allowed are links into the blobs of Hugging Face's own cache: the repository's, and since huggingface_hub 2 those
-    of all repositories.
-    """
-    real = folder.resolve()
-    allowed = [real, real.parent.parent / "blobs"]
-    if real.parent.name == "snapshots":
-        allowed.append(real.parent.parent.parent / "blobs")
-    outside = [path for path in paths if path.is_symlink() and not any(map(path.resolve().is_relative_to, allowed))]
-    if outside:
-        raise UserError([f"{path}: a link that leads out of the folder; put the file itself there" for path in outside])
 
 
 def total_bytes(model: Model) -> int:

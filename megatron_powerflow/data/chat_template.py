@@ -4,7 +4,8 @@ A folder can hold its template in three files: chat_template.jinja, chat_templat
 that differ are refused, since transformers 4 and 5 and vLLM do not all take the same one.
 
 A template is somebody else's program. transformers renders it in Jinja's sandbox, which keeps it from code and files,
-but not from looping for ever; so it has RENDER_SECONDS. A template that asks for today's date gets the date that the
+but not from looping for ever, nor from filling the memory; so it has RENDER_SECONDS and RENDER_BYTES, and
+MAX_CHARACTERS to write. A template that asks for today's date gets the date that the
 caller gives, so that a run has one date however often it is started.
 
 Left out: which conversations are prompts (`conversation.py`).
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,9 @@ from typing import Any
 from megatron_powerflow.errors import UserError
 
 RENDER_SECONDS = 10.0
+AGAIN_SECONDS = 1.0  # until the alarm rings once more, should somebody's code have swallowed it
+RENDER_BYTES = 2**30  # of address space, beyond what the process has when the template begins
+MAX_CHARACTERS = 10**7
 JINJA_NAME, JSON_NAME, CONFIG_NAME = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 
 
@@ -43,10 +48,10 @@ def template_refusals(folder: Path) -> list[str]:
 def _template_in(path: Path) -> str | None:
     """Returns the default template in a file; None where it holds none, or cannot be read (its reader will say so)."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else None
     except (OSError, UnicodeDecodeError):
         return None
-    if path.name == JINJA_NAME:
+    if text is None or path.name == JINJA_NAME:
         return text
     try:
         template = json.loads(text).get("chat_template")
@@ -78,8 +83,8 @@ def render(tokenizer: Any, messages: list[dict[str, str]], settings: Conversatio
     """
     today = datetime(settings.today.year, settings.today.month, settings.today.day)
     try:
-        with _at_most(RENDER_SECONDS):
-            return tokenizer.apply_chat_template(
+        with _at_most(RENDER_SECONDS), _no_more_memory(RENDER_BYTES):
+            text = tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=True,
@@ -92,12 +97,23 @@ def render(tokenizer: Any, messages: list[dict[str, str]], settings: Conversatio
             f"the chat template has not written this conversation in {RENDER_SECONDS:.0f} s; it may never: give the "
             "model's folder its right template"
         ) from None
+    except MemoryError:
+        raise UserError(
+            f"the chat template asks for over {RENDER_BYTES / 2**30:.0f} GiB of memory to write this conversation: "
+            "give the model's folder its right template"
+        ) from None
     except Exception as error:  # somebody else's program: whatever it raises
         raise UserError(f"the chat template refuses these messages: {_one_line(error)}") from None
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(
+            f"the chat template writes {len(text):,} characters for this conversation, over {MAX_CHARACTERS:,}: give "
+            "the model's folder its right template"
+        )
+    return text
 
 
-class _TooLongError(Exception):
-    pass
+class _TooLongError(BaseException):
+    """No Exception: Jinja's optimizer swallows those, and the template would go on."""
 
 
 @contextlib.contextmanager
@@ -114,12 +130,35 @@ def _at_most(seconds: float) -> Iterator[None]:
         raise _TooLongError
 
     before = signal.signal(signal.SIGALRM, ring)
-    pending, interval = signal.setitimer(signal.ITIMER_REAL, seconds)  # somebody else's alarm goes on afterwards
+    pending, interval = signal.setitimer(
+        signal.ITIMER_REAL, seconds, AGAIN_SECONDS
+    )  # somebody else's alarm goes on afterwards
     try:
         yield
     finally:
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, pending, interval)
+
+
+@contextlib.contextmanager
+def _no_more_memory(num_bytes: int) -> Iterator[None]:
+    """Raises MemoryError in the block once the process asks for so many bytes more than it has.
+
+    It counts address space, of all threads together. Where the system does not say how much there is, or the process
+    has a lower limit already, nothing is changed.
+    """
+    try:
+        taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in before if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([taken + num_bytes, *limits]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _one_line(error: Exception) -> str:

@@ -20,7 +20,9 @@ from typing import IO, Any
 from megatron_powerflow.errors import UserError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-MAX_BYTES = 8 * 2**30  # of an unpacked file; a file of a few kB can unpack to any size
+# A file of a few kB can unpack to any size: so many bytes of it are read, and for each byte of the file so many more.
+MAX_BYTES, FEW_BYTES, BYTES_PER_BYTE = 8 * 2**30, 2**28, 200
+BATCH_ROWS = 1024  # of parquet at a time
 BOM = b"\xef\xbb\xbf"
 Row = dict[str, Any]
 
@@ -31,7 +33,8 @@ def read_file(path: Path, violations: list[str]) -> Iterator[tuple[int, Row]]:
     Raises UserError for a file that does not exist or is not of its kind at all.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give one of {', '.join(KINDS)}")
+        what = "no such file" if not path.exists() else "no ordinary file"
+        raise UserError(f"{path}: {what}; give one of {', '.join(KINDS)}")
     kind = _kind(path)
     try:
         if kind == ".parquet":
@@ -68,7 +71,7 @@ class _BoundedGzip(io.RawIOBase):
     """Unpacks a gzip file as it is read, up to MAX_BYTES."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._left = path, MAX_BYTES
+        self._path, self._left = path, _allowed_bytes(path)
         self._file = gzip.GzipFile(path, "rb")
 
     def readable(self) -> bool:
@@ -87,8 +90,15 @@ class _BoundedGzip(io.RawIOBase):
         super().close()
 
 
+def _allowed_bytes(path: Path) -> int:
+    return min(MAX_BYTES, FEW_BYTES + BYTES_PER_BYTE * path.stat().st_size)
+
+
 def _too_large(path: Path) -> UserError:
-    return UserError(f"{path}: unpacks to over {MAX_BYTES / 2**30:.0f} GiB; give a part of it")
+    size, allowed = path.stat().st_size, _allowed_bytes(path)
+    return UserError(
+        f"{path}: unpacks to over {allowed / 2**20:,.0f} MiB, of {size:,} bytes; give a part of it, or unpack it first"
+    )
 
 
 def _without_empty_fields(row: Row) -> Row:
@@ -160,16 +170,23 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow; pip install pyarrow, or convert to JSONL") from None
-    number, left = 0, MAX_BYTES
+    number, left = 0, _allowed_bytes(path)
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            groups = [file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups)]
+            if sum(groups) > left:
+                raise _too_large(path)
+            # each row of a batch may hold the largest value of its row group: a dictionary stores it once
+            rows = max(1, min(BATCH_ROWS, left // max([1, *groups])))
+            for batch in file.iter_batches(batch_size=rows):
                 left -= batch.nbytes
                 if left < 0:
                     raise _too_large(path)
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
+    except UserError:
+        raise
     except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a parquet file that can be read: {error}") from None
 

@@ -21,6 +21,7 @@ from megatron_powerflow.errors import UserError
 FAST_NAME = "tokenizer.json"
 NO_TEMPLATE = "the model has no chat template: conversations are written as Question: ... Answer:"
 PROBE = "a"  # a text that shows which special tokens a tokenizer puts around one
+A_TALK = [{"role": "user", "content": PROBE}]
 T = TypeVar("T")
 
 
@@ -89,7 +90,10 @@ class _HfTokenizer:
             self.notices = _compare(folder, self._tokenizer, self._transformers)
         self.eos_token_id = self._transformers.eos_token_id
         self._has_template = bool(settings.template or self._transformers.chat_template)
-        if not self._has_template:
+        if self._has_template:
+            # what transformers imports for the first conversation does not count as a template's memory
+            _guarded(folder, lambda: self._transformers.apply_chat_template(A_TALK, chat_template="x", tokenize=False))
+        else:
             self.notices += (NO_TEMPLATE,)
 
     def encode(self, text: str) -> list[int]:

@@ -20,8 +20,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.redaction import HIDDEN, redacted
 
 MAX_REPLY_BYTES = 4_000_000
+MAX_KEY_CHARACTERS = 10_000
 FATAL_STATUSES = (401, 403, 404, 405)  # the key, the model or the address is wrong: no question will be answered
 PASSING_STATUSES = (408, 409, 429)  # and every 5xx
 
@@ -43,9 +45,20 @@ class JudgeServer:
     num_parallel: int = 8
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--judge-url {self.url}: must be http(s)://host/v1, the base of an OpenAI-compatible API")
+        try:
+            parts = urlsplit(self.url)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise UserError(
+                f"--judge-url {redacted(self.url)}: must be http(s)://host/v1, the base of an OpenAI-compatible API"
+            )
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise UserError(
+                f"--judge-url {parts.scheme}://{parts.hostname}: an address without user, password, ? and # is needed, "
+                "for it stands in messages and in files; the key goes into a file, --judge-key-file"
+            )
 
 
 def make_judge(url: str | None, model: str | None, key_file: Path | None) -> JudgeServer | None:
@@ -68,7 +81,8 @@ def read_key(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        key = path.read_text(encoding="utf-8").strip()
+        with path.open(encoding="utf-8") as file:
+            key = file.read(MAX_KEY_CHARACTERS).strip()  # of an endless file no more
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--judge-key-file {path}: cannot be read: {type(error).__name__}") from None
     if not key.isascii() or not key.isprintable() or not key or " " in key:
@@ -117,9 +131,9 @@ def ask(judge: JudgeServer, question: str) -> tuple[str | None, str]:
         if attempt:
             time.sleep(judge.pause_seconds * 2 ** (attempt - 1))
         try:
-            return _content(_post(judge, question)), ""
+            return _hidden(_content(_post(judge, question)), judge), ""
         except urllib.error.HTTPError as error:
-            trouble = f"HTTP {error.code} {error.reason}"
+            trouble = _hidden(f"HTTP {error.code} {error.reason}", judge)
             if error.code in FATAL_STATUSES or 300 <= error.code < 400:
                 raise UserError(
                     f"the judge at {judge.url} answers {trouble}; check --judge-url, --judge-model and --judge-key-file"
@@ -127,8 +141,13 @@ def ask(judge: JudgeServer, question: str) -> tuple[str | None, str]:
             if error.code < 500 and error.code not in PASSING_STATUSES:
                 break  # another try would not help: the question is too long, or refused
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-            trouble = f"{type(error).__name__}: {error}"
+            trouble = _hidden(f"{type(error).__name__}: {error}", judge)
     return None, trouble
+
+
+def _hidden(text: str, judge: JudgeServer) -> str:
+    """What the judge says, without the key, which a server may echo: it is kept in files and logs."""
+    return text if judge.key is None else text.replace(judge.key, HIDDEN)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

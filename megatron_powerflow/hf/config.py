@@ -39,6 +39,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     Raises UserError, which names the file, when it is missing, cannot be read or holds no JSON object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no ordinary file")
         value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_contradictions)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what} is needed") from None

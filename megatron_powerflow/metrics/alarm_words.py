@@ -13,10 +13,11 @@ SAMPLER_GAP = {"fp32": 1e-3, "bf16": 0.15, "fp8": 0.3}
 
 ADVICE = {
     "length": "The target may reward repetition: set objective.tilt_cap just above the length of a good answer, lower "
-    "rollout.max_response_tokens, or raise objective.alpha_warmup_steps, and start again",
-    "short": "The objective may pay for fewer tokens (tb_traj does): see objective.preset, or continue from an earlier "
-    "checkpoint",
-    "loss": "The policy diverges: lower optimizer.lr and start again",
+    "rollout.max_response_tokens, or raise objective.alpha_warmup_steps, and start again in another run.output_dir",
+    "short": "The objective may pay for fewer tokens (tb_traj does): start anew in another run.output_dir with another "
+    "objective.preset; `powerflow export` writes an earlier checkpoint",
+    "loss": "The policy diverges: start anew in another run.output_dir with a lower optimizer.lr; `powerflow export` "
+    "writes an earlier checkpoint",
     "sampler_gap": "Sampler and scorer disagree on the same weights: look at precision and at the engine before "
     "trusting this run",
     "nothing_kept": "Raise rollout.max_response_tokens, or set objective.truncated=keep",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.interfaces import interface_towards
 from megatron_powerflow.parallel.layout import Layout
+from megatron_powerflow.redaction import SECRET_NAME, redacted
 
 if TYPE_CHECKING:
     from megatron_powerflow.parallel.groups import Groups
@@ -42,6 +44,19 @@ class Launch:
 
 
 ALONE = Launch("alone", 0, 1, 0, 1)
+
+
+def environment_secrets() -> list[str]:
+    """The values of the environment's keys, tokens and passwords, by the variables' names (WANDB_API_KEY, HF_TOKEN).
+
+    A path is none: it says where a key lies.
+    """
+    return [v for name, v in os.environ.items() if SECRET_NAME.search(name) and not v.startswith(("/", ".", "~"))]
+
+
+def command_line(*words: str) -> str:
+    """What was typed, for files and logs: words that can be typed again, but for the secrets among them."""
+    return redacted(shlex.join(words), environment_secrets())
 
 
 def read_launch() -> Launch:

@@ -33,10 +33,13 @@ from megatron_powerflow.hf.config import read_architecture, read_stop_token_ids
 from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.files import SafetensorsFolder
+from megatron_powerflow.hf.ordinary_files import require_ordinary_files
 from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths
 from megatron_powerflow.model.precision import FP8_RECIPES, fp8_layer_violations
+from megatron_powerflow.parallel.initialize import environment_secrets
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Prompt
+from megatron_powerflow.redaction import holds_secret
 from megatron_powerflow.rollout.rollout_files import ReplayRequirements, find_rollouts, replay_violations
 from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
@@ -103,9 +106,10 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
     weights: False where the model's folder may be one without weights, as on a login node: then a notice says what was
     not looked at. located: what `fetch_inputs` found; by default every name is a path.
     """
-    violations: list[str] = []
+    violations: list[str] = _secret_violations(config)
     notices: list[str] = []
     hf_folder = hf_folder_of(start := located.folder(config.model.hf_path))
+    require_ordinary_files(Path(hf_folder))  # before anything of it is read
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
     resume_from = _collect(violations, lambda: find_resume(config))
     before = _collect(violations, lambda: read_inputs(resume_from)) if resume_from else None
@@ -252,6 +256,8 @@ def conversation_of(config: Config, today: date) -> ConversationSettings:
     template = None
     if section.chat_template is not None:
         try:
+            if not Path(section.chat_template).is_file():
+                raise OSError("no such file, or no ordinary one")
             template = Path(section.chat_template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"prompts.chat_template={section.chat_template!r}: cannot be read: {error}") from None
@@ -312,6 +318,18 @@ def _read_prompts(
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         too_long=config.prompts.too_long,
     )
+
+
+def _secret_violations(config: Config) -> list[str]:
+    """Where the config holds a key or a password: config.yaml, wandb and the model card would state it."""
+    secrets = environment_secrets()
+    return [
+        f"{section}.{key}: holds a password, or the value of a key in the environment, and would stand in config.yaml, "
+        "wandb and the model card; take it out"
+        for section, values in config.model_dump().items()
+        for key, value in values.items()
+        if holds_secret(str(value), secrets)
+    ]
 
 
 def _length_violations(config: Config, architecture: Architecture) -> list[str]:

@@ -17,6 +17,7 @@ from megatron_powerflow.checkpoint.folder import is_checkpoint
 from megatron_powerflow.config import Config, ModelSection, PrecisionSection
 from megatron_powerflow.hf.checked import open_checked
 from megatron_powerflow.hf.family import Family
+from megatron_powerflow.hf.finite import require_finite
 from megatron_powerflow.hf.live_weights import load_from_hf
 from megatron_powerflow.model.build import build_chunks, transformer_config
 from megatron_powerflow.model.policy_model import PolicyModel
@@ -37,15 +38,18 @@ def build_policy(
     """Build the model chunks of this rank, with the weights of a folder.
 
     Each rank reads its own slices. model.hf_path: here a Hugging Face folder, a run's checkpoint or a converted one.
-    Collective over the run. Raises UserError when the folder is damaged.
+    Collective over the run. Raises UserError when the folder is damaged, or holds a number that is not finite.
     """
     config = transformer_config(architecture, layout, model, precision)
     chunks = build_chunks(config, architecture, layout, precision, groups.device)
     start = Path(model.hf_path)
     if is_checkpoint(start):
         storage.load_weights(start, chunks, groups)
+        require_finite(chunks, family, groups, start)
     else:
-        load_from_hf(chunks, open_checked(start, architecture, family), architecture, family, groups)
+        source = open_checked(start, architecture, family)
+        load_from_hf(chunks, source, architecture, family, groups)
+        require_finite(chunks, family, groups, source)
     return chunks
 
 

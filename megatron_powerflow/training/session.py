@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.state import RunProgress, Trainable
+from megatron_powerflow.hf.finite import require_finite
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.reference import Reference, ResidentReference, SwapReference
@@ -57,6 +58,7 @@ def build_session(plan: Plan, groups: Groups) -> Session:
     progress = RunProgress(step=0, position=0, skipped_in_a_row=0, num_skipped=0, wandb_run_id=uuid.uuid4().hex[:12])
     if plan.resume_from is not None:
         progress = storage.load(plan.resume_from, trainable, groups)
+        require_finite(chunks, plan.family, groups, plan.resume_from)
     engine = build_engine(chunks, architecture, plan.layout, config, groups)
     scorer = Scorer(groups, architecture.vocab_size, config.rollout.temperature, plan.layout.sequence_parallel)
     return Session(groups, trainable, reference, engine, scorer, progress)

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from megatron_powerflow.objective.objective import BalanceObjective
-from megatron_powerflow.records import MicroBatch, Prompt, SamplingParams
+from megatron_powerflow.records import MicroBatch, Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.rollout.sampling_params import sampling_params
+from megatron_powerflow.training.first_batch import Inspect, inspection, require_scores_of_base
 from megatron_powerflow.training.micro_batches import pack_updates
 from megatron_powerflow.training.objective_of_step import objective_of_step
 from megatron_powerflow.training.optimizer import OptimizerStep, set_learning_rates
@@ -37,7 +38,8 @@ class StepResult:
 
     rows: [B, len(ROLLOUT_COLUMNS)] fp64, one per rollout of the step, by rollout_index, on every rank. lr: the policy's
     learning rate. alpha: the power that the step aimed at, None where the objective knows none. log_z_start: the value
-    that a learned log Z' was given at step 0, nats; None in all other steps.
+    that a learned log Z' was given at step 0, nats; None in all other steps. rollouts: of this replica, alike on all
+    its ranks; () from `learn`.
     """
 
     rows: Tensor
@@ -45,6 +47,7 @@ class StepResult:
     lr: float
     alpha: float | None
     log_z_start: float | None = None
+    rollouts: tuple[Rollout, ...] = ()
 
     @property
     def skipped(self) -> bool:
@@ -67,20 +70,32 @@ def run_step(
     """Run one step, from its prompts to its last update. Collective over the run.
 
     prompts: of the whole step, alike on every rank. step: counted from 0. Raises UserError where saved rollouts are
-    damaged or cannot be written.
+    damaged or cannot be written, or where the first numbers of this start cannot be trusted.
     """
+    first_of_start = step == session.progress.step
+    if first_of_start:
+        with phase("reference"):
+            require_scores_of_base(plan, session, prompts)
     with phase("rollout"):
         rollouts = step_rollouts(plan, session, prompts, sampling_of_step(plan, step), progress)
         updates = pack_updates(rollouts, plan, session)
-    return learn(plan, session, updates, step, phase=phase)
+    inspect = inspection(plan.config, prompts) if first_of_start else None
+    return replace(learn(plan, session, updates, step, phase=phase, inspect=inspect), rollouts=tuple(rollouts))
 
 
 def learn(
-    plan: Plan, session: Session, updates: Sequence[Sequence[MicroBatch]], step: int, *, phase: Phase = nullcontext
+    plan: Plan,
+    session: Session,
+    updates: Sequence[Sequence[MicroBatch]],
+    step: int,
+    *,
+    phase: Phase = nullcontext,
+    inspect: Inspect | None = None,
 ) -> StepResult:
     """Run the rest of a step once its rollouts are there: reference scores and updates. Collective over the run.
 
-    updates: from `pack_updates`, this rank's micro-batches of each update. step: counted from 0.
+    updates: from `pack_updates`, this rank's micro-batches of each update. step: counted from 0. inspect: as `update`
+    takes it.
     """
     config, objective = plan.config, objective_of_step(plan.objective, step)
     with phase("reference"):
@@ -91,7 +106,13 @@ def learn(
     with phase("update"):
         lr = set_learning_rates(session.trainable, config.optimizer, step, config.run.num_steps)
         updated = update(
-            session.trainable, scored, session.scorer, objective, config.optimizer, on_policy=plan.on_policy
+            session.trainable,
+            scored,
+            session.scorer,
+            objective,
+            config.optimizer,
+            on_policy=plan.on_policy,
+            inspect=inspect,
         )
     return StepResult(updated.rows, updated.optimizer_steps, lr, objective.alpha, log_z_start)
 

@@ -7,7 +7,7 @@ Left out: generating, reference scoring, metrics; they come before and after.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +50,13 @@ def update(
     section: OptimizerSection,
     *,
     on_policy: bool = True,
+    inspect: Callable[[Tensor], None] | None = None,
 ) -> UpdateResult:
     """Make one optimizer update for each element of `updates`. Collective over the run.
 
     updates: of each, this rank's micro-batches, scored by the reference, which together hold whole groups. on_policy:
     the policy as it is now sampled the rollouts; False: another one did, of which the saved log-probs are left.
+    inspect: is given the rows of the first update before anything moves, alike on every rank, and may raise.
     """
     groups = scorer.groups
     sampled_by = [list(batches) for batches in updates]
@@ -76,6 +78,8 @@ def update(
         num_rollouts = sum(batch.tokens.shape[0] for batch in batches)
         local = torch.cat(tables_of_batches).cpu() if tables_of_batches else None
         table = last_stage_rows(local, num_rollouts, len(ROLLOUT_COLUMNS), groups)
+        if inspect is not None and not tables:
+            inspect(table)
         finite = bool(table[:, ROLLOUT_COLUMNS.index("loss_term")].isfinite().all()) and num_kept > 0
         mean_weight = _mean_weight(table)
         optimizer_steps.append(

@@ -101,15 +101,10 @@ def test_lengths_that_move_ring(gloo, config, tmp_path, settings, name):
     assert (tmp_path / "run" / "hf_export").is_dir()  # a user may want it; what rings is said beside it
 
 
-def test_a_sampler_that_disagrees_rings(gloo, config, tmp_path):
-    """Its bound is lowered to below fp32's rounding."""
-    two = "run.num_steps=2"
-    (printed,) = gloo.run(1, run_training, config, "alarm.sampler_gap=1e-9", two)
-    assert "alarm sampler_gap at step 1: sampler_gap_mean is" in printed
-    assert printed.count("alarm sampler_gap at step") == 1
-    assert rung(tmp_path / "run") == {"sampler_gap"}
-    gloo.run(1, run_training, config, two, f"run.output_dir={tmp_path / 'default'}")
-    assert rung(tmp_path / "default") == set()
+def test_a_sampler_that_agrees_does_not_ring(gloo, config, tmp_path):
+    """One that disagrees is refused at the first batch (`test_diverging_runs.py`), and rings at a later one."""
+    gloo.run(1, run_training, config, "run.num_steps=2")
+    assert rung(tmp_path / "run") == set()
 
 
 def test_steps_that_keep_nothing_ring_before_they_fail_the_run(gloo, config, tiny_model, tmp_path):
@@ -128,7 +123,7 @@ def test_steps_that_keep_nothing_ring_before_they_fail_the_run(gloo, config, tin
     assert "alarm nothing_kept at step 3: no response was kept in 3 steps in a row. Raise rollout.max_resp" in printed
     assert [line["alarm_nothing_kept"] for line in read_metrics(out)] == [0.0, 0.0, 1.0]
     assert state_of(out) == "step_000003"
-    with pytest.raises(RankFailed, match=r"5 steps in a row had .* no response to learn from"):
+    with pytest.raises(RankFailed, match=r"5 steps in a row had no response to learn from"):
         gloo.run(1, run_training, config, *settings, f"run.output_dir={tmp_path / 'on'}")
     assert [line["alarm_nothing_kept"] for line in read_metrics(tmp_path / "on")] == [0.0, 0.0, 1.0, 1.0, 1.0]
 

@@ -706,9 +706,39 @@ _CONFIG_FILE = (
         "merge(OmegaConf.from_dotlist(list(overrides)), OmegaConf.create(values))",
         "overrides override nothing",
     ),
-    ("elif isinstance(value, list):", "elif isinstance(value, tuple):", "resolvers in lists"),
     ("resolve=True)", "resolve=False)", "keys refer to nothing"),
     ("siblings, n=1)", "siblings[:1], n=1)", "no likely key"),
+)
+
+_CONFIG_TEXT = (
+    ("elif isinstance(value, list):", "elif isinstance(value, tuple):", "resolvers in lists"),
+    ('"${" in INTERPOLATION.sub("", text)', '"${" in INTERPOLATION.sub("${", text)', "every interpolation is refused"),
+    ('if "${" in INTERPOLATION', 'if "${oc.env:" in INTERPOLATION', "nested resolvers pass"),
+    ("number = counts.get(event.anchor, 1)", "number = 1", "aliases count once"),
+    ("if anchor:", "if not anchor:", "anchors are not counted"),
+    ("if key in path or", "if", "circles"),
+    ("total > MAX_VALUES", "total > MAX_VALUES**2", "bombs of aliases"),
+    ("for key in leaves) > MAX_CHARACTERS", "for key in leaves) > MAX_CHARACTERS**3", "bombs of interpolations"),
+    ("if len(open_nodes) >= MAX_DEPTH", "if len(open_nodes) >= MAX_VALUES", "depth"),
+)
+
+_FIRST_BATCH = (
+    ("gap > bound:", "gap < bound:", "who is refused"),
+    ("bound is not None and gap", "gap", "replayed rollouts"),
+    ('[~np.isfinite(columns["ref', '[np.isfinite(columns["ref', "which responses"),
+    ("prompt_ids[index // size]", "prompt_ids[index % size]", "which prompt"),
+    ('/ columns["num_response_tokens"].sum()', "/ len(rows)", "the mean over tokens"),
+)
+
+_REDACTION = (
+    ("len(secret) >= SHORTEST:", "len(secret) > 99:", "by value"),
+    ("reverse=True", "reverse=False", "the rest of a longer secret stays"),
+    ("_IN_URL.sub(rf", "_BEARER.sub(rf", "by place"),
+    (
+        "token|secret|password|passwd|credentials?)$",
+        "secret|password|passwd|credentials?)$",
+        "tokens of the environment",
+    ),
 )
 
 _OPERATIONS = (
@@ -1004,6 +1034,9 @@ _BY_FILE = {
     "metrics/counts.py": _COUNTS,
     "config_rules.py": _CONFIG_RULES,
     "config_file.py": _CONFIG_FILE,
+    "config_text.py": _CONFIG_TEXT,
+    "redaction.py": _REDACTION,
+    "training/first_batch.py": _FIRST_BATCH,
     "hf/operations.py": _OPERATIONS,
     "data/packing.py": _PACKING,
     "data/bins.py": _BINS,
@@ -1043,6 +1076,9 @@ GUARDS = {
     "metrics/counts.py": ("counts",),
     "config_rules.py": ("config", "realised_alpha"),
     "config_file.py": ("config",),
+    "config_text.py": ("hostile_config",),
+    "redaction.py": ("redaction",),
+    "training/first_batch.py": ("first_batch",),
     "hf/operations.py": ("operations", "conversion"),
     "data/packing.py": ("packing",),
     "data/bins.py": ("bins",),

@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).parents[2] / "megatron_powerflow"
 # Every file and folder at the top of the package, by floor: a floor imports lower ones only, and no room its neighbour.
 FLOORS = (
     ("former_names", "version"),
-    ("architecture", "console", "errors", "log_probs", "objective", "records", "whole_files"),
+    ("architecture", "console", "errors", "log_probs", "objective", "records", "redaction", "whole_files"),
     ("config", "journal", "random_streams", "targets"),
-    ("config_rules", "data", "metrics", "parallel", "recipes"),
+    ("config_rules", "config_text", "data", "metrics", "parallel", "recipes"),
     ("config_file", "environment", "hf", "model", "report"),
     ("checkpoint", "config_help", "hub", "rollout"),
     ("model_card", "training"),
@@ -34,8 +34,10 @@ FREE_OF_TORCH = (
     "config",
     "config_rules",
     "config_file",
+    "config_text",
     "records",
     "former_names",
+    "redaction",
     "architecture",
     "random_streams",
     "cli",

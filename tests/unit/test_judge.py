@@ -302,3 +302,50 @@ def test_too_few_attempts_and_prompts_without_text_are_refused():
     with pytest.raises(UserError, match="f:2: a prompt of token ids"):
         check_judgeable([Question("t", "poem", {"prompt_token_ids": [5]}, None, "f:2")], 1)
     check_judgeable([problem], 8)
+
+
+KEY = "sk-planted-0123456789"
+
+
+def test_a_judge_that_echoes_the_key_puts_it_nowhere(serve, tmp_path):
+    """Into its reply, into an error's reason, and into what no chat completion is."""
+    answers = {"reply": f"Score: 3. Your key is {KEY}.", "bad": (400, KEY)}
+    server = serve(lambda question, attempt: answers["bad" if "bad" in question else "reply"])
+    judge = quick(server, key=KEY)
+    assert ask(judge, "good") == ("Score: 3. Your key is [secret].", "")
+    reply, trouble = ask(judge, "bad")
+    assert reply is None
+    assert KEY not in trouble
+    questions = [Question("a", "creative", {"prompt": "a poem"}, None, "here")]
+    lines = {("creative", "a"): [{"response_index": 0, "text": "a text"}]}
+    printed = io.StringIO()
+    judge_responses(judge, questions, lines, tmp_path, make_console(printed))
+    assert any(header["Authorization"] == f"Bearer {KEY}" for header in server.headers)  # it was sent
+    assert "[secret]" in (tmp_path / "judgements.jsonl").read_text()
+    assert KEY not in (tmp_path / "judgements.jsonl").read_text() + printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "address", ["user:hunter2@host/v1", "hunter2@host/v1", "host/v1?key=hunter2", "host/v1#hunter2"]
+)
+def test_an_address_with_a_password_is_refused_without_it(address):
+    with pytest.raises(UserError, match="an address without user, password") as caught:
+        make_judge(f"https://{address}", "m", None)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://a:hunter2hunter2@b:x/v1", "file://me:hunter2hunter2@x/v1", "https://[::1/v1"]
+)
+def test_an_address_that_is_none_is_refused_without_its_password(address):
+    with pytest.raises(UserError, match="must be http") as caught:
+        make_judge(address, "m", None)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_key_is_not_read_of_an_endless_file(tmp_path):
+    from pathlib import Path
+
+    for path in (Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match="judge-key-file"):
+            make_judge("https://host/v1", "m", path)

@@ -80,3 +80,51 @@ def test_a_real_index_passes(tmp_path):
     state = {"a": torch.randn(3), "b": torch.zeros(2, dtype=torch.bfloat16), "c": {"plain": [1, "two", None]}}
     checkpoint.save(state, checkpoint_id=tmp_path)
     audit_checkpoint(tmp_path)
+
+
+def packed(content: bytes) -> bytes:
+    """The archive of torch.save, with its parts packed."""
+    import io
+    import zipfile
+
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return packed.getvalue()
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is_is_refused_unpacked(tmp_path):
+    """16 MB of zeros in a few kB, in the place of common.pt and of an entry that is no tensor."""
+    import io
+
+    from torch.distributed import checkpoint
+
+    file = io.BytesIO()
+    torch.save({"zeros": torch.zeros(2**22)}, file)
+    bomb = packed(file.getvalue())
+    assert len(bomb) < 100_000
+    checkpoint.save({"a": torch.randn(3)}, checkpoint_id=tmp_path)
+    (tmp_path / "common.pt").write_bytes(file.getvalue())
+    audit_checkpoint(tmp_path)
+    (tmp_path / "common.pt").write_bytes(bomb)
+    with pytest.raises(UserError, match=r"common.pt: refused"):
+        audit_checkpoint(tmp_path)
+    (tmp_path / "common.pt").unlink()
+    (tmp_path / "entry").mkdir()
+    checkpoint.save({"a": torch.randn(3), "b": {"plain": [1]}}, checkpoint_id=tmp_path / "entry")
+    metadata = pickle.loads((tmp_path / "entry" / ".metadata").read_bytes())
+    for index, place in metadata.storage_data.items():
+        if type(metadata.state_dict_metadata[index.fqn]).__name__ == "BytesStorageMetadata":
+            (tmp_path / "entry" / "bomb").write_bytes(bomb)
+            for name, value in {"relative_path": "bomb", "offset": 0, "length": len(bomb)}.items():
+                object.__setattr__(place, name, value)
+    (tmp_path / "entry" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="bytes that unpack to more"):
+        audit_checkpoint(tmp_path / "entry")
+
+
+def test_an_index_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".metadata")
+    with pytest.raises(UserError, match="no ordinary file"):
+        audit_checkpoint(tmp_path)
