@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import EXPORT_NAME
+from megatron_powerflow.checkpoint.keeping import Keeping
+from megatron_powerflow.checkpoint.saving import Saver
 from megatron_powerflow.checkpoint.state import RunProgress
 from megatron_powerflow.data.prompts import PromptStream
 from megatron_powerflow.errors import RequeueRequested, UserError
@@ -20,12 +21,13 @@ from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.model_card import card_files
+from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.parallel.together import on_main
 from megatron_powerflow.run_folder import run_folder, take_run_folder
 from megatron_powerflow.run_output import RunOutput, announced
 from megatron_powerflow.training.plan import Plan, write_config
-from megatron_powerflow.training.session import Session, build_session
+from megatron_powerflow.training.session import Session, build_session, from_whole_checkpoint
 from megatron_powerflow.training.step import run_step
 from megatron_powerflow.training.stop_signal import StopSignal
 
@@ -38,20 +40,26 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
     require_fp8_support(plan.config.precision, plan.architecture, plan.layout.cp)
     with run_folder(plan) as owner, initialized(plan.layout, launch, seed=plan.config.run.seed) as groups:
         on_main(lambda: take_run_folder(plan, owner), groups)
+        plan = from_whole_checkpoint(plan, groups, console)
         with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
             session = build_session(plan, groups)
         if groups.is_main:
-            write_config(plan)
-            plan.inputs.write(plan.run_folder)
             note_launch(
                 plan.run_folder,
                 command=command,
                 first_step=session.progress.step,
                 world_size=groups.world_size,
                 revisions=plan.located.revisions,
+                changed=[change.to_json() for change in plan.resume.changed],
             )
-        with RunOutput(plan, session, console) as output, StopSignal(plan.run_folder, owner, groups) as stop:
-            progress = run_steps(plan, session, output, stop)
+            write_config(plan)
+            plan.inputs.write(plan.run_folder)
+        with (
+            RunOutput(plan, session, console) as output,
+            StopSignal(plan.run_folder, owner, groups) as stop,
+            saver_of(plan, groups, console) as saver,
+        ):
+            progress = run_steps(plan, session, output, stop, saver)
             output.show_change()
             if plan.config.run.export and output.may_export():
                 with output.phase("export"):
@@ -69,7 +77,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
                     )
 
 
-def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal) -> RunProgress:
+def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal, saver: Saver) -> RunProgress:
     """The algorithm."""
     config, progress = plan.config, session.progress
     stream = PromptStream(
@@ -83,23 +91,32 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
         result = run_step(plan, session, prompts, step, phase=output.phase, progress=output.rollout_progress)
         progress = advance(progress, stream, skipped=result.skipped)
         output.write(step, result, progress)
+        if saver.is_pending:
+            with output.phase("checkpoint"):
+                saver.settle(wait=result.skipped)
         refuse_endless_skipping(progress, config.optimizer.max_skipped_steps)
         last = step + 1 == config.run.num_steps or output.alarmed() or output.reached()
         stopping = stop.requested()
         if last or stopping or (config.checkpoint.interval and (step + 1) % config.checkpoint.interval == 0):
             with output.phase("checkpoint"):
-                storage.save(
-                    plan.run_folder,
-                    session.trainable,
-                    progress,
-                    session.groups,
-                    companions=plan.hf_folder,
-                    keep=config.checkpoint.keep,
-                )
+                saver.save(session.trainable, progress, wait=last or stopping)
         if stopping and not last:
             raise RequeueRequested(f"stopped after step {step + 1}; the same command continues")
     output.evaluate_if_due(progress.step)
     return progress
+
+
+def saver_of(plan: Plan, groups: Groups, console: Console) -> Saver:
+    """Return what writes this run's checkpoints."""
+    section = plan.config.checkpoint
+    return Saver(
+        plan.run_folder,
+        groups,
+        companions=plan.hf_folder,
+        keeping=Keeping(section.keep, section.keep_every),
+        asynchronous=section.asynchronous,
+        say=console.print,
+    )
 
 
 def advance(progress: RunProgress, stream: PromptStream, *, skipped: bool) -> RunProgress:

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_powerflow.checkpoint.state import FORMAT
-from megatron_powerflow.checkpoint.storage import read_progress
+from megatron_powerflow.checkpoint.state import FORMAT, read_progress
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.data.prompts import load_prompts
 from megatron_powerflow.data.tokenizer import load_tokenizer
