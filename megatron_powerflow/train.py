@@ -93,7 +93,7 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal,
         output.write(step, result, progress)
         if saver.is_pending:
             with output.phase("checkpoint"):
-                saver.settle(wait=result.skipped)
+                saver.settle(wait=result.skipped, skipping=result.skipped)
         refuse_endless_skipping(progress, config.optimizer.max_skipped_steps)
         last = step + 1 == config.run.num_steps or output.alarmed() or output.reached()
         stopping = stop.requested()

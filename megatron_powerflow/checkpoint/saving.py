@@ -112,10 +112,11 @@ class Saver:
         self._pending = self._begin(trainable, progress)
         self.settle(wait=wait or not self._asynchronous)
 
-    def settle(self, *, wait: bool = False) -> None:
+    def settle(self, *, wait: bool = False, skipping: bool = False) -> None:
         """Finish the checkpoint that is being written, once all ranks have written theirs. Collective.
 
-        wait: for that. Raises UserError where any rank could not write; the last finished checkpoint is there then.
+        wait: for that. skipping: whether the step since then was skipped; then it does not become `latest`. Raises
+        UserError where any rank could not write; the last finished checkpoint is there then.
         """
         pending = self._pending
         if pending is None:
@@ -135,7 +136,7 @@ class Saver:
 
             def finish() -> None:
                 nonlocal notice
-                notice = self._finish(pending, shares)
+                notice = self._finish(pending, shares, skipping)
 
             failure = attempt(finish, *IO_ERRORS)
         self._stop_together(failure, pending.partial)
@@ -190,7 +191,7 @@ class Saver:
 
         pending.failure = attempt(work, Exception)  # whatever it is, it is raised where the ranks meet
 
-    def _finish(self, pending: Pending, shares: Sequence[tuple[dict[str, str], Sums]]) -> str | None:
+    def _finish(self, pending: Pending, shares: Sequence[tuple[dict[str, str], Sums]], skipping: bool) -> str | None:
         """Write the last files and the digests, then the name, then `latest`; then the old ones go. For the main rank.
 
         Returns what a user should know of it.
@@ -210,7 +211,7 @@ class Saver:
             sync(path)
         final = partial.with_suffix("")
         _rename(partial, final)
-        if why := _unsound(progress, proof):
+        if why := _unsound(progress, proof, skipping):
             return (
                 f"{final.name} is written and does not become `latest`, because {why}; no checkpoint is removed. "
                 f"checkpoint.resume={final.name} would continue from it"
@@ -279,9 +280,11 @@ def _rename(partial: Path, final: Path) -> None:
         shutil.rmtree(old)
 
 
-def _unsound(progress: RunProgress, proof: Proof) -> str | None:
+def _unsound(progress: RunProgress, proof: Proof, skipping: bool) -> str | None:
     if not proof.is_finite:
         return "weights are not finite"
     if progress.skipped_in_a_row:
         return f"steps are being skipped ({progress.skipped_in_a_row} in a row)"
+    if skipping:
+        return "the step after it had to be skipped"
     return None

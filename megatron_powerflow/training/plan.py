@@ -39,7 +39,7 @@ from megatron_powerflow.records import Prompt
 from megatron_powerflow.rollout.rollout_files import ReplayRequirements, find_rollouts, replay_violations
 from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
-from megatron_powerflow.training.resources import resource_violations
+from megatron_powerflow.training.resources import resource_violations, saving_line
 from megatron_powerflow.training.resume import Change, Resume, find_resume
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
 from megatron_powerflow.whole_files import write_file
@@ -183,7 +183,8 @@ def describe(plan: Plan) -> str:
     """The layout and the sizes of a run, for `powerflow check`."""
     config, architecture = plan.config, plan.architecture
     rollouts = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
-    resumes = f"continues {plan.resume_from.name}" if plan.resume_from else "starts anew"
+    large = "its large files are compared with their digests when training starts"
+    resumes = f"continues {plan.resume_from.name}; {large}" if plan.resume_from else "starts anew"
     mixture = architecture.experts
     experts = f" ({mixture.per_token} of {mixture.num} experts a token)" if mixture else ""
     dropped = f", {plan.num_prompts_too_long} too long and dropped" if plan.num_prompts_too_long else ""
@@ -201,6 +202,7 @@ def describe(plan: Plan) -> str:
             *temperature_lines(config),
             f"run       {config.run.num_steps} steps into {config.run.output_dir} ({resumes}), "
             f"{config.run.num_steps * config.rollout.prompts_per_step / len(plan.prompts):.2g} epochs of the prompts",
+            saving_line(config, num_parameters(architecture), plan.layout.world_size),
             f"layout    {plan.layout.describe()}",
             plan.layout.picture(),
             *(f"notice    {notice}" for notice in plan.notices),
