@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from megatron_powerflow.checkpoint.choice import flaw_of, is_sound, step_of
@@ -47,7 +47,7 @@ from megatron_powerflow.hf.files import copy_companions
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import any_rank, attempt, gather_to_main, raise_together
-from megatron_powerflow.whole_files import give_usual_mode, sync, write_file
+from megatron_powerflow.whole_files import sync, write_file
 
 
 @dataclass
@@ -126,6 +126,8 @@ class Saver:
         elif any_rank(pending.thread.is_alive(), self._groups):
             return
         self._pending = None
+        if pending.failure is not None and not isinstance(pending.failure, (UserError, *IO_ERRORS)):
+            raise pending.failure  # a fault of the program: with its traceback
         self._stop_together(pending.failure, pending.partial)
         failure = attempt(lambda: finalize(pending.request), *IO_ERRORS)
         self._stop_together(failure, pending.partial)
@@ -189,7 +191,7 @@ class Saver:
             pending.digests = {path.as_posix(): digest_of(partial / path) for path in written}
             pending.sums = sums_of(pending.writer.pieces()) + _of_head(pending.head)
 
-        pending.failure = attempt(work, Exception)  # whatever it is, it is raised where the ranks meet
+        pending.failure = attempt(work, Exception)  # raised where the ranks meet
 
     def _finish(self, pending: Pending, shares: Sequence[tuple[dict[str, str], Sums]], skipping: bool) -> str | None:
         """Write the last files and the digests, then the name, then `latest`; then the old ones go. For the main rank.
@@ -252,9 +254,8 @@ def head_tensors(head: LogZHead) -> dict[str, Tensor]:
 
 
 def save_head(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write them, readable for whom the umask allows. Raises OSError or SafetensorError."""
-    save_file(tensors, path)
-    give_usual_mode(path)
+    """Write them. Raises OSError or SafetensorError."""
+    path.write_bytes(save(tensors))  # not save_file, whose files only their owner can read
 
 
 def _fresh_folder(partial: Path) -> None:

@@ -139,6 +139,8 @@ class ShardWriter:
 
         Then `write` of the writer on each rank, and, when all have done so, `finalize` of the request, collectively.
         """
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what other streams have yet to do to the weights
         request = dist_checkpointing.save(
             state,
             str(folder),

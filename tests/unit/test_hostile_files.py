@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_powerflow.checkpoint.state import FORMAT, read_progress
+from megatron_powerflow.checkpoint.digests import digest_of, write_sums
+from megatron_powerflow.checkpoint.state import Proof, RunProgress, progress_text, read_progress, read_proof
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.data.prompts import load_prompts
 from megatron_powerflow.data.tokenizer import load_tokenizer
@@ -127,15 +128,9 @@ class World:
         (run / "evaluations.jsonl").write_text('{"step": 0, "accuracy": 0.5, "pass_at": {"1": 0.5}}\n')
         values = {"format": 1, "today": "2026-11-26", "paths": {}, "digests": {"prompts": "x"}, "replay": {}}
         (checkpoint / "inputs.json").write_text(json.dumps(values | {"versions": {"tokenizers": "0"}}))
-        progress = {
-            "format": FORMAT,
-            "step": 2,
-            "position": 4,
-            "skipped_in_a_row": 0,
-            "num_skipped": 0,
-            "wandb_run_id": "x",
-        }
-        (checkpoint / "progress.json").write_text(json.dumps(progress))
+        text = progress_text(RunProgress(2, 4, 0, 0, "x"), Proof("1" * 16, "", "2" * 16, 2, True))
+        (checkpoint / "progress.json").write_text(text)
+        write_sums(checkpoint, {path.name: digest_of(path) for path in checkpoint.iterdir()})
 
     def tokenized(self) -> None:
         tokenizer = load_tokenizer(self.model)
@@ -169,8 +164,13 @@ class World:
             "rollouts": (saved, "lines", lambda: read_rollouts(find_rollouts(folder / "saved") / saved.name, 300)),
             "run's config": (run / "config.yaml", "yaml", lambda: find_resume(config)),
             "latest": (run / "checkpoints" / "latest", None, lambda: find_resume(config)),
+            "SHA256SUMS": (checkpoint / "SHA256SUMS", None, lambda: find_resume(config)),
             "inputs.json": (checkpoint / "inputs.json", "json", lambda: read_inputs(checkpoint)),
-            "progress.json": (checkpoint / "progress.json", "json", lambda: read_progress(checkpoint)),
+            "progress.json": (
+                checkpoint / "progress.json",
+                "json",
+                lambda: (read_progress(checkpoint), read_proof(checkpoint)),
+            ),
             "metrics.jsonl": (run / "metrics.jsonl", "lines", lambda: read_runs([run], [])),
             "evaluations.jsonl": (run / "evaluations.jsonl", "lines", lambda: read_runs([run], [])),
             "launches.jsonl": (run / "launches.jsonl", "lines", lambda: read_runs([run], [])),
@@ -185,6 +185,7 @@ def world(tiny_model, tmp_path_factory) -> World:
 NAMES = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "weights", "config.yaml"),
     *("prompts.jsonl", "list.json", "table.csv", "rollouts", "run's config", "latest", "inputs.json", "progress.json"),
+    "SHA256SUMS",
     *("metrics.jsonl", "evaluations.jsonl", "launches.jsonl"),
 )
 
