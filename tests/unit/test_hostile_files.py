@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from megatron_powerflow.checkpoint.digests import digest_of, write_sums
-from megatron_powerflow.checkpoint.state import Proof, RunProgress, progress_text, read_progress, read_proof
+from megatron_powerflow.checkpoint.state import Proof, RunProgress, progress_text
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.data.prompts import load_prompts
 from megatron_powerflow.data.tokenizer import load_tokenizer
