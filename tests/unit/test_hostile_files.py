@@ -169,7 +169,7 @@ class World:
             "progress.json": (
                 checkpoint / "progress.json",
                 "json",
-                lambda: (read_progress(checkpoint), read_proof(checkpoint)),
+                lambda: is_sound(checkpoint),
             ),
             "metrics.jsonl": (run / "metrics.jsonl", "lines", lambda: read_runs([run], [])),
             "evaluations.jsonl": (run / "evaluations.jsonl", "lines", lambda: read_runs([run], [])),
