@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_powerflow.checkpoint.choice import is_sound
 from megatron_powerflow.checkpoint.digests import digest_of, write_sums
 from megatron_powerflow.checkpoint.state import Proof, RunProgress, progress_text
 from megatron_powerflow.config_file import load_config
