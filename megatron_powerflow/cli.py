@@ -80,8 +80,23 @@ class PromptAs(StrEnum):
     text = "text"
 
 
+OverriddenKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override-resume",
+        metavar="KEY",
+        help="let a run go on although this key is not as it was; repeatable",
+        show_default=False,
+    ),
+]
+
+
 @app.command()
-def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: Overrides = None) -> None:
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Overrides = None,
+    override_resume: OverriddenKeys = None,
+) -> None:
     """Train: alone, under torchrun, or under srun. Started again, the same command continues.
 
     Example: torchrun --nproc-per-node 2 -m megatron_powerflow.cli train examples/configs/local.yaml parallel.pp=2
@@ -91,8 +106,9 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
     from megatron_powerflow.training.fetched import fetch_inputs
     from megatron_powerflow.training.plan import make_plan
 
-    located = fetch_inputs(settings, launch, world_size=launch.world_size)
-    plan = make_plan(settings, launch.world_size, located=located)
+    overridden = override_resume or ()
+    located = fetch_inputs(settings, launch, world_size=launch.world_size, overridden=overridden)
+    plan = make_plan(settings, launch.world_size, located=located, overridden=overridden)
     console = make_console()
     if launch.is_main:
         from megatron_powerflow.training.plan import describe
@@ -116,6 +132,7 @@ def check(
     config: Annotated[Path, typer.Argument(help="YAML file")],
     overrides: Overrides = None,
     world_size: Annotated[int | None, typer.Option(help="processes; default: one replica, tp * cp * pp")] = None,
+    override_resume: OverriddenKeys = None,
 ) -> None:
     """Say everything that is wrong with a run, without GPUs or processes; or print its layout.
 
@@ -129,8 +146,9 @@ def check(
 
     parallel = settings.parallel
     world_size = world_size or parallel.tp * parallel.cp * parallel.pp
-    located = fetch_inputs(settings, read_launch(), world_size=world_size, weights=False)
-    plan = make_plan(settings, world_size, weights=False, located=located)
+    overridden = override_resume or ()
+    located = fetch_inputs(settings, read_launch(), world_size=world_size, weights=False, overridden=overridden)
+    plan = make_plan(settings, world_size, weights=False, located=located, overridden=overridden)
     from megatron_powerflow.run_folder import holder_of
 
     if held := holder_of(plan.run_folder):

@@ -9,6 +9,7 @@ processes (`parallel/layout.py`, `training/plan.py`). Imports no torch.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
@@ -209,13 +210,31 @@ class OptimizerSection(Section):
 
 class CheckpointSection(Section):
     interval: NonNegativeInt = Field(50, description="steps between checkpoints; 0: only the last step")
-    resume: Literal["auto", "never"] = Field("auto", description="auto: continue from `latest` if it is there")
+    resume: str = Field(
+        "latest",
+        description="where a run that has checkpoints goes on: latest, an earlier one (step_000100), or never: refuse; "
+        "auto is an old word for latest",
+    )
     keep: PositiveInt | None = Field(None, description="newest checkpoints to keep; default: all")
+    keep_every: PositiveInt | None = Field(
+        None, description="steps: of every so many-th step the checkpoint stays, beside the newest; default: none"
+    )
+    asynchronous: bool = Field(
+        True, description="write a copy of the state while training goes on; false: each save waits for the disk"
+    )
 
     @field_validator("resume", mode="before")
     @classmethod
-    def yes_or_no(cls, value: Any) -> Any:
-        return ("auto" if value else "never") if isinstance(value, bool) else value
+    def names_a_step(cls, value: Any) -> Any:
+        if value in (True, "auto"):
+            return "latest"
+        if value is False:
+            return "never"
+        if value in ("latest", "never"):
+            return value
+        if isinstance(value, str) and (match := re.fullmatch(r"step_(\d{1,12})", value)):
+            return f"step_{int(match[1]):06d}"
+        raise ValueError("must be latest, never, or the name of a checkpoint, such as step_000100")
 
 
 class EvaluationSection(Section):

@@ -93,6 +93,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("precision.fp8_format", "hybrid", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
     ("parallel.micro_batch_size", 4, _pads, "parallel.max_tokens_per_micro_batch packs instead"),
     ("parallel.vpp", None, lambda c: c.parallel.pp > 1, "parallel.pp=1"),
+    ("checkpoint.keep_every", None, lambda c: c.checkpoint.keep is not None, "checkpoint.keep is not given: all stay"),
     ("evaluation.samples", 3, _has_engine, "rollout.replay trains without an engine"),
     ("evaluation.prompts", None, _has_engine, "rollout.replay trains without an engine"),
     ("evaluation.num_prompts", None, lambda c: c.evaluation.prompts is not None, "evaluation.prompts is not given"),
@@ -128,6 +129,11 @@ def contradictions(config: Config) -> list[str]:
         violations.append(
             f"optimizer.updates_per_rollout={optimizer.updates_per_rollout} does not divide "
             f"rollout.prompts_per_step={rollout.prompts_per_step}: each update takes whole groups"
+        )
+    interval, keep_every = config.checkpoint.interval, config.checkpoint.keep_every
+    if keep_every is not None and (interval == 0 or keep_every % interval):
+        violations.append(
+            f"checkpoint.keep_every={keep_every} is no multiple of checkpoint.interval={interval}; choose one that is"
         )
     violations += _alpha_out_of_reach(config)
     asked, steps = config.run.stop_on_alarm, config.alarm.nothing_kept_steps

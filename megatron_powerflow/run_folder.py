@@ -41,7 +41,7 @@ def take_run_folder(plan: Plan, owner: Owner) -> None:
     Raises UserError where another process holds it, or held it since the plan was made and went on with the run.
     """
     owner.take()
-    newest = find_resume(plan.config)
+    newest = find_resume(plan.config, plan.overridden).checkpoint
     if newest != plan.resume_from:
         raise UserError(
             f"{plan.run_folder}: another process went on with this run, to {newest.name if newest else 'nothing'}, "

@@ -161,10 +161,6 @@ class RunOutput:
             writer.write(StepMetrics(step, values))
         self._events.step(step)
 
-    def saved(self, step: int) -> None:
-        """Note that a checkpoint of `step` steps is complete. Collective."""
-        on_main(lambda: self._events.saved(step), self._session.groups)
-
     def _listen(self, step: int, values: dict[str, float]) -> None:
         """Add the alarms to the metrics, and print each one when it begins."""
         self._lines.append(values)

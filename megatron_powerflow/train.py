@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import EXPORT_NAME
+from megatron_powerflow.checkpoint.keeping import Keeping
+from megatron_powerflow.checkpoint.saving import Saver
 from megatron_powerflow.checkpoint.state import RunProgress
 from megatron_powerflow.data.prompts import PromptStream
 from megatron_powerflow.errors import RequeueRequested
@@ -27,7 +28,7 @@ from megatron_powerflow.run_events import RunEvents, begin
 from megatron_powerflow.run_folder import run_folder, take_run_folder
 from megatron_powerflow.run_output import RunOutput, announced
 from megatron_powerflow.training.plan import Plan, write_config
-from megatron_powerflow.training.session import Session, build_session
+from megatron_powerflow.training.session import Session, build_session, from_whole_checkpoint
 from megatron_powerflow.training.skipped import refuse_endless_skipping
 from megatron_powerflow.training.step import run_step
 from megatron_powerflow.training.stop_signal import StopSignal
@@ -43,14 +44,16 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
         on_main(lambda: take_run_folder(plan, owner), groups)
         with RunEvents(plan.run_folder) as events:
             begin(events, groups)
+            plan = from_whole_checkpoint(plan, groups, console)
             with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
                 session = build_session(plan, groups)
             on_main(lambda: note_start(plan, groups, command, session.progress.step), groups)
             with (
                 RunOutput(plan, session, console, events) as output,
                 StopSignal(plan.run_folder, owner, groups) as stop,
+                saver_of(plan, groups, console, events) as saver,
             ):
-                progress = run_steps(plan, session, output, stop)
+                progress = run_steps(plan, session, output, stop, saver)
                 output.show_change()
                 if plan.config.run.export and output.may_export():
                     with output.phase("export"):
@@ -60,15 +63,16 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
 
 def note_start(plan: Plan, groups: Groups, command: str, first_step: int) -> None:
     """Write what this start is into the run's folder. For the main rank; raises OSError."""
-    write_config(plan)
-    plan.inputs.write(plan.run_folder)
     note_launch(
         plan.run_folder,
         command=command,
         first_step=first_step,
         world_size=groups.world_size,
         revisions=plan.located.revisions,
+        changed=[change.to_json() for change in plan.resume.changed],
     )
+    write_config(plan)
+    plan.inputs.write(plan.run_folder)
 
 
 def export_policy(plan: Plan, session: Session, step: int, command: str) -> None:
@@ -86,7 +90,7 @@ def export_policy(plan: Plan, session: Session, step: int, command: str) -> None
     )
 
 
-def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal) -> RunProgress:
+def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal, saver: Saver) -> RunProgress:
     """The algorithm."""
     config, progress = plan.config, session.progress
     stream = PromptStream(
@@ -100,24 +104,33 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
         result = run_step(plan, session, prompts, step, phase=output.phase, progress=output.rollout_progress)
         progress = advance(progress, stream, skipped=result.skipped)
         output.write(step, result, progress)
+        if saver.is_pending:
+            with output.phase("checkpoint"):
+                saver.settle(wait=result.skipped, skipping=result.skipped)
         refuse_endless_skipping(plan, session, result, progress)
         last = step + 1 == config.run.num_steps or output.alarmed() or output.reached()
         stopping = stop.requested()
         if last or stopping or (config.checkpoint.interval and (step + 1) % config.checkpoint.interval == 0):
             with output.phase("checkpoint"):
-                storage.save(
-                    plan.run_folder,
-                    session.trainable,
-                    progress,
-                    session.groups,
-                    companions=plan.hf_folder,
-                    keep=config.checkpoint.keep,
-                )
-            output.saved(progress.step)
+                saver.save(session.trainable, progress, wait=last or stopping)
         if stopping and not last:
             raise RequeueRequested(f"stopped after step {step + 1}; the same command continues", by=stop.by)
     output.evaluate_if_due(progress.step)
     return progress
+
+
+def saver_of(plan: Plan, groups: Groups, console: Console, events: RunEvents) -> Saver:
+    """Return what writes this run's checkpoints, and notes them as events."""
+    section = plan.config.checkpoint
+    return Saver(
+        plan.run_folder,
+        groups,
+        companions=plan.hf_folder,
+        keeping=Keeping(section.keep, section.keep_every),
+        asynchronous=section.asynchronous,
+        say=console.print,
+        saved=events.saved,
+    )
 
 
 def advance(progress: RunProgress, stream: PromptStream, *, skipped: bool) -> RunProgress:

@@ -22,7 +22,7 @@ def digest_share(folder: Path, rank: int, world_size: int) -> dict[str, str]:
     Raises OSError.
     """
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return {name: _digest(folder / name) for name in _share(folder, names, rank, world_size) if name != SUMS_NAME}
+    return {name: digest_of(folder / name) for name in _share(folder, names, rank, world_size) if name != SUMS_NAME}
 
 
 def write_sums(folder: Path, digests: dict[str, str]) -> None:
@@ -39,18 +39,29 @@ def check_share(folder: Path, rank: int, world_size: int) -> None:
 
     Raises UserError with every file of the share that is missing, damaged or not in SHA256SUMS.
     """
+    if bad := damage_of_share(folder, rank, world_size):
+        raise UserError(f"{folder}: {', '.join(bad)}; resume from another checkpoint (checkpoints/latest names it)")
+
+
+def damage_of_share(folder: Path, rank: int, world_size: int) -> list[str]:
+    """Return what is wrong with this rank's share of the files. Raises UserError without SHA256SUMS, or OSError."""
     expected = read_sums(folder)
     unlisted = [path.relative_to(folder).as_posix() for path in folder.glob("policy/*") if path.is_file()]
+    return damage_of(folder, _share(folder, {*expected, *unlisted}, rank, world_size))
+
+
+def damage_of(folder: Path, names: Iterable[str]) -> list[str]:
+    """Returns which of these files are not there or not what was written. Raises OSError."""
+    expected = read_sums(folder)
     bad = []
-    for name in _share(folder, {*expected, *unlisted}, rank, world_size):
+    for name in names:
         if not (folder / name).is_file():
             bad.append(f"{name} is missing")
         elif name not in expected:
             bad.append(f"{name} is not in {SUMS_NAME}")
-        elif _digest(folder / name) != expected[name]:
+        elif digest_of(folder / name) != expected[name]:
             bad.append(f"{name} is damaged")
-    if bad:
-        raise UserError(f"{folder}: {', '.join(bad)}; resume from another checkpoint (checkpoints/latest names it)")
+    return bad
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -80,6 +91,7 @@ def _share(folder: Path, names: Iterable[str], rank: int, world_size: int) -> li
     return sorted(sizes, key=lambda name: (-sizes[name], name))[rank::world_size]
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

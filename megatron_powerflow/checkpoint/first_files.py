@@ -6,6 +6,8 @@ other settings. Left out: who holds the folder (`parallel/owner.py`); what comes
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 from megatron_powerflow.checkpoint.folder import CHECKPOINTS_NAME, CONFIG_NAME, INPUTS_NAME, LOCK_NAME, STOP_NAME
@@ -83,10 +85,13 @@ def remove_first_files(folder: Path, *, keep_events: bool = False) -> None:
 
 
 def remove_cut_off_files(folder: Path) -> None:
-    """Remove what is left of files that were being written when a start was killed.
+    """Remove what is left of files and checkpoints that were being written when a start was killed.
 
     Only the holder of the folder may call it.
     """
     for path in folder.glob(".*" + PARTIAL_SUFFIX):
         if is_partial_of(path.name, FIRST_FILES if holds_a_run(folder) else (CONFIG_NAME,)):
             path.unlink(missing_ok=True)
+    for path in (folder / CHECKPOINTS_NAME).glob("step_*" + PARTIAL_SUFFIX):
+        if re.fullmatch(rf"step_\d{{6,}}{re.escape(PARTIAL_SUFFIX)}", path.name):
+            shutil.rmtree(path, ignore_errors=True)

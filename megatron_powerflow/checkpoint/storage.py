@@ -1,52 +1,31 @@
-"""How is a run's state put on disk so that a crash loses nothing that was finished?
+"""How does a run's state, or the policy's weights alone, come back from a checkpoint? And what is a state to Megatron?
 
-    RUN/checkpoints/step_000050/     policy/   torch_dist shards of weights and optimizer (any layout can load them)
-                                     hf/       the source's config.json, tokenizer, generation config, chat template
-                                     log_z_head.safetensors, progress.json, config.yaml, SHA256SUMS
-    RUN/checkpoints/latest           the name of the newest complete checkpoint
-
-A checkpoint is written under another name and renamed when complete; `latest` is replaced after that. A full disk or
-a kill in between leaves the one before as it was.
-
-Left out: asynchronous saving; the Hugging Face export (`hf/live_weights.py`).
+Left out: saving (`saving.py`); the digests of the files, which are compared before anything is loaded (`whole.py`); the
+Hugging Face export (`hf/live_weights.py`).
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_powerflow.checkpoint.digests import check_share, digest_share, write_sums
-from megatron_powerflow.checkpoint.folder import (
-    HF_NAME,
-    INPUTS_NAME,
-    LATEST_NAME,
-    POLICY_NAME,
-    checkpoint_name,
-    checkpoints_of,
-    is_converted,
-    tensors_folder,
-)
+from megatron_powerflow.checkpoint.contents import Sums, sums_of
+from megatron_powerflow.checkpoint.digests import check_share
+from megatron_powerflow.checkpoint.folder import HEAD_NAME, POLICY_NAME, is_converted, tensors_folder
 from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
-from megatron_powerflow.checkpoint.state import FORMAT, RunProgress, Trainable
+from megatron_powerflow.checkpoint.shards import pieces_of
+from megatron_powerflow.checkpoint.state import Proof, RunProgress, Trainable, read_progress, read_proof
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.hf.files import copy_companions
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.together import attempt, gather_to_main, raise_together
-from megatron_powerflow.whole_files import give_usual_mode, sync, write_file
+from megatron_powerflow.parallel.together import attempt, raise_together
 
-HEAD_FILE = "log_z_head.safetensors"
-PROGRESS_FILE = "progress.json"
 EXTRA_STATE = "_extra_state"
 # "fully_reshardable": optimizer moments are stored like weights, whatever split wrote them
 METADATA = {
@@ -54,51 +33,22 @@ METADATA = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
+SETTINGS = ("betas", "eps", "weight_decay")  # of Adam's parameter groups; the rate is set at each step
 IO_ERRORS = (OSError, RuntimeError, CheckpointException, CheckpointingException, SafetensorError)
 
 
-def save(
-    run: Path, trainable: Trainable, progress: RunProgress, groups: Groups, *, companions: Path, keep: int | None
-) -> Path:
-    """Write a checkpoint of this step and make it `latest`. Collective. Returns its folder.
-
-    companions: the HF folder whose small files make the checkpoint self-contained. keep: newest to keep, None: all.
-    Raises UserError when the disk fills up or cannot be written; the previous checkpoint is still there then.
-    """
-    final = run / "checkpoints" / checkpoint_name(progress.step)
-    partial = final.with_name(final.name + ".partial")
-    failure = None
-    if groups.is_main:
-        failure = attempt(lambda: _fresh_folder(partial), *IO_ERRORS)
-    _stop_together(failure, partial, groups)
-    failure = attempt(lambda: _save_policy(partial / POLICY_NAME, trainable, groups), *IO_ERRORS)
-    _stop_together(failure, partial, groups)
-    head = trainable.head
-    if head is not None and groups.tp_rank == groups.cp_rank == groups.dp_rank == 0:
-        failure = attempt(lambda: _save_head(partial / HEAD_FILE, head), *IO_ERRORS)
-    if groups.is_main and failure is None:
-        failure = attempt(lambda: _save_small_files(run, partial, progress, companions), *IO_ERRORS)
-    _stop_together(failure, partial, groups)
-    digests: dict[str, str] = {}
-    failure = attempt(lambda: digests.update(digest_share(partial, groups.rank, groups.world_size)), *IO_ERRORS)
-    _stop_together(failure, partial, groups)
-    shares = gather_to_main(digests, groups)
-    if shares is not None:
-        failure = attempt(lambda: _finish(run, partial, final, shares, keep), *IO_ERRORS)
-    _stop_together(failure, partial, groups)
-    return final
-
-
 def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> RunProgress:
-    """Fill `trainable` in place from a checkpoint of any layout. Collective.
+    """Fill `trainable` in place from a checkpoint of any layout, and compare what it holds then with what was saved.
+    Collective.
 
-    Nothing in the checkpoint is executed: pickled parts are audited first. Raises UserError when it is damaged.
+    Nothing in the checkpoint is executed: pickled parts are audited first. Its files have been compared with their
+    digests before (`whole.py`). Raises UserError when it cannot be loaded, or is not what was saved.
     """
-    progress = read_progress(checkpoint)
-    _refuse_damage(checkpoint, groups)
+    progress, proof = read_progress(checkpoint), read_proof(checkpoint)
     audit_checkpoint(checkpoint / POLICY_NAME)
     _init_optimizer_state(trainable)
-    sharded = _sharded_state(trainable, groups, is_loading=True)
+    own = [{name: group[name] for name in SETTINGS if name in group} for group in trainable.optimizer.param_groups]
+    sharded = sharded_state(trainable, is_loading=True)
     try:
         state = dist_checkpointing.load(sharded, str(checkpoint / POLICY_NAME))
         saved = dist_checkpointing.load_common_state_dict(str(checkpoint / POLICY_NAME))
@@ -106,9 +56,63 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> RunProgress:
         raise UserError(f"{checkpoint}: cannot be loaded: {' '.join(str(error).split())[:500]}") from error
     _load_chunks(trainable.chunks, state)
     _load_optimizer(trainable, _fitting(state["optimizer"], sharded["optimizer"], saved["optimizer"]))
+    for group, settings in zip(trainable.optimizer.param_groups, own, strict=True):
+        group.update(settings)  # the config's, which may have changed, and not the checkpoint's
     if trainable.head is not None:
-        _load_head(checkpoint / HEAD_FILE, trainable.head)
+        _load_head(checkpoint / HEAD_NAME, trainable.head)
+    if proof is not None:
+        _compare(checkpoint, proof, loaded_proof(trainable, groups))
     return progress
+
+
+def loaded_proof(trainable: Trainable, groups: Groups) -> Proof:
+    """What this run's state is at the moment, in the sums of `contents.py`. Collective; the same on every rank."""
+    mine = sums_of(pieces_of(sharded_state(trainable, is_loading=False)))
+    everyone: list[Sums] = [Sums()] * groups.world_size
+    dist.all_gather_object(everyone, mine, group=groups.control)
+    return proof_of(sum(everyone, Sums()), optimizer_step(trainable, groups))
+
+
+def proof_of(sums: Sums, optimizer_step: int) -> Proof:
+    """What is written of the sums over all ranks."""
+    return Proof(
+        weights=f"{sums.weights:016x}",
+        masters=f"{sums.masters:016x}" if sums.num_masters else "",
+        moments=f"{sums.moments:016x}",
+        optimizer_step=optimizer_step,
+        is_finite=sums.is_finite,
+    )
+
+
+def optimizer_step(trainable: Trainable, groups: Groups) -> int:
+    """How many updates Adam has made. Collective: a rank without parameters takes the others' word."""
+    steps = [0]
+    for part in _optimizer_parts(trainable):
+        held = part.optimizer.state.values() if isinstance(part.optimizer, torch.optim.AdamW) else ()
+        steps += [int(values["step"]) for values in held if "step" in values]
+        steps += [int(group["step"]) for group in part.optimizer.param_groups if "step" in group]
+    largest = torch.tensor([max(steps)])
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.control)
+    return int(largest.item())
+
+
+def _compare(checkpoint: Path, saved: Proof, loaded: Proof) -> None:
+    """Raises UserError with everything that is not as it was saved. Main copies are compared where both runs have
+    them."""
+    kinds = {"weights": "weights", "masters": "main copies of the weights", "moments": "Adam's moments"}
+    wrong = []
+    for name, what in kinds.items():
+        then, now = getattr(saved, name), getattr(loaded, name)
+        if then != now and (name != "masters" or (then and now)):
+            wrong.append(f"{what} (sum {now}, saved {then})")
+    if saved.optimizer_step != loaded.optimizer_step:
+        wrong.append(f"Adam's step ({loaded.optimizer_step}, saved {saved.optimizer_step})")
+    if wrong:
+        raise UserError(
+            f"{checkpoint}: what was loaded is not what was saved: {', '.join(wrong)}. Its files are those that were "
+            "written, so that this is a fault of the program or of this machine's memory; start again, elsewhere if "
+            "it comes back, or continue from another checkpoint (checkpoint.resume=step_N)"
+        )
 
 
 def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
@@ -126,36 +130,14 @@ def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
     _load_chunks(chunks, state)
 
 
-def read_progress(checkpoint: Path) -> RunProgress:
-    """progress.json of a checkpoint. Raises UserError when it is missing, damaged or of another format."""
-    path = checkpoint / PROGRESS_FILE
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("no ordinary file")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); is {checkpoint} a checkpoint of this program?") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise UserError(f"{path}: not a progress file of format {FORMAT}")
-    return RunProgress.from_json(values, str(path))
-
-
 def _refuse_damage(checkpoint: Path, groups: Groups) -> None:
     """Every rank checks its share of the files; all of them refuse together. Collective."""
     failure = attempt(lambda: check_share(checkpoint, groups.rank, groups.world_size), UserError, *IO_ERRORS)
     raise_together(failure, lambda text: f"{checkpoint}: cannot be read ({text})", groups)
 
 
-def _fresh_folder(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / POLICY_NAME).mkdir(parents=True)
-
-
-def _save_policy(folder: Path, trainable: Trainable, groups: Groups) -> None:
-    dist_checkpointing.save(_sharded_state(trainable, groups, is_loading=False), str(folder), content_metadata=METADATA)
-
-
-def _sharded_state(trainable: Trainable, groups: Groups, *, is_loading: bool) -> dict:
+def sharded_state(trainable: Trainable, *, is_loading: bool) -> dict:
+    """What there is to save, or to load into, as Megatron's sharded tensors."""
     from megatron.core import parallel_state
 
     models = {f"model{index}": _model_state(chunk) for index, chunk in enumerate(trainable.chunks)}
@@ -252,12 +234,6 @@ def _load_optimizer(trainable: Trainable, state: dict) -> None:
             part.optimizer.state[parameter]["step"] = step.clone()
 
 
-def _save_head(path: Path, head: LogZHead) -> None:
-    tensors = {f"head.{name}": value.contiguous() for name, value in head.state_dict().items()}
-    save_file(tensors, path)
-    give_usual_mode(path)
-
-
 def _load_head(path: Path, head: LogZHead) -> None:
     """The log Z' head. Raises UserError when the file does not fit the head of this run, or was written when the head
     was moved by Adam: its hidden layers are trained there, and its rate meant something else."""
@@ -273,55 +249,3 @@ def _load_head(path: Path, head: LogZHead) -> None:
         head.load_state_dict(own, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: does not hold the log Z' head of this run: {error}") from None
-
-
-def _save_small_files(run: Path, partial: Path, progress: RunProgress, companions: Path) -> None:
-    copy_companions(companions, partial / HF_NAME, dtype=None)
-    for name in ("config.yaml", INPUTS_NAME):
-        shutil.copyfile(run / name, partial / name)
-    values = {"format": FORMAT, **progress.to_json()}
-    (partial / PROGRESS_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _finish(run: Path, partial: Path, final: Path, shares: Sequence[dict[str, str]], keep: int | None) -> None:
-    """The digests, then the name, then `latest`, then the old ones away."""
-    write_sums(partial, {name: digest for share in shares for name, digest in share.items()})
-    _sync_all(partial)
-    old = final.with_name(final.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    if final.exists():  # of a run that went on from an earlier checkpoint than its last
-        final.rename(old)
-    partial.rename(final)
-    sync(final.parent)
-    write_file(final.with_name(LATEST_NAME), final.name + "\n")
-    if old.exists():
-        shutil.rmtree(old)
-    if keep is not None:
-        # those of later steps, from which the run went back, are not for this run to count or remove
-        known = checkpoints_of(run)
-        for earlier in known[: known.index(final) + 1][:-keep]:
-            shutil.rmtree(earlier)
-
-
-def _sync_all(folder: Path) -> None:
-    """Have the kernel write everything out before the folder gets its name."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
-
-
-def _stop_together(failure: BaseException | None, partial: Path, groups: Groups) -> None:
-    """Where any rank has failed, a UserError on all of them, and the unfinished folder away."""
-    try:
-        raise_together(
-            failure,
-            lambda text: (
-                f"{partial.with_suffix('')}: the checkpoint could not be written ({text}); earlier checkpoints are "
-                "untouched; free space on that disk and start the same command again"
-            ),
-            groups,
-        )
-    except UserError:
-        if groups.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import (
     is_converted,
     run_of,
 )
+from megatron_powerflow.checkpoint.state import read_progress
 from megatron_powerflow.commands.open_model import OpenModel, load_chunks
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.live_weights import export_to_hf
@@ -32,7 +32,7 @@ def export_file(opened: OpenModel, out: Path, launch: Launch, console: Console, 
     require(export_target(out).refusals(apart_from=opened.keeps.apart_from, not_over=opened.keeps.not_over))
     card = None
     if launch.is_main and not is_converted(opened.checkpoint):
-        card = card_files(run_of(opened.checkpoint), storage.read_progress(opened.checkpoint).step, command)
+        card = card_files(run_of(opened.checkpoint), read_progress(opened.checkpoint).step, command)
     with initialized(opened.layout, launch, seed=0) as groups:
         chunks = load_chunks(opened, groups)
         export_to_hf(

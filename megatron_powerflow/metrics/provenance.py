@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,21 @@ def provenance(command: str, revisions: Mapping[str, str] | None = None) -> dict
 
 
 def note_launch(
-    folder: Path, *, command: str, first_step: int, world_size: int, revisions: Mapping[str, str] | None = None
+    folder: Path,
+    *,
+    command: str,
+    first_step: int,
+    world_size: int,
+    revisions: Mapping[str, str] | None = None,
+    changed: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Adds a line to launches.jsonl, which has one for each start of a run.
 
-    first_step: the first step of this start; the steps before it belong to earlier ones. Raises OSError.
+    first_step: the first step of this start; the steps before it belong to earlier ones. changed: the keys that are not
+    as at the start before, each with key, before and now; they count from first_step on. Raises OSError.
     """
     line = {"first_step": first_step, "world_size": world_size, **provenance(command, revisions)}
+    line |= {"changed": [dict(change) for change in changed]} if changed else {}
     append_lines(folder / LAUNCHES_NAME, [line])
 
 

@@ -8,7 +8,7 @@ Left out: the hub (`hub/fetch.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megatron_powerflow.config import Config
 from megatron_powerflow.hub.fetch import locate
@@ -19,10 +19,12 @@ from megatron_powerflow.training.plan import make_plan
 from megatron_powerflow.training.resume import find_resume
 
 
-def fetch_inputs(config: Config, launch: Launch, *, world_size: int, weights: bool = True) -> LocalPaths:
+def fetch_inputs(
+    config: Config, launch: Launch, *, world_size: int, weights: bool = True, overridden: Sequence[str] = ()
+) -> LocalPaths:
     """What `make_plan` is to be told. Collective where a name is the hub's. Raises UserError on all processes alike.
 
-    weights: False for a check, which leaves them on the hub. world_size: of the run.
+    weights: False for a check, which leaves them on the hub. world_size: of the run. overridden: see `make_plan`.
     """
     wanted = [RequestedName("model", config.model.hf_path, "model.hf_path")]
     wanted += [RequestedName("dataset", path, "prompts.path") for path in config.prompts.paths]
@@ -30,11 +32,11 @@ def fetch_inputs(config: Config, launch: Launch, *, world_size: int, weights: bo
         wanted.append(RequestedName("dataset", config.evaluation.prompts, "evaluation.prompts"))
 
     def recorded() -> Mapping[str, str]:
-        checkpoint = find_resume(config)
+        checkpoint = find_resume(config, overridden).checkpoint
         before = read_inputs(checkpoint) if checkpoint else None
         return before.revisions if before else {}
 
     def judge(located: LocalPaths) -> None:
-        make_plan(config, world_size, weights=False, located=located)
+        make_plan(config, world_size, weights=False, located=located, overridden=overridden)
 
     return locate(wanted, launch, weights=weights, recorded=recorded, check=judge)

@@ -186,25 +186,38 @@ def _of_text(path: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def changes(before: Inputs, now: Inputs) -> list[str]:
-    """Return what is not as it was when the run began, a sentence each with what to do; [] for nothing.
+@dataclass(frozen=True, slots=True)
+class ContentChange:
+    """Something that is not as it was when the run began.
+
+    key: of the config; before, now: digests; text: a sentence, with what to do.
+    """
+
+    key: str
+    before: str
+    now: str
+    text: str
+
+
+def changes(before: Inputs, now: Inputs) -> list[ContentChange]:
+    """Return what is not as it was when the run began; [] for nothing.
 
     Evaluation prompts of another path are another choice, which a run may make on its way.
     """
-    violations = []
+    found = []
     for name in before.digests.keys() & now.digests.keys():
-        if before.digests[name] == now.digests[name]:
-            continue
+        then, today = before.digests[name], now.digests[name]
         moved = before.paths.get(name) != now.paths.get(name)
-        if name == "evaluation" and moved:
+        if then == today or (name == "evaluation" and moved):
             continue
-        violations.append(f"{KEY_OF[name]}={now.paths.get(name)}: {_what(name, before, now)}")
-    violations += [
-        f"rollout.replay: {name} is another file than when the run began"
-        for name in sorted(before.replay.keys() & now.replay.keys())
-        if before.replay[name] != now.replay[name]
-    ]
-    return sorted(violations)
+        text = f"{KEY_OF[name]}={now.paths.get(name)}: {_what(name, before, now)}"
+        found.append(ContentChange(KEY_OF[name], then, today, text))
+    for name in before.replay.keys() & now.replay.keys():
+        then, today = before.replay[name], now.replay[name]
+        if then != today:
+            text = f"rollout.replay: {name} is another file than when the run began"
+            found.append(ContentChange("rollout.replay", then, today, text))
+    return sorted(found, key=lambda change: change.text)
 
 
 def _what(name: str, before: Inputs, now: Inputs) -> str:

@@ -7,7 +7,7 @@ group exists. What passes is a `Plan`: the config together with what the files s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -43,8 +43,8 @@ from megatron_powerflow.redaction import holds_secret
 from megatron_powerflow.rollout.rollout_files import ReplayRequirements, find_rollouts, replay_violations
 from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
-from megatron_powerflow.training.resources import resource_violations
-from megatron_powerflow.training.resume import find_resume
+from megatron_powerflow.training.resources import resource_violations, saving_line
+from megatron_powerflow.training.resume import Change, Resume, find_resume
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
 from megatron_powerflow.whole_files import write_file
 
@@ -53,10 +53,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has been found possible. resume_from: the checkpoint it continues, or None; replay_from: the folder of
-    step files it trains on instead of sampling, or None; located: where the config's names on the hub are; on_policy: a
-    step's rollouts are by the policy that it trains, sampled, or replayed from a run of this very config. notices: what
-    a user should know before it starts."""
+    """A run that has been found possible.
+
+    resume: the checkpoint it continues, if any, and how; overridden: keys that may have changed all the same;
+    replay_from: the folder of step files it trains on instead of sampling, or None; located: where the config's names
+    on the hub are; on_policy: a step's rollouts are by the policy that it trains, sampled, or replayed from a run of
+    this very config. notices: what a user should know before it starts.
+    """
 
     config: Config
     layout: Layout
@@ -67,12 +70,18 @@ class Plan:
     prompts: tuple[Prompt, ...]
     num_prompts_too_long: int
     evaluation_prompts: tuple[Prompt, ...]
-    resume_from: Path | None
+    resume: Resume
     replay_from: Path | None
     inputs: Inputs
     located: LocalPaths = NO_DOWNLOADS
     on_policy: bool = True
     notices: tuple[str, ...] = ()
+    overridden: tuple[str, ...] = ()
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The checkpoint that the run continues, if any."""
+        return self.resume.checkpoint
 
     @property
     def objective(self) -> ObjectiveSection:
@@ -100,18 +109,27 @@ class Plan:
         return [(slot, prompt) for slot, prompt in enumerate(prompts) if slot % per_update // per_rank == dp_rank]
 
 
-def make_plan(config: Config, world_size: int, *, weights: bool = True, located: LocalPaths = NO_DOWNLOADS) -> Plan:
+def make_plan(
+    config: Config,
+    world_size: int,
+    *,
+    weights: bool = True,
+    located: LocalPaths = NO_DOWNLOADS,
+    overridden: Sequence[str] = (),
+) -> Plan:
     """Raises UserError with every violation that can be found, not just the first.
 
     weights: False where the model's folder may be one without weights, as on a login node: then a notice says what was
-    not looked at. located: what `fetch_inputs` found; by default every name is a path.
+    not looked at. located: what `fetch_inputs` found; by default every name is a path. overridden: keys of a run that
+    goes on that may have another value although they usually may not.
     """
     violations: list[str] = _secret_violations(config)
     notices: list[str] = []
     hf_folder = hf_folder_of(start := located.folder(config.model.hf_path))
     require_ordinary_files(Path(hf_folder))  # before anything of it is read
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
-    resume_from = _collect(violations, lambda: find_resume(config))
+    resume = _collect(violations, lambda: find_resume(config, overridden)) or Resume()
+    resume_from = resume.checkpoint
     before = _collect(violations, lambda: read_inputs(resume_from)) if resume_from else None
     today = date.fromisoformat(before.today) if before else date.today()
     tokenizer = None
@@ -130,7 +148,7 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
         violations += _length_violations(config, architecture)
         violations += fp8_layer_violations(config.precision, architecture, config.parallel.cp)
         if (replay := config.rollout.replay) is not None:
-            replay_from = _collect(violations, lambda: _check_replay(config, replay, architecture, resume_from))
+            replay_from = _collect(violations, lambda: check_replay(config, replay, architecture, resume_from))
     if model is not None and tokenizer is not None:
         stop_token_ids = _collect(violations, lambda: stop_token_ids_of(config, hf_folder, tokenizer, model[0]))
         read = partial(_read_prompts, config, located, tokenizer, model[0])
@@ -143,8 +161,10 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
         raise UserError(violations)
     assert model and layout and tokenizer is not None and stop_token_ids and prompt_file
     inputs = _inputs_of(config, located, today, prompt_file, evaluation_file, replay_from)
-    if before and (changed := changes(before, inputs)):
-        raise UserError(changed)
+    changed = changes(before, inputs) if before else []
+    if refused := [change.text for change in changed if change.key not in overridden]:
+        raise UserError(refused)
+    by_content = [Change(change.key, change.before, change.now) for change in changed]
     return Plan(
         inputs=inputs,
         config=config,
@@ -156,11 +176,12 @@ def make_plan(config: Config, world_size: int, *, weights: bool = True, located:
         prompts=prompt_file.prompts,
         num_prompts_too_long=prompt_file.num_too_long,
         evaluation_prompts=evaluation_file.prompts[: config.evaluation.num_prompts] if evaluation_file else (),
-        resume_from=resume_from,
+        resume=replace(resume, changed=(*resume.changed, *by_content)),
         replay_from=replay_from,
         located=located,
         on_policy=replay_from is None or is_own_run(config, replay_from, revisions=located.revisions),
-        notices=(*notices, *tokenizer.notices),
+        notices=(*notices, *tokenizer.notices, *resume.notices),
+        overridden=tuple(overridden),
     )
 
 
@@ -168,7 +189,8 @@ def describe(plan: Plan) -> str:
     """The layout and the sizes of a run, for `powerflow check`."""
     config, architecture = plan.config, plan.architecture
     rollouts = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
-    resumes = f"continues {plan.resume_from.name}" if plan.resume_from else "starts anew"
+    large = "its large files are compared with their digests when training starts"
+    resumes = f"continues {plan.resume_from.name}; {large}" if plan.resume_from else "starts anew"
     mixture = architecture.experts
     experts = f" ({mixture.per_token} of {mixture.num} experts a token)" if mixture else ""
     dropped = f", {plan.num_prompts_too_long} too long and dropped" if plan.num_prompts_too_long else ""
@@ -187,6 +209,7 @@ def describe(plan: Plan) -> str:
             *temperature_lines(config),
             f"run       {config.run.num_steps} steps into {config.run.output_dir} ({resumes}), "
             f"{config.run.num_steps * config.rollout.prompts_per_step / len(plan.prompts):.2g} epochs of the prompts",
+            saving_line(config, num_parameters(architecture), plan.layout.world_size),
             f"layout    {plan.layout.describe()}",
             plan.layout.picture(),
             *(f"notice    {notice}" for notice in plan.notices),
@@ -342,7 +365,7 @@ def _length_violations(config: Config, architecture: Architecture) -> list[str]:
     ]
 
 
-def _check_replay(config: Config, replay: str, architecture: Architecture, resume_from: Path | None) -> Path:
+def check_replay(config: Config, replay: str, architecture: Architecture, resume_from: Path | None) -> Path:
     """The folder of saved rollouts. Raises UserError unless it holds every step still to do, as this run wants."""
     rollout, folder = config.rollout, find_rollouts(replay)
     first = int(resume_from.name.removeprefix("step_")) if resume_from else 0

@@ -51,7 +51,21 @@ def num_checkpoints(config: Config) -> int:
     """
     section = config.checkpoint
     made = math.ceil(config.run.num_steps / section.interval) if section.interval else 1
-    return made if section.keep is None else min(made, section.keep + 1)
+    if section.keep is None:
+        return made
+    stay = config.run.num_steps // section.keep_every if section.keep_every else 0
+    return min(made, section.keep + 1 + stay)
+
+
+def saving_line(config: Config, num_parameters: int, num_processes: int) -> str:
+    """What a save takes, for `powerflow check`. The bytes are those of bf16 training; in fp32 there are fewer."""
+    whole = num_parameters * CHECKPOINT_BYTES / GIB
+    if not config.checkpoint.asynchronous:
+        return f"saves     {whole:,.2f} GiB a checkpoint; each step that saves waits for the disk"
+    return (
+        f"saves     {whole:,.2f} GiB a checkpoint, written from a copy while training goes on: about "
+        f"{whole / num_processes:,.2f} GiB of host memory a process"
+    )
 
 
 def needed_bytes(config: Config, num_parameters: int, num_checkpoints: int) -> int:

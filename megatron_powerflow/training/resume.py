@@ -1,74 +1,163 @@
 """Which checkpoint does a run continue, and is its folder this run's at all? By its config, key by key.
 
-Left out: what was read when it began, by content (`inputs.py`).
+Left out: what was read when it began, by content (`inputs.py`); which checkpoints are whole (`checkpoint/choice.py`).
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_powerflow.checkpoint.choice import choose, set_aside
 from megatron_powerflow.checkpoint.first_files import holds_a_run, holds_a_step, not_ours
-from megatron_powerflow.checkpoint.folder import (
-    CONFIG_NAME,
-    INPUTS_NAME,
-    latest_checkpoint,
-)
+from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME, checkpoints_of
 from megatron_powerflow.config import Config
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.errors import UserError
 
-# A run's folder belongs to the run that has these; anything else may change when a run is continued.
+# What may be another one when a run is continued: keys, or whole sections.
 CHANGEABLE = frozenset(
-    {"run.name", "run.num_steps", "run.export", "model.reference", "model.recompute", "optimizer.distributed"}
-    | {"optimizer.max_skipped_steps", "rollout.max_concurrent_rows", "rollout.save", "run.stop_on_alarm"}
-    | {"run.stop_at_alpha"}
+    {"run.name", "run.num_steps", "run.export", "run.stop_on_alarm", "run.stop_at_alpha"}
+    | {"model.reference", "model.recompute", "rollout.max_concurrent_rows", "rollout.save"}
+    | {"optimizer.lr", "optimizer.log_z_lr", "optimizer.min_lr", "optimizer.lr_decay", "optimizer.warmup_steps"}
+    | {"optimizer.clip_grad", "optimizer.distributed", "optimizer.max_skipped_steps"}
+    | {"alarm", "parallel", "checkpoint", "evaluation", "metrics"}
 )
-
-
+# Compared by what is read under them, elsewhere (`inputs.py`), where that was noted.
 BY_CONTENT = frozenset({"model.hf_path", "prompts.path", "rollout.replay"})
+# Why the others may not: of a key, else of its section.
+WHY_NOT = {
+    "model": "the weights were trained from that model, and it is the reference of their target",
+    "precision": "the steps so far were made in that number format",
+    "prompts": "the run's place in its prompts counts those that this setting makes",
+    "rollout": "the responses so far were drawn with it",
+    "rollout.prompts_per_step": "a step is this many prompts, and the run's place in its prompts is counted in them",
+    "rollout.replay": "the steps so far were of another source of rollouts",
+    "objective": "it says what the run is trained towards, and the steps so far went elsewhere",
+    "objective.log_z": "another log Z' has other state, which this run's checkpoints do not hold",
+    "optimizer": "Adam's moments in the checkpoint were gathered with it",
+    "optimizer.updates_per_rollout": "it says how often a step's rollouts are used, and with that the step's meaning",
+    "run.seed": "prompts and responses of the steps to come are drawn from it, and would repeat or skip some",
+}
+# Not even by --override-resume: what is saved cannot be continued so.
+NEVER = {"precision.dtype": "the saved weights have another width; export the policy, and begin a run from that"}
 
 
-CHANGEABLE_SECTIONS = frozenset({"alarm", "parallel", "checkpoint", "evaluation", "metrics"})
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A key that is another one than at the start before."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def find_resume(config: Config) -> Path | None:
-    """The checkpoint to continue from. Raises UserError when the folder is another run's, or no run's.
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """checkpoint: to continue from; None: the run begins. notices: what a user should know of that. changed: what is
+    not as at the start before. goes_back: the config names this checkpoint, and the start before did not."""
 
-    A folder in which a start was killed before its first step is no run's yet, whatever its settings were.
+    checkpoint: Path | None = None
+    notices: tuple[str, ...] = ()
+    changed: tuple[Change, ...] = ()
+    goes_back: bool = False
+
+
+def find_resume(config: Config, overridden: Sequence[str] = ()) -> Resume:
+    """What the run continues. Raises UserError when the folder is another run's, or no run's.
+
+    overridden: keys that may have changed although they usually may not. A folder in which a start was killed before
+    its first step is no run's yet, whatever its settings were.
     """
+    refuse_unknown_keys(overridden)
     folder = Path(config.run.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.output_dir={str(folder)!r} is a file; name a folder")
     if not folder.is_dir() or not ((held := not_ours(folder)) or holds_a_step(folder)):
-        return None
+        return Resume()
     if not holds_a_run(folder):
         raise UserError(
             f"run.output_dir={str(folder)!r} holds other files and no run ({', '.join(held[:3])}); name a new folder"
         )
-    differences = _differences(load_config(folder / CONFIG_NAME), config, by_content=(folder / INPUTS_NAME).is_file())
+    theirs = load_config(folder / CONFIG_NAME)
+    changed = changes_between(theirs, config)
+    _refuse(folder, changed, overridden, by_content=(folder / INPUTS_NAME).is_file())
+    if config.checkpoint.resume == "never":
+        if present := [*(path.name for path in checkpoints_of(folder)), *set_aside(folder)]:
+            raise UserError(
+                f"run.output_dir={str(folder)!r} holds {present[-1]} and checkpoint.resume=never; "
+                "name a new folder, or continue with checkpoint.resume=latest"
+            )
+        return Resume(notices=_anew(folder), changed=changed)
+    # the start before has gone back to this one already; since then `latest` is of the course that began there
+    goes_back = config.checkpoint.resume not in ("latest", theirs.checkpoint.resume)
+    choice = choose(folder, config.checkpoint.resume if goes_back else "latest")
+    notices = choice.notices or (_anew(folder) if choice.checkpoint is None else ())
+    return Resume(choice.checkpoint, notices, changed, goes_back)
+
+
+def changes_between(theirs: Config, ours: Config) -> tuple[Change, ...]:
+    """Every key whose value differs, in the order of the sections; where the folder lies does not count."""
+    before, now = theirs.model_dump(), ours.model_dump()
+    return tuple(
+        Change(f"{section}.{key}", before[section][key], value)
+        for section, values in now.items()
+        for key, value in values.items()
+        if before[section][key] != value and (section, key) != ("run", "output_dir")
+    )
+
+
+def may_change(key: str) -> bool:
+    return key in CHANGEABLE or key.split(".")[0] in CHANGEABLE
+
+
+def why_not(key: str) -> str:
+    """Why a key may not change when a run goes on."""
+    return NEVER.get(key) or WHY_NOT.get(key) or WHY_NOT[key.split(".")[0]]
+
+
+def refuse_unknown_keys(overridden: Sequence[str]) -> None:
+    """Raises UserError for each that is no key, may change anyway, or may not even so."""
+    known = [f"{section}.{field.alias or name}" for section, outer in Config.model_fields.items()
+             for name, field in outer.annotation.model_fields.items()]  # fmt: skip
+    violations = []
+    for key in overridden:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            violations.append(f"--override-resume {key}: no such key{meant}")
+        elif may_change(key) and key != "evaluation.prompts":  # whose content may not
+            violations.append(f"--override-resume {key}: this key may change anyway; leave the option out")
+        elif key in NEVER:
+            violations.append(f"--override-resume {key}: {NEVER[key]}")
+    if violations:
+        raise UserError(violations)
+
+
+def _refuse(folder: Path, changed: Sequence[Change], overridden: Sequence[str], *, by_content: bool) -> None:
+    elsewhere = BY_CONTENT if by_content else frozenset()
+    differences = [
+        f"its {change.key} is {change.before!r}, not {change.now!r}: {why_not(change.key)}"
+        for change in changed
+        if not may_change(change.key) and change.key not in elsewhere and change.key not in overridden
+    ]
     if differences:
         raise UserError(
             [f"run.output_dir={str(folder)!r} is the folder of another run: {item}" for item in differences]
-            + ["name a new run.output_dir, or take these keys back"]
+            + [
+                "name a new run.output_dir, or take these keys back; --override-resume KEY lets a run go on with "
+                "another value of that key"
+            ]
         )
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is not None and config.checkpoint.resume == "never":
-        raise UserError(
-            f"run.output_dir={str(folder)!r} holds {checkpoint.name} and checkpoint.resume=never; "
-            "name a new folder, or continue with checkpoint.resume=auto"
-        )
-    return checkpoint
 
 
-def _differences(theirs: Config, ours: Config, *, by_content: bool) -> list[str]:
-    """by_content: what the paths name is compared by its content, elsewhere."""
-    differences, elsewhere = [], BY_CONTENT if by_content else frozenset()
-    for section, values in ours.model_dump().items():
-        other = theirs.model_dump()[section]
-        for key, value in values.items():
-            name = f"{section}.{key}"
-            if section in CHANGEABLE_SECTIONS or name in CHANGEABLE | elsewhere or name == "run.output_dir":
-                continue
-            if other[key] != value:
-                differences.append(f"its {name} is {other[key]!r}, not {value!r}")
-    return differences
+def _anew(folder: Path) -> tuple[str, ...]:
+    if not holds_a_step(folder):
+        return ()
+    return (f"{folder} holds steps of a run and no checkpoint: it starts anew from step 0, and writes them again",)

@@ -7,20 +7,24 @@ parameters over, and a checkpoint, if there is one to continue, is loaded last.
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from rich.console import Console
 
 from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.state import RunProgress, Trainable
+from megatron_powerflow.checkpoint.whole import point_at, whole_checkpoint
 from megatron_powerflow.hf.finite import require_finite
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.reference import Reference, ResidentReference, SwapReference
 from megatron_powerflow.objective.presets import LEARNED_LOG_Z
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.together import on_main
 from megatron_powerflow.rollout.engine import Engine
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.optimizer import build_trainable
-from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.plan import Plan, check_replay
 from megatron_powerflow.training.policy import build_engine, build_policy
 
 
@@ -34,6 +38,28 @@ class Session:
     engine: Engine
     scorer: Scorer
     progress: RunProgress
+
+
+def from_whole_checkpoint(plan: Plan, groups: Groups, console: Console) -> Plan:
+    """The plan, with the newest checkpoint before its own where the files of that are damaged. Collective.
+
+    A checkpoint that the config goes back to becomes `latest`: the same command, started again, goes on from there.
+    """
+    if plan.resume.checkpoint is None:
+        return plan
+    checkpoint = whole_checkpoint(
+        plan.resume.checkpoint,
+        groups,
+        may_go_back=not plan.resume.goes_back,
+        say=console.print if groups.is_main else lambda text: None,
+    )
+    if plan.resume.goes_back:
+        on_main(lambda: point_at(checkpoint), groups)
+    if checkpoint == plan.resume.checkpoint:
+        return plan
+    if (replay := plan.config.rollout.replay) is not None:
+        check_replay(plan.config, replay, plan.architecture, checkpoint)
+    return replace(plan, resume=replace(plan.resume, checkpoint=checkpoint))
 
 
 def build_session(plan: Plan, groups: Groups) -> Session:

@@ -354,7 +354,7 @@ def test_malformed_overrides_are_named(override):
 
 def test_words_that_yaml_reads_as_booleans_mean_what_they_say():
     assert parse_config(MINIMAL, ["metrics.wandb=off"]).metrics.wandb == "off"
-    assert parse_config(MINIMAL, ["checkpoint.resume=true"]).checkpoint.resume == "auto"
+    assert parse_config(MINIMAL, ["checkpoint.resume=true"]).checkpoint.resume == "latest"
     assert parse_config(MINIMAL, ["checkpoint.resume=false"]).checkpoint.resume == "never"
 
 

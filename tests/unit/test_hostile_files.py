@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_powerflow.checkpoint.state import FORMAT
-from megatron_powerflow.checkpoint.storage import read_progress
+from megatron_powerflow.checkpoint.choice import is_sound
+from megatron_powerflow.checkpoint.digests import digest_of, write_sums
+from megatron_powerflow.checkpoint.state import Proof, RunProgress, progress_text
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
 from megatron_powerflow.data.prompts import load_prompts
@@ -149,15 +150,9 @@ class World:
         append_lines(run / "events.jsonl", EVENTS)
         values = {"format": 1, "today": "2026-11-26", "paths": {}, "digests": {"prompts": "x"}, "replay": {}}
         (checkpoint / "inputs.json").write_text(json.dumps(values | {"versions": {"tokenizers": "0"}}))
-        progress = {
-            "format": FORMAT,
-            "step": 2,
-            "position": 4,
-            "skipped_in_a_row": 0,
-            "num_skipped": 0,
-            "wandb_run_id": "x",
-        }
-        (checkpoint / "progress.json").write_text(json.dumps(progress))
+        text = progress_text(RunProgress(2, 4, 0, 0, "x"), Proof("1" * 16, "", "2" * 16, 2, True))
+        (checkpoint / "progress.json").write_text(text)
+        write_sums(checkpoint, {path.name: digest_of(path) for path in checkpoint.iterdir()})
 
     def tokenized(self) -> None:
         tokenizer = load_tokenizer(self.model)
@@ -215,8 +210,9 @@ class World:
             "rollouts": (saved, "lines", lambda: read_rollouts(find_rollouts(folder / "saved") / saved.name, 300)),
             "run's config": (run / "config.yaml", "yaml", lambda: find_resume(config)),
             "latest": (run / "checkpoints" / "latest", None, lambda: find_resume(config)),
+            "SHA256SUMS": (checkpoint / "SHA256SUMS", None, lambda: find_resume(config)),
             "inputs.json": (checkpoint / "inputs.json", "json", lambda: read_inputs(checkpoint)),
-            "progress.json": (checkpoint / "progress.json", "json", lambda: read_progress(checkpoint)),
+            "progress.json": (checkpoint / "progress.json", "json", lambda: is_sound(checkpoint)),
             "metrics.jsonl": (run / "metrics.jsonl", "lines", self.older),
             "evaluations.jsonl": (run / "evaluations.jsonl", "lines", self.report),
             "samples.jsonl": (run / "samples.jsonl", "lines", self.report),
@@ -233,6 +229,7 @@ def world(tiny_model, tmp_path_factory) -> World:
 NAMES = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "weights", "config.yaml"),
     *("prompts.jsonl", "list.json", "table.csv", "rollouts", "run's config", "latest", "inputs.json", "progress.json"),
+    "SHA256SUMS",
     *("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "launches.jsonl", "events.jsonl"),
 )
 

@@ -51,7 +51,7 @@ def test_a_damaged_file_is_refused(tmp_path, text):
 )
 def test_other_content_under_the_same_path_is_named(name, words):
     (violation,) = changes(inputs({name: "1"}), inputs({name: "2"}))
-    assert violation.startswith(words)
+    assert violation.text.startswith(words)
     assert changes(inputs({name: "1"}), inputs({name: "1"}, path="moved")) == []
 
 
@@ -61,12 +61,12 @@ def test_other_evaluation_prompts_may_be_chosen_on_the_way():
 
 def test_a_newer_library_that_reads_prompts_otherwise_is_named():
     (violation,) = changes(inputs({"prompts": "1"}), inputs({"prompts": "2"}, versions=NOW | {"tokenizers": "9"}))
-    assert "tokenizers 1 then, 9 now" in violation
+    assert "tokenizers 1 then, 9 now" in violation.text
 
 
 def test_a_replayed_file_that_changed_is_named():
     (violation,) = changes(inputs({}, {"step_000003.jsonl": "1"}), inputs({}, {"step_000003.jsonl": "2"}))
-    assert "step_000003.jsonl" in violation
+    assert "step_000003.jsonl" in violation.text
 
 
 def test_prompts_are_what_the_model_sees_of_them():

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_powerflow.checkpoint.storage import HEAD_FILE, _load_head, _save_head
+from megatron_powerflow.checkpoint.folder import HEAD_NAME
+from megatron_powerflow.checkpoint.saving import head_tensors, save_head
+from megatron_powerflow.checkpoint.storage import _load_head
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.model.log_z_head import LogZHead
 
@@ -30,8 +32,8 @@ def moved(kind: str = "mlp") -> LogZHead:
 @pytest.mark.parametrize("kind", ["mlp", "scalar"])
 def test_it_comes_back_to_the_last_bit(tmp_path, kind):
     one, other = moved(kind), new(kind, seed=1)
-    _save_head(tmp_path / HEAD_FILE, one)
-    _load_head(tmp_path / HEAD_FILE, other)
+    save_head(tmp_path / HEAD_NAME, head_tensors(one))
+    _load_head(tmp_path / HEAD_NAME, other)
     saved, loaded = one.state_dict(), other.state_dict()
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
@@ -40,14 +42,14 @@ def test_it_comes_back_to_the_last_bit(tmp_path, kind):
 
 
 def test_a_head_that_adam_moved_is_refused_with_what_to_do(tmp_path):
-    _save_head(tmp_path / HEAD_FILE, moved())
-    tensors = load_file(tmp_path / HEAD_FILE)
-    save_file(tensors | {"adam.exp_avg.last.bias": torch.zeros(1)}, tmp_path / HEAD_FILE)
+    save_head(tmp_path / HEAD_NAME, head_tensors(moved()))
+    tensors = load_file(tmp_path / HEAD_NAME)
+    save_file(tensors | {"adam.exp_avg.last.bias": torch.zeros(1)}, tmp_path / HEAD_NAME)
     with pytest.raises(UserError, match=r"earlier version.*start anew from its export"):
-        _load_head(tmp_path / HEAD_FILE, new())
+        _load_head(tmp_path / HEAD_NAME, new())
 
 
 def test_a_head_of_another_kind_is_refused(tmp_path):
-    _save_head(tmp_path / HEAD_FILE, moved("scalar"))
+    save_head(tmp_path / HEAD_NAME, head_tensors(moved("scalar")))
     with pytest.raises(UserError, match="does not hold the log Z' head of this run"):
-        _load_head(tmp_path / HEAD_FILE, new())
+        _load_head(tmp_path / HEAD_NAME, new())
