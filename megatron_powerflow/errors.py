@@ -26,3 +26,7 @@ class UserError(ValueError):
 
 class RequeueRequested(Exception):
     """A signal or a stop file asked the run to end; its state is saved: exit code 75."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C asked the run to end; its state is saved: exit code 130."""

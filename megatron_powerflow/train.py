@@ -15,31 +15,36 @@ from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import EXPORT_NAME
 from megatron_powerflow.checkpoint.state import RunProgress
 from megatron_powerflow.data.prompts import PromptStream
-from megatron_powerflow.errors import RequeueRequested, UserError
+from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.model_card import card_files
 from megatron_powerflow.parallel.initialize import Launch, initialized
-from megatron_powerflow.parallel.together import on_main
+from megatron_powerflow.run_end import RunEnd
 from megatron_powerflow.run_folder import run_folder, take_run_folder
 from megatron_powerflow.run_output import RunOutput, announced
 from megatron_powerflow.training.plan import Plan, write_config
 from megatron_powerflow.training.session import Session, build_session
 from megatron_powerflow.training.step import run_step
-from megatron_powerflow.training.stop_signal import StopSignal
+from megatron_powerflow.training.stop_signal import StopSignal, time_limit_of
 
 
-def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") -> None:
-    """Run `plan` to its end on this rank. Raises RequeueRequested when asked to stop; the state is saved then.
+def train(plan: Plan, launch: Launch, console: Console, *, command: str = "", end: RunEnd | None = None) -> None:
+    """Run `plan` to its end on this rank. Raises RequeueRequested or Interrupted when asked to stop, and saved.
 
-    command: what the run's folder says started it.
+    command: what the run's folder says started it. end: entered; None where nobody hears signals or other ranks.
     """
+    end = end or RunEnd(launch)
     require_fp8_support(plan.config.precision, plan.architecture, plan.layout.cp)
-    with run_folder(plan) as owner, initialized(plan.layout, launch, seed=plan.config.run.seed) as groups:
-        on_main(lambda: take_run_folder(plan, owner), groups)
+    with (
+        run_folder(plan) as owner,
+        initialized(plan.layout, launch, seed=plan.config.run.seed) as groups,
+        end.watched(plan.run_folder, owner, groups, lambda: take_run_folder(plan, owner), plan.config.run.hang_seconds),
+    ):
         with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
             session = build_session(plan, groups)
+            end.loaded(session.trainable.chunks)
         if groups.is_main:
             write_config(plan)
             plan.inputs.write(plan.run_folder)
@@ -50,7 +55,9 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") ->
                 world_size=groups.world_size,
                 revisions=plan.located.revisions,
             )
-        with RunOutput(plan, session, console) as output, StopSignal(plan.run_folder, owner, groups) as stop:
+        with RunOutput(plan, session, console, end.pulse) as output:
+            limit = time_limit_of(plan.config.run, end.pulse, started=end.began) if groups.is_main else None
+            stop = StopSignal(plan.run_folder, owner, groups, end.signals, end.pulse, limit, console)
             progress = run_steps(plan, session, output, stop)
             output.show_change()
             if plan.config.run.export and output.may_export():
@@ -97,7 +104,7 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal)
                     keep=config.checkpoint.keep,
                 )
         if stopping and not last:
-            raise RequeueRequested(f"stopped after step {step + 1}; the same command continues")
+            raise stop.ending(step + 1)
     output.evaluate_if_due(progress.step)
     return progress
 

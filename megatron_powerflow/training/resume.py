@@ -21,7 +21,7 @@ from megatron_powerflow.errors import UserError
 CHANGEABLE = frozenset(
     {"run.name", "run.num_steps", "run.export", "model.reference", "model.recompute", "optimizer.distributed"}
     | {"optimizer.max_skipped_steps", "rollout.max_concurrent_rows", "rollout.save", "run.stop_on_alarm"}
-    | {"run.stop_at_alpha"}
+    | {"run.stop_at_alpha", "run.stop_before", "run.hang_seconds"}
 )
 
 
