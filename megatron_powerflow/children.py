@@ -16,22 +16,27 @@ import time
 LOOK_SECONDS = 1.0
 
 
-def end_with_parent() -> None:
-    """End this process soon after its parent: from now on, in a thread."""
-    parent = os.getppid()
+def end_with_parent(parent: int) -> None:
+    """End this process soon after its parent, which has this number: from now on, in a thread."""
     threading.Thread(target=_outlive, args=(parent,), name="end with parent", daemon=True).start()
 
 
 def end_spawned_with_parent() -> None:
     """`end_with_parent` in a process that multiprocessing has spawned; nothing in any other. For the entry module,
     which a spawned process imports before its work."""
-    if multiprocessing.parent_process() is not None:
-        end_with_parent()
+    if multiprocessing.current_process().name != "MainProcess":  # parent_process() is not known yet
+        end_with_parent(os.getppid())
 
 
 def end_forked_with_parent() -> None:
     """Have every process that is forked from now on end with this one."""
-    os.register_at_fork(after_in_child=end_with_parent)
+    forking = os.getpid()
+
+    def note() -> None:
+        nonlocal forking
+        forking = os.getpid()
+
+    os.register_at_fork(before=note, after_in_child=lambda: end_with_parent(forking))
 
 
 def end_children() -> None:

@@ -68,10 +68,9 @@ def read_outcome(folder: Path) -> Outcome | None:
     texts = (outcome.outcome, outcome.message)
     numbers = (outcome.exit_code, outcome.step)
     fine = all(type(text) is str for text in texts) and all(type(number) in (int, type(None)) for number in numbers)
-    if not fine or type(outcome.time) not in (int, float) or not 0 <= outcome.time < 1e11:
+    fine = fine and type(outcome.time) in (int, float) and 0 <= outcome.time < 1e11
+    if not fine or not 0 <= (outcome.exit_code or 0) < 256:
         raise UserError(f"{path}: is no outcome of a run; remove it and look at the run's log")
-    if outcome.exit_code is not None and not 0 <= outcome.exit_code < 256:
-        raise UserError(f"{path}: exit_code={outcome.exit_code} is none; remove it and look at the run's log")
     return outcome
 
 

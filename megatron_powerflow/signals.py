@@ -12,7 +12,6 @@ Left out: what leaving means (`run_end.py`).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
@@ -39,7 +38,7 @@ class Signals:
     def __enter__(self) -> Signals:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        os.register_at_fork(after_in_child=self._forget)
+        os.register_at_fork(before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget)
         self._open = True
         self._before = {number: signal.signal(number, lambda *_: None) for number in KINDS}
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -79,10 +78,19 @@ class Signals:
                     if number in KINDS:
                         self.hear(signal.Signals(number), time.monotonic())
 
+    def _hold(self) -> None:
+        """Before a fork: a signal to the child waits until it is the child's own."""
+        if self._open:
+            signal.pthread_sigmask(signal.SIG_BLOCK, KINDS)
+
+    def _let_go(self) -> None:
+        if self._open:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, KINDS)
+
     def _forget(self) -> None:
         """In a forked child: its signals are its own, and the pipe is its parent's."""
         if self._open:
-            with contextlib.suppress(ValueError):  # not the main thread
-                signal.set_wakeup_fd(-1)
-                for number in KINDS:
-                    signal.signal(number, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
+            for number in KINDS:
+                signal.signal(number, signal.SIG_DFL)
+            self._let_go()
