@@ -458,16 +458,22 @@ def stop(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: O
 
 @app.command()
 def outcome(
-    run: Annotated[Path, typer.Argument(help="run folder, or the YAML file of `train`")], overrides: Overrides = None
+    run: Annotated[Path, typer.Argument(help="run folder, or the YAML file of `train`")],
+    overrides: Overrides = None,
+    forget: Annotated[bool, typer.Option("--forget", help="instead: remove it, before a new start")] = False,
 ) -> None:
     """How a run's last start ended, with that exit code: also where torchrun made it 1. Scripts requeue on 75.
 
     Example: powerflow outcome runs/local
     """
-    from megatron_powerflow.outcome import EXIT_FAILED, read_outcome
+    from megatron_powerflow.outcome import EXIT_FAILED, read_outcome, remove_outcome
     from megatron_powerflow.run_folder import holder_of
 
     folder = run if run.is_dir() else Path(load_config(run, overrides or ()).run.output_dir)
+    if forget:
+        if held := holder_of(folder):
+            raise UserError(held)
+        return remove_outcome(folder)
     found = read_outcome(folder)
     if found is None:
         print(f"{folder}: no start has left its outcome there")

@@ -106,7 +106,8 @@ class Ranks:
         deadline = time.monotonic() + seconds
         metrics = self.run / "metrics.jsonl"
         while not metrics.exists() or len(metrics.read_bytes().splitlines()) < count:
-            assert time.monotonic() < deadline and self.processes[0].poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            assert self.processes[0].poll() is None, self.said
             time.sleep(0.1)
 
     def exit_codes(self, seconds: float) -> list[int]:

@@ -14,8 +14,16 @@ PACKAGE = Path(__file__).parents[2] / "megatron_powerflow"
 # Every file and folder at the top of the package, by floor: a floor imports lower ones only, and no room its neighbour.
 FLOORS = (
     (
-        *("architecture", "children", "console", "errors", "log_probs", "objective", "records", "signals"),
-        *("time_limit", "whole_files"),
+        "architecture",
+        "children",
+        "console",
+        "errors",
+        "log_probs",
+        "objective",
+        "records",
+        "signals",
+        "time_limit",
+        "whole_files",
     ),
     ("config", "outcome", "random_streams", "targets"),
     ("config_rules", "data", "metrics", "parallel", "recipes"),
