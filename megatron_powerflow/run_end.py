@@ -63,7 +63,8 @@ class RunEnd:
         self._owner: Owner | None = None
         self._watch: Watch | None = None
         self._failure: Failure | None = None  # for which this process ends
-        self._entered, self._leaving = False, threading.Lock()
+        self._entered, self._settling, self._said = False, False, False
+        self._leaving, self._saying = threading.Lock(), threading.Lock()
         self.began = time.time()
 
     def __enter__(self) -> RunEnd:
@@ -76,7 +77,7 @@ class RunEnd:
         self.signals.__exit__()
         if self._failure is not None and self.launch.world_size > 1:
             if self._failure.rank == self.launch.rank:
-                print(self._failure.text, file=sys.stderr)
+                self._print(self._failure)
             leave(self._failure.exit_code)
 
     def of_run(self, folder: Path) -> None:
@@ -144,6 +145,7 @@ class RunEnd:
 
     def _settle(self, error: BaseException) -> Failure:
         """Find for what the run ends, after this rank has raised `error`, and write it into the folder."""
+        self._settling = True
         rank, step = self.launch.rank, self.pulse.step
         mine = Failure(rank, EXIT_FAILED, step, self._say(error))
         if isinstance(error, RequeueRequested | Interrupted):  # on every rank alike
@@ -208,15 +210,22 @@ class RunEnd:
     def _end_with(self, failure: Failure) -> None:
         """In the watch's thread: another rank has failed, or does not get on."""
         says = failure.rank == self.launch.rank
-        if not says:
+        if self._settling or not says:
             time.sleep(GRACE_SECONDS)
         self._leave_now(failure, says=says)
+
+    def _print(self, failure: Failure) -> None:
+        """To stderr, once: two threads may be about to. Not by Python's file, which the main thread may hold."""
+        with self._saying:
+            said, self._said = self._said, True
+        if not said:
+            os.write(2, f"{failure.text}\n".encode(errors="replace"))
 
     def _leave_now(self, failure: Failure, *, says: bool) -> NoReturn:
         """End the process from another thread than the main one: what a clean way out would do, as far as it counts."""
         self._leaving.acquire()  # by one thread, once
         if says:
-            os.write(2, f"{failure.text}\n".encode(errors="replace"))
+            self._print(failure)
             if self._owner is not None:
                 self._write_outcome(failure)
         with contextlib.suppress(Exception):  # whatever happens here, the process ends

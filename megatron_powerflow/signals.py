@@ -40,7 +40,9 @@ class Signals:
         os.set_blocking(self._writer, False)
         os.register_at_fork(before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget)
         self._open = True
-        self._before = {number: signal.signal(number, lambda *_: None) for number in KINDS}
+        # what nohup or a shell's `&` had ignored stays ignored
+        heard = [number for number in KINDS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, lambda *_: None) for number in heard}
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(self._reader,), name="signals", daemon=True).start()
         return self
@@ -91,6 +93,6 @@ class Signals:
         """In a forked child: its signals are its own, and the pipe is its parent's."""
         if self._open:
             signal.set_wakeup_fd(-1)
-            for number in KINDS:
+            for number in self._before:
                 signal.signal(number, signal.SIG_DFL)
             self._let_go()
