@@ -45,7 +45,7 @@ def _serve(pipe) -> None:
         except BaseException as error:
             text = "".join(traceback.format_exception(error))
             answer = (False, (type(error).__name__, getattr(error, "violations", (str(error),)), text))
-            tear_down()
+        tear_down()  # what a run that failed leaves to the end of its process
         gc.collect()
         is_tired = len(os.listdir("/proc/self/task")) > MAX_THREADS
         try:
