@@ -7,7 +7,8 @@
 # No setting is passed through the environment: each is an argument and survives a requeue. SLURM's options stand
 # on the command line as usual, e.g. `sbatch --nodes 4 --partition gpu examples/run_70b.sh ...`. Model, prompts and
 # output folder must be on a file system that all nodes see. Before the time limit, or when the job is preempted, the
-# run saves at the end of its step and the job is put into the queue again; it continues where it was.
+# run saves at the end of its step and the job is put into the queue again; it continues where it was. Whether it is,
+# RUN/outcome.json says: srun and torchrun make 1 of every exit code.
 #SBATCH --job-name=powerflow-70b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -42,12 +43,9 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | head -n 1 | cut -d= -f2)
 port=$(( 20000 + SLURM_JOB_ID % 20000 ))
 
-stopping=0
-stop() {
-    stopping=1
-    "$python" -m megatron_powerflow.cli stop "$config" "$@"
-}
-trap 'stop "$@"' USR1 TERM
+"$python" -m megatron_powerflow.cli outcome "$config" "$@" --forget
+trap '"$python" -m megatron_powerflow.cli stop "$config" "$@"' USR1 TERM
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800  # seconds between SIGTERM to torchrun and its kill: a step and a save
 
 srun --kill-on-bad-exit=1 bash -c '
     exec "$0" -m torch.distributed.run --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$1" \
@@ -59,9 +57,13 @@ while kill -0 "$step" 2>/dev/null; do  # a signal interrupts wait; the step goes
     wait "$step" && code=0 || code=$?
 done
 
-if [ "$code" -ne 0 ] && [ "$stopping" -eq 1 ]; then
+[ "$code" -ne 0 ] || exit 0
+outcome=0
+"$python" -m megatron_powerflow.cli outcome "$config" "$@" || outcome=$?
+if [ "$outcome" -eq 75 ]; then
     echo "stopped with its state saved; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
     exec sleep 60  # SLURM ends this; until it does, no exit code of ours may be taken for the job's
 fi
+[ "$outcome" -eq 0 ] || code=$outcome
 exit "$code"

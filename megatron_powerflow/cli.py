@@ -1,4 +1,4 @@
-"""The command line: powerflow train|check|config|recipes|prepare|score|generate|evaluate|export|report|goodput|...
+"""The command line: powerflow train|check|config|recipes|prepare|score|generate|evaluate|export|report|stop|outcome|...
 
 Thin: parses, validates, hands over. torch is imported inside the commands only, so `--help` and `check` are quick
 and an impossible run never reaches it.
@@ -9,17 +9,26 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from megatron_powerflow import __version__
+from megatron_powerflow.children import end_spawned_with_parent
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
-from megatron_powerflow.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_USER_ERROR, RequeueRequested, UserError
+from megatron_powerflow.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    Interrupted,
+    RequeueRequested,
+    UserError,
+)
 from megatron_powerflow.parallel.initialize import (
     ALONE,
     command_line,
@@ -29,6 +38,10 @@ from megatron_powerflow.parallel.initialize import (
 )
 from megatron_powerflow.redaction import redacted
 
+if TYPE_CHECKING:
+    from megatron_powerflow.run_end import RunEnd
+
+end_spawned_with_parent()  # in a process that Megatron starts for its checkpoints
 app = typer.Typer(
     name="powerflow",
     help="PowerFlow on Megatron-Core: sharpen or flatten a language model without labels.",
@@ -101,12 +114,19 @@ def train(
 
     Example: torchrun --nproc-per-node 2 -m megatron_powerflow.cli train examples/configs/local.yaml parallel.pp=2
     """
-    launch = read_launch()
-    settings = load_config(config, overrides or ())
+    from megatron_powerflow.run_end import RunEnd
+
+    with RunEnd(read_launch()) as end:
+        _train(config, overrides or (), override_resume or (), end)
+
+
+def _train(config: Path, overrides: Sequence[str], overridden: Sequence[str], end: RunEnd) -> None:
+    launch = end.launch
+    settings = load_config(config, overrides)
+    end.of_run(Path(settings.run.output_dir))
     from megatron_powerflow.training.fetched import fetch_inputs
     from megatron_powerflow.training.plan import make_plan
 
-    overridden = override_resume or ()
     located = fetch_inputs(settings, launch, world_size=launch.world_size, overridden=overridden)
     plan = make_plan(settings, launch.world_size, located=located, overridden=overridden)
     console = make_console()
@@ -115,14 +135,9 @@ def train(
 
         console.print(describe(plan))
     prepare_imports()
-    from megatron_powerflow.checkpoint.folder import latest_checkpoint
     from megatron_powerflow.train import train as run
 
-    try:
-        run(plan, launch, console, command=_command())
-    except KeyboardInterrupt:
-        last = latest_checkpoint(plan.run_folder)
-        _leave(EXIT_INTERRUPTED, [f"interrupted; the same command continues from {last or 'the start'}"])
+    run(plan, launch, console, command=_command(), end=end)
     if launch.is_main:
         console.print(_done(plan.run_folder))
 
@@ -491,6 +506,34 @@ def stop(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: O
     print(f"{folder} will stop at the end of its step")
 
 
+@app.command()
+def outcome(
+    run: Annotated[Path, typer.Argument(help="run folder, or the YAML file of `train`")],
+    overrides: Overrides = None,
+    forget: Annotated[bool, typer.Option("--forget", help="instead: remove it, before a new start")] = False,
+) -> None:
+    """How a run's last start ended, with that exit code: also where torchrun made it 1. Scripts requeue on 75.
+
+    Example: powerflow outcome runs/local
+    """
+    from megatron_powerflow.outcome import EXIT_FAILED, read_outcome, remove_outcome
+    from megatron_powerflow.run_folder import holder_of
+
+    folder = run if run.is_dir() else Path(load_config(run, overrides or ()).run.output_dir)
+    if forget:
+        if held := holder_of(folder):
+            raise UserError(held)
+        return remove_outcome(folder)
+    found = read_outcome(folder)
+    if found is None:
+        print(f"{folder}: no start has left its outcome there")
+        raise typer.Exit(EXIT_FAILED)
+    print(f"{folder}: {found.describe()}")
+    if found.exit_code is None:
+        print(f"{holder_of(folder) or 'nobody holds the folder: that run was killed'}")
+    raise typer.Exit(EXIT_FAILED if found.exit_code is None else found.exit_code)
+
+
 def _done(run: Path) -> str:
     """What a finished run has left, and the commands that go on from there: each can be typed as it stands."""
     from megatron_powerflow.checkpoint.folder import EXPORT_NAME, latest_checkpoint
@@ -535,15 +578,29 @@ def exit_codes(program: Callable[[], None]) -> None:
         _leave(EXIT_USER_ERROR, [f"error: {violation}" for violation in error.violations])
     except RequeueRequested as request:
         _leave(EXIT_REQUEUE, [str(request)])
+    except Interrupted as request:
+        _leave(EXIT_INTERRUPTED, [str(request)])
     except KeyboardInterrupt:
         _leave(EXIT_INTERRUPTED, ["interrupted"])
+    except Exception:
+        if read_launch().world_size == 1:
+            raise
+        from megatron_powerflow.run_end import leave
+
+        traceback.print_exc()
+        leave(1)
 
 
 def _leave(code: int, lines: list[str]) -> None:
     """Exit on every rank alike; one of them says why."""
-    if read_launch().is_main:
+    launch = read_launch()
+    if launch.is_main:
         secrets = environment_secrets()
         print(*(redacted(line, secrets) for line in lines), sep="\n", file=sys.stderr)
+    if launch.world_size > 1:
+        from megatron_powerflow.run_end import leave
+
+        leave(code)
     sys.exit(code)
 
 

@@ -10,12 +10,14 @@ processes (`parallel/layout.py`, `training/plan.py`). Imports no torch.
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from megatron_powerflow.former_names import former_names_of
 from megatron_powerflow.objective.presets import LEARNED_LOG_Z, PRESETS, Form, LogZ, PolicyGradient, PresetName, Ratio
+from megatron_powerflow.time_limit import seconds_until_stop
 
 if not TYPE_CHECKING:  # names of 0.1.0, until 0.3
     __getattr__ = former_names_of(__name__)
@@ -286,9 +288,25 @@ class RunSection(Section):
     stop_at_alpha: PositiveFloat | None = Field(
         None, description="end the run when the policy is this power of the base model: see alpha_realised"
     )
+    stop_before: PositiveInt | str | None = Field(
+        None,
+        description="save and stop (exit code 75) before this: 23h30m or seconds after the start, or a time such as "
+        "2026-11-27T08:00; a SLURM job's end counts anyway",
+    )
+    hang_seconds: PositiveFloat = Field(
+        300.0, description="a rank that is silent, or holds the others up, for so long ends the run and is named"
+    )
     stop_on_alarm: bool | list[AlarmName] = Field(
         False, description="end the run when an alarm rings: true for any, or a list of their names"
     )
+
+    @field_validator("stop_before", mode="before")
+    @classmethod
+    def names_a_time(cls, value: Any) -> Any:
+        """Here, because the union's own errors speak of both its members."""
+        if value is None or (type(value) in (int, str) and seconds_until_stop(str(value), datetime.now()) is not None):
+            return value
+        raise ValueError("must be a duration such as 23h30m, seconds, or a time such as 2026-11-27T08:00")
 
     @field_validator("stop_on_alarm", mode="before")
     @classmethod

@@ -40,3 +40,7 @@ class RequeueRequested(Exception):
     def __init__(self, message: str, *, by: str = "") -> None:
         super().__init__(message)
         self.by = by
+
+
+class Interrupted(Exception):
+    """Ctrl-C asked the run to end; its state is saved: exit code 130."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_powerflow.errors import RequeueRequested, UserError
+from megatron_powerflow.errors import Interrupted, RequeueRequested, UserError
 from megatron_powerflow.journal import append_lines
 from megatron_powerflow.metrics.goodput import (
     BEAT_SECONDS,
@@ -144,6 +144,6 @@ def _cause_of(error: BaseException) -> tuple[str, str]:
         return REQUEUED, error.by
     if isinstance(error, UserError):
         return REFUSED, ""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | Interrupted):
         return INTERRUPTED, ""
     return BUG, type(error).__name__

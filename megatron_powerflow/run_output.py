@@ -26,6 +26,7 @@ from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, StepLog, read_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter
+from megatron_powerflow.parallel.pulse import Pulse
 from megatron_powerflow.parallel.together import any_rank, on_main
 from megatron_powerflow.records import Purpose, SamplingParams, StepMetrics
 from megatron_powerflow.report.change_picture import CHANGE_NAME, draw_change
@@ -44,8 +45,9 @@ EVALUATION_SEED_STEP = 0
 class RunOutput:
     """Everything a run writes beside its checkpoints. A context: files are closed however the run ends."""
 
-    def __init__(self, plan: Plan, session: Session, console: Console, events: RunEvents) -> None:
-        self._plan, self._session, self._console, self._events = plan, session, console, events
+    def __init__(self, plan: Plan, session: Session, console: Console, events: RunEvents, pulse: Pulse) -> None:
+        self._plan, self._session, self._console = plan, session, console
+        self._events, self._pulse = events, pulse
         self._writers: list = []
         self._line: ConsoleWriter | None = None
         self._clock = PhaseClock()
@@ -120,7 +122,7 @@ class RunOutput:
     def phase(self, name: str) -> Iterator[None]:
         """Show what is going on, and count its seconds for the next line of metrics."""
         self._say(name)
-        with self._clock(name), self._events.phase(name):
+        with self._clock(name), self._events.phase(name), self._pulse.during(name):
             yield
         self._say("")
 
@@ -207,6 +209,7 @@ class RunOutput:
 
     def evaluate_if_due(self, step: int) -> None:
         """Sample, and answer the held-out prompts, where that is due before `step`. Collective."""
+        self._pulse.step = step
         interval = self._plan.config.evaluation.interval
         ended = step == self._plan.config.run.num_steps or self.alarmed() or self.reached()
         if step == 0 or ended or (interval and step % interval == 0):

@@ -16,7 +16,6 @@ from megatron_powerflow.checkpoint.keeping import Keeping
 from megatron_powerflow.checkpoint.saving import Saver
 from megatron_powerflow.checkpoint.state import RunProgress
 from megatron_powerflow.data.prompts import PromptStream
-from megatron_powerflow.errors import RequeueRequested
 from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
@@ -24,6 +23,7 @@ from megatron_powerflow.model_card import card_files
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import Launch, initialized
 from megatron_powerflow.parallel.together import on_main
+from megatron_powerflow.run_end import RunEnd
 from megatron_powerflow.run_events import RunEvents, begin
 from megatron_powerflow.run_folder import run_folder, take_run_folder
 from megatron_powerflow.run_output import RunOutput, announced
@@ -31,34 +31,40 @@ from megatron_powerflow.training.plan import Plan, write_config
 from megatron_powerflow.training.session import Session, build_session, from_whole_checkpoint
 from megatron_powerflow.training.skipped import refuse_endless_skipping
 from megatron_powerflow.training.step import run_step
-from megatron_powerflow.training.stop_signal import StopSignal
+from megatron_powerflow.training.stop_signal import StopSignal, time_limit_of
 
 
-def train(plan: Plan, launch: Launch, console: Console, *, command: str = "") -> None:
-    """Run `plan` to its end on this rank. Raises RequeueRequested when asked to stop; the state is saved then.
+def train(plan: Plan, launch: Launch, console: Console, *, command: str = "", end: RunEnd | None = None) -> None:
+    """Run `plan` to its end on this rank. Raises RequeueRequested or Interrupted when asked to stop, and saved.
 
-    command: what the run's folder says started it.
+    command: what the run's folder says started it. end: entered; None where nobody hears signals or other ranks.
     """
+    end = end or RunEnd(launch)
     require_fp8_support(plan.config.precision, plan.architecture, plan.layout.cp)
-    with run_folder(plan) as owner, initialized(plan.layout, launch, seed=plan.config.run.seed) as groups:
-        on_main(lambda: take_run_folder(plan, owner), groups)
-        with RunEvents(plan.run_folder) as events:
-            begin(events, groups)
-            plan = from_whole_checkpoint(plan, groups, console)
-            with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
-                session = build_session(plan, groups)
-            on_main(lambda: note_start(plan, groups, command, session.progress.step), groups)
-            with (
-                RunOutput(plan, session, console, events) as output,
-                StopSignal(plan.run_folder, owner, groups) as stop,
-                saver_of(plan, groups, console, events) as saver,
-            ):
-                progress = run_steps(plan, session, output, stop, saver)
-                output.show_change()
-                if plan.config.run.export and output.may_export():
-                    with output.phase("export"):
-                        export_policy(plan, session, progress.step, command)
-            on_main(events.finished, groups)
+    with (
+        run_folder(plan) as owner,
+        initialized(plan.layout, launch, seed=plan.config.run.seed) as groups,
+        end.watched(plan.run_folder, owner, groups, lambda: take_run_folder(plan, owner), plan.config.run.hang_seconds),
+        RunEvents(plan.run_folder) as events,
+    ):
+        begin(events, groups)
+        plan = from_whole_checkpoint(plan, groups, console)
+        with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
+            session = build_session(plan, groups)
+            end.loaded(session.trainable.chunks)
+        on_main(lambda: note_start(plan, groups, command, session.progress.step), groups)
+        with (
+            RunOutput(plan, session, console, events, end.pulse) as output,
+            saver_of(plan, groups, console, events) as saver,
+        ):
+            limit = time_limit_of(plan.config.run, end.pulse, started=end.began) if groups.is_main else None
+            stop = StopSignal(plan.run_folder, owner, groups, end.signals, end.pulse, limit, console)
+            progress = run_steps(plan, session, output, stop, saver)
+            output.show_change()
+            if plan.config.run.export and output.may_export():
+                with output.phase("export"):
+                    export_policy(plan, session, progress.step, command)
+        on_main(events.finished, groups)
 
 
 def note_start(plan: Plan, groups: Groups, command: str, first_step: int) -> None:
@@ -109,12 +115,12 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal,
                 saver.settle(wait=result.skipped, skipping=result.skipped)
         refuse_endless_skipping(plan, session, result, progress)
         last = step + 1 == config.run.num_steps or output.alarmed() or output.reached()
-        stopping = stop.requested()
+        stopping = stop.requested(saver.seconds)
         if last or stopping or (config.checkpoint.interval and (step + 1) % config.checkpoint.interval == 0):
             with output.phase("checkpoint"):
                 saver.save(session.trainable, progress, wait=last or stopping)
         if stopping and not last:
-            raise RequeueRequested(f"stopped after step {step + 1}; the same command continues", by=stop.by)
+            raise stop.ending(step + 1)
     output.evaluate_if_due(progress.step)
     return progress
 

@@ -29,7 +29,7 @@ def _serve(pipe) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    from megatron_powerflow.parallel.initialize import prepare_imports
+    from megatron_powerflow.parallel.initialize import prepare_imports, tear_down
 
     torch.set_num_threads(1)
     prepare_imports()
@@ -45,6 +45,7 @@ def _serve(pipe) -> None:
         except BaseException as error:
             text = "".join(traceback.format_exception(error))
             answer = (False, (type(error).__name__, getattr(error, "violations", (str(error),)), text))
+        tear_down()  # what a run that failed leaves to the end of its process
         gc.collect()
         is_tired = len(os.listdir("/proc/self/task")) > MAX_THREADS
         try:

@@ -6,15 +6,19 @@ other settings. Left out: who holds the folder (`parallel/owner.py`); what comes
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
 
 from megatron_powerflow.checkpoint.folder import CHECKPOINTS_NAME, CONFIG_NAME, INPUTS_NAME, LOCK_NAME, STOP_NAME
+from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.goodput import EVENTS_NAME
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME
 from megatron_powerflow.metrics.writers import FILE_NAME as METRICS_NAME
+from megatron_powerflow.outcome import OUTCOME_NAME, read_outcome
+from megatron_powerflow.parallel.watch import HEARTBEATS_NAME
 from megatron_powerflow.whole_files import PARTIAL_SUFFIX, is_partial_of
 
 CONFIG_MARK = "# the resolved config of this folder's run, written by powerflow train\n"
@@ -29,9 +33,19 @@ FIRST_FILES = (
     EVENTS_NAME,
     LAUNCHES_NAME,
     STOP_NAME,
+    OUTCOME_NAME,
     INPUTS_NAME,
     CONFIG_NAME,
 )
+
+
+def earliest_files(folder: Path) -> tuple[str, ...]:
+    """Names of files of ours that may be there before config.yaml, which says that the others are."""
+    try:
+        ours = read_outcome(folder) is not None
+    except UserError:
+        ours = False  # somebody else's file of that name
+    return (STOP_NAME, OUTCOME_NAME) if ours else (STOP_NAME,)
 
 
 def holds_a_run(folder: Path) -> bool:
@@ -59,9 +73,10 @@ def holds_a_step(folder: Path) -> bool:
 def not_ours(folder: Path) -> list[str]:
     """Return the names of what is in a folder beside the first files of a start and its lock."""
     a_run = holds_a_run(folder)
-    ours = {*FIRST_FILES, "wandb", "tensorboard"} if a_run else {STOP_NAME}
+    ours = {*FIRST_FILES, "wandb", "tensorboard"} if a_run else {*earliest_files(folder)}
     ours |= {*CUT_OFF_BY_0_1_0} if a_run else {CUT_OFF_BY_0_1_0[0]}
-    cut_off = FIRST_FILES if a_run else (CONFIG_NAME,)
+    ours |= {HEARTBEATS_NAME} if len(_heartbeats(folder)) == _num_files(folder / HEARTBEATS_NAME) else set()
+    cut_off = FIRST_FILES if a_run else (CONFIG_NAME, OUTCOME_NAME)
     return sorted(
         path.name
         for path in folder.iterdir()
@@ -78,10 +93,32 @@ def remove_first_files(folder: Path, *, keep_events: bool = False) -> None:
     if holds_a_step(folder):
         return
     remove_cut_off_files(folder)
+    remove_heartbeats(folder)
     kept = (EVENTS_NAME, CONFIG_NAME) if keep_events and (folder / EVENTS_NAME).is_file() else ()
-    for name in FIRST_FILES if holds_a_run(folder) else (STOP_NAME,):
+    for name in FIRST_FILES if holds_a_run(folder) else earliest_files(folder):
         if name not in kept:
             (folder / name).unlink(missing_ok=True)
+
+
+def remove_heartbeats(folder: Path) -> None:
+    """Away with what the ranks of earlier starts wrote of themselves. The holder's of the folder."""
+    for start in _heartbeats(folder):
+        shutil.rmtree(start, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not there, or something of somebody else's is in it
+        (folder / HEARTBEATS_NAME).rmdir()
+
+
+def _heartbeats(folder: Path) -> list[Path]:
+    """The folder of each start's heartbeats."""
+    beats = folder / HEARTBEATS_NAME
+    if not beats.is_dir() or beats.is_symlink():
+        return []
+    starts = [path for path in beats.iterdir() if re.fullmatch(r"[0-9a-f]{32}", path.name)]
+    return [path for path in starts if path.is_dir() and not path.is_symlink()]
+
+
+def _num_files(folder: Path) -> int:
+    return len([*folder.iterdir()]) if folder.is_dir() else 0
 
 
 def remove_cut_off_files(folder: Path) -> None:
@@ -90,7 +127,7 @@ def remove_cut_off_files(folder: Path) -> None:
     Only the holder of the folder may call it.
     """
     for path in folder.glob(".*" + PARTIAL_SUFFIX):
-        if is_partial_of(path.name, FIRST_FILES if holds_a_run(folder) else (CONFIG_NAME,)):
+        if is_partial_of(path.name, FIRST_FILES if holds_a_run(folder) else (CONFIG_NAME, OUTCOME_NAME)):
             path.unlink(missing_ok=True)
     for path in (folder / CHECKPOINTS_NAME).glob("step_*" + PARTIAL_SUFFIX):
         if re.fullmatch(rf"step_\d{{6,}}{re.escape(PARTIAL_SUFFIX)}", path.name):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,8 @@ class Pending:
     optimizer_step: int
     head: dict[str, Tensor] | None
     thread: threading.Thread = field(init=False)
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0  # from then until all files of this rank were on the disk
     failure: BaseException | None = None
     digests: dict[str, str] = field(default_factory=dict)
     sums: Sums = field(default_factory=Sums)
@@ -90,6 +93,7 @@ class Saver:
         self._saved = saved
         self._shards: ShardWriter | None = None
         self._pending: Pending | None = None
+        self.seconds: float | None = None  # that the last checkpoint took to be on the disk, on this rank
 
     def __enter__(self) -> Saver:
         return self
@@ -135,6 +139,7 @@ class Saver:
         failure = attempt(lambda: finalize(pending.request), *IO_ERRORS)
         self._stop_together(failure, pending.partial)
         pending.writer.release()
+        self.seconds = pending.seconds
         shares = gather_to_main((pending.digests, pending.sums), self._groups)
         failure, notice = None, None
         if shares is not None:
@@ -195,6 +200,7 @@ class Saver:
             pending.sums = sums_of(pending.writer.pieces()) + _of_head(pending.head)
 
         pending.failure = attempt(work, Exception)  # raised where the ranks meet
+        pending.seconds = time.monotonic() - pending.began
 
     def _finish(self, pending: Pending, shares: Sequence[tuple[dict[str, str], Sums]], skipping: bool) -> str | None:
         """Write the last files and the digests, then the name, then `latest`; then the old ones go. For the main rank.

@@ -10,11 +10,14 @@ import contextlib
 import logging
 import os
 import shlex
+import socket
 import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from megatron_powerflow.errors import UserError
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from megatron_powerflow.parallel.groups import Groups
 
 TIMEOUT = timedelta(minutes=30)
+MEETING = timedelta(minutes=5)  # from the first process at the first rendezvous to the last one
+MEETING_NOTE_SECONDS = 30.0  # between two lines that say for whom it waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,33 @@ def read_launch() -> Launch:
     return ALONE
 
 
+def read_job_end() -> float | None:
+    """When SLURM ends this process's job, in seconds since 1970; None outside SLURM, and for a job without a limit."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    if text.isdecimal():
+        return float(text)
+    try:  # before SLURM 23.02
+        lines = subprocess.run(
+            ["scontrol", "show", "job", job], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return end_of_job(lines)
+
+
+def end_of_job(lines: str) -> float | None:
+    """EndTime of what `scontrol show job` prints, in local time; None where it knows none."""
+    words = [word.removeprefix("EndTime=") for word in lines.split() if word.startswith("EndTime=")]
+    limits = [word for word in lines.split() if word.startswith("TimeLimit=")]
+    try:
+        return None if limits == ["TimeLimit=UNLIMITED"] else datetime.fromisoformat(words[0]).timestamp()
+    except (IndexError, ValueError):
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """The SLURM job that this process belongs to. restarts: how often it was put back into the queue and begun anew."""
@@ -125,13 +157,14 @@ def prepare_imports() -> None:
 
 @contextlib.contextmanager
 def initialized(layout: Layout, launch: Launch, *, seed: int) -> Iterator[Groups]:
-    """Process groups for the layout, as a `Groups`; torn down at exit. After `prepare_imports`.
+    """Process groups for the layout, as a `Groups`; torn down at a clean end. After `prepare_imports`.
+
+    Where the block raises they are left to the end of the process: tearing them down can wait for ranks that are gone.
 
     Reproducible: seeds torch's and Megatron's generators, although nothing in a run draws from them
     (see rollout/sampling.py).
     """
     import torch
-    import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -158,9 +191,24 @@ def initialized(layout: Layout, launch: Launch, *, seed: int) -> Iterator[Groups
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
         yield _groups(launch, layout, device)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    except BaseException:
+        if launch.world_size > 1:
+            raise
+        tear_down()
+        raise
+    tear_down()
+
+
+def tear_down() -> None:
+    """Take down what `initialized` or `cpu_group` has set up, if anything."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -172,10 +220,8 @@ def cpu_group(launch: Launch) -> Iterator[None]:
         yield
         return
     _init_process_group(launch, "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # at a clean end, as in `initialized`
 
 
 def _init_process_group(launch: Launch, backend: str) -> None:
@@ -186,15 +232,36 @@ def _init_process_group(launch: Launch, backend: str) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     _bind_interface(launch)
+    store = rendezvous(launch, MEETING)
+    _meet(launch, store)
+    store.set_timeout(TIMEOUT)
     try:
-        if launch.launcher == "torchrun":
-            dist.init_process_group(backend, timeout=TIMEOUT)
-        else:
-            store = rendezvous(launch, TIMEOUT)
-            dist.init_process_group(
-                backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
-            )
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:  # of torch's store and of gloo: no classes of their own
+        raise _not_found(launch, error) from None
+
+
+def _meet(launch: Launch, store) -> None:
+    """Wait until every rank is there. Raises UserError with the ranks that are not within MEETING."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    keys = [f"here/{attempt}/{rank}" for rank in range(launch.world_size)]
+    began = said = time.monotonic()
+    try:
+        store.set(keys[launch.rank], socket.gethostname())
+        while missing := [rank for rank, key in enumerate(keys) if not store.check([key])]:
+            now = time.monotonic()
+            who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:16]))}{', ...' * (len(missing) > 16)}"
+            if now - began > MEETING.total_seconds():
+                raise UserError(
+                    f"{who} of {launch.world_size} did not come within {MEETING.total_seconds() / 60:.0f} minutes of "
+                    f"rank {launch.rank} on {socket.gethostname()}; look at the logs of those that are missing, and "
+                    "that their nodes run"
+                )
+            if launch.is_main and now - said > MEETING_NOTE_SECONDS:
+                said = now
+                print(f"waiting for {who} of {launch.world_size}, {now - began:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(0.05 if now - began < 5 else 0.5)
+    except RuntimeError as error:
         raise _not_found(launch, error) from None
 
 
@@ -232,7 +299,9 @@ def rendezvous(launch: Launch, timeout: timedelta):
             store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
             return store
         host, port = _srun_rendezvous()
-        return dist.TCPStore(host, port, launch.world_size, is_master=launch.rank == 0, timeout=timeout)
+        return dist.TCPStore(
+            host, port, launch.world_size, is_master=launch.rank == 0, timeout=timeout, wait_for_workers=False
+        )
     except (RuntimeError, ValueError) as error:
         raise _not_found(launch, error) from None
 

@@ -187,6 +187,11 @@ class Owner:
         self._made = []
 
 
+def has_ended(holder: Holder) -> bool:
+    """Whether this process is known to have ended: False where it cannot be seen from here."""
+    return is_seen_from_here(holder) and not _lives(holder)
+
+
 def held_by_another(guarded: Path, lock: Path) -> str | None:
     """Return the reason for which `Owner.take` would fail here and now; None where it would not. Reads only."""
     for path, holder in [*_chain(lock)][-1:]:
@@ -199,7 +204,7 @@ def _refusal(guarded: Path, path: Path, holder: Holder) -> str:
     if holder.token == FOREIGN:
         return f"{guarded}: {path.name} is in the way and no lock of ours; move it away, or write elsewhere"
     text = f"{guarded}: is held by {holder.describe()}; wait for it to end, stop it, or write elsewhere"
-    if _is_seen_from_here(holder):
+    if is_seen_from_here(holder):
         return text
     return (
         f"{text}. If it was killed, start again when its lock {path.name} has not been touched for "
@@ -315,14 +320,15 @@ def _holder(values: dict[str, Any]) -> Holder:
     return holder
 
 
-def _is_seen_from_here(holder: Holder) -> bool:
+def is_seen_from_here(holder: Holder) -> bool:
+    """Whether the holder's process number means something to this process."""
     return (holder.host, holder.boot, holder.pid_space) == (socket.gethostname(), _boot(), _pid_space())
 
 
 def _is_gone(holder: Holder, path: Path, now: float) -> bool:
     if holder.token == FOREIGN:
         return False
-    if _is_seen_from_here(holder):
+    if is_seen_from_here(holder):
         return not _lives(holder)
     job = read_job()
     if job is not None and job.id == holder.job and holder.restarts < job.restarts:

@@ -24,9 +24,14 @@ Value = TypeVar("Value")
 
 def any_rank(flag: bool, groups: Groups) -> bool:
     """True everywhere when `flag` is True on at least one rank."""
-    value = torch.tensor([int(flag)])
+    return bool(highest(int(flag), groups))
+
+
+def highest(number: int, groups: Groups) -> int:
+    """The largest of all ranks' numbers, everywhere."""
+    value = torch.tensor([number])
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=groups.control)
-    return bool(value.item())
+    return int(value.item())
 
 
 def attempt(function: Callable[[], object], *kinds: type[BaseException]) -> BaseException | None:

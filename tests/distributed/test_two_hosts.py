@@ -21,7 +21,7 @@ SCRIPT = """
 from datetime import timedelta
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel import initialize
-initialize.TIMEOUT = timedelta(seconds=20)
+initialize.MEETING = initialize.TIMEOUT = timedelta(seconds=20)
 import torch, torch.distributed as dist
 try:
     with initialize.cpu_group(initialize.read_launch()):

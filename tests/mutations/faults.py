@@ -1021,9 +1021,43 @@ _CHOICE = (
     ("in reversed(checkpoints_of(run))", "in checkpoints_of(run)", "the oldest is taken"),
     (" and (proof is None or proof.is_finite)", "", "weights that are not finite are sound"),
 )
+_TIME_LIMIT = (
+    ('"d": 86400', '"d": 3600', "days are hours"),
+    ("return max(seconds, default=0.0)", "return min(seconds, default=0.0)", "the shortest step"),
+    ("work = longest(steps) + longest(saves)", "work = longest(steps)", "no time for the save"),
+    ("max(LEAST_MARGIN_SECONDS, MARGIN_SHARE", "min(LEAST_MARGIN_SECONDS, MARGIN_SHARE", "the smaller margin"),
+    ("deque(maxlen=REMEMBERED)\n        self._saves", "deque()\n        self._saves", "the first step for ever"),
+    ("if not self._saved:", "if self._saved:", "loading stands for a save for ever"),
+    ("self._steps, self._saves) > self.end", "self._steps, self._saves) < self.end", "stops while there is time"),
+    ("return self.end is not None and", "return self.end is None or", "stops without a limit"),
+)
+
+_VERDICT = (
+    ("distance < world_size} - {rank}", "distance <= world_size}", "a rank watches itself"),
+    ("2**power for power", "1 + power for power", "only neighbours are watched"),
+    (
+        "SLOW_FACTOR if phase in SLOW_PHASES else 1.0",
+        "1.0 if phase in SLOW_PHASES else SLOW_FACTOR",
+        "the other phases",
+    ),
+    ("if not state.ended]", "]", "who has left is waited for"),
+    ("len(states) < world_size or", "", "judged before all have spoken"),
+    ("not all(is_idle", "not any(is_idle", "late while others get on"),
+    ("if not state.waiting]", "if state.waiting]", "those that wait are to blame"),
+    (
+        "key=lambda state: -state.idle_seconds)",
+        "key=lambda state: state.idle_seconds)",
+        "the latest to stop comes first",
+    ),
+    ("earliest = min(", "earliest = max(", "who is ahead is behind"),
+    ("return -1 if state.step is None", "return 10**9 if state.step is None", "no step yet is the last step"),
+)
+
 _BY_FILE = {
     "journal.py": _JOURNAL,
     "metrics/goodput.py": _GOODPUT,
+    "time_limit.py": _TIME_LIMIT,
+    "parallel/verdict.py": _VERDICT,
     "objective/trajectory_balance.py": _TRAJECTORY_BALANCE,
     "objective/log_z_estimate.py": _LOG_Z_ESTIMATE,
     "objective/policy_gradient.py": _POLICY_GRADIENT,
@@ -1071,6 +1105,8 @@ FAULTS = tuple(Fault(file, *texts) for file, of_file in _BY_FILE.items() for tex
 GUARDS = {
     "journal.py": ("journal", "metrics"),
     "metrics/goodput.py": ("goodput",),
+    "time_limit.py": ("time_limit",),
+    "parallel/verdict.py": ("verdict",),
     "objective/trajectory_balance.py": ("trajectory_balance", "laws"),
     "objective/log_z_estimate.py": ("trajectory_balance", "laws"),
     "objective/policy_gradient.py": ("policy_gradient", "laws"),
