@@ -53,7 +53,7 @@ def card_files(run: Path, step: int, command: str, base_folder: Path | None = No
         "realised": _realised(lines),
         "evaluations": _evaluations(run / EVALUATIONS_NAME, step),
         "inputs": inputs,
-        "launches": read_journal(run / LAUNCHES_NAME).lines,
+        "launches": read_journal(run / LAUNCHES_NAME, _not_finite).lines,
         "export": provenance(command),
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False, default=str)
@@ -151,7 +151,7 @@ def _licence(base: Path) -> str | None:
 
 def _evaluations(path: Path, step: int) -> list[dict[str, Any]]:
     """Return the last line of each step up to `step`, without single prompts' values; [] if `step` has none."""
-    by_step = {line["step"]: line for line in read_step_log(path)}
+    by_step = {line["step"]: line for line in read_step_log(path) if not _not_finite(line)}
     if step not in by_step:
         return []
     return [
@@ -159,6 +159,15 @@ def _evaluations(path: Path, step: int) -> list[dict[str, Any]]:
         for at in sorted(by_step)
         if at <= step
     ]
+
+
+def _not_finite(line: Mapping[str, Any]) -> str | None:
+    """Say that a line holds NaN or infinity, which no JSON of a provenance may; None where it does not."""
+    try:
+        json.dumps(line, allow_nan=False)
+    except ValueError:
+        return "holds a number that is not finite"
+    return None
 
 
 def _json(path: Path) -> Any:
