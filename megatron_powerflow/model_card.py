@@ -19,10 +19,10 @@ import numpy as np
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME
 from megatron_powerflow.config import Config
 from megatron_powerflow.config_file import load_config
-from megatron_powerflow.journal import read_journal
+from megatron_powerflow.journal import Check, notes_of, read_journal
 from megatron_powerflow.metrics.names import METRICS, label
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME, provenance
-from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, read_step_log
+from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, without_step
 from megatron_powerflow.metrics.writers import read_metrics
 
 CARD_NAME, PROVENANCE_NAME = "README.md", "provenance.json"
@@ -35,10 +35,12 @@ def card_files(run: Path, step: int, command: str, base_folder: Path | None = No
     """Return file name -> text of the card and the provenance, for a run's policy after `step` steps.
 
     command: what exports it. base_folder: where the base model lies, to ask for its licence; None: where the run's
-    config says. Raises UserError for a damaged file.
+    config says. Damaged lines of the run's journals are left out, and the provenance names them. Raises UserError for a
+    damaged config.
     """
+    damaged: list[str] = []
     config = load_config(run / CONFIG_NAME)
-    lines = [line for line in read_metrics(run) if line.get("step", step) < step]
+    lines = [line for line in read_metrics(run, damaged) if line["step"] < step]
     inputs, base = _json(run / INPUTS_NAME), config.model.hf_path
     revisions = inputs.get("revisions", {}) if isinstance(inputs, dict) else {}
     on_hub = base.removeprefix("hf://").partition("@")[0]
@@ -51,11 +53,11 @@ def card_files(run: Path, step: int, command: str, base_folder: Path | None = No
         "temperature": config.rollout.temperature,
         "prompts": config.prompts.paths,
         "realised": _realised(lines),
-        "evaluations": _evaluations(run / EVALUATIONS_NAME, step),
+        "evaluations": _evaluations(run / EVALUATIONS_NAME, step, damaged),
         "inputs": inputs,
-        "launches": read_journal(run / LAUNCHES_NAME).lines,
+        "launches": _lines(run / LAUNCHES_NAME, damaged, _not_finite),
         "export": provenance(command),
-    }
+    } | ({"damaged": damaged} if damaged else {})
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False, default=str)
     name = on_hub if on_hub in revisions else Path(base).name
     return {
@@ -127,7 +129,7 @@ def _realised(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Average, over the last steps, the numbers that say how far the policy came."""
     names = ("alpha_realised", "alpha_realised_low", "alpha_realised_high", "alpha_realised_r2")
     last = lines[-LAST_STEPS:]
-    series = {name: [line[name] for line in last if name in line] for name in names}
+    series = {name: [line[name] for line in last if name in line and np.isfinite(line[name])] for name in names}
     return {name: float(np.mean(values)) for name, values in series.items() if values}
 
 
@@ -152,9 +154,10 @@ def _licence(base: Path) -> str | None:
     return match[1] if match else None
 
 
-def _evaluations(path: Path, step: int) -> list[dict[str, Any]]:
+def _evaluations(path: Path, step: int, damaged: list[str]) -> list[dict[str, Any]]:
     """Return the last line of each step up to `step`, without single prompts' values; [] if `step` has none."""
-    by_step = {line["step"]: line for line in read_step_log(path)}
+    lines = _lines(path, damaged, lambda line: without_step(line) or _not_finite(line))
+    by_step = {line["step"]: line for line in lines}
     if step not in by_step:
         return []
     return [
@@ -162,6 +165,21 @@ def _evaluations(path: Path, step: int) -> list[dict[str, Any]]:
         for at in sorted(by_step)
         if at <= step
     ]
+
+
+def _lines(path: Path, damaged: list[str], check: Check) -> list[dict[str, Any]]:
+    journal = read_journal(path, check)
+    damaged += notes_of(path, journal.damages)
+    return journal.lines
+
+
+def _not_finite(line: Mapping[str, Any]) -> str | None:
+    """Say that a line holds NaN or infinity, which no JSON of a provenance may; None where it does not."""
+    try:
+        json.dumps(line, allow_nan=False)
+    except ValueError:
+        return "holds a number that is not finite"
+    return None
 
 
 def _json(path: Path) -> Any:

@@ -106,13 +106,15 @@ def assert_whole(run: Path, unbroken: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["full", "read-only"])
-def test_a_disk_that_refuses_one_file_of_a_run_ends_every_rank_and_loses_nothing(gloo, config, tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "names"), [("full", (*JOURNALS, "rollouts")), ("read-only", ("metrics.jsonl", "rollouts"))]
+)
+def test_a_disk_that_refuses_one_file_of_a_run_ends_every_rank_and_loses_nothing(gloo, config, tmp_path, how, names):
     """After a step, each file in its turn lies on a disk of its own that is full, or read-only, from then on."""
     unbroken, begun, run = tmp_path / "unbroken", tmp_path / "begun", tmp_path / "run"
     gloo.run(2, run_training, config, f"run.output_dir={unbroken}", "parallel.pp=2")
     gloo.run(2, run_training, config, f"run.output_dir={begun}", "parallel.pp=2", "run.num_steps=1")
-    for name in (*JOURNALS, "rollouts"):
+    for name in names:
         shutil.copytree(begun, run)
         with mounted(tmp_path / f"disk_{name}", "size=256k") as disk:
             shutil.move(run / name, disk / name)
@@ -143,7 +145,7 @@ def test_a_disk_that_fills_up_at_any_moment_loses_nothing(gloo, config, tmp_path
     gloo.run(1, run_training, config, f"run.output_dir={unbroken}")
     pages = sum(-(-path.stat().st_size // PAGE) for path in unbroken.rglob("*") if path.is_file())
     named = set()
-    for share in (0.0, 0.005, 0.01, 0.2, 0.5, 0.9, 0.99):
+    for share in (0.0, 0.01, 0.2, 0.5, 0.95):
         with mounted(tmp_path / f"disk_{share}", f"size={4 * max(1, int(pages * share))}k") as disk:
             if share == 0:
                 fill(disk)

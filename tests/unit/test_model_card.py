@@ -7,7 +7,6 @@ import json
 import pytest
 
 from megatron_powerflow.config_file import dump_config, parse_config
-from megatron_powerflow.errors import UserError
 from megatron_powerflow.model_card import card_files
 
 
@@ -74,7 +73,14 @@ def test_no_licence_is_made_up(run, tmp_path):
     assert "which its folder does not state" in card
 
 
-def test_a_damaged_file_of_the_run_is_named(run):
-    (run / "evaluations.jsonl").write_text("{")
-    with pytest.raises(UserError, match=r"evaluations\.jsonl"):
-        card_files(run, 20, "powerflow export")
+def test_a_damaged_line_of_the_run_is_left_out_and_named(run):
+    whole = card_files(run, 20, "powerflow export")
+    assert "damaged" not in json.loads(whole["provenance.json"])
+    path = run / "evaluations.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:9], lines[2], '{"step": 3, "accuracy": NaN}']) + "\n")
+    files = card_files(run, 20, "powerflow export")
+    assert files["README.md"] == whole["README.md"]
+    found = json.loads(files["provenance.json"])
+    assert [line["step"] for line in found["evaluations"]] == [0, 20]
+    assert [note.removeprefix(str(path)).split(":")[1] for note in found["damaged"]] == ["2", "4"]
