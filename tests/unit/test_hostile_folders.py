@@ -158,7 +158,8 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_endless_or_enormous_template_is_refused(model, name, monkeypatch):
     template, words = TEMPLATES[name]
-    monkeypatch.setattr("megatron_powerflow.data.chat_template.RENDER_SECONDS", 1.0)
+    if name in ("a loop", "a power"):  # which take as long as they are let
+        monkeypatch.setattr("megatron_powerflow.data.chat_template.RENDER_SECONDS", 1.0)
     tokenizer = load_tokenizer(model, ConversationSettings(template))
     before, began = resource.getrlimit(resource.RLIMIT_AS), time.process_time()
     with pytest.raises(UserError, match=words):
