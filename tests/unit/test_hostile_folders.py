@@ -200,7 +200,7 @@ def test_a_parquet_file_of_a_kilobyte_does_not_take_gigabytes(tmp_path, as_dicti
     assert path.stat().st_size < 5000
     done = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, text=True, cwd=REPOSITORY)
     assert "unpacks to over 256 MiB" in done.stdout, done.stderr
-    assert int(done.stdout.split()[-1]) < 1500  # MiB more than without it; 3,600 where nothing is counted
+    assert int(done.stdout.split()[-1]) < 1500  # MiB more; 3,600 where nothing counts
 
 
 def test_a_parquet_file_of_one_enormous_value_is_not_unpacked(tmp_path):
