@@ -188,7 +188,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 @pytest.mark.parametrize("as_dictionary", [True, False])
 def test_a_parquet_file_of_a_kilobyte_does_not_take_gigabytes(tmp_path, as_dictionary):
-    """A thousand rows of one value of 1.8 MB, which a dictionary holds once: 1.8 GB when they are unpacked. Arrow itself
+    """A thousand rows of one value of 1.8 MB, which a dictionary holds once: 1.8 GB when unpacked. Arrow itself
     may keep the dictionary, and leave the unpacking to whoever asks for the rows."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
