@@ -44,7 +44,7 @@ def check_text(text: str, source: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_nodes):
                 raise UserError(f"{source}: *{event.anchor} stands within itself; write the value out")
-            number = counts.get(event.anchor, 1)
+            number = counts.get(event.anchor or "", 1)
         elif isinstance(event, yaml.CollectionStartEvent):
             add(1)
             if len(open_nodes) >= MAX_DEPTH:

@@ -179,16 +179,26 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
             # each row of a batch may hold the largest value of its row group: a dictionary stores it once
             rows = max(1, min(BATCH_ROWS, left // max([1, *groups])))
             for batch in file.iter_batches(batch_size=rows):
-                left -= batch.nbytes
+                values = batch.to_pylist()
+                left -= max(batch.nbytes, sum(map(_size, values)))  # a dictionary of Arrow's is unpacked here only
                 if left < 0:
                     raise _too_large(path)
-                for row in batch.to_pylist():
+                for row in values:
                     number += 1
                     yield number, row
     except UserError:
         raise
     except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a parquet file that can be read: {error}") from None
+
+
+def _size(value: Any) -> int:
+    """Returns about how many bytes a value of a row takes."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 8
 
 
 def is_unicode(row: Any) -> bool:

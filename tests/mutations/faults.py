@@ -714,7 +714,7 @@ _CONFIG_TEXT = (
     ("elif isinstance(value, list):", "elif isinstance(value, tuple):", "resolvers in lists"),
     ('"${" in INTERPOLATION.sub("", text)', '"${" in INTERPOLATION.sub("${", text)', "every interpolation is refused"),
     ('if "${" in INTERPOLATION', 'if "${oc.env:" in INTERPOLATION', "nested resolvers pass"),
-    ("number = counts.get(event.anchor, 1)", "number = 1", "aliases count once"),
+    ('number = counts.get(event.anchor or "", 1)', "number = 1", "aliases count once"),
     ("if anchor:", "if not anchor:", "anchors are not counted"),
     ("if key in path or", "if", "circles"),
     ("total > MAX_VALUES", "total > MAX_VALUES**2", "bombs of aliases"),

@@ -158,7 +158,8 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_endless_or_enormous_template_is_refused(model, name, monkeypatch):
     template, words = TEMPLATES[name]
-    monkeypatch.setattr("megatron_powerflow.data.chat_template.RENDER_SECONDS", 1.0)
+    if name in ("a loop", "a power"):  # which take as long as they are let
+        monkeypatch.setattr("megatron_powerflow.data.chat_template.RENDER_SECONDS", 1.0)
     tokenizer = load_tokenizer(model, ConversationSettings(template))
     before, began = resource.getrlimit(resource.RLIMIT_AS), time.process_time()
     with pytest.raises(UserError, match=words):
@@ -185,17 +186,21 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-def test_a_parquet_file_of_five_hundred_bytes_does_not_take_gigabytes(tmp_path):
-    """A thousand rows of one value of 1.8 MB, which a dictionary holds once: 1.8 GB when it is unpacked."""
+@pytest.mark.parametrize("as_dictionary", [True, False])
+def test_a_parquet_file_of_a_kilobyte_does_not_take_gigabytes(tmp_path, as_dictionary):
+    """A thousand rows of one value of 1.8 MB, which a dictionary holds once: 1.8 GB when unpacked. Arrow itself
+    may keep the dictionary, and leave the unpacking to whoever asks for the rows."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     path = tmp_path / "bomb.parquet"
-    parquet.write_table(pyarrow.table({"prompt": ["a" * 1_800_000] * 1000}), path, compression="zstd")
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, "int32"), ["a" * 1_800_000])
+    table = pyarrow.table({"prompt": column})
+    parquet.write_table(table, path, compression="zstd", store_schema=as_dictionary)
     assert path.stat().st_size < 5000
     done = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, text=True, cwd=REPOSITORY)
     assert "unpacks to over 256 MiB" in done.stdout, done.stderr
-    assert int(done.stdout.split()[-1]) < 1000  # MiB more than without it
+    assert int(done.stdout.split()[-1]) < 1500  # MiB more; 3,600 where nothing counts
 
 
 def test_a_parquet_file_of_one_enormous_value_is_not_unpacked(tmp_path):
@@ -203,7 +208,7 @@ def test_a_parquet_file_of_one_enormous_value_is_not_unpacked(tmp_path):
     from pyarrow import parquet
 
     path = tmp_path / "bomb.parquet"
-    parquet.write_table(pyarrow.table({"prompt": ["a" * 400_000_000]}), path, compression="zstd")
+    parquet.write_table(pyarrow.table({"prompt": ["a" * 300_000_000]}), path, compression="zstd")
     with pytest.raises(UserError, match="unpacks to over"):
         list(read_file(path, []))
 
