@@ -16,12 +16,6 @@ from megatron_powerflow.errors import UserError
 SUMS_NAME = "SHA256SUMS"
 
 
-def digest_share(folder: Path, rank: int, world_size: int) -> dict[str, str]:
-    """Relative path -> SHA-256 of this rank's share of the files in `folder`. Raises OSError."""
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return {name: digest_of(folder / name) for name in _share(folder, names, rank, world_size) if name != SUMS_NAME}
-
-
 def write_sums(folder: Path, digests: dict[str, str]) -> None:
     lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
     (folder / SUMS_NAME).write_text("".join(lines), encoding="utf-8")

@@ -898,6 +898,23 @@ _TOKEN_LOG_PROBS = (
     ),
 )
 
+_KEEPING = (
+    ("if good and step <= saved", "if step <= saved", "checkpoints of a run that diverges push good ones out"),
+    ("if good and step <= saved", "if good", "those of another course are counted"),
+    ("step not in (saved, latest)", "step != saved", "what `latest` names is removed"),
+    ("step % keeping.keep_every == 0", "step % keeping.keep_every != 0", "the wrong ones stay for ever"),
+    ("or not sound.get(saved, False)", "", "a run that diverges prunes"),
+)
+_CONTENTS = (
+    (".add_(_signed(seed))", "", "two tensors that change places are not seen"),
+    ("self.is_finite and other.is_finite", "self.is_finite or other.is_finite", "one finite part is enough"),
+    ("weights=value, is_finite=is_finite(piece.data)", "weights=value", "weights that are not finite are not seen"),
+)
+_CHOICE = (
+    ("and flaw_of(path) is None and is_sound(path)", "and flaw_of(path) is None", "a diverged checkpoint is taken"),
+    ("in reversed(checkpoints_of(run))", "in checkpoints_of(run)", "the oldest is taken"),
+    (" and (proof is None or proof.is_finite)", "", "weights that are not finite are sound"),
+)
 _BY_FILE = {
     "objective/trajectory_balance.py": _TRAJECTORY_BALANCE,
     "objective/log_z_estimate.py": _LOG_Z_ESTIMATE,
@@ -933,6 +950,9 @@ _BY_FILE = {
     "rollout/sampling.py": _SAMPLING,
     "log_probs/plain.py": _PLAIN,
     "log_probs/token_log_probs.py": _TOKEN_LOG_PROBS,
+    "checkpoint/keeping.py": _KEEPING,
+    "checkpoint/contents.py": _CONTENTS,
+    "checkpoint/choice.py": _CHOICE,
 }
 FAULTS = tuple(Fault(file, *texts) for file, of_file in _BY_FILE.items() for texts in of_file)
 
@@ -970,4 +990,7 @@ GUARDS = {
     "rollout/sampling.py": ("sampling",),
     "log_probs/plain.py": ("token_log_probs",),
     "log_probs/token_log_probs.py": ("token_log_probs",),
+    "checkpoint/keeping.py": ("keeping",),
+    "checkpoint/contents.py": ("checkpoint_contents",),
+    "checkpoint/choice.py": ("choice",),
 }

@@ -20,6 +20,7 @@ GOOD = dict.fromkeys((2, 4, 6, 8), True)
         (GOOD, 8, 2, Keeping(1), [4, 6]),
         # a run that went back from 8 to 4
         (GOOD, 6, 6, Keeping(1), [2, 4]),
+        (GOOD, 6, 6, Keeping(2), [2]),
         # the one just written is of a run that diverges: nothing goes
         (GOOD | {8: False}, 8, 6, Keeping(1), []),
         # bad ones are not counted, and go with those that are older than what is kept
