@@ -1,7 +1,7 @@
 """Are the files of a checkpoint those that were written? SHA-256 of each, in the format of `sha256sum -c`.
 
 Every rank reads its share of the files, so that a large checkpoint is read once and by everybody. Nothing here
-communicates; `storage.py` brings the shares together.
+communicates; `whole.py` brings the shares together.
 """
 
 from __future__ import annotations
