@@ -1,7 +1,7 @@
 """Are the files of a checkpoint those that were written? SHA-256 of each, in the format of `sha256sum -c`.
 
 Every rank reads its share of the files, so that a large checkpoint is read once and by everybody. Nothing here
-communicates; `storage.py` brings the shares together.
+communicates; `whole.py` brings the shares together.
 """
 
 from __future__ import annotations
@@ -14,15 +14,6 @@ from pathlib import Path
 from megatron_powerflow.errors import UserError
 
 SUMS_NAME = "SHA256SUMS"
-
-
-def digest_share(folder: Path, rank: int, world_size: int) -> dict[str, str]:
-    """Return the SHA-256 of each file in this rank's share of `folder`, by relative path.
-
-    Raises OSError.
-    """
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return {name: digest_of(folder / name) for name in _share(folder, names, rank, world_size) if name != SUMS_NAME}
 
 
 def write_sums(folder: Path, digests: dict[str, str]) -> None:

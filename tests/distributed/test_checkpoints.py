@@ -40,7 +40,7 @@ objective: {{alpha: 2, log_z: mlp}}
 optimizer: {{lr: 1e-3}}
 checkpoint: {{interval: 1}}
 metrics: {{wandb: "off", curves: false}}
-evaluation: {{samples: 0}}
+evaluation: {{samples: 1}}
 run: {{num_steps: 4, output_dir: {tmp_path / "run"}}}
 """
     )

@@ -138,6 +138,7 @@ CASES = {
     "precision.fp8_format": (["precision.dtype=fp8"], "hybrid", "e4m3", [], "precision.dtype is not fp8"),
     "parallel.micro_batch_size": ([], 4, 2, ["parallel.max_tokens_per_micro_batch=9999"], "packs instead"),
     "parallel.vpp": (["parallel.pp=2"], None, 2, [], "parallel.pp=1"),
+    "checkpoint.keep_every": (["checkpoint.keep=2"], None, 100, [], "checkpoint.keep is not given"),
     "evaluation.samples": ([], 3, 0, ["rollout.replay=x"], "trains without an engine"),
     "evaluation.prompts": ([], None, "p", ["rollout.replay=x"], "trains without an engine"),
     "evaluation.num_prompts": (["evaluation.prompts=p"], None, 5, [], "evaluation.prompts is not given"),
