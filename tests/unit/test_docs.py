@@ -173,7 +173,8 @@ def check_manifest(path: str) -> None:
         (container,) = part["template"]["spec"]["containers"]
         words = shlex.split(container["args"][0].removeprefix("exec "))
         assert words[words.index("--nnodes") + 1] == str(nodes)
-        settings = words[words.index("train") + 1 :]
+        settings = words[words.index("train") + 1 : words.index("||")]
+        assert words[words.index("||") :] == ["||", "exec", "powerflow", "outcome", settings[-1].partition("=")[2]]
         config = load_config(REPOSITORY / settings[0], settings[1:])
         per_node = int(words[words.index("--nproc-per-node") + 1])
         assert nodes * per_node % (config.parallel.tp * config.parallel.pp * config.parallel.cp) == 0
@@ -390,7 +391,7 @@ def test_the_version_stands_in_every_place_that_states_it():
     from megatron_powerflow import __version__
 
     changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(r"^## (\S+)", changes, re.MULTILINE)[1] == __version__
+    assert re.search(r"^## (?!Unreleased)(\S+)", changes, re.MULTILINE)[1] == __version__
     assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))["version"] == __version__
 
 
