@@ -1,7 +1,8 @@
 """What is this rank doing, and does it get on? Its phase and step, and signs of life of its main thread.
 
 Getting on is a new phase, a pass through the model, or a main thread that is found elsewhere in the program than a
-moment ago. In phases that read and write files (SLOW_PHASES), a process that computes or moves bytes gets on as well.
+moment ago. In phases that read and write files (SLOW_PHASES), a rank gets on as well while its main thread or a child
+of its process computes or moves bytes.
 
 Left out: what others make of it (`verdict.py`), and how they hear of it (`watch.py`). Imports no torch.
 """
@@ -9,6 +10,7 @@ Left out: what others make of it (`verdict.py`), and how they hear of it (`watch
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -68,7 +70,10 @@ class Pulse:
         now, frames = time.monotonic(), self.frames()
         seen = (self.phase, self.step, self._count, tuple((frame.f_code, frame.f_lasti) for frame in frames))
         work = self._work() if self.phase in SLOW_PHASES else self._seen_work
-        computed, moved = work[0] - self._seen_work[0], work[1] - self._seen_work[1]
+        computed, moved = (
+            abs(work[0] - self._seen_work[0]),
+            abs(work[1] - self._seen_work[1]),
+        )  # less: a child has ended
         if seen != self._seen or computed > COMPUTED_SECONDS or moved > MOVED_BYTES:
             self._seen, self._seen_work, self._moved = seen, work, now
         return now - self._moved
@@ -83,13 +88,18 @@ class Pulse:
         return frames
 
     def _work(self) -> tuple[float, int]:
-        """CPU seconds of the main thread, bytes that the process and its ended children moved; 0 where the kernel does
-        not say."""
+        """CPU seconds of the main thread and of the children, which write checkpoints; bytes that all of them moved. 0
+        where the kernel does not say."""
         computed, moved = 0.0, 0
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             computed = time.clock_gettime(time.pthread_getcpuclockid(self._main or 0))
-            lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
-            moved = sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
+        for process in ["self", *_children()]:
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                lines = Path(f"/proc/{process}/io").read_text(encoding="ascii").splitlines()
+                moved += sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
+                if process != "self":
+                    fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+                    computed += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         return computed, moved
 
     def is_waiting(self) -> bool:
@@ -99,6 +109,15 @@ class Pulse:
     def describe(self) -> str:
         """Write where this rank is. Example: update of step 7."""
         return place(self.phase, self.step)
+
+
+def _children() -> list[str]:
+    """The numbers of the processes that this one has started and that have not ended."""
+    found: list[str] = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            found += path.read_text(encoding="ascii").split()
+    return found
 
 
 def place(phase: str, step: int | None) -> str:

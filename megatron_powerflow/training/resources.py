@@ -1,4 +1,4 @@
-"""Will a run find what it needs beside the model? Packages, a folder to write in, room on the disk.
+"""Will a run find what it needs beside the model? Packages, a folder to write in, room on the disk, time.
 
 Left out: GPUs and their memory, which only a started process can ask for.
 """
@@ -9,13 +9,23 @@ import importlib.util
 import math
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 from megatron_powerflow.checkpoint.folder import checkpoints_of
 from megatron_powerflow.config import Config
+from megatron_powerflow.time_limit import seconds_until_stop
 
 CHECKPOINT_BYTES = 14  # a parameter: bf16 weights, their fp32 masters and Adam's two moments
 GIB = 2**30
+
+
+def _time(config: Config) -> list[str]:
+    """A start after its limit would make one step, stop, be started again, and so on."""
+    text = str(config.run.stop_before or "")
+    if (seconds := seconds_until_stop(text, datetime.now())) is None or seconds > 0:
+        return []
+    return [f"run.stop_before={text} is over; name a later time, a duration such as 23h30m, or null"]
 
 
 def resource_violations(config: Config, num_parameters: int | None) -> list[str]:
@@ -23,7 +33,7 @@ def resource_violations(config: Config, num_parameters: int | None) -> list[str]
 
     num_parameters: of the model, where it is known.
     """
-    violations = _packages(config)
+    violations = [*_packages(config), *_time(config)]
     folder = Path(config.run.output_dir)
     above = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), None)
     if above is None or not os.access(above, os.W_OK):

@@ -164,7 +164,8 @@ def wait_until_none_is_left(ranks: Ranks, seconds: float = 60) -> bool:
 
 def test_a_rank_that_is_killed_is_named_and_the_same_command_continues(config, tmp_path, record_property):
     """In the midst of things, after a checkpoint, for which Megatron keeps a process of its own."""
-    with Ranks(tmp_path, config, "checkpoint.interval=1", "checkpoint.keep=2") as ranks:
+    patient = "run.hang_seconds=1000"  # not by that
+    with Ranks(tmp_path, config, patient, "checkpoint.interval=1", "checkpoint.keep=2") as ranks:
         ranks.wait_for_steps(2)
         killed = ranks.processes[1]
         killed.kill()
@@ -197,7 +198,7 @@ def test_a_rank_that_raises_alone_ends_all_with_its_exit_code_and_is_printed_onc
 ):
     script = tmp_path / "planted.py"
     script.write_text(PLANTED.format(what=what))
-    with Ranks(tmp_path, config, "parallel.tp=2", script=script) as ranks:
+    with Ranks(tmp_path, config, "parallel.tp=2", "run.hang_seconds=1000", script=script) as ranks:
         ranks.wait_for_steps(2)
         began = time.monotonic()
         assert ranks.exit_codes(90) == [code, code], ranks.said

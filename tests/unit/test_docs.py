@@ -173,7 +173,8 @@ def check_manifest(path: str) -> None:
         (container,) = part["template"]["spec"]["containers"]
         words = shlex.split(container["args"][0].removeprefix("exec "))
         assert words[words.index("--nnodes") + 1] == str(nodes)
-        settings = words[words.index("train") + 1 :]
+        settings = words[words.index("train") + 1 : words.index("||")]
+        assert words[words.index("||") :] == ["||", "exec", "powerflow", "outcome", settings[-1].partition("=")[2]]
         config = load_config(REPOSITORY / settings[0], settings[1:])
         per_node = int(words[words.index("--nproc-per-node") + 1])
         assert nodes * per_node % (config.parallel.tp * config.parallel.pp * config.parallel.cp) == 0

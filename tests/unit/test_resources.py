@@ -36,6 +36,13 @@ def test_a_disk_that_is_too_small_is_said_with_the_sizes(tmp_path):
     assert resource_violations(config(tmp_path), None) == []
 
 
+def test_a_limit_of_time_that_is_over_is_refused(tmp_path):
+    (violation,) = resource_violations(config(tmp_path, "run.stop_before=2020-01-01T00:00"), None)
+    assert violation.startswith("run.stop_before=2020-01-01T00:00 is over; name a later time")
+    for later in ("2999-01-01T00:00", "23h30m", "5400"):
+        assert resource_violations(config(tmp_path, f"run.stop_before={later}"), None) == []
+
+
 def test_checkpoints_that_are_there_already_are_not_counted_again(tmp_path):
     for step in (3, 4):
         (tmp_path / "run" / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)

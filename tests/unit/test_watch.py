@@ -199,3 +199,17 @@ def test_a_phase_that_raises_stays_the_one_that_failed():
     with pytest.raises(ValueError, match="x"), pulse.during("update"):
         raise ValueError("x")
     assert pulse.describe() == "update of step 4"
+
+
+def test_a_child_that_computes_gets_a_saving_rank_on():
+    """Megatron's writers are processes of their own; the main thread waits for them."""
+    pulse = Pulse()
+    work = "while True: pass"
+    with pulse.during("checkpoint"), subprocess.Popen([sys.executable, "-c", work]) as child:
+        before, after = pulse._work()[0], 0.0
+        deadline = time.monotonic() + 120
+        while after < before + 0.5 and time.monotonic() < deadline:
+            time.sleep(1)  # the main thread itself computes next to nothing
+            after = pulse._work()[0]
+        child.kill()
+    assert after >= before + 0.5
