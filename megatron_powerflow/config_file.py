@@ -53,7 +53,8 @@ def parse_config(values: Any, overrides: Sequence[str] = (), *, source: str = "c
         raise UserError([f"override {item!r} is not of the form section.key=value" for item in malformed])
     try:
         merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
-        check_interpolations(OmegaConf.to_container(merged, resolve=False), source)
+        raw: Any = OmegaConf.to_container(merged, resolve=False)
+        check_interpolations(raw, source)
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{source}: {_one_line(error)}") from None

@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from megatron_powerflow.checkpoint.contents import Piece
 
@@ -55,8 +55,7 @@ class HeldWriter(FileSystemWriter):
         self._plan = plan
         for item in plan.items:
             data = planner.resolve_data(item)
-            is_tensor = item.type != WriteItemType.BYTE_IO
-            self._held[item.index] = host_copy(data) if is_tensor and self._copies else data
+            self._held[item.index] = host_copy(data) if self._copies and isinstance(data, Tensor) else data
 
     def resolve_data(self, item: WriteItem) -> Any:
         """Called by torch for each item as it is written."""
@@ -93,6 +92,10 @@ class HeldStrategy(TorchDistSaveShardedStrategy):
     """Megatron's torch_dist with a `HeldWriter` in place of its forking one. The plan of a save is used again as long
     as the state has the same shape."""
 
+    cached_central_plan: Any  # Megatron's, which gives them no type
+    cached_local_plan: Any
+    validated_cache_reuse: Any
+
     def __init__(self, *, copies: bool) -> None:
         super().__init__("torch_dist", 1, cached_metadata=True)
         self._copies = copies
@@ -106,11 +109,11 @@ class HeldStrategy(TorchDistSaveShardedStrategy):
         planned, self.cached_central_plan, self.cached_local_plan, self.validated_cache_reuse, _ = (
             save_state_dict_async_plan(
                 mcore_to_pyt_state_dict(state, False),
-                self.writer,  # type: ignore[arg-type]
+                self.writer,
                 None,
                 0,
                 planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-                cached_ckpt_structure=(  # type: ignore[arg-type]
+                cached_ckpt_structure=(
                     self.cached_central_plan,
                     self.cached_local_plan,
                     self.validated_cache_reuse,

@@ -15,7 +15,7 @@ from megatron_powerflow.checkpoint.choice import choose, set_aside
 from megatron_powerflow.checkpoint.first_files import holds_a_run, holds_a_step, not_ours
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME, checkpoints_of
 from megatron_powerflow.config import Config
-from megatron_powerflow.config_file import load_config
+from megatron_powerflow.config_file import config_keys, load_config
 from megatron_powerflow.errors import UserError
 
 # What may be another one when a run is continued: keys, or whole sections.
@@ -125,8 +125,7 @@ def why_not(key: str) -> str:
 
 def refuse_unknown_keys(overridden: Sequence[str]) -> None:
     """Raises UserError for each that is no key, may change anyway, or may not even so."""
-    known = [f"{section}.{field.alias or name}" for section, outer in Config.model_fields.items()
-             for name, field in outer.annotation.model_fields.items()]  # fmt: skip
+    known = config_keys()
     violations = []
     for key in overridden:
         if key not in known:

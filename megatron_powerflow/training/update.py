@@ -64,7 +64,8 @@ def update(
         sampled_by[1:] = [score_old(trainable.chunks, batches, scorer) for batches in sampled_by[1:]]
     else:
         sampled_by = [with_saved_old(batches) for batches in sampled_by]
-    tables, optimizer_steps = [], []
+    tables: list[Tensor] = []
+    optimizer_steps = []
     for batches in sampled_by:
         num_kept = _num_kept(batches, groups)
         batches = with_group_baseline(trainable.chunks, batches, scorer, objective)
