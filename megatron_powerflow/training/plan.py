@@ -145,8 +145,7 @@ def make_plan(
             notices.append(notice)
         else:
             _collect(violations, lambda: _check_weights(start, architecture, family))
-        violations += _length_violations(config, architecture)
-        violations += fp8_layer_violations(config.precision, architecture, config.parallel.cp)
+        violations += _model_violations(config, architecture)
         if (replay := config.rollout.replay) is not None:
             replay_from = _collect(violations, lambda: check_replay(config, replay, architecture, resume_from))
     if model is not None and tokenizer is not None:
@@ -355,13 +354,16 @@ def _secret_violations(config: Config) -> list[str]:
     ]
 
 
-def _length_violations(config: Config, architecture: Architecture) -> list[str]:
+def _model_violations(config: Config, architecture: Architecture) -> list[str]:
+    """Say what the config asks of the model that it cannot do: FP8 on its layers, longer texts than its positions."""
+    violations = fp8_layer_violations(config.precision, architecture, config.parallel.cp)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if longest <= architecture.max_positions:
-        return []
+        return violations
     return [
+        *violations,
         f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} is over the model's "
-        f"{architecture.positions_field}={architecture.max_positions}; lower one of them"
+        f"{architecture.positions_field}={architecture.max_positions}; lower one of them",
     ]
 
 

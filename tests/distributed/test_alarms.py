@@ -57,6 +57,7 @@ def state_of(folder: Path) -> str:
     return (folder / "checkpoints" / "latest").read_text().strip()
 
 
+@pytest.mark.slow
 def test_a_diverging_loss_ends_the_run_and_nothing_is_exported(gloo, config, tmp_path):
     out, stop = tmp_path / "run", "run.stop_on_alarm=[loss,loss]"
     (printed,) = gloo.run(1, run_training, config, *FAR_TOO_FAST, stop)

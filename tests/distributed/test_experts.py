@@ -161,6 +161,7 @@ def test_replicas_that_share_experts_sample_what_they_would_alone(gloo, tiny_mod
             assert answer == [item for item in expected if item[0] in slots]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "parallel"), [(2, ["parallel.ep=2"]), (4, ["parallel.ep=2", "parallel.pp=2"])])
 def test_files_are_answered_and_scored_with_experts_spread_over_ranks(gloo, tiny_model, tmp_path, num_ranks, parallel):
     """Five prompts over two replicas: one has a prompt fewer, of other lengths, and a round of its own without any."""
@@ -285,6 +286,7 @@ def test_a_distributed_optimizer_continues_with_its_experts_elsewhere(gloo, unbr
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_choice_bias_of_a_router_stays_as_it_was_loaded(gloo, tiny_model, prompts, tmp_path):
     """Through training in bf16 with the experts spread, a checkpoint and another layout: fp32 and bit for bit."""
     model, path = tiny_model("deepseek_v3"), tmp_path / "config.yaml"

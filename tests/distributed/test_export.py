@@ -119,7 +119,9 @@ def test_an_export_holds_no_head_and_loads_in_transformers(gloo, config, tiny_mo
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("olmo2", "gemma2"))]
+)
 def test_scores_of_checkpoint_and_export_are_one(gloo, config, tiny_model, tmp_path, family):
     """powerflow score of the training checkpoint, under another layout, equals that of the exported folder."""
     gloo.run(1, run_training, config, "precision.dtype=fp32", f"model.hf_path={tiny_model(family)}")

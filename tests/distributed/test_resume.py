@@ -114,7 +114,7 @@ CASES = {
 }
 
 
-SLOW_CASES = ("tp2_pp2_scalar", "bf16_distributed_swap")
+SLOW_CASES = ("tp2_group", "tp2_pp2_scalar", "packed_cp2_distributed", "bf16_distributed_swap")
 
 
 @pytest.mark.parametrize(

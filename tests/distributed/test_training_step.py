@@ -92,6 +92,7 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_layout(
         assert log_z_start == (alone[2] and pytest.approx(alone[2], rel=1e-5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["olmo2", "gemma2"])
 def test_other_norms_windows_and_caps_have_the_same_gradients_in_every_layout(
     gloo, tiny_model, prompts, tmp_path, family

@@ -216,3 +216,11 @@ def test_what_is_imported_is_there():
 def test_no_grab_bags():
     names = {path.stem for path in MODULES}
     assert not names & {"utils", "common", "helpers", "misc"}
+
+
+def test_a_function_is_read_on_one_screen():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{path.relative_to(PACKAGE)}: {node.name} has {length} lines"
