@@ -6,10 +6,12 @@ rendezvous anew for each call, through the environment, as under torchrun.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import pickle
+import secrets
 import socket
 import threading
 import time
@@ -61,6 +63,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _free_port() -> int:
+    """Below the ports that the kernel gives to outgoing connections: one of those may be taken before rank 0 listens,
+    by another connection, or by a rank that looks for rank 0 there and so meets itself."""
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class RankFailed(AssertionError):
     """The first failure of any rank. kind: name of the exception; violations: what a UserError listed."""
 
@@ -80,9 +92,7 @@ class GlooWorkers:
         assert num_ranks <= self._max_ranks
         self._start(num_ranks)
         payload = pickle.dumps((function, args, kwargs))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         for rank in range(num_ranks):
             environment = {
                 "RANK": str(rank),
