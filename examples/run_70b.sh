@@ -41,7 +41,7 @@ per_node=${SLURM_GPUS_ON_NODE:-1}
 # The address of the first node as SLURM knows it: node names need not resolve.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | head -n 1 | cut -d= -f2)
-port=$(( 20000 + SLURM_JOB_ID % 20000 ))
+port=$(( 20000 + SLURM_JOB_ID % 12000 ))  # below the ports of outgoing connections
 
 "$python" -m megatron_powerflow.cli outcome "$config" "$@" --forget
 trap '"$python" -m megatron_powerflow.cli stop "$config" "$@"' USR1 TERM

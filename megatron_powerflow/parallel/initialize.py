@@ -351,7 +351,8 @@ def _srun_rendezvous() -> tuple[str, int]:
     NodeAddr is asked of SLURM, because node names need not resolve. MASTER_ADDR and MASTER_PORT win.
     """
     env = os.environ
-    port = int(env.get("MASTER_PORT", 20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 20000))
+    # below 32768, from where the kernel takes ports for outgoing connections
+    port = int(env.get("MASTER_PORT", 20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 12000))
     if "MASTER_ADDR" in env:
         return env["MASTER_ADDR"], port
     try:

@@ -120,11 +120,9 @@ def make_plan(
     """Raises UserError with every violation that can be found, not just the first.
 
     weights: False where the model's folder may be one without weights, as on a login node: then a notice says what was
-    not looked at. located: what `fetch_inputs` found; by default every name is a path. overridden: keys of a run that
-    goes on that may have another value although they usually may not.
+    not looked at. located: what `fetch_inputs` found. overridden: keys that may differ although the run goes on.
     """
-    violations: list[str] = _secret_violations(config)
-    notices: list[str] = []
+    violations, notices = _secret_violations(config), list[str]()
     hf_folder = hf_folder_of(start := located.folder(config.model.hf_path))
     require_ordinary_files(Path(hf_folder))  # before anything of it is read
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
@@ -132,38 +130,27 @@ def make_plan(
     resume_from = resume.checkpoint
     before = _collect(violations, lambda: read_inputs(resume_from)) if resume_from else None
     today = date.fromisoformat(before.today) if before else date.today()
-    tokenizer = None
-    if Path(hf_folder).is_dir():  # else that was said
-        tokenizer = _collect(violations, lambda: load_tokenizer(hf_folder, conversation_of(config, today)))
+    load = partial(load_tokenizer, hf_folder)
+    is_there = Path(hf_folder).is_dir()  # else that was said
+    tokenizer = _collect(violations, lambda: load(conversation_of(config, today))) if is_there else None
     violations += _export_violations(config, start)
     violations += resource_violations(config, num_parameters(model[0]) if model else None)
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
         architecture, family = model
         layout = _collect(violations, lambda: plan_layout(config, architecture, world_size))
-        if notice := _weights_elsewhere(config, located, weights):
-            notices.append(notice)
-        else:
-            _collect(violations, lambda: _check_weights(start, architecture, family))
+        notices += _collect(violations, lambda: _look_at_weights(config, located, weights, architecture, family)) or []
         violations += _model_violations(config, architecture)
         if (replay := config.rollout.replay) is not None:
             replay_from = _collect(violations, lambda: check_replay(config, replay, architecture, resume_from))
     if model is not None and tokenizer is not None:
         stop_token_ids = _collect(violations, lambda: stop_token_ids_of(config, hf_folder, tokenizer, model[0]))
         read = partial(_read_prompts, config, located, tokenizer, model[0])
-        prompt_file = _collect(violations, lambda: read(config.prompts.paths))
-        if prompt_file is not None:
-            violations += _answer_violations(config, prompt_file)
-        if path := config.evaluation.prompts:
-            evaluation_file = _collect(violations, lambda: read([path]))
+        prompt_file, evaluation_file = _prompt_files(violations, config, read)
     if violations:
         raise UserError(violations)
     assert model and layout and tokenizer is not None and stop_token_ids and prompt_file
     inputs = _inputs_of(config, located, today, prompt_file, evaluation_file, replay_from)
-    changed = changes(before, inputs) if before else []
-    if refused := [change.text for change in changed if change.key not in overridden]:
-        raise UserError(refused)
-    by_content = [Change(change.key, change.before, change.now) for change in changed]
     return Plan(
         inputs=inputs,
         config=config,
@@ -175,13 +162,33 @@ def make_plan(
         prompts=prompt_file.prompts,
         num_prompts_too_long=prompt_file.num_too_long,
         evaluation_prompts=evaluation_file.prompts[: config.evaluation.num_prompts] if evaluation_file else (),
-        resume=replace(resume, changed=(*resume.changed, *by_content)),
+        resume=_with_changed_content(resume, before, inputs, overridden),
         replay_from=replay_from,
         located=located,
         on_policy=replay_from is None or is_own_run(config, replay_from, revisions=located.revisions),
         notices=(*notices, *tokenizer.notices, *resume.notices),
         overridden=tuple(overridden),
     )
+
+
+def _prompt_files(
+    violations: list[str], config: Config, read: Callable[[Sequence[str]], LoadedPrompts]
+) -> tuple[LoadedPrompts | None, LoadedPrompts | None]:
+    """Read the prompts and the held-out prompts, and note what is wrong with them."""
+    prompt_file = _collect(violations, lambda: read(config.prompts.paths))
+    if prompt_file is not None:
+        violations += _answer_violations(config, prompt_file)
+    path = config.evaluation.prompts
+    return prompt_file, _collect(violations, lambda: read([path])) if path else None
+
+
+def _with_changed_content(resume: Resume, before: Inputs | None, now: Inputs, overridden: Sequence[str]) -> Resume:
+    """Add what has another content than when the run began. Raises UserError for what of it is not overridden."""
+    changed = changes(before, now) if before else []
+    if refused := [change.text for change in changed if change.key not in overridden]:
+        raise UserError(refused)
+    by_content = [Change(change.key, change.before, change.now) for change in changed]
+    return replace(resume, changed=(*resume.changed, *by_content))
 
 
 def describe(plan: Plan) -> str:
@@ -308,11 +315,18 @@ def _weights_elsewhere(config: Config, located: LocalPaths, weights: bool) -> st
     return f"{start} holds no weights: that they fit config.json was not looked at"
 
 
-def _check_weights(start: Path, architecture: Architecture, family: Family) -> None:
-    """Raises UserError where the tensors are not those of config.json. A converted checkpoint was checked as it was
-    written, and says so of its files."""
-    if not is_converted(start):
+def _look_at_weights(
+    config: Config, located: LocalPaths, weights: bool, architecture: Architecture, family: Family
+) -> list[str]:
+    """Raise UserError where the tensors are not those of config.json; say it where they are not looked at.
+
+    A converted checkpoint was checked as it was written, and says so of its files.
+    """
+    if notice := _weights_elsewhere(config, located, weights):
+        return [notice]
+    if not is_converted(start := located.folder(config.model.hf_path)):
         open_checked(start, architecture, family)
+    return []
 
 
 def _answer_violations(config: Config, prompt_file: LoadedPrompts) -> list[str]:
