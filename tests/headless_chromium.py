@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from tests.free_ports import free_port
 
 ARGUMENTS = (
     "--headless",
@@ -40,9 +41,7 @@ class Browser:
     """`with Browser(folder) as browser: browser.open(path); browser.run("return document.title")`."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         self._profile = folder / "profile"
         self._log = folder / "chromedriver.log"
 

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.free_ports import free_ports
+
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 
 
@@ -96,7 +98,7 @@ class SlurmCluster:
             ],
             check=True,
         )
-        ports = _free_ports(3)
+        ports = free_ports(3)
         (folder / "slurm.conf").write_text(
             f"""
 ClusterName=test
@@ -152,13 +154,3 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 def _signal(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

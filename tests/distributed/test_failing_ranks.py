@@ -19,6 +19,7 @@ import pytest
 
 from megatron_powerflow.outcome import read_outcome
 from tests.conftest import REPOSITORY
+from tests.free_ports import free_port
 
 pytestmark = pytest.mark.slow
 HANG_SECONDS = 20
@@ -69,9 +70,7 @@ class Ranks:
 
     def __init__(self, folder: Path, config: Path, *overrides: str, script: Path | None = None) -> None:
         self.run = folder / "run"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         program = [str(script)] if script else ["-m", "megatron_powerflow.cli"]
         self.files = [folder / f"rank_{rank}.log" for rank in range(2)]
         self.processes = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_named
 from megatron_powerflow.parallel.initialize import ALONE
 from tests.conftest import REPOSITORY, run_cli
+from tests.free_ports import free_port
 from tests.hub_server import TOKEN
 
 PROMPTS = b'{"prompt_token_ids": [5, 6, 7]}\n{"prompt_token_ids": [8, 9]}\n'
@@ -114,11 +114,13 @@ def test_several_processes_take_the_commit_that_the_main_one_found(hub, tmp_path
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         processes = [subprocess.Popen([*command, script], env=said, stdout=subprocess.PIPE, text=True)]
     else:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"}
-        slurm |= {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        slurm |= {
+            "SLURM_JOB_ID": "1",
+            "SLURM_STEP_ID": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         processes = [
             subprocess.Popen(
                 [sys.executable, script],

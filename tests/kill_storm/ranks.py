@@ -11,12 +11,13 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import socket
 import sys
 import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests.free_ports import free_port
 
 
 class Ranks:
@@ -71,13 +72,6 @@ class Ranks:
             os.kill(pid, signal.SIGKILL)
 
 
-def free_port() -> int:
-    """Return a port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def warm_up() -> None:
     """Import, in this process, what each rank would import. No thread may start by that: forks have none."""
     from megatron_powerflow.parallel.initialize import prepare_imports
@@ -116,7 +110,7 @@ def _fork(arguments: Sequence[str], rank: int, num_ranks: int, port: int, log: P
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.argv = ["powerflow", *arguments]
-        from megatron_powerflow.cli import main
+        from megatron_powerflow.cli import main  # warm_up has imported it
 
         main()
         code = 0
