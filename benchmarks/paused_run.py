@@ -19,7 +19,8 @@ PAUSE_SECONDS = 8.0
 def main() -> None:
     """Plant the pause and run the command line."""
     phase, mark, sys.argv[1:] = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    from megatron_powerflow import cli
+    from megatron_powerflow.cli import main as run_the_command_line
+    from megatron_powerflow.cli import runs
     from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
 
     is_main = read_launch().is_main
@@ -58,8 +59,8 @@ def main() -> None:
         prepare_imports()
         plant()
 
-    cli.prepare_imports = prepare_and_plant  # torch is not imported before: signals are heard from the first second
-    cli.main()
+    runs.prepare_imports = prepare_and_plant  # torch is not imported before: signals are heard from the first second
+    run_the_command_line()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How does a command speak? In plain text: a path is shown as it is and is never wrapped.
 
-Left out: the words themselves; errors, which go to stderr (`cli.py`).
+Left out: the words themselves; errors, which go to stderr (`cli/leaving.py`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ its exit code. A main thread that waits in a collective cannot leave by itself: 
 the process for it. How it ended stands in RUN/outcome.json, since torchrun turns every exit code into 1.
 
 Left out: asking a run to stop at the end of a step (`training/stop_signal.py`); before there is a folder, errors are
-printed by the main rank (`cli.py`).
+printed by the main rank (`cli/leaving.py`).
 """
 
 from __future__ import annotations

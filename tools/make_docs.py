@@ -217,7 +217,7 @@ def commands() -> str:
         rows = [_parameter_row(parameter) for parameter in command.params if parameter.name != "help"]
         if rows:
             lines += ["| argument or option | default | meaning |", "|---|---|---|", *rows, ""]
-    return _page("the command line in megatron_powerflow/cli.py", lines)
+    return _page("the command line in megatron_powerflow/cli", lines)
 
 
 def _parameter_row(parameter: Any) -> str:
