@@ -66,7 +66,8 @@ def prompt_tilts(
 
     def largest(values: np.ndarray) -> np.ndarray:
         out = np.full(len(present), -np.inf)
-        np.maximum.at(out, prompt_index, values)
+        with np.errstate(invalid="ignore"):  # of a policy whose log-probs are no numbers
+            np.maximum.at(out, prompt_index, values)
         return out
 
     def weights(lam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

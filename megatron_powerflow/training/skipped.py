@@ -146,6 +146,11 @@ def commands(folder: Path, plan: Plan) -> dict[str, str]:
     }
 
 
+def going_on(config: Config, *overrides: str) -> str:
+    """Return the command that continues this run, in its folder, with other settings: can be typed as it stands."""
+    return shlex.join(["powerflow", "train", f"{config.run.output_dir}/{CONFIG_NAME}", *overrides])
+
+
 def again(config: Config, *overrides: str) -> str:
     """Return the command that starts this run anew, in a new folder, with other settings: can be typed as it stands."""
     run = config.run.output_dir
@@ -158,8 +163,13 @@ def _not_finite(plan: Plan, progress: RunProgress) -> str:
     optimizer, objective = plan.config.optimizer, plan.config.objective
     if progress.num_skipped < progress.step:
         lower = min(optimizer.lr / 10, OptimizerSection.model_fields["lr"].default)
-        again_with = again(plan.config, f"optimizer.lr={lower:g}")
-        return f"{what} those before them. Start anew with a lower learning rate: {again_with}"
+        latest, rate = latest_checkpoint(plan.run_folder), f"optimizer.lr={lower:g}"
+        if latest is None:
+            return f"{what} those before them. Start anew with a lower learning rate: {again(plan.config, rate)}"
+        return (
+            f"{what} those before them. Go on from {latest.name} with a lower learning rate (checkpoint.resume=step_N "
+            f"takes an earlier one): {going_on(plan.config, rate)}"
+        )
     numbers = [name for name in NUMBERS if getattr(objective, name) is not None]
     if plan.config.precision.dtype != "fp32":
         numbers_in_fp32 = again(

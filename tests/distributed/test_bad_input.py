@@ -170,9 +170,9 @@ def test_every_command_has_help_with_an_example(command):
 def test_the_folder_of_another_run_is_not_touched(gloo, config, tmp_path):
     gloo.run(1, run_training, config, "run.num_steps=1", "run.export=false")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    text = violations(config, "objective.alpha=2", "optimizer.lr=1e-5")
+    text = violations(config, "objective.alpha=2", "optimizer.eps=1e-5")
     assert "is the folder of another run: its objective.alpha is 4.0, not 2.0" in text
-    assert "its optimizer.lr is 0.001, not 1e-05" in text
+    assert "its optimizer.eps is 1e-08, not 1e-05" in text
     assert "checkpoint.resume=never" in violations(config, "checkpoint.resume=never")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     (tmp_path / "papers").mkdir()
@@ -272,9 +272,9 @@ def test_a_checkpoint_that_lost_a_file_is_named(gloo, config, tmp_path):
     with pytest.raises(RankFailed) as caught:
         gloo.run(1, run_training, config)
     assert caught.value.kind == "UserError"
-    assert "not a progress file" in caught.value.violations[0]
+    assert "step_000001, which latest names, is not whole: progress.json is damaged" in caught.value.violations[0]
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_000099\n")
-    assert "names 'step_000099', which is not there" in violations(config)
+    assert "names step_000099, which is not there" in violations(config)
 
 
 def test_a_list_of_digests_names_nothing_outside_the_checkpoint(tmp_path):

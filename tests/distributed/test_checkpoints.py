@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -156,7 +158,8 @@ def test_whatever_file_of_the_newest_checkpoint_is_damaged_the_one_before_is_tak
 
 
 def test_a_run_that_diverges_keeps_its_good_checkpoints(gloo, config, tmp_path):
-    """A learning rate of 1e30 after two good steps; with a small one it goes on from there, as the message says."""
+    """A learning rate of 1e30 after two good steps; with a small one it goes on from there, by the command that the
+    message gives."""
     run = tmp_path / "run"
     gloo.run(1, run_training, config, "run.num_steps=2", "run.export=false", "checkpoint.keep=1")
     assert names(run) == ["latest", "step_000002"]
@@ -164,15 +167,17 @@ def test_a_run_that_diverges_keeps_its_good_checkpoints(gloo, config, tmp_path):
     with pytest.raises(RankFailed) as caught:
         gloo.run(1, run_training, config, *wild)
     assert caught.value.kind == "UserError"
-    assert "Lower optimizer.lr" in caught.value.violations[0]
+    command = re.search(r"takes an earlier one\): powerflow train (.*?)\. What the last", caught.value.violations[0])[1]
     assert (run / "checkpoints" / "latest").read_text() == "step_000002\n"
     assert {"step_000002", "step_000003"} <= {*names(run)}
-    (printed,) = gloo.run(1, run_training, config, "run.num_steps=4", "run.export=false", "checkpoint.keep=1")
+    (kept, *overrides) = shlex.split(command)
+    assert overrides == ["optimizer.lr=1e-06"]
+    (printed,) = gloo.run(1, run_training, Path(kept), *overrides, "run.num_steps=4", "run.export=false")
     assert "continuing after step 2" in printed
     assert (run / "checkpoints" / "latest").read_text() == "step_000004\n"
     launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
     assert {"key": "optimizer.lr", "before": 0.001, "now": 1e30} in launches[1]["changed"]
-    assert {"key": "optimizer.lr", "before": 1e30, "now": 0.001} in launches[2]["changed"]
+    assert {"key": "optimizer.lr", "before": 1e30, "now": 1e-6} in launches[2]["changed"]
     assert launches[2]["first_step"] == 2
 
 

@@ -124,7 +124,8 @@ def test_a_run_that_only_skips_stops_and_leaves_its_last_step(gloo, config, tmp_
     )
     assert about["weights_not_finite"] == []
     assert ["model.embed_tokens.weight"] in about["gradients_not_finite"]
-    assert Path(about["checkpoint"]).parent == run / "checkpoints"
+    assert Path(about["checkpoint"]) == tmp_path / "model"  # step 1 was saved, and is no `latest`: step 2 was skipped
+    assert not (run / "checkpoints" / "latest").exists()
     assert not list(run.glob("*.partial"))
     assert not list(dump.rglob("*.lock"))
 

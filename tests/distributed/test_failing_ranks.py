@@ -109,6 +109,13 @@ class Ranks:
             assert self.processes[0].poll() is None, self.said
             time.sleep(0.1)
 
+    def wait_for_a_checkpoint(self, seconds: float = 900) -> None:
+        deadline = time.monotonic() + seconds
+        while not (self.run / "checkpoints" / "latest").exists():
+            assert time.monotonic() < deadline, self.said
+            assert self.processes[0].poll() is None, self.said
+            time.sleep(0.1)
+
     def exit_codes(self, seconds: float) -> list[int]:
         """Of both, once they have ended; nothing that they started is left then."""
         deadline = time.monotonic() + seconds
@@ -162,10 +169,10 @@ def wait_until_none_is_left(ranks: Ranks, seconds: float = 60) -> bool:
 
 
 def test_a_rank_that_is_killed_is_named_and_the_same_command_continues(config, tmp_path, record_property):
-    """In the midst of things, after a checkpoint, for which Megatron keeps a process of its own."""
+    """In the midst of things, after a checkpoint."""
     patient = "run.hang_seconds=1000"  # not by that
     with Ranks(tmp_path, config, patient, "checkpoint.interval=1", "checkpoint.keep=2") as ranks:
-        ranks.wait_for_steps(2)
+        ranks.wait_for_a_checkpoint()
         killed = ranks.processes[1]
         killed.kill()
         began = time.monotonic()
@@ -182,6 +189,46 @@ def test_a_rank_that_is_killed_is_named_and_the_same_command_continues(config, t
         assert ranks.exit_codes(900) == [0, 0], ranks.said
         assert f"continuing after step {done}" in ranks.said
         assert read_outcome(ranks.run).outcome == "finished"
+
+
+def test_under_max_restarts_a_run_whose_rank_was_killed_goes_on_by_itself(config, tmp_path):
+    """torchrun starts both again; they meet at a new port, in the folder of the run that was."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "megatron_powerflow.cli", "train", str(config), "parallel.tp=2"]
+    command += ["run.num_steps=12", "checkpoint.interval=2", "run.export=false"]
+    with log.open("wb") as file:
+        launcher = subprocess.Popen(
+            command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        deadline = time.monotonic() + 600
+        while not (run / "checkpoints" / "latest").exists():
+            assert time.monotonic() < deadline, log.read_text()
+            assert launcher.poll() is None, log.read_text()
+            time.sleep(0.02)
+        os.kill(rank_of(launcher.pid, "1"), signal.SIGKILL)
+        assert launcher.wait(timeout=600) == 0, log.read_text()
+    finally:
+        launcher.terminate()
+        launcher.wait()
+    assert "continuing after step" in log.read_text()
+    assert read_outcome(run).outcome == "finished"
+    launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
+    assert len(launches) == 2
+    assert launches[1]["first_step"] >= 2
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(12)]
+
+
+def rank_of(parent: int, rank: str) -> int:
+    """The child of `parent` that is so-manyeth of its ranks."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_child = int((path / "stat").read_bytes().rpartition(b")")[2].split()[1]) == parent
+            if is_child and f"RANK={rank}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                return int(path.name)
+    raise AssertionError(f"process {parent} has no rank {rank}")
 
 
 @pytest.mark.parametrize(

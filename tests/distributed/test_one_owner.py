@@ -151,14 +151,14 @@ def test_a_start_that_was_killed_before_its_first_step_gives_way_to_other_settin
 
     run = tmp_path / "run"
     gloo.run(1, run_training, config, "run.export=false")
-    with pytest.raises(RankFailed, match=r"another run: its optimizer\.lr"):
-        gloo.run(1, run_training, config, "optimizer.lr=1e-4")
+    with pytest.raises(RankFailed, match=r"another run: its optimizer\.eps"):
+        gloo.run(1, run_training, config, "optimizer.eps=1e-4")
     shutil.rmtree(run / "checkpoints")
     (run / "metrics.jsonl").write_text("")
     (run / "samples.jsonl").write_text("of the try before\n")
     (run / ".config.yaml.x1_2ab3c.partial").write_text("half a")
-    gloo.run(1, run_training, config, "optimizer.lr=1e-4", "run.export=false")
-    assert "lr: 0.0001" in (run / "config.yaml").read_text()
+    gloo.run(1, run_training, config, "optimizer.eps=1e-4", "run.export=false")
+    assert "eps: 0.0001" in (run / "config.yaml").read_text()
     assert len((run / "launches.jsonl").read_text().splitlines()) == 1
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints",
