@@ -121,6 +121,7 @@ def this_environment(folder: Path, extras: str) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_the_sweep_over_alpha(tmp_path):
     """examples/sweep_alpha.sh, with one alpha of two steps."""
     model = make_tiny_model(tmp_path / "model", "llama", max_position_embeddings=512)

@@ -231,7 +231,7 @@ def loaded_state(config_file, *overrides: str) -> dict:
     ("dtype", "before", "after"),
     [
         ("fp32", (1, ()), (2, ("parallel.ep=2",))),
-        ("fp32", (4, ("parallel.ep=2", "parallel.pp=2")), (1, ())),
+        pytest.param("fp32", (4, ("parallel.ep=2", "parallel.pp=2")), (1, ()), marks=pytest.mark.long),
         ("bf16", (2, ("parallel.ep=2",)), (2, ("parallel.ep=1",))),
     ],
     ids=["1_to_ep2", "ep2_pp2_to_1", "bf16_ep2_to_dp2"],

@@ -11,7 +11,7 @@ from tests.conftest import REPOSITORY
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_four_implementations_agree(dtype):
     sizes = ["--tokens=64", "--vocabulary=1000", "--hidden=32", f"--dtype={dtype}", "--no-scaling"]
     script = REPOSITORY / "benchmarks" / "log_prob_kernel.py"

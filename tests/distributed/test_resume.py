@@ -114,12 +114,16 @@ CASES = {
 }
 
 
-SLOW_CASES = ("tp2_group", "tp2_pp2_scalar", "packed_cp2_distributed", "bf16_distributed_swap")
+# what the kill storm of CI does with processes and SIGKILL is long here
+MARKS = {
+    "tp2_group": pytest.mark.long,
+    "packed_cp2_distributed": pytest.mark.long,
+    "tp2_pp2_scalar": pytest.mark.slow,
+    "bf16_distributed_swap": pytest.mark.slow,
+}
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_CASES else name for name in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES])
 def test_a_crashed_run_continues_as_the_unbroken_one(gloo, config, tmp_path, case):
     num_processes, settings = CASES[case]
     whole, crashed = tmp_path / "whole", tmp_path / "crashed"
@@ -131,7 +135,7 @@ def test_a_crashed_run_continues_as_the_unbroken_one(gloo, config, tmp_path, cas
     assert_same_run(crashed, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_continues_as_the_unbroken_one(gloo, config, tmp_path):
     """The same with real processes under torchrun and SIGKILL, two pipeline stages."""
     whole, killed, pp2 = tmp_path / "whole", tmp_path / "killed", "parallel.pp=2"
