@@ -275,15 +275,16 @@ def _phases(line: Line, interval: float) -> dict[str, float]:
 
 
 def _steps(starts: Sequence[_Start], running: bool) -> tuple[int, int]:
-    """How many steps count, and how many were done in vain: those that metrics.jsonl held when a start cut it back, for
-    a kill may fall between the line there and the event; and those that the last start leaves to be done again."""
+    """How many steps count, and how many were done in vain: those that metrics.jsonl or the events held when a start cut
+    the metrics back, for a kill may fall between the line there and the event, and between the cut and its event; and
+    those that the last start leaves to be done again."""
     held: list[int] = []  # what metrics.jsonl holds
     lost = 0
     for start in starts:
         if loaded := start.loaded:
             kept = [step for step in held if step < loaded["first_step"]]
             dropped = loaded.get("num_dropped")
-            lost += dropped if _is_count(dropped) else len(held) - len(kept)
+            lost += max(dropped if _is_count(dropped) else 0, len(held) - len(kept))
             held = kept
         held += [line["step"] for line in start.lines if line["event"] == "step"]
     resumes_at = _first_lost_step(starts, _last_loaded(starts), running)

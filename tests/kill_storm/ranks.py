@@ -9,6 +9,7 @@ Left out: when a rank is killed, and what of its run is compared (`run.py`).
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ class Ranks:
 
     def __init__(self, arguments: Sequence[str], num_ranks: int, log: Path) -> None:
         self.started = time.monotonic()
+        self.ended = math.inf  # when the last of them had ended
         self.exit_codes: dict[int, int] = {}  # rank -> as the shell counts it: minus the signal for a killed one
         self.pids: dict[int, int] = {}
         port = free_port()
@@ -38,7 +40,10 @@ class Ranks:
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     self.exit_codes[rank] = os.waitstatus_to_exitcode(status)
-        return [rank for rank in self.pids if rank not in self.exit_codes]
+        left = [rank for rank in self.pids if rank not in self.exit_codes]
+        if not left:
+            self.ended = min(self.ended, time.monotonic())
+        return left
 
     def wait(self, seconds: float) -> list[int]:
         """Wait until all ranks have ended, `seconds` at most. Returns those that have not."""

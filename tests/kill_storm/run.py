@@ -7,7 +7,8 @@ Each layout trains once without a kill. Then a run of the same config is killed 
 to its export, and started again by the same command, until as many ranks were killed as asked for; a run that comes to
 its end meanwhile is compared with the first one, and a new one begins. Compared bit by bit: weights, the moments of the
 optimizer, the log Z' head, metrics but for times, saved rollouts, samples. Counted: lines lost or doubled, ranks alive
-60 seconds after a kill, processes left behind. Exit code 1: any of it was not so.
+60 seconds after a kill, processes left behind. What `powerflow goodput` says of the runs is compared with a clock and a
+count of our own: seconds within 1 %, lost steps to the step. Exit code 1: any of it was not so.
 
 Left out: how ranks are started (`ranks.py`); kills of a whole node, which are those of all its ranks.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -58,11 +60,47 @@ class Verdict:
     slowest_end_seconds: float = 0.0  # from a kill to the end of the last rank
     orphans: Counter = field(default_factory=Counter)  # processes left behind: their command lines
     seconds: float = 0.0
+    wall_seconds: float = 0.0  # of the runs that ended, from their first start to their last end, by our clock
+    goodput_seconds: float = 0.0  # the same, as `powerflow goodput` sums it up
+    productive_seconds: float = 0.0  # of these
+    lost_steps: int = 0  # that were done again, by comparing metrics.jsonl before and after each start
+    goodput_lost_steps: int = 0
     differences: list[str] = field(default_factory=list)
 
     def is_clean(self) -> bool:
-        """Tell whether nothing was lost, doubled, changed or left behind."""
-        return self.finished > 0 and not (self.survivors or self.orphans or self.differences)
+        """Tell whether nothing was lost, doubled, changed or left behind, and goodput has told it so."""
+        goodput_is_right = (
+            abs(self.goodput_seconds - self.wall_seconds) <= 0.01 * self.wall_seconds
+            and self.goodput_lost_steps == self.lost_steps
+        )
+        return self.finished > 0 and goodput_is_right and not (self.survivors or self.orphans or self.differences)
+
+
+@dataclass
+class Outside:
+    """What our own clock and count say of one run, over its starts."""
+
+    began: float | None = None
+    ended: float = 0.0
+    lost_steps: int = 0
+    metrics: list[bytes] = field(default_factory=list)  # whole lines, as the start before left them
+
+    def note(self, run: Path, began: float, ended: float) -> None:
+        """Note a start. One that was killed before it could write of itself is none of the run's yet."""
+        if self.began is None and (run / "events.jsonl").exists():
+            self.began = began
+        self.ended = ended
+        path = run / "metrics.jsonl"
+        lines = (
+            [line for line in path.read_bytes().splitlines(keepends=True) if line[-1:] == b"\n"]
+            if path.exists()
+            else []
+        )
+        common = sum(
+            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, self.metrics, strict=False))
+        )
+        self.lost_steps += len(self.metrics) - common
+        self.metrics = lines
 
 
 def storm(layout: str, kills: int, folder: Path, settings: Sequence[str], seed: int) -> Verdict:
@@ -83,6 +121,7 @@ def storm(layout: str, kills: int, folder: Path, settings: Sequence[str], seed: 
             f"{layout}: the run without kills did not end well: {(folder / 'whole.log').read_text()[-2000:]}"
         )
     number = in_a_row = 0
+    outside = Outside()
     while True:
         run, log = folder / f"run_{number}", folder / f"run_{number}.log"
         is_last = verdict.kills >= kills
@@ -91,10 +130,13 @@ def storm(layout: str, kills: int, folder: Path, settings: Sequence[str], seed: 
         if not is_last:
             _kill_one(ranks, draw, unbroken_seconds, run, verdict)
         codes = _wait_for_the_end(ranks, verdict, 300 if is_last else SURVIVORS_AFTER_SECONDS)
+        outside.note(run, ranks.started, ranks.ended)
         in_a_row += 1
         if set(codes) == {0}:
             verdict.finished, in_a_row = verdict.finished + 1, 0
             found = differences(whole, run)
+            _compare_goodput(run, outside, verdict)
+            outside = Outside()
             verdict.differences += [f"{run.name}: {text}" for text in found]
             if not found:
                 shutil.rmtree(run)
@@ -107,6 +149,19 @@ def storm(layout: str, kills: int, folder: Path, settings: Sequence[str], seed: 
             break
     verdict.seconds = time.monotonic() - start
     return verdict
+
+
+def _compare_goodput(run: Path, outside: Outside, verdict: Verdict) -> None:
+    """Add what `powerflow goodput` says of a run that has ended, and what we know of it."""
+    from megatron_powerflow.report.goodput_table import goodput_json, read_all
+
+    told = goodput_json(read_all({run: False}, [])[run])
+    assert outside.began is not None
+    verdict.wall_seconds += outside.ended - outside.began
+    verdict.goodput_seconds += told["wall_seconds"]
+    verdict.productive_seconds += told["seconds"]["productive"]
+    verdict.lost_steps += outside.lost_steps
+    verdict.goodput_lost_steps += told["num_steps_lost"]
 
 
 def _kill_one(ranks: Ranks, draw: random.Random, unbroken_seconds: float, run: Path, verdict: Verdict) -> None:
@@ -260,6 +315,10 @@ def table(verdicts: Sequence[Verdict]) -> str:
         lines.append(
             f"{v.layout:12} {v.kills:5} {v.starts:6} {v.finished:5} {v.survivors:9} {v.orphans.total():7} "
             f"{v.slowest_end_seconds:9.1f} s {v.seconds:7.0f}  {phases}"
+        )
+        lines.append(
+            f"    goodput: {v.goodput_seconds:.1f} s of {v.wall_seconds:.1f} s by our clock, productive "
+            f"{v.productive_seconds:.1f} s; {v.goodput_lost_steps} steps lost, {v.lost_steps} by our count"
         )
         lines += [f"    {count} left of {command}" for command, count in v.orphans.items()]
         lines += [f"    {text}" for text in v.differences]
