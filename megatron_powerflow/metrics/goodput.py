@@ -275,9 +275,9 @@ def _phases(line: Line, interval: float) -> dict[str, float]:
 
 
 def _steps(starts: Sequence[_Start], running: bool) -> tuple[int, int]:
-    """How many steps count, and how many were done in vain: those that metrics.jsonl or the events held when a start cut
-    the metrics back, for a kill may fall between the line there and the event, and between the cut and its event; and
-    those that the last start leaves to be done again."""
+    """How many steps count, and how many were done in vain: those that metrics.jsonl or the events held when a start
+    cut the metrics back, for a kill may fall between the line there and the event, and between the cut and its event;
+    and those that the last start leaves to be done again."""
     held: list[int] = []  # what metrics.jsonl holds
     lost = 0
     for start in starts:
