@@ -91,15 +91,9 @@ class Outside:
             self.began = began
         self.ended = ended
         path = run / "metrics.jsonl"
-        lines = (
-            [line for line in path.read_bytes().splitlines(keepends=True) if line[-1:] == b"\n"]
-            if path.exists()
-            else []
-        )
-        common = sum(
-            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, self.metrics, strict=False))
-        )
-        self.lost_steps += len(self.metrics) - common
+        *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        kept = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, self.metrics, strict=False))
+        self.lost_steps += len(self.metrics) - len([*kept])
         self.metrics = lines
 
 
