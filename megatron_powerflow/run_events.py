@@ -28,7 +28,7 @@ from megatron_powerflow.metrics.goodput import (
     REQUEUED,
 )
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.initialize import read_job
+from megatron_powerflow.parallel.slurm_job import read_job
 from megatron_powerflow.parallel.together import gather_to_main, on_main
 
 

@@ -152,7 +152,9 @@ def load(config: Path, overrides: list[str]) -> None:
     from megatron_powerflow.config_file import load_config
     from megatron_powerflow.console import make_console
     from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.pulse import Pulse
     from megatron_powerflow.parallel.together import on_main
+    from megatron_powerflow.run_events import RunEvents
     from megatron_powerflow.run_folder import run_folder, take_run_folder
     from megatron_powerflow.run_output import RunOutput
     from megatron_powerflow.training.plan import make_plan
@@ -162,7 +164,9 @@ def load(config: Path, overrides: list[str]) -> None:
     with run_folder(plan) as owner, initialized(plan.layout, read_launch(), seed=0) as groups:
         on_main(lambda: take_run_folder(plan, owner), groups)
         session = build_session(plan, groups)
-        with RunOutput(plan, session, make_console(io.StringIO())) as output:
+        console, events = make_console(io.StringIO()), RunEvents(plan.run_folder)
+        with events, RunOutput(plan, session, console, events, Pulse()) as output:
+            events.begin()
             output.alarmed()
             output.show_change()
 
@@ -235,7 +239,7 @@ def planted_everywhere(config: Path, good: Path, work: Path, wanted: tuple[str, 
     torch.save({"a": Planted(marker)}, file)
     for name in sorted(str(p.relative_to(good)) for p in good.rglob("*") if p.is_file()):
         for kind, content in (("pickle", pickle.dumps({"a": Planted(marker)})), ("torch", file.getvalue())):
-            run, out = work / "run", work / "out"
+            run, out = work / "planted", work / "planted_out"
             shutil.copytree(good, run)
             out.mkdir()
             (run / name).write_bytes(content)

@@ -3,7 +3,8 @@
 torch.distributed.checkpoint reads `.metadata` with pickle.load and every entry that is no tensor with
 torch.load(weights_only=False): both would call whatever the file names. So the index is first read by an unpickler
 that knows only the few classes an index consists of, and each such entry by torch.load(weights_only=True); what does
-not pass is refused by name. Tensors, and `common.pt`, are read with weights_only=True by torch itself.
+not pass is refused by name, and so is a `common.pt`, which Megatron-Core reads with weights_only=True. Tensors are read
+so by torch itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_powerflow.errors import UserError
 
 COMMON_NAME = "common.pt"  # what Megatron keeps beside the shards
+# what torch.load(weights_only=True) raises of a file that is damaged, or would call something
+UNREADABLE = (
+    *(OSError, RuntimeError, pickle.UnpicklingError, EOFError),
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError),
+)
 ALLOWED = frozenset(
     {
         ("collections", "OrderedDict"),
@@ -68,8 +74,8 @@ def audit_checkpoint(folder: Path) -> Metadata:
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise UserError(f"{path}: refused, its index is damaged or not safe to load: {error}") from None
     common = folder / COMMON_NAME
-    if common.exists() and (not common.is_file() or _unpacks_to_more(common)):
-        raise UserError(f"{common}: refused, it is no file as torch writes it, or unpacks to more than it is")
+    if common.exists():
+        _audit_common(common)
     for index, place in entries.items():
         file = folder / place.relative_path
         if (
@@ -83,6 +89,23 @@ def audit_checkpoint(folder: Path) -> Metadata:
     return metadata
 
 
+def _audit_common(path: Path) -> None:
+    """Refuse a common.pt that cannot be read without running code, whether the tensors need it or not.
+
+    Megatron-Core 0.19 keeps what 0.16 writes there among the other entries.
+    """
+    if not path.is_file() or _unpacks_to_more(path):
+        raise UserError(f"{path}: refused, it is no file as torch writes it, or unpacks to more than it is")
+    try:
+        torch.load(path, weights_only=True, map_location="cpu")
+    except UNREADABLE as error:
+        raise UserError(f"{path}: refused, damaged or not safe to load: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _audit_entry(file: Path, name: str, offset: int, length: int) -> None:
     try:
         with file.open("rb") as stream:
@@ -91,10 +114,8 @@ def _audit_entry(file: Path, name: str, offset: int, length: int) -> None:
         if _unpacks_to_more(content):
             raise ValueError(f"{length:,} bytes that unpack to more; torch packs nothing")
         torch.load(content, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{file}: refused, {name} is damaged or not safe to load: {str(error).splitlines()[0]}"
-        ) from None
+    except UNREADABLE as error:
+        raise UserError(f"{file}: refused, {name} is damaged or not safe to load: {_first_line(error)}") from None
 
 
 def _unpacks_to_more(file: Path | IO[bytes]) -> bool:

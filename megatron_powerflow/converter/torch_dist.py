@@ -66,7 +66,6 @@ class TorchDistFolder:
         self._metadata = audit_checkpoint(folder)
         if not (folder / BACKEND_NAME).is_file():
             raise UserError(f"{folder / BACKEND_NAME}: no such file; the checkpoint is not complete")
-        _audit_common(folder / COMMON_NAME)
         self._stored = {
             (index.fqn, tuple(index.offset or ())): storage for index, storage in self._metadata.storage_data.items()
         }
@@ -186,20 +185,6 @@ class _FilePart(io.RawIOBase):
         count = self._file.readinto(memoryview(buffer).cast("B")[:size])
         self._at += count
         return count
-
-
-def _audit_common(path: Path) -> None:
-    """Refuse a common.pt that cannot be read without running code, though the tensors do not need it.
-
-    Megatron-Core 0.19 keeps what 0.16 writes there among the other entries, which `audit_checkpoint` has looked at.
-    Raises UserError.
-    """
-    try:
-        torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        return
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: refused, damaged or not safe to load: {str(error).splitlines()[0]}") from None
 
 
 @dataclass(frozen=True, slots=True)

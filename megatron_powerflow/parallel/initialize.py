@@ -10,27 +10,23 @@ import contextlib
 import logging
 import os
 import shlex
-import socket
 import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.interfaces import interface_towards
 from megatron_powerflow.parallel.layout import Layout
+from megatron_powerflow.parallel.meeting import MEETING, meeting
 from megatron_powerflow.redaction import SECRET_NAME, redacted
 
 if TYPE_CHECKING:
     from megatron_powerflow.parallel.groups import Groups
 
 TIMEOUT = timedelta(minutes=30)
-MEETING = timedelta(minutes=5)  # from the first process at the first rendezvous to the last one
-MEETING_NOTE_SECONDS = 30.0  # between two lines that say for whom it waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,47 +80,6 @@ def read_launch() -> Launch:
             int(env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
         )
     return ALONE
-
-
-def read_job_end() -> float | None:
-    """When SLURM ends this process's job, in seconds since 1970; None outside SLURM, and for a job without a limit."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return None
-    text = os.environ.get("SLURM_JOB_END_TIME", "")
-    if text.isdecimal():
-        return float(text)
-    try:  # before SLURM 23.02
-        lines = subprocess.run(
-            ["scontrol", "show", "job", job], capture_output=True, text=True, check=True, timeout=60
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return end_of_job(lines)
-
-
-def end_of_job(lines: str) -> float | None:
-    """EndTime of what `scontrol show job` prints, in local time; None where it knows none."""
-    words = [word.removeprefix("EndTime=") for word in lines.split() if word.startswith("EndTime=")]
-    limits = [word for word in lines.split() if word.startswith("TimeLimit=")]
-    try:
-        return None if limits == ["TimeLimit=UNLIMITED"] else datetime.fromisoformat(words[0]).timestamp()
-    except (IndexError, ValueError):
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """The SLURM job that this process belongs to. restarts: how often it was put back into the queue and begun anew."""
-
-    id: str
-    restarts: int
-
-
-def read_job() -> Job | None:
-    """None outside SLURM."""
-    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    return Job(job, int(restarts) if restarts.isdecimal() else 0) if job else None
 
 
 def settings_that_count() -> dict[str, str]:
@@ -233,35 +188,13 @@ def _init_process_group(launch: Launch, backend: str) -> None:
         return
     _bind_interface(launch)
     store = rendezvous(launch, MEETING)
-    _meet(launch, store)
-    store.set_timeout(TIMEOUT)
     try:
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT)
+        with meeting(launch.rank, launch.world_size, store):
+            store.set_timeout(TIMEOUT)
+            dist.init_process_group(
+                backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
+            )
     except (RuntimeError, ValueError) as error:  # of torch's store and of gloo: no classes of their own
-        raise _not_found(launch, error) from None
-
-
-def _meet(launch: Launch, store) -> None:
-    """Wait until every rank is there. Raises UserError with the ranks that are not within MEETING."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    keys = [f"here/{attempt}/{rank}" for rank in range(launch.world_size)]
-    began = said = time.monotonic()
-    try:
-        store.set(keys[launch.rank], socket.gethostname())
-        while missing := [rank for rank, key in enumerate(keys) if not store.check([key])]:
-            now = time.monotonic()
-            who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:16]))}{', ...' * (len(missing) > 16)}"
-            if now - began > MEETING.total_seconds():
-                raise UserError(
-                    f"{who} of {launch.world_size} did not come within {MEETING.total_seconds() / 60:.0f} minutes of "
-                    f"rank {launch.rank} on {socket.gethostname()}; look at the logs of those that are missing, and "
-                    "that their nodes run"
-                )
-            if launch.is_main and now - said > MEETING_NOTE_SECONDS:
-                said = now
-                print(f"waiting for {who} of {launch.world_size}, {now - began:.0f} s", file=sys.stderr, flush=True)
-            time.sleep(0.05 if now - began < 5 else 0.5)
-    except RuntimeError as error:
         raise _not_found(launch, error) from None
 
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.initialize import read_job
+from megatron_powerflow.parallel.slurm_job import read_job
 
 BEAT_SECONDS = 20.0
 STALE_SECONDS = 300.0

@@ -37,8 +37,12 @@ def resource_violations(config: Config, num_parameters: int | None) -> list[str]
     folder = Path(config.run.output_dir)
     above = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), None)
     if above is None or not os.access(above, os.W_OK):
-        output_dir = config.run.output_dir
-        return [*violations, f"run.output_dir={output_dir!r}: {above} cannot be written; name another folder"]
+        is_read_only = above is not None and os.statvfs(above).f_flag & os.ST_RDONLY
+        why = "Read-only file system" if is_read_only else "Permission denied"
+        return [
+            *violations,
+            f"run.output_dir={config.run.output_dir!r}: {above} cannot be written ({why}); name another folder",
+        ]
     if num_parameters is None:
         return violations
     count = num_checkpoints(config)
@@ -48,10 +52,18 @@ def resource_violations(config: Config, num_parameters: int | None) -> list[str]
     if needed > free:
         export = " and the export" if config.run.export else ""
         violations.append(
-            f"run.output_dir={config.run.output_dir!r}: {left} checkpoint(s){export} take {needed / GIB:,.1f} GiB, and "
-            f"{free / GIB:,.1f} GiB are free there; set checkpoint.keep, raise checkpoint.interval, or write elsewhere"
+            f"run.output_dir={config.run.output_dir!r}: {left} checkpoint(s){export} take {_size(needed)}, and "
+            f"{_size(free)} are free there; set checkpoint.keep, raise checkpoint.interval, or write elsewhere"
         )
     return violations
+
+
+def _size(num_bytes: int) -> str:
+    """A size in the largest unit of which there is one."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 2**10:,.1f} KiB"
 
 
 def num_checkpoints(config: Config) -> int:

@@ -17,9 +17,9 @@ from megatron_powerflow.checkpoint.folder import STOP_NAME, latest_checkpoint
 from megatron_powerflow.config import RunSection
 from megatron_powerflow.errors import Interrupted, RequeueRequested
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.initialize import read_job_end
 from megatron_powerflow.parallel.owner import Owner
 from megatron_powerflow.parallel.pulse import LOADING, Pulse
+from megatron_powerflow.parallel.slurm_job import read_job_end
 from megatron_powerflow.parallel.together import highest, on_main
 from megatron_powerflow.signals import Signals
 from megatron_powerflow.time_limit import TimeLimit, seconds_until_stop

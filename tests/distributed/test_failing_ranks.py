@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -280,11 +282,42 @@ def test_ranks_that_do_not_come_are_named(monkeypatch):
     import torch.distributed as dist
 
     from megatron_powerflow.errors import UserError
-    from megatron_powerflow.parallel import initialize
+    from megatron_powerflow.parallel import meeting
+    from megatron_powerflow.parallel.owner import this_process
 
-    monkeypatch.setattr(initialize, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(meeting, "MEETING", timedelta(seconds=1))
     store = dist.HashStore()
-    store.set("here/0/2", "another host")
-    launch = initialize.Launch("srun", 0, 4, 0, 1)
-    with pytest.raises(UserError, match="ranks 1, 3 of 4 did not come within 0 minutes of rank 0 on"):
-        initialize._meet(launch, store)
+    store.set("here/0/2", json.dumps(asdict(this_process("rank"))))
+    with (
+        pytest.raises(UserError, match="ranks 1, 3 of 4 did not come within 0 minutes of rank 0 on"),
+        meeting.meeting(0, 4, store),
+    ):
+        pass
+
+
+def test_a_rank_that_is_killed_before_the_ranks_are_connected_ends_the_others(tmp_path):
+    """Rank 1 has come, and is gone: its process is over when rank 0 waits for the others, and connects to them."""
+    script = tmp_path / "waiting.py"
+    script.write_text(
+        """
+import json, subprocess, sys, time
+from dataclasses import asdict, replace
+import torch.distributed as dist
+from megatron_powerflow.parallel import meeting
+from megatron_powerflow.parallel.owner import _process_start, this_process
+
+other = subprocess.Popen(["sleep", "1000"])
+there = replace(this_process("rank"), pid=other.pid, process_start=_process_start(other.pid))
+store = dist.HashStore()
+store.set("here/0/1", json.dumps(asdict(there)))
+with meeting.meeting(0, 2, store):
+    other.kill()
+    other.wait()
+    time.sleep(1000)
+"""
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert re.fullmatch(r"rank 1 on \S+ \(process \d+\) is gone, before the ranks were connected\n", done.stderr), (
+        done.stderr
+    )

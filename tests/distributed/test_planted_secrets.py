@@ -60,7 +60,7 @@ def test_no_secret_is_in_a_runs_folder_its_report_or_its_output(config, tmp_path
     for text in (done.stdout, done.stderr, again.stdout, again.stderr):
         assert not [name for name, secret in SECRETS.items() if secret in text]
     launch = json.loads((run / "launches.jsonl").read_text())
-    assert launch["command"] == f"powerflow train {config}"
+    assert launch["command"] == f"python -m megatron_powerflow.cli train {config}"
 
 
 @pytest.mark.slow

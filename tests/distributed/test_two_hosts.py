@@ -20,8 +20,8 @@ pytestmark = [
 SCRIPT = """
 from datetime import timedelta
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel import initialize
-initialize.MEETING = initialize.TIMEOUT = timedelta(seconds=20)
+from megatron_powerflow.parallel import initialize, meeting
+meeting.MEETING = initialize.MEETING = initialize.TIMEOUT = timedelta(seconds=20)
 import torch, torch.distributed as dist
 try:
     with initialize.cpu_group(initialize.read_launch()):

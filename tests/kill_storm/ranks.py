@@ -9,6 +9,7 @@ Left out: when a rank is killed, and what of its run is compared (`run.py`).
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import math
 import os
 import signal
@@ -25,13 +26,14 @@ class Ranks:
     """The ranks of one start of a run: forked on construction, each with its output in `log`."""
 
     def __init__(self, arguments: Sequence[str], num_ranks: int, log: Path) -> None:
-        self.started = time.monotonic()
+        self.started, self.started_at = time.monotonic(), time.time()
+        self._log = log
         self.ended = math.inf  # when the last of them had ended
         self.exit_codes: dict[int, int] = {}  # rank -> as the shell counts it: minus the signal for a killed one
         self.pids: dict[int, int] = {}
-        port = free_port()
+        self._port = free_port()
         for rank in range(num_ranks):
-            self.pids[rank] = _fork(arguments, rank, num_ranks, port, log)
+            self.pids[rank] = _fork(arguments, rank, num_ranks, self._port, log)
 
     def alive(self) -> list[int]:
         """Return the ranks that have not ended."""
@@ -58,6 +60,31 @@ class Ranks:
             return False
         os.kill(self.pids[rank], signal.SIGKILL)
         return True
+
+    def have_met(self) -> bool:
+        """Tell whether every rank has come to where they meet: each is connected to its store, rank 0 too."""
+        if len(self.pids) == 1:
+            return True
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        connected = [row for row in rows if row[2].endswith(f":{self._port:04X}") and row[3] == "01"]
+        return len(connected) >= len(self.pids)
+
+    def end_as_a_launcher(self) -> int:
+        """Kill what is left two seconds after a rank has gone, as torchrun and `srun --kill-on-bad-exit` do. Returns
+        how many that were."""
+        left = self.wait(2)
+        for rank in left:
+            self.kill(rank)
+        self.wait(10)
+        return len(left)
+
+    def stacks(self) -> str:
+        """Return where each rank that is left stands: the Python stacks of its threads."""
+        before = self._log.stat().st_size
+        for rank in self.alive():
+            os.kill(self.pids[rank], signal.SIGUSR2)
+        time.sleep(1)
+        return self._log.read_bytes()[before:].decode(errors="replace")
 
     def orphans(self) -> dict[int, str]:
         """Return the processes that are alive in a session of a rank that has ended: pid -> what it runs."""
@@ -98,6 +125,7 @@ def _fork(arguments: Sequence[str], rank: int, num_ranks: int, port: int, log: P
     if pid:
         return pid
     os.setsid()
+    faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
     atexit._clear()  # what this process owes at its end, its scratch folder among it, is not the fork's to do
     weakref.finalize._registry.clear()
     code = 1

@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.kill_storm.ranks import Ranks, warm_up
@@ -57,8 +57,10 @@ class Verdict:
     finished: int = 0
     phases: Counter = field(default_factory=Counter)  # of the killed rank: how often
     survivors: int = 0  # ranks alive 60 s after a kill
+    ended_by_launcher: int = 0  # ranks whose peer was killed before it had come to their meeting
     slowest_end_seconds: float = 0.0  # from a kill to the end of the last rank
     orphans: Counter = field(default_factory=Counter)  # processes left behind: their command lines
+    stacks: list[str] = field(default_factory=list)  # of survivors
     seconds: float = 0.0
     wall_seconds: float = 0.0  # of the runs that ended, from their first start to their last end, by our clock
     goodput_seconds: float = 0.0  # the same, as `powerflow goodput` sums it up
@@ -119,10 +121,13 @@ def storm(layout: str, kills: int, folder: Path, settings: Sequence[str], seed: 
     while True:
         run, log = folder / f"run_{number}", folder / f"run_{number}.log"
         is_last = verdict.kills >= kills
+        had_come = True
         verdict.starts += 1
         ranks = Ranks([*arguments, f"run.output_dir={run}"], num_ranks, log)
         if not is_last:
-            _kill_one(ranks, draw, unbroken_seconds, run, verdict)
+            had_come = _kill_one(ranks, draw, unbroken_seconds, run, verdict)
+        if not had_come:
+            verdict.ended_by_launcher += ranks.end_as_a_launcher()
         codes = _wait_for_the_end(ranks, verdict, 300 if is_last else SURVIVORS_AFTER_SECONDS)
         outside.note(run, ranks.started, ranks.ended)
         in_a_row += 1
@@ -158,16 +163,19 @@ def _compare_goodput(run: Path, outside: Outside, verdict: Verdict) -> None:
     verdict.goodput_lost_steps += told["num_steps_lost"]
 
 
-def _kill_one(ranks: Ranks, draw: random.Random, unbroken_seconds: float, run: Path, verdict: Verdict) -> None:
-    """Kill a random rank at a random moment, unless the run ends before."""
+def _kill_one(ranks: Ranks, draw: random.Random, unbroken_seconds: float, run: Path, verdict: Verdict) -> bool:
+    """Kill a random rank at a random moment, unless the run ends before. Returns whether all ranks had met: a rank that
+    nobody knows is nobody's to miss, but the launcher's that has started it."""
     moment = draw.uniform(0.0, unbroken_seconds * 1.05)
     rank = draw.randrange(len(ranks.pids))
     while (left := moment - (time.monotonic() - ranks.started)) > 0 and ranks.alive():
         time.sleep(min(left, 0.05))
-    phase = phase_of(run, rank)
-    if ranks.kill(rank):
+    phase, had_met = phase_of(run, rank, ranks.started_at), ranks.have_met()
+    killed = ranks.kill(rank)
+    if killed:
         verdict.kills += 1
         verdict.phases[phase] += 1
+    return had_met or not killed
 
 
 def _wait_for_the_end(ranks: Ranks, verdict: Verdict, seconds: float) -> list[int]:
@@ -176,6 +184,8 @@ def _wait_for_the_end(ranks: Ranks, verdict: Verdict, seconds: float) -> list[in
     begun = time.monotonic()
     survivors = ranks.wait(seconds)
     verdict.survivors += len(survivors)
+    if survivors:
+        verdict.stacks.append(ranks.stacks())
     verdict.slowest_end_seconds = max(verdict.slowest_end_seconds, time.monotonic() - begun)
     until = time.monotonic() + 5
     while (orphans := ranks.orphans()) and time.monotonic() < until:
@@ -185,16 +195,21 @@ def _wait_for_the_end(ranks: Ranks, verdict: Verdict, seconds: float) -> list[in
     return [ranks.exit_codes[rank] for rank in sorted(ranks.exit_codes)]
 
 
-def phase_of(run: Path, rank: int) -> str:
-    """Return what a rank was doing, as far as its run's folder shows it."""
-    for beat in sorted(run.glob(f"heartbeats/*/rank_{rank}.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return str(json.loads(beat.read_text())["phase"])
-    if not (run / "config.yaml").exists():
-        return "loading"
-    if list(run.glob("checkpoints/*.partial")):
+def phase_of(run: Path, rank: int, since: float) -> str:
+    """Return what a rank was doing, as far as its run's folder shows it. since: when this start began, since 1970."""
+    if any(path.stat().st_mtime >= since for path in run.glob("checkpoints/*.partial")):
         return "saving"
-    return "exporting" if list(run.glob("hf_export*")) else "within a step"
+    for beat in run.glob(f"heartbeats/*/rank_{rank}.json"):  # one that beats every few seconds
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if beat.stat().st_mtime >= since:
+                return str(json.loads(beat.read_text())["state"]["phase"])
+    if not (run / "events.jsonl").exists() or (run / "events.jsonl").stat().st_mtime < since:
+        return "starting"
+    line = (run / "events.jsonl").read_text().splitlines()[-1]
+    event = json.loads(line)["event"] if line.endswith("}") else ""
+    return {"start": "loading", "end": "leaving"}.get(
+        event, "exporting" if (run / "hf_export").exists() else "in a step"
+    )
 
 
 def differences(whole: Path, run: Path) -> list[str]:
@@ -314,7 +329,10 @@ def table(verdicts: Sequence[Verdict]) -> str:
             f"    goodput: {v.goodput_seconds:.1f} s of {v.wall_seconds:.1f} s by our clock, productive "
             f"{v.productive_seconds:.1f} s; {v.goodput_lost_steps} steps lost, {v.lost_steps} by our count"
         )
+        if v.ended_by_launcher:
+            lines.append(f"    {v.ended_by_launcher} ranks ended as by a launcher: the killed one had not met them")
         lines += [f"    {count} left of {command}" for command, count in v.orphans.items()]
+        lines += [f"    a survivor's stack: {stack}" for stack in v.stacks]
         lines += [f"    {text}" for text in v.differences]
     return "\n".join(lines)
 
@@ -337,7 +355,7 @@ def main() -> None:
             verdicts.append(storm(layout, kills, (asked.keep or Path(scratch)) / layout, asked.set, asked.seed))
             print(table(verdicts[-1:]), flush=True)
     if asked.json:
-        asked.json.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
+        asked.json.write_text(json.dumps([vars(verdict) for verdict in verdicts], indent=2))
     clean = all(verdict.is_clean() for verdict in verdicts)
     total = sum(verdict.kills for verdict in verdicts)
     print(f"{total} kills: " + ("every run ended bit-equal, nothing was left" if clean else "NOT clean"))

@@ -57,6 +57,7 @@ FREE_OF_TORCH = (
     "whole_files",
     "journal",
     "parallel.layout",
+    "parallel.meeting",
     "parallel.owner",
     "parallel.pulse",
     "parallel.verdict",

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from megatron_powerflow.parallel.initialize import end_of_job
+from megatron_powerflow.parallel.slurm_job import end_of_job
 from megatron_powerflow.time_limit import LEAST_MARGIN_SECONDS, TimeLimit, needed_seconds, seconds_until_stop
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=timezone(timedelta(hours=2)))
