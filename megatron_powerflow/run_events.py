@@ -35,12 +35,13 @@ from megatron_powerflow.parallel.together import gather_to_main, on_main
 class RunEvents:
     """The journal of one start, on the main rank. A context: how the start ends is its last line, unless it is killed.
 
-    Methods raise OSError that names the file; leaving by an error does not, for that error is the one to tell.
+    Methods raise OSError that names the file; leaving does not: everything else is on the disk by then.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / EVENTS_NAME
         self._start = ""  # before `begin`, as on the other ranks, there is nothing to note
+        self._finished = False
         self._seconds: dict[str, float] = {}  # of each phase, since the last line
         self._over = threading.Event()
 
@@ -49,8 +50,8 @@ class RunEvents:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self._over.set()
-        if error is not None and self._start:
-            cause, by = _cause_of(error)
+        if self._start and (error is not None or self._finished):
+            cause, by = (FINISHED, "") if error is None else _cause_of(error)
             with contextlib.suppress(OSError):
                 self._write("end", cause=cause, by=by, seconds=self._taken())
 
@@ -85,9 +86,8 @@ class RunEvents:
         self._write("saved", step=step, seconds=self._taken())
 
     def finished(self) -> None:
-        """Note that the run has come to its end."""
-        self._over.set()
-        self._write("end", cause=FINISHED, by="", seconds=self._taken())
+        """The run has come to its end, which the last line will say."""
+        self._finished = True
 
     def _taken(self) -> dict[str, float]:
         taken, self._seconds = self._seconds, {}

@@ -43,9 +43,9 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "", en
     require_fp8_support(plan.config.precision, plan.architecture, plan.layout.cp)
     with (
         run_folder(plan) as owner,
+        RunEvents(plan.run_folder) as events,
         initialized(plan.layout, launch, seed=plan.config.run.seed) as groups,
         end.watched(plan.run_folder, owner, groups, lambda: take_run_folder(plan, owner), plan.config.run.hang_seconds),
-        RunEvents(plan.run_folder) as events,
     ):
         begin(events, groups)
         plan = from_whole_checkpoint(plan, groups, console)
@@ -64,7 +64,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "", en
             if plan.config.run.export and output.may_export():
                 with output.phase("export"):
                     export_policy(plan, session, progress.step, command)
-        on_main(events.finished, groups)
+        events.finished()
 
 
 def note_start(plan: Plan, groups: Groups, command: str, first_step: int) -> None:

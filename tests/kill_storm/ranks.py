@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import math
+import mmap
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.free_ports import free_port
+
+PHASE_BYTES = 32
 
 
 class Ranks:
@@ -32,8 +35,14 @@ class Ranks:
         self.exit_codes: dict[int, int] = {}  # rank -> as the shell counts it: minus the signal for a killed one
         self.pids: dict[int, int] = {}
         self._port = free_port()
+        self._phases = mmap.mmap(-1, PHASE_BYTES * num_ranks)  # each rank writes what it does
         for rank in range(num_ranks):
-            self.pids[rank] = _fork(arguments, rank, num_ranks, self._port, log)
+            self.pids[rank] = _fork(arguments, rank, num_ranks, self._port, log, self._phases)
+
+    def phase(self, rank: int) -> str:
+        """Return what a rank was doing last: a phase of the run's pulse, or "importing"."""
+        text = self._phases[PHASE_BYTES * rank : PHASE_BYTES * (rank + 1)].rstrip(b"\0").decode()
+        return text or "importing"
 
     def alive(self) -> list[int]:
         """Return the ranks that have not ended."""
@@ -120,7 +129,7 @@ def warm_up() -> None:
     assert all((megatron, transformers, megatron_powerflow))
 
 
-def _fork(arguments: Sequence[str], rank: int, num_ranks: int, port: int, log: Path) -> int:
+def _fork(arguments: Sequence[str], rank: int, num_ranks: int, port: int, log: Path, phases: mmap.mmap) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -143,6 +152,7 @@ def _fork(arguments: Sequence[str], rank: int, num_ranks: int, port: int, log: P
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.argv = ["powerflow", *arguments]
+        _show_phase(phases, PHASE_BYTES * rank)
         from megatron_powerflow.cli import main  # warm_up has imported it
 
         main()
@@ -156,6 +166,17 @@ def _fork(arguments: Sequence[str], rank: int, num_ranks: int, port: int, log: P
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _show_phase(memory: mmap.mmap, offset: int) -> None:
+    """Have this process write each phase of its run into the memory that it shares with the one that kills it."""
+    from megatron_powerflow.parallel.pulse import Pulse
+
+    def show(pulse: Pulse, phase: str) -> None:
+        pulse.__dict__["shown"] = phase
+        memory[offset : offset + PHASE_BYTES] = phase.encode().ljust(PHASE_BYTES, b"\0")
+
+    Pulse.phase = property(lambda pulse: pulse.__dict__["shown"], show)  # type: ignore[assignment]
 
 
 def _processes() -> dict[int, tuple[int, str]]:

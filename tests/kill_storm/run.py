@@ -56,6 +56,7 @@ class Verdict:
     starts: int = 0
     finished: int = 0
     phases: Counter = field(default_factory=Counter)  # of the killed rank: how often
+    while_saving: int = 0  # kills while a checkpoint was being written, in whatever phase
     survivors: int = 0  # ranks alive 60 s after a kill
     ended_by_launcher: int = 0  # ranks whose peer was killed before it had come to their meeting
     slowest_end_seconds: float = 0.0  # from a kill to the end of the last rank
@@ -170,11 +171,12 @@ def _kill_one(ranks: Ranks, draw: random.Random, unbroken_seconds: float, run: P
     rank = draw.randrange(len(ranks.pids))
     while (left := moment - (time.monotonic() - ranks.started)) > 0 and ranks.alive():
         time.sleep(min(left, 0.05))
-    phase, had_met = phase_of(run, rank, ranks.started_at), ranks.have_met()
+    phase, had_met, saving = ranks.phase(rank), ranks.have_met(), is_saving(run, ranks.started_at)
     killed = ranks.kill(rank)
     if killed:
         verdict.kills += 1
-        verdict.phases[phase] += 1
+        verdict.phases[phase if had_met else "starting"] += 1
+        verdict.while_saving += saving
     return had_met or not killed
 
 
@@ -195,21 +197,11 @@ def _wait_for_the_end(ranks: Ranks, verdict: Verdict, seconds: float) -> list[in
     return [ranks.exit_codes[rank] for rank in sorted(ranks.exit_codes)]
 
 
-def phase_of(run: Path, rank: int, since: float) -> str:
-    """Return what a rank was doing, as far as its run's folder shows it. since: when this start began, since 1970."""
-    if any(path.stat().st_mtime >= since for path in run.glob("checkpoints/*.partial")):
-        return "saving"
-    for beat in run.glob(f"heartbeats/*/rank_{rank}.json"):  # one that beats every few seconds
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            if beat.stat().st_mtime >= since:
-                return str(json.loads(beat.read_text())["state"]["phase"])
-    if not (run / "events.jsonl").exists() or (run / "events.jsonl").stat().st_mtime < since:
-        return "starting"
-    line = (run / "events.jsonl").read_text().splitlines()[-1]
-    event = json.loads(line)["event"] if line.endswith("}") else ""
-    return {"start": "loading", "end": "leaving"}.get(
-        event, "exporting" if (run / "hf_export").exists() else "in a step"
-    )
+def is_saving(run: Path, since: float) -> bool:
+    """Tell whether a checkpoint is being written. since: when this start began, since 1970."""
+    with contextlib.suppress(FileNotFoundError):  # it has just got its name
+        return any(path.stat().st_mtime >= since for path in run.glob("checkpoints/*.partial"))
+    return True
 
 
 def differences(whole: Path, run: Path) -> list[str]:
@@ -321,6 +313,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
     lines = ["{:12} {:>5} {:>6} {:>5} {:>9} {:>7} {:>11} {:>7}  {}".format(*names)]
     for v in verdicts:
         phases = ", ".join(f"{name} {count}" for name, count in v.phases.most_common())
+        phases += f"; {v.while_saving} of them while a checkpoint was being written"
         lines.append(
             f"{v.layout:12} {v.kills:5} {v.starts:6} {v.finished:5} {v.survivors:9} {v.orphans.total():7} "
             f"{v.slowest_end_seconds:9.1f} s {v.seconds:7.0f}  {phases}"
