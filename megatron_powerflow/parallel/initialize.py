@@ -1,6 +1,6 @@
 """How does one process find the others? torchrun, srun or alone -> process groups, device, seeds.
 
-The only module that reads the environment of the launcher. Validation has happened before: by the time a
+With `slurm_job.py` the only module that reads the environment. Validation has happened before: by the time a
 process group exists, the run is known to be possible.
 """
 
@@ -189,7 +189,7 @@ def _init_process_group(launch: Launch, backend: str) -> None:
     _bind_interface(launch)
     store = rendezvous(launch, MEETING)
     try:
-        with meeting(launch.rank, launch.world_size, store):
+        with meeting(launch.rank, launch.world_size, store, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             store.set_timeout(TIMEOUT)
             dist.init_process_group(
                 backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT

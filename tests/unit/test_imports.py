@@ -147,9 +147,9 @@ def test_only_one_module_patches_anything():
                 assert not text.startswith(("torch.", "megatron.", "dist.", "os.environ")), f"{path}: {text} = ..."
 
 
-def test_only_initialize_reads_the_environment():
+def test_only_two_files_read_the_environment():
     for path in MODULES:
-        if path.name != "initialize.py":
+        if path.name not in ("initialize.py", "slurm_job.py"):
             assert "os.environ" not in path.read_text(encoding="utf-8"), path
             assert "getenv" not in path.read_text(encoding="utf-8"), path
 
