@@ -56,12 +56,17 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def is_partial_of(name: str, files: tuple[str, ...]) -> bool:
-    """Return whether a file of this name is what a kill in `whole_file` left of one of these files.
+    """Return whether a file of this name is what a kill in `whole_file` left of one of these files."""
+    return meant_by(name) in files
+
+
+def meant_by(name: str) -> str | None:
+    """Return the name of the file that a kill in `whole_file` left unfinished under this name; None for any other.
 
     Only a name that mkstemp makes counts, .NAME.xxxxxxxx.partial: a user's .NAME.old.partial is the user's.
     """
-    names = "|".join(map(re.escape, files))
-    return re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}{re.escape(PARTIAL_SUFFIX)}", name) is not None
+    match = re.fullmatch(rf"\.(.+)\.[a-z0-9_]{{8}}{re.escape(PARTIAL_SUFFIX)}", name)
+    return match[1] if match else None
 
 
 def give_usual_mode(path: Path) -> None:

@@ -11,7 +11,14 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_powerflow.checkpoint.folder import CHECKPOINTS_NAME, CONFIG_NAME, INPUTS_NAME, LOCK_NAME, STOP_NAME
+from megatron_powerflow.checkpoint.folder import (
+    CHECKPOINTS_NAME,
+    CONFIG_NAME,
+    INPUTS_NAME,
+    LATEST_NAME,
+    LOCK_NAME,
+    STOP_NAME,
+)
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.goodput import EVENTS_NAME
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME
@@ -19,7 +26,7 @@ from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME
 from megatron_powerflow.metrics.writers import FILE_NAME as METRICS_NAME
 from megatron_powerflow.outcome import OUTCOME_NAME, read_outcome
 from megatron_powerflow.parallel.watch import HEARTBEATS_NAME
-from megatron_powerflow.whole_files import PARTIAL_SUFFIX, is_partial_of
+from megatron_powerflow.whole_files import PARTIAL_SUFFIX, is_partial_of, meant_by
 
 CONFIG_MARK = "# the resolved config of this folder's run, written by powerflow train\n"
 # What a kill of 0.1.0 left where it was writing one of the two. It is left alone, and no reason to refuse a folder.
@@ -37,6 +44,7 @@ FIRST_FILES = (
     INPUTS_NAME,
     CONFIG_NAME,
 )
+PICTURES = ("curves.png", "before_after.png")  # report/ draws them
 
 
 def earliest_files(folder: Path) -> tuple[str, ...]:
@@ -126,9 +134,16 @@ def remove_cut_off_files(folder: Path) -> None:
 
     Only the holder of the folder may call it.
     """
-    for path in folder.glob(".*" + PARTIAL_SUFFIX):
-        if is_partial_of(path.name, FIRST_FILES if holds_a_run(folder) else (CONFIG_NAME, OUTCOME_NAME)):
-            path.unlink(missing_ok=True)
+    of_a_run = {
+        ".": "|".join(map(re.escape, (*FIRST_FILES, *PICTURES))),
+        CHECKPOINTS_NAME: LATEST_NAME,
+        "rollouts": r"step_\d{6,}\.jsonl",
+    }
+    before_config = {".": "|".join(map(re.escape, (CONFIG_NAME, OUTCOME_NAME)))}
+    for place, names in (of_a_run if holds_a_run(folder) else before_config).items():
+        for path in (folder / place).glob(".*" + PARTIAL_SUFFIX):
+            if re.fullmatch(names, meant_by(path.name) or ""):
+                path.unlink(missing_ok=True)
     for path in (folder / CHECKPOINTS_NAME).glob("step_*" + PARTIAL_SUFFIX):
         if re.fullmatch(rf"step_\d{{6,}}{re.escape(PARTIAL_SUFFIX)}", path.name):
             shutil.rmtree(path, ignore_errors=True)

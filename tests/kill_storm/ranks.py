@@ -74,7 +74,8 @@ class Ranks:
         """Tell whether every rank has come to where they meet: each is connected to its store, rank 0 too."""
         if len(self.pids) == 1:
             return True
-        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        tables = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
+        rows = [line.split() for table in tables for line in table.splitlines()[1:]]
         connected = [row for row in rows if row[2].endswith(f":{self._port:04X}") and row[3] == "01"]
         return len(connected) >= len(self.pids)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_powerflow.checkpoint.first_files import not_ours, remove_cut_off_files
+from megatron_powerflow.checkpoint.first_files import CONFIG_MARK, not_ours, remove_cut_off_files
 from megatron_powerflow.whole_files import is_partial_of, whole_file, write_file
 
 
@@ -49,3 +49,21 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         write_half(path)
     assert path.read_text() == "step_000001\n"
     assert [left.name for left in tmp_path.iterdir()] == ["latest"]
+
+
+def test_a_kill_in_any_folder_of_a_run_leaves_nothing_for_good(tmp_path):
+    """The next start takes away what was half-written under a name of ours, in all three places where a run writes."""
+    (tmp_path / "config.yaml").write_text(CONFIG_MARK)
+    ours = (
+        ".metrics.jsonl.x1_2ab3c.partial",
+        ".curves.png.x1_2ab3c.partial",
+        "checkpoints/.latest.x1_2ab3c.partial",
+        "rollouts/.step_000005.jsonl.bhf8i7lg.partial",
+    )
+    others = ("rollouts/.notes.jsonl.bhf8i7lg.partial", "rollouts/step_000005.jsonl", "checkpoints/.latest.old.partial")
+    for name in (*ours, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    remove_cut_off_files(tmp_path)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"config.yaml", *others}
