@@ -189,7 +189,7 @@ def _init_process_group(launch: Launch, backend: str) -> None:
     _bind_interface(launch)
     store = rendezvous(launch, MEETING)
     try:
-        with meeting(launch.rank, launch.world_size, store, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        with meeting(launch.rank, launch.world_size, store):
             store.set_timeout(TIMEOUT)
             dist.init_process_group(
                 backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
@@ -230,7 +230,8 @@ def rendezvous(launch: Launch, timeout: timedelta):
     try:
         if launch.launcher == "torchrun":
             store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
-            return store
+            # the store is torchrun's: after --max-restarts it still holds the addresses of ranks that are gone
+            return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         host, port = _srun_rendezvous()
         return dist.TCPStore(
             host, port, launch.world_size, is_master=launch.rank == 0, timeout=timeout, wait_for_workers=False

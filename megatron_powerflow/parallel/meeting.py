@@ -31,13 +31,13 @@ GRACE_SECONDS = 3.0  # for a rank whose peer has left because it was refused: it
 
 
 @contextlib.contextmanager
-def meeting(rank: int, world_size: int, store: Any, attempt: str = "0") -> Iterator[None]:
+def meeting(rank: int, world_size: int, store: Any) -> Iterator[None]:
     """Wait until every rank is there, then keep an eye on those of this host during the block.
 
-    store: torch's. attempt: of the launcher, whose store lives on. Raises UserError with the ranks that do not come
+    store: torch's. Raises UserError with the ranks that do not come
     within MEETING. Ends this process, with exit code 1 and a line that says so, when a rank of this host is gone.
     """
-    keys = [f"here/{attempt}/{other}" for other in range(world_size)]
+    keys = [f"here/{other}" for other in range(world_size)]
     store.set(keys[rank], json.dumps(asdict(this_process("rank"))))
     ranks: dict[int, Holder] = {}
     over = threading.Event()

@@ -287,7 +287,7 @@ def test_ranks_that_do_not_come_are_named(monkeypatch):
 
     monkeypatch.setattr(meeting, "MEETING", timedelta(seconds=1))
     store = dist.HashStore()
-    store.set("here/0/2", json.dumps(asdict(this_process("rank"))))
+    store.set("here/2", json.dumps(asdict(this_process("rank"))))
     with (
         pytest.raises(UserError, match="ranks 1, 3 of 4 did not come within 0 minutes of rank 0 on"),
         meeting.meeting(0, 4, store),
@@ -309,7 +309,7 @@ from megatron_powerflow.parallel.owner import _process_start, this_process
 other = subprocess.Popen(["sleep", "1000"])
 there = replace(this_process("rank"), pid=other.pid, process_start=_process_start(other.pid))
 store = dist.HashStore()
-store.set("here/0/1", json.dumps(asdict(there)))
+store.set("here/1", json.dumps(asdict(there)))
 with meeting.meeting(0, 2, store):
     other.kill()
     other.wait()
