@@ -10,6 +10,7 @@ so by torch itself.
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_powerflow.errors import UserError
 
 COMMON_NAME = "common.pt"  # what Megatron keeps beside the shards
+BACKEND_NAME, BACKEND = "metadata.json", "torch_dist"  # of Megatron's: how the shards are written
+MOST_BACKEND_BYTES = 10_000
 # what torch.load(weights_only=True) raises of a file that is damaged, or would call something
 UNREADABLE = (
     *(OSError, RuntimeError, pickle.UnpicklingError, EOFError),
@@ -73,6 +76,7 @@ def audit_checkpoint(folder: Path) -> Metadata:
         raise UserError(f"{path}: no such file; the checkpoint is not complete") from None
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise UserError(f"{path}: refused, its index is damaged or not safe to load: {error}") from None
+    _audit_backend(folder / BACKEND_NAME)
     common = folder / COMMON_NAME
     if common.exists():
         _audit_common(common)
@@ -87,6 +91,24 @@ def audit_checkpoint(folder: Path) -> Metadata:
         if kinds.get(index.fqn) != "TensorStorageMetadata":
             _audit_entry(file, index.fqn, place.offset, place.length)
     return metadata
+
+
+def _audit_backend(path: Path) -> None:
+    """Refuse what Megatron would not take for its own: it reads this file without a look at what it holds."""
+    if not path.exists():
+        return  # of one of torch's own, which names no backend
+    try:
+        if not path.is_file() or path.stat().st_size > MOST_BACKEND_BYTES:
+            raise ValueError("no file of a few words")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {"sharded_backend": str, "common_backend": str}
+        known |= {"sharded_backend_version": int, "common_backend_version": int}
+        if not isinstance(values, dict) or not all(type(value) is known.get(key) for key, value in values.items()):
+            raise ValueError(f"holds other keys or values than {', '.join(known)}")
+        if values.get("sharded_backend") != BACKEND:
+            raise ValueError(f"sharded_backend is {values.get('sharded_backend')!r}, not {BACKEND}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: refused, damaged or of another format: {error}") from None
 
 
 def _audit_common(path: Path) -> None:

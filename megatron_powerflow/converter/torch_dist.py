@@ -35,12 +35,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
+from megatron_powerflow.checkpoint.pickle_audit import BACKEND_NAME, COMMON_NAME, audit_checkpoint
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.torch_dist_names import StoredSlice
 
-COMMON_NAME = "common.pt"
-BACKEND_NAME = "metadata.json"
 BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,

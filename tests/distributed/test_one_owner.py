@@ -163,6 +163,7 @@ def test_a_start_that_was_killed_before_its_first_step_gives_way_to_other_settin
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "events.jsonl",
         "inputs.json",
         "launches.jsonl",
         "metrics.jsonl",
