@@ -134,11 +134,25 @@ def test_fp8_without_cuda_is_refused_with_the_reason(config):
             ["check", "CONFIG", "objective.alpha=-1", "objective.log_z=group", "rollout.responses_per_prompt=1"],
             "alpha=-1",
         ),
-        (["check", "CONFIG", "parallel.pp=3"], "parallel.pp=3 does not divide num_layers=4; choose"),
+        pytest.param(
+            ["check", "CONFIG", "parallel.pp=3"],
+            "parallel.pp=3 does not divide num_layers=4; choose",
+            marks=pytest.mark.long,
+        ),
         (["check", "CONFIG", "--world-size", "3", "parallel.tp=2"], "3 processes do not hold"),
-        (["score", "--model", "MODEL", "--data", "/nowhere.jsonl", "--out", "/tmp/x"], "no such file"),
-        (["score", "--model", "/nowhere", "--data", "x", "--out", "y"], "no such folder"),
-        (["score", "--model", "MODEL", "--data", "x", "--out", "y", "objective.alpha=1"], "has no effect here"),
+        pytest.param(
+            ["score", "--model", "MODEL", "--data", "/nowhere.jsonl", "--out", "/tmp/x"],
+            "no such file",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            ["score", "--model", "/nowhere", "--data", "x", "--out", "y"], "no such folder", marks=pytest.mark.long
+        ),
+        pytest.param(
+            ["score", "--model", "MODEL", "--data", "x", "--out", "y", "objective.alpha=1"],
+            "has no effect here",
+            marks=pytest.mark.long,
+        ),
         (["export", "MODEL", "--out", "/tmp/x"], "is a Hugging Face folder already"),
         (["train"], "Missing argument"),
         (["stop", "CONFIG"], "no run has started there"),

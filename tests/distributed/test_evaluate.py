@@ -263,7 +263,7 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_killed_in_the_middle_and_given_again_leaves_the_same_file(model, tmp_path):
     """A real SIGKILL of the real command; a process start is ten seconds."""
     import subprocess

@@ -35,6 +35,8 @@ LAYOUTS = {
     "latent_ep2_pp2_vpp2": ("deepseek_v3", 4, ["parallel.ep=2", "parallel.pp=2", "parallel.vpp=2"]),
     "latent_pp4_distributed": ("deepseek_v3", 4, ["parallel.pp=4", "optimizer.distributed=true"]),
 }
+# of which another row has every part
+LONG = ("dp2", "tp2_sp_ep2_three_experts_each", "ep2_of_dp4_distributed")
 
 
 @pytest.fixture
@@ -63,7 +65,9 @@ def alone(gloo, tiny_model, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in LAYOUTS]
+)
 def test_a_step_does_not_depend_on_who_holds_the_experts(
     gloo, tiny_model, prompts, tmp_path, alone, record_property, layout
 ):

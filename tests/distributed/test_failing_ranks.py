@@ -141,7 +141,7 @@ class Ranks:
         return found
 
 
-@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.tp=1"])
+@pytest.mark.parametrize("layout", ["parallel.tp=2", pytest.param("parallel.tp=1", marks=pytest.mark.long)])
 def test_a_rank_that_is_stopped_is_named_and_the_run_ends(config, tmp_path, layout, record_property):
     with Ranks(tmp_path, config, layout) as ranks:
         ranks.wait_for_steps(2)

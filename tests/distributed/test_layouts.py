@@ -17,14 +17,15 @@ def comparison(gloo, tmp_path_factory) -> Comparison:
     return Comparison(gloo, tmp_path_factory.mktemp("layouts"))
 
 
-# where a new axis meets the others first; the other rows are slow together
+# where a new axis meets the others first; the other rows are slow together; what test_experts.py holds too is long
 QUICK = {"TP2 + SP", "PP2 x CP2", "CP2 x DP2, distributed optimizer", "experts: packed, EP2"}
+MARKS = dict.fromkeys(QUICK, ()) | {"experts: TP2 + SP x EP2": pytest.mark.long}
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(row, id=row.name, marks=() if row.name in QUICK else pytest.mark.slow)
+        pytest.param(row, id=row.name, marks=MARKS.get(row.name, pytest.mark.slow))
         for row in ROWS[1:]
         if row.name not in CONTAINED
     ],

@@ -86,7 +86,7 @@ def test_two_starts_in_one_folder(config, tmp_path):
         first.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_a_kill_the_same_command_continues_on_its_own_host(config, tmp_path):
     """There it is seen at once that the owner is gone; another host waits until the lock is old."""
     run = tmp_path / "run"
@@ -350,7 +350,7 @@ def test_one_command_at_a_time_writes_a_file_of_lines(gloo, tiny_model, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["lines.jsonl"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_export_at_a_time_writes_a_folder_and_readers_need_no_lock(gloo, config, tmp_path):
     """A run that is held is read all the same: exported elsewhere, and scored."""
     from tests.distributed.test_export import score_to

@@ -99,7 +99,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_samples_do_not_depend_on_the_layout_or_on_who_shares_the_batch(gloo, tiny_model, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt_token_ids": [5 + i] * (i + 1)}) + "\n" for i in range(3)))

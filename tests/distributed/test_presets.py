@@ -38,12 +38,17 @@ def config_of(preset, boxing, prompts, out, *overrides):
     return config_for(boxing, prompts, out, f"objective.preset={preset}", *SETTINGS.get(preset, []), *sizes, *overrides)
 
 
-# one of each kind of loss; the others are slow together
+# one of each kind of loss; the others are slow together, and of those that differ in a weight only, one is
 QUICK = ("la_tb", "tb_token_step", "flow_rl", "grpo", "one_shot_em")
+LONG = ("tb_token_target", "tb_token_score", "rl_token")
 
 
 @pytest.mark.parametrize(
-    "preset", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+    "preset",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.long if name in LONG else pytest.mark.slow)
+        for name in PRESETS
+    ],
 )
 def test_a_step_does_not_depend_on_the_layout(gloo, boxing, prompts, tmp_path, preset):
     ((alone, alone_norms, _),) = gloo.run(1, one_step, config_of(preset, boxing, prompts, tmp_path / "alone"))

@@ -118,7 +118,7 @@ CASES = {
 MARKS = {
     "tp2_group": pytest.mark.long,
     "packed_cp2_distributed": pytest.mark.long,
-    "tp2_pp2_scalar": pytest.mark.slow,
+    "tp2_pp2_scalar": pytest.mark.long,
     "bf16_distributed_swap": pytest.mark.slow,
 }
 
