@@ -125,6 +125,9 @@ def test_fp8_without_cuda_is_refused_with_the_reason(config):
     assert "Traceback" not in done.stderr
 
 
+LONG = pytest.mark.long
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
