@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
-PHASES = ("loading", "generating", "updating", "saving")
+PHASES = ("loading", "generating", "updating", "saving", "writing")
 SIGNALS = ("TERM", "USR1", "INT")
 LAUNCHERS = ("alone", "torchrun", "slurm")
 TIMEOUT_SECONDS = 900.0

@@ -42,6 +42,7 @@ def main() -> None:
 
     def plant() -> None:
         from megatron_powerflow import train
+        from megatron_powerflow.checkpoint.saving import Saver
         from megatron_powerflow.rollout.megatron_engine import MegatronEngine
         from megatron_powerflow.training import step
 
@@ -51,9 +52,11 @@ def main() -> None:
             MegatronEngine.generate = paused(MegatronEngine.generate, 2)
         elif phase == "updating":
             step.update = paused(step.update, 2)
+        elif phase == "saving":
+            Saver.save = paused(Saver.save, 2)
         else:
-            assert phase == "saving"
-            train.storage.save = paused(train.storage.save, 2)
+            assert phase == "writing"  # in a thread, while training goes on
+            Saver._write = paused(Saver._write, 2)
 
     def prepare_and_plant() -> None:
         prepare_imports()
