@@ -33,11 +33,13 @@ def test_a_key_names_the_objectives_that_know_it():
     assert "grpo" not in scale.presets
 
 
+@pytest.mark.slow
 def test_a_section_is_all_of_its_keys():
     assert {key.name.split(".")[0] for key in explain("rollout")} == {"rollout"}
     assert len(explain("rollout")) > 5
 
 
+@pytest.mark.slow
 def test_a_misspelt_key_is_met_with_the_likely_ones():
     with pytest.raises(UserError, match=r"did you mean objective\.alpha"):
         explain("objective.alhpa")

@@ -445,6 +445,7 @@ def test_every_tool_shows_an_example(name):
     assert f"tools/{name}.py" in result.output
 
 
+@pytest.mark.slow
 def test_the_commands_exit_with_2_and_say_why(tmp_path):
     tool = [sys.executable, str(REPOSITORY / "tools" / "inspect_checkpoint.py"), str(tmp_path / "nothing")]
     done = subprocess.run(tool, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})

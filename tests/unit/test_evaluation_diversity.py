@@ -16,6 +16,7 @@ def encoder():
     return load_encoder()
 
 
+@pytest.mark.slow
 def test_texts_of_one_meaning_are_nearer_than_texts_of_two(encoder):
     alike, apart = (embedding_distance(encoder(texts)) for texts in (ALIKE, APART))
     assert alike < 0.6 < 0.8 < apart <= 1.0

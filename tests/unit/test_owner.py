@@ -237,6 +237,7 @@ def compete(run: Path, start, log: Path, num_rounds: int) -> None:
         owner.release()
 
 
+@pytest.mark.slow
 def test_of_many_that_start_at_once_one_at_a_time_holds_the_folder(tmp_path):
     """16 processes, some of which die as owners: no two held it at the same time."""
     context = multiprocessing.get_context("fork")

@@ -185,6 +185,7 @@ def test_a_run_without_evaluations_in_training_has_the_line_of_its_evaluation_al
     assert (out / "accuracy_against_length.png").is_file()
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_the_base_model_is_in_no_row_of_the_trained_arm(tmp_path):
     """`powerflow evaluate --reference` writes the base model's path."""
     run = make_run(tmp_path / "run", seed=0, evaluated=False, hf_path="/models/toy-base")
@@ -275,6 +276,7 @@ def test_the_reference_of_the_shaded_side_is_named(page, tmp_path):
     assert "Reference: toy-base T=1." in page_of(alone, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_page_says_which_commands_and_versions_made_the_runs(tmp_path):
     made = [make_run(tmp_path / f"s{seed}", seed=seed, evaluated=False) for seed in range(3)]
     page = page_of(made, tmp_path / "out")
@@ -293,6 +295,7 @@ def test_pictures_on_the_page_are_the_files(report, page):
         assert picture.info.keys() <= {"dpi"}  # no dates, no versions
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes(folders, report, tmp_path):
     again = build_report(folders, tmp_path, "powerflow report ...").parent
     for path in report.iterdir():

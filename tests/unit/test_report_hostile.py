@@ -14,6 +14,7 @@ from tests.html_tables import Tables
 from tests.report_folders import HOSTILE, make_evaluation, make_run, spoil
 
 
+@pytest.mark.slow
 def test_a_hostile_folder_is_shown_as_text_and_breaks_nothing(tmp_path):
     run = make_run(tmp_path / "run", seed=0)
     spoil(run)

@@ -163,6 +163,7 @@ class Sizes(TorchDispatchMode):
         return self
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_but_the_weights_gradient_grows_with_the_vocabulary(alone, dtype, everything):
