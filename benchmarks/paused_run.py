@@ -2,7 +2,8 @@
 
     python -m benchmarks.paused_run PHASE MARK train CONFIG [section.key=value ...]
 
-PHASE: loading, generating, updating, saving or writing (a checkpoint, in a thread). MARK: a file that the main rank makes when the pause begins.
+PHASE: loading, generating, updating, saving or writing (a checkpoint, in a thread). MARK: a file that the main rank
+makes when the pause begins.
 """
 
 from __future__ import annotations
