@@ -20,8 +20,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "vocab_size": 16384}
-SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 8}
+SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 16384}
+SIZES |= {"num_attention_heads": 12, "num_key_value_heads": 12}
 GB = 1e9
 
 
@@ -125,6 +125,7 @@ def compare(folder: Path, sizes: dict[str, int], repetitions: int) -> tuple[str,
     values = {"model": {"hf_path": str(model)}, "precision": {"dtype": "fp32"}, "prompts": {"path": str(prompts)}}
     values |= {"rollout": {"prompts_per_step": 1, "responses_per_prompt": 2, "max_prompt_tokens": 8}}
     values["rollout"] |= {"max_response_tokens": 8}
+    values |= {"parallel": {"micro_batch_size": 2}, "evaluation": {"samples": 0}}
     values |= {"metrics": {"wandb": "off", "curves": False}, "run": {"output_dir": str(folder / "run")}}
     found = measure(parse_config(values, ()), repetitions)
     size = found[True][0].num_bytes
@@ -152,7 +153,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: a temporary one")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
     prepare_imports()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:

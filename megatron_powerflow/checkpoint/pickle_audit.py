@@ -101,7 +101,7 @@ def _audit_backend(path: Path) -> None:
         if not path.is_file() or path.stat().st_size > MOST_BACKEND_BYTES:
             raise ValueError("no file of a few words")
         values = json.loads(path.read_text(encoding="utf-8"))
-        known = {"sharded_backend": str, "common_backend": str}
+        known: dict[str, type] = {"sharded_backend": str, "common_backend": str}
         known |= {"sharded_backend_version": int, "common_backend_version": int}
         if not isinstance(values, dict) or not all(type(value) is known.get(key) for key, value in values.items()):
             raise ValueError(f"holds other keys or values than {', '.join(known)}")

@@ -48,7 +48,7 @@ from megatron_powerflow.hf.files import copy_companions
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import any_rank, attempt, gather_to_main, raise_together
-from megatron_powerflow.whole_files import sync, write_file
+from megatron_powerflow.whole_files import PARTIAL_SUFFIX, sync, write_file
 
 
 @dataclass
@@ -93,6 +93,7 @@ class Saver:
         self._saved = saved
         self._shards: ShardWriter | None = None
         self._pending: Pending | None = None
+        self._removal: threading.Thread | None = None  # of old checkpoints, on the main rank
         self.seconds: float | None = None  # that the last checkpoint took to be on the disk, on this rank
 
     def __enter__(self) -> Saver:
@@ -103,6 +104,7 @@ class Saver:
         ranks may be gone."""
         if self._pending is not None:
             self._pending.thread.join()
+        self._wait_for_removal()
 
     @property
     def is_pending(self) -> bool:
@@ -156,7 +158,8 @@ class Saver:
     def _begin(self, trainable: Trainable, progress: RunProgress) -> Pending:
         """Copy this rank's part of the state, and start to write it. Collective."""
         groups = self._groups
-        partial = self._run / "checkpoints" / (checkpoint_name(progress.step) + ".partial")
+        partial = self._run / "checkpoints" / (checkpoint_name(progress.step) + PARTIAL_SUFFIX)
+        self._wait_for_removal()
         failure = attempt(lambda: _fresh_folder(partial), *IO_ERRORS) if groups.is_main else None
         self._stop_together(failure, partial)
         if self._shards is None:
@@ -233,13 +236,24 @@ class Saver:
         return None
 
     def _prune(self, saved: Path) -> None:
+        """Take the names of old checkpoints away, and then, in a thread, what they hold: that can take as long as a
+        step. A kill in between leaves what the next start takes for a checkpoint that was being written."""
         if self._keeping.keep is None:
             return
         known = {step_of(path): path for path in checkpoints_of(self._run)}
         sound = {step: flaw_of(path) is None and is_sound(path) for step, path in known.items()}
         step = step_of(saved)
+        nameless = []
         for old in steps_to_remove(sound, saved=step, latest=step, keeping=self._keeping):
-            shutil.rmtree(known[old])
+            nameless.append(known[old].with_name(known[old].name + PARTIAL_SUFFIX))
+            known[old].rename(nameless[-1])
+        if nameless:
+            self._removal = threading.Thread(target=_remove, args=(nameless,), name="old checkpoints", daemon=True)
+            self._removal.start()
+
+    def _wait_for_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join()
 
     def _stop_together(self, failure: BaseException | None, partial: Path) -> None:
         """Where any rank has failed, a UserError on all of them, and the unfinished folder away."""
@@ -266,6 +280,12 @@ def head_tensors(head: LogZHead) -> dict[str, Tensor]:
 def save_head(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write them. Raises OSError or SafetensorError."""
     path.write_bytes(save(tensors))  # not save_file, whose files only their owner can read
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    """What cannot be removed now is removed by the next start."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fresh_folder(partial: Path) -> None:

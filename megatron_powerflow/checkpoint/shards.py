@@ -39,13 +39,14 @@ from megatron_powerflow.checkpoint.contents import Piece
 class HeldWriter(FileSystemWriter):
     """Holds what this rank is to write, and writes it when `write` is called, on any thread.
 
-    copies: whether the tensors are copied to host memory first, so that they may change meanwhile.
+    buffers: host memory of earlier saves, into which the tensors are copied, so that they may change meanwhile; it
+    grows as needed. None: they are not copied.
     """
 
-    def __init__(self, folder: Path, *, copies: bool) -> None:
+    def __init__(self, folder: Path, *, buffers: dict[Any, Tensor] | None) -> None:
         # nothing is ahead of anything: what is written lies in host memory by then
         super().__init__(folder, thread_count=1, per_thread_copy_ahead=0)
-        self._copies = copies
+        self._buffers = buffers
         self._plan: SavePlan | None = None
         self._held: dict[Any, Any] = {}
         self._results: list | None = None
@@ -55,7 +56,16 @@ class HeldWriter(FileSystemWriter):
         self._plan = plan
         for item in plan.items:
             data = planner.resolve_data(item)
-            self._held[item.index] = host_copy(data) if self._copies and isinstance(data, Tensor) else data
+            self._held[item.index] = self._copied(item.index, data) if isinstance(data, Tensor) else data
+
+    def _copied(self, index: Any, data: Tensor) -> Tensor:
+        """New memory costs as much as the copy: the kernel clears it page by page."""
+        if self._buffers is None:
+            return data
+        buffer = self._buffers.get(index)
+        if buffer is None or (buffer.shape, buffer.dtype) != (data.shape, data.dtype):
+            buffer = self._buffers[index] = torch.empty(data.shape, dtype=data.dtype, device="cpu")
+        return buffer.copy_(data.detach())
 
     def resolve_data(self, item: WriteItem) -> Any:
         """Called by torch for each item as it is written."""
@@ -79,7 +89,7 @@ class HeldWriter(FileSystemWriter):
         return sum(held.nbytes for held in self._held.values() if isinstance(held, Tensor))
 
     def release(self) -> None:
-        """Let go of the copies."""
+        """Let go of what was written; the buffers stay for the next save."""
         self._held.clear()
 
     def retrieve_write_results(self) -> list:
@@ -98,14 +108,14 @@ class HeldStrategy(TorchDistSaveShardedStrategy):
 
     def __init__(self, *, copies: bool) -> None:
         super().__init__("torch_dist", 1, cached_metadata=True)
-        self._copies = copies
+        self._buffers: dict[Any, Tensor] | None = {} if copies else None
         self.writer: HeldWriter | None = None
 
     def async_save(self, sharded_state_dict, checkpoint_dir, async_strategy="mcore") -> AsyncRequest:
         """Plan the save, collectively, and hold what this rank writes; `writer.write()` and the request's finalize
         functions remain to be called."""
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        self.writer = HeldWriter(Path(checkpoint_dir), copies=self._copies)
+        self.writer = HeldWriter(Path(checkpoint_dir), buffers=self._buffers)
         planned, self.cached_central_plan, self.cached_local_plan, self.validated_cache_reuse, _ = (
             save_state_dict_async_plan(
                 mcore_to_pyt_state_dict(state, False),
