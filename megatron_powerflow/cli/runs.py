@@ -135,7 +135,8 @@ def _done(run: Path) -> str:
     """What a finished run has left, and the commands that go on from there: each can be typed as it stands."""
     from megatron_powerflow.checkpoint.folder import EXPORT_NAME, latest_checkpoint
 
-    lines = [f"done: {run}, latest checkpoint {latest_checkpoint(run)}"]
+    latest = latest_checkpoint(run)
+    lines = [f"done: {run}, " + (f"latest checkpoint {latest}" if latest else "no checkpoint that became `latest`")]
     if (run / EXPORT_NAME).is_dir():
         lines.append(f"  serve it     {shlex.join(['vllm', 'serve', str(run / EXPORT_NAME)])}")
     measure = ["powerflow", "evaluate", "--model", str(run), "--data", A_BENCHMARK, "--out", str(run / "evaluation")]

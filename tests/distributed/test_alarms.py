@@ -123,9 +123,7 @@ def test_steps_that_keep_nothing_ring_before_they_fail_the_run(gloo, config, tin
     (printed,) = gloo.run(1, run_training, config, *settings, "run.stop_on_alarm=[nothing_kept]")
     assert "alarm nothing_kept at step 3: no response was kept in 3 steps in a row. Raise rollout.max_resp" in printed
     assert [line["alarm_nothing_kept"] for line in read_metrics(out)] == [0.0, 0.0, 1.0]
-    assert (
-        "step_000003 is written and does not become `latest`, because steps are being skipped (3 in a row)" in printed
-    )
+    assert "does not become `latest`, because steps are being skipped (3 in a row)" in printed
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000003"]
     with pytest.raises(RankFailed, match=r"5 steps in a row had no response to learn from"):
         gloo.run(1, run_training, config, *settings, f"run.output_dir={tmp_path / 'on'}")
