@@ -58,14 +58,20 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
     """Return the checkpoint that a path means: one of a run, a converted one, or the latest of a run.
 
     step: of a run, that step's instead of the latest. None: neither, perhaps an HF folder. Raises UserError when the
-    run has no checkpoint of that step, or the path is one checkpoint and a step is given.
+    run has no checkpoint of that step, or none that became `latest`, or the path is one checkpoint and a step is given.
     """
     if is_checkpoint(folder):
         if step is not None:
             raise UserError(f"{folder}: is one checkpoint; a step is chosen among those of a run's folder")
         return folder
     if step is None:
-        return latest_checkpoint(folder)
+        latest = latest_checkpoint(folder)
+        if latest is None and (known := checkpoints_of(folder)):
+            raise UserError(
+                f"{folder}: none of its checkpoints became `latest` ({', '.join(path.name for path in known)}); name "
+                f"one of them: {known[-1]}"
+            )
+        return latest
     by_name = {path.name: path for path in checkpoints_of(folder)}
     if checkpoint_name(step) not in by_name:
         raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(by_name) or 'none'}")

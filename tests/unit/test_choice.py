@@ -11,6 +11,7 @@ import pytest
 
 from megatron_powerflow.checkpoint.choice import Choice, choose, flaw_of, is_sound
 from megatron_powerflow.checkpoint.digests import write_sums
+from megatron_powerflow.checkpoint.folder import find_checkpoint
 from megatron_powerflow.checkpoint.state import Proof, RunProgress, progress_text, read_proof
 from megatron_powerflow.errors import UserError
 
@@ -147,3 +148,13 @@ def test_a_proof_that_is_none_is_a_flaw(run, proof):
     digests = {str(item.relative_to(path.parent)): hashlib.sha256(item.read_bytes()).hexdigest() for item in files}
     write_sums(path.parent, digests)
     assert "its proof is damaged" in (flaw_of(path.parent) or "")
+
+
+def test_a_run_of_which_no_checkpoint_became_latest_is_no_model_until_one_is_named(run):
+    """Of a run that skipped every step: training would refuse it too, and an HF folder it is not."""
+    (run / "checkpoints" / "latest").unlink()
+    with pytest.raises(UserError, match=r"none of its checkpoints became `latest` .*name one of them: \S+step_000006"):
+        find_checkpoint(run)
+    for path in (run / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    assert find_checkpoint(run) is None
