@@ -106,6 +106,7 @@ def test_fp8_is_refused_for_layers_that_transformer_engine_does_not_know(tiny_mo
         assert "does not run on Transformer Engine" not in settled
 
 
+@pytest.mark.slow
 def test_check_refuses_fp8_for_those_layers_and_says_what_it_cannot_look_at(tiny_model, config):
     gemma = tiny_model("gemma2")
     assert "a gemma2 model does not run on Transformer" in violations(
@@ -117,6 +118,7 @@ def test_check_refuses_fp8_for_those_layers_and_says_what_it_cannot_look_at(tiny
     assert "is looked at when training starts, not here" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_fp8_without_cuda_is_refused_with_the_reason(config):
     done = run_cli("train", config, "precision.dtype=fp8")
@@ -170,6 +172,7 @@ def test_the_command_line_ends_with_2_and_one_line_per_violation(config, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_check_prints_the_layout_and_ends_with_0(config):
     done = run_cli("check", config, "parallel.tp=2", "parallel.pp=2", "--world-size", "8")
     assert done.returncode == 0, done.stderr

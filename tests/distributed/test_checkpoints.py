@@ -53,7 +53,9 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("layout", ["parallel.tp=2", "optimizer.distributed=true"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param("parallel.tp=2", marks=pytest.mark.slow), "optimizer.distributed=true"]
+)
 def test_a_copy_that_is_written_later_is_what_was_to_be_saved(gloo, config, tmp_path, layout):
     """Under tp 2 and dp 2: each file of each checkpoint, while the weights move on, and the run itself."""
     at_once, later = tmp_path / "at_once", tmp_path / "later"

@@ -103,7 +103,12 @@ def commands_of(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("settings", "layout"),
-    [(("optimizer.lr=1e16",), ()), (("optimizer.lr=1e16", "objective.log_z=mlp"), ("parallel.tp=2", "parallel.pp=2"))],
+    [
+        (("optimizer.lr=1e16",), ()),
+        pytest.param(
+            *(("optimizer.lr=1e16", "objective.log_z=mlp"), ("parallel.tp=2", "parallel.pp=2")), marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_run_that_only_skips_stops_and_leaves_its_last_step(gloo, config, tmp_path, settings, layout):
     """lr 1e16: after the first update no log-prob is a number."""
@@ -161,6 +166,7 @@ def test_the_advice_works_when_it_is_followed_to_the_letter(gloo, config, tmp_pa
     assert (tmp_path / "run_again" / "hf_export" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_dump_whose_log_probs_are_no_numbers_scores_to_which(gloo, config, tmp_path):
     (text,) = refusal(gloo, 1, config, "optimizer.lr=1e16")
     *_, score_again = commands_of(text)

@@ -41,6 +41,7 @@ run: {{num_steps: 2, output_dir: {folder / "run"}}}
     return config, folder / "run", folder
 
 
+@pytest.mark.slow
 def test_the_folder_that_is_not_damaged_is_read_by_every_command(gloo, world):
     """Otherwise nothing below would be tried."""
     config, run, folder = world

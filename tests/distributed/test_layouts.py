@@ -18,7 +18,7 @@ def comparison(gloo, tmp_path_factory) -> Comparison:
 
 
 # where a new axis meets the others first; the other rows are slow together; what test_experts.py holds too is long
-QUICK = {"TP2 + SP", "PP2 x CP2", "CP2 x DP2, distributed optimizer", "experts: packed, EP2"}
+QUICK = {"TP2 + SP", "PP2 x CP2", "CP2 x DP2, distributed optimizer"}
 MARKS = dict.fromkeys(QUICK, ()) | {"experts: TP2 + SP x EP2": pytest.mark.long}
 
 
