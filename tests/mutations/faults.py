@@ -976,9 +976,9 @@ _GOODPUT = (
     ('line["step"] >= first_lost if', 'line["step"] > first_lost if', "a step too few is lost"),
     ('if step < loaded["first_step"]]', 'if step <= loaded["first_step"]]', "a lost step counts as kept"),
     (
-        "lost += dropped if _is_count(dropped) else",
-        "lost += 0 if _is_count(dropped) else",
-        "lost steps are not counted",
+        "lost += max(dropped if _is_count(dropped) else 0, len(held) - len(kept))",
+        "lost += max(0, len(held) - len(kept))",
+        "lost steps that only metrics.jsonl held are not counted",
     ),
     (
         "return len(set(kept)), lost + len(held) - len(kept)",

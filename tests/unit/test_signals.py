@@ -64,7 +64,13 @@ with Signals(lambda number: os._exit(70 + number), print) as signals:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize(("stage", "times"), [("loading", 1), ("steps", 2)])
 def test_a_main_thread_that_waits_in_c_is_left_all_the_same(number, stage, times):
-    process = subprocess.Popen([sys.executable, "-c", SLEEPER, stage], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, stage],
+        stdout=subprocess.PIPE,
+        text=True,
+        # a shell's background jobs, this test among them perhaps, ignore Ctrl-C, and what is ignored stays so
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         assert process.stdout.readline() == "ready\n"
         for _ in range(times - 1):
