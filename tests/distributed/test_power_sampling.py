@@ -50,7 +50,10 @@ def enumerable(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("alpha", "num_chains"),
-    [(0.5, 4000), *(pytest.param(alpha, 6000, marks=pytest.mark.long) for alpha in (2.0, 4.0))],
+    [
+        pytest.param(alpha, num_chains, marks=pytest.mark.long)
+        for alpha, num_chains in ((0.5, 4000), (2.0, 6000), (4.0, 6000))
+    ],
 )
 def test_samples_follow_the_power_distribution(gloo, enumerable, tmp_path, record_property, alpha, num_chains):
     model, prompts = enumerable

@@ -85,6 +85,17 @@ def test_a_kill_by_hand():
     assert goodput.notes == ()
 
 
+def test_what_the_first_kill_cost_stays_lost_when_a_later_start_comes_further():
+    """No checkpoint before the first kill; the second start saves, and the third goes on from there."""
+    run = Written().start(0).loaded(11, 0).step(0, 20).step(1, 29)
+    run.start(40, untouched=11.0).loaded(51, 0, num_dropped=2).step(0, 60).step(1, 69).saved(2, 71)
+    run.start(80, untouched=9.0).loaded(91, 2).step(2, 100).end(100)
+    goodput = goodput_of(run.lines)
+    assert goodput.seconds["productive"] == pytest.approx(3 * 8)
+    assert goodput.seconds["lost"] >= 18  # both steps of the first start
+    assert (goodput.num_steps_done, goodput.num_steps_lost) == (3, 2)
+
+
 def test_a_clock_that_was_moved_does_no_harm_and_is_said():
     moved = Written().start(0).loaded(11, 0).step(0, 20)
     moved.moved = -3600.0
