@@ -11,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source tools/environment.sh dev
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes would compile the package anew
 "$python" -m ruff check .
 "$python" -m ruff format --check --quiet .
 "$python" -m mypy

@@ -96,8 +96,8 @@ def test_a_rank_that_is_killed_is_named_in_seconds(other, tmp_path):
 
 def test_a_rank_that_is_stopped_is_named_and_ended(other, tmp_path):
     found: list[Failure] = []
-    stopped = other(1000)
-    watch, pulse = watching(tmp_path, found, 6)
+    stopped = other(3)
+    watch, pulse = watching(tmp_path, found, 3)
     with watch:
         time.sleep(1)
         stopped.process.send_signal(signal.SIGSTOP)
@@ -111,7 +111,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(other, tmp_path):
     """Neither gets on; this one waits, as if in a collective, the other one does not."""
     found: list[Failure] = []
     heard = threading.Event()
-    stuck = other(6, "stuck")
+    stuck = other(2, "stuck")
     pulse = Pulse()
     pulse.phase, pulse.step = "update", 6
 
@@ -119,7 +119,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(other, tmp_path):
         found.append(failure)
         heard.set()
 
-    watch = Watch(tmp_path, 0, 2, pulse, hang_seconds=6, failed=failed)
+    watch = Watch(tmp_path, 0, 2, pulse, hang_seconds=2, failed=failed)
     pulse.is_waiting = lambda: True
     with watch:
         assert heard.wait(timeout=120)  # at one place of the program
@@ -143,7 +143,7 @@ def test_the_first_claim_holds(tmp_path):
 def test_a_claim_of_another_rank_is_heard(other, tmp_path):
     found: list[Failure] = []
     other(1000)
-    watch, _ = watching(tmp_path, found, 1000)
+    watch, _ = watching(tmp_path, found, 10)
     theirs = Failure(1, 2, None, "error: mend it")
     with watch:
         Watch(tmp_path, 1, 2, Pulse(), hang_seconds=1000, failed=lambda _: None).claim(theirs)
@@ -152,11 +152,11 @@ def test_a_claim_of_another_rank_is_heard(other, tmp_path):
 
 def test_a_rank_that_ended_well_is_not_missed(other, tmp_path):
     found: list[Failure] = []
-    ended = other(1000)
-    watch, pulse = watching(tmp_path, found, 4)
+    ended = other(2)
+    watch, pulse = watching(tmp_path, found, 2)
     with watch:
         ended.process.communicate(timeout=60)
-        deadline = time.monotonic() + 8
+        deadline = time.monotonic() + 4
         while time.monotonic() < deadline:
             pulse.beat()
             time.sleep(0.1)
