@@ -43,6 +43,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(loaded, overrides, source=str(path))
 
 
+def load_recorded_config(path: Path) -> Config:
+    """Read the config.yaml that a run has written. Raises UserError with every violation, each with the file's path."""
+    try:
+        return load_config(path)
+    except UserError as error:
+        raise UserError([text if str(path) in text else f"{path}: {text}" for text in error.violations]) from None
+
+
 def parse_config(values: Any, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
     """Validate values that are in memory (a dict of sections), with overrides applied, as `load_config` does.
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME
 from megatron_powerflow.config import Config
-from megatron_powerflow.config_file import load_config
+from megatron_powerflow.config_file import load_recorded_config
 from megatron_powerflow.journal import Check, notes_of, read_journal
 from megatron_powerflow.metrics.names import METRICS, label
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME, provenance
@@ -39,7 +39,7 @@ def card_files(run: Path, step: int, command: str, base_folder: Path | None = No
     damaged config.
     """
     damaged: list[str] = []
-    config = load_config(run / CONFIG_NAME)
+    config = load_recorded_config(run / CONFIG_NAME)
     lines = [line for line in read_metrics(run, damaged) if line["step"] < step]
     inputs, base = _json(run / INPUTS_NAME), config.model.hf_path
     revisions = inputs.get("revisions", {}) if isinstance(inputs, dict) else {}

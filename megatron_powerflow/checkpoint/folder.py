@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_powerflow.config_file import load_config
+from megatron_powerflow.config_file import load_recorded_config
 from megatron_powerflow.errors import UserError
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -110,7 +110,7 @@ def keeps_of(model: Path, step: int | None = None) -> Keeps:
         return Keeps((model,), ())
     of_a_run = checkpoint.parent.name == CHECKPOINTS_NAME
     config = checkpoint / CONFIG_NAME
-    start = (Path(load_config(config).model.hf_path),) if config.is_file() else ()
+    start = (Path(load_recorded_config(config).model.hf_path),) if config.is_file() else ()
     if not of_a_run:  # a checkpoint that was taken elsewhere
         return Keeps((checkpoint, *start), ())
     return Keeps((checkpoint.parent, *start), (checkpoint.parent.parent,))

@@ -24,7 +24,7 @@ from megatron_powerflow.checkpoint.folder import (
     keeps_of,
 )
 from megatron_powerflow.config import Config
-from megatron_powerflow.config_file import load_config, parse_config
+from megatron_powerflow.config_file import load_recorded_config, parse_config
 from megatron_powerflow.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.config import read_architecture, read_json
@@ -106,7 +106,9 @@ def open_named(
     wanted += [RequestedName("dataset", name, option) for option, names in (data or {}).items() for name in names]
     checkpoint = find_checkpoint(Path(model)) if reference and Path(model).is_dir() else None
     if checkpoint is not None and not is_converted(checkpoint):
-        wanted.append(RequestedName("model", load_config(checkpoint / CONFIG_NAME).model.hf_path, "--reference"))
+        wanted.append(
+            RequestedName("model", load_recorded_config(checkpoint / CONFIG_NAME).model.hf_path, "--reference")
+        )
         began = read_inputs(checkpoint)
         recorded = began.revisions if began else {}
 
@@ -141,7 +143,7 @@ def open_model(
     if reference and (checkpoint is None or is_converted(checkpoint)):
         raise UserError(f"{folder}: --reference asks for the base model of a run, and this is no run's folder")
     keeps = keeps_of(folder)
-    run = None if checkpoint is None or is_converted(checkpoint) else load_config(checkpoint / CONFIG_NAME)
+    run = None if checkpoint is None or is_converted(checkpoint) else load_recorded_config(checkpoint / CONFIG_NAME)
     if reference:
         assert run is not None, "else refused above"
         folder = located.folder(run.model.hf_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, HF_NAME, find_checkpoint, is_converted, tensors_folder
-from megatron_powerflow.config_file import load_config
+from megatron_powerflow.config_file import load_recorded_config
 from megatron_powerflow.converter.torch_dist import TorchDistFolder
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.config import read_json
@@ -51,7 +51,7 @@ def inspect(folder: Path, step: int | None = None) -> dict[str, Any]:
     summary = _entry("converted checkpoint", checkpoint, checkpoint / HF_NAME, tensors, list(stored.glob("*.distcp")))
     if is_converted(checkpoint):
         return summary
-    run = load_config(checkpoint / CONFIG_NAME)
+    run = load_recorded_config(checkpoint / CONFIG_NAME)
     progress = read_json(checkpoint / "progress.json", "the checkpoint's progress")
     sizes = run.parallel.model_dump()
     layout = {name: sizes[name] for name in ("tp", "cp", "pp", "vpp", "ep") if sizes.get(name) is not None}

@@ -32,8 +32,8 @@ class JsonlWriter:
     """Appends one JSON object per step to metrics.jsonl.
 
     first_step: of this start; lines of this step and later ones are from a try that was lost, and are dropped. lines:
-    those before it; num_dropped: steps of the lost try; notes: what is damaged in the file. Raises OSError that names
-    the file.
+    those before it; num_dropped: steps of the lost try; notes: what is damaged in the file or gone. Raises OSError that
+    names the file.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
@@ -42,6 +42,11 @@ class JsonlWriter:
         self.lines: list[dict[str, float]] = cut.kept
         self.num_dropped = cut.num_cut
         self.notes = notes_of(self._path, cut.damages)
+        if (lacking := first_step - len({line["step"] for line in cut.kept}) - len(cut.damages)) > 0:
+            self.notes.append(
+                f"{self._path}: has no line of {lacking} of the {first_step} steps before this start; alarms and "
+                "curves do without them"
+            )
 
     def write(self, metrics: StepMetrics) -> None:
         """Appends the line of a step, which is on the disk when the method returns."""

@@ -6,6 +6,7 @@ Left out: what was read when it began, by content (`inputs.py`); which checkpoin
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from megatron_powerflow.checkpoint.choice import choose, set_aside
 from megatron_powerflow.checkpoint.first_files import holds_a_run, holds_a_step, not_ours
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME, checkpoints_of
 from megatron_powerflow.config import Config
-from megatron_powerflow.config_file import config_keys, load_config
+from megatron_powerflow.config_file import config_keys, load_recorded_config
 from megatron_powerflow.errors import UserError
 
 # What may be another one when a run is continued: keys, or whole sections.
@@ -82,11 +83,7 @@ def find_resume(config: Config, overridden: Sequence[str] = ()) -> Resume:
         raise UserError(f"run.output_dir={str(folder)!r} is a file; name a folder")
     if not folder.is_dir() or not ((held := not_ours(folder)) or holds_a_step(folder)):
         return Resume()
-    if not holds_a_run(folder):
-        raise UserError(
-            f"run.output_dir={str(folder)!r} holds other files and no run ({', '.join(held[:3])}); name a new folder"
-        )
-    theirs = load_config(folder / CONFIG_NAME)
+    theirs = _config_of_run(folder, held)
     changed = changes_between(theirs, config)
     _refuse(folder, changed, overridden, by_content=(folder / INPUTS_NAME).is_file())
     if config.checkpoint.resume == "never":
@@ -101,6 +98,24 @@ def find_resume(config: Config, overridden: Sequence[str] = ()) -> Resume:
     choice = choose(folder, config.checkpoint.resume if goes_back else "latest")
     notices = choice.notices or (_anew(folder) if choice.checkpoint is None else ())
     return Resume(choice.checkpoint, notices, changed, goes_back)
+
+
+def _config_of_run(folder: Path, held: Sequence[str]) -> Config:
+    """The config that the run has recorded. held: the files that make the folder another's if it is no run's."""
+    path = folder / CONFIG_NAME
+    copies = [each / CONFIG_NAME for each in checkpoints_of(folder) if (each / CONFIG_NAME).is_file()]
+    put_back = f"; a checkpoint has a copy: {shlex.join(['cp', str(copies[-1]), str(path)])}" if copies else ""
+    if not holds_a_run(folder):
+        if copies:
+            raise UserError(f"{path}: gone, or not what the run has written{put_back}")
+        raise UserError(
+            f"run.output_dir={str(folder)!r} holds other files and no run ({', '.join(held[:3])}); name a new folder"
+        )
+    try:
+        return load_recorded_config(path)
+    except UserError as error:
+        *others, last = error.violations
+        raise UserError([*others, last + put_back]) from None
 
 
 def changes_between(theirs: Config, ours: Config) -> tuple[Change, ...]:

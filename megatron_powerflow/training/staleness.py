@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME
 from megatron_powerflow.config import Config, ObjectiveSection
-from megatron_powerflow.config_file import load_config
+from megatron_powerflow.config_file import load_recorded_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.training.inputs import read_inputs
 
@@ -34,7 +34,7 @@ def is_own_run(config: Config, replay_from: Path, *, revisions: Mapping[str, str
     if not path.is_file():
         return False
     try:
-        theirs, inputs = load_config(path), read_inputs(path.parent)
+        theirs, inputs = load_recorded_config(path), read_inputs(path.parent)
     except UserError:
         return False
     before = inputs.revisions if inputs else {}
