@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+EXIT_FAILED = 1  # a bug, or a rank that is gone
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells have it
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: the same command, started again, continues

@@ -20,7 +20,6 @@ OUTCOME_NAME = "outcome.json"
 RUNNING = "running"
 NAMES = {0: "finished", EXIT_REQUEUE: "requeue", EXIT_USER_ERROR: "user_error", EXIT_INTERRUPTED: "interrupted"}
 FAILED = "failed"
-EXIT_FAILED = 1
 
 
 @dataclass(frozen=True, slots=True)

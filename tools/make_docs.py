@@ -19,7 +19,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from megatron_powerflow.cli import app, exit_codes
+from megatron_powerflow.cli import app
+from megatron_powerflow.cli.leaving import exit_codes
 from megatron_powerflow.config import Config
 from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.config_help import SMALLEST, KeyHelp, keys

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from megatron_powerflow.checkpoint.folder import EXPORT_NAME, latest_checkpoint
-from megatron_powerflow.cli import exit_codes
+from megatron_powerflow.cli.leaving import exit_codes
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import UserError

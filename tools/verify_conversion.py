@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_powerflow.cli import exit_codes
+from megatron_powerflow.cli.leaving import exit_codes
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.initialize import read_launch

@@ -12,7 +12,7 @@ import typer
 from megatron_powerflow import __version__
 from megatron_powerflow.children import end_spawned_with_parent
 from megatron_powerflow.cli.inputs import env, explain_config, prepare, recipes
-from megatron_powerflow.cli.leaving import exit_codes
+from megatron_powerflow.cli.leaving import run_and_leave
 from megatron_powerflow.cli.models import evaluate, export, generate, score
 from megatron_powerflow.cli.reports import curves, goodput, report
 from megatron_powerflow.cli.runs import check, outcome, stop, train
@@ -50,5 +50,5 @@ for command in (recipes, env, prepare, score, generate, evaluate, export, curves
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    exit_codes(app)
+    """Entry point of the console script; the process ends with it."""
+    run_and_leave(app)

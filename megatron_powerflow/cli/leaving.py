@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
 import sys
 import traceback
 from collections.abc import Callable
 
+from megatron_powerflow.children import leave
 from megatron_powerflow.errors import (
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
@@ -16,6 +20,18 @@ from megatron_powerflow.errors import (
 )
 from megatron_powerflow.parallel.initialize import environment_secrets, read_launch
 from megatron_powerflow.redaction import redacted
+
+
+def run_and_leave(program: Callable[[], None]) -> None:
+    """`exit_codes`, for a process that does nothing else: behind its last duty it leaves, and nothing is taken down."""
+    code = EXIT_FAILED
+    atexit.register(lambda: leave(code))  # the first that is registered is the last that is called
+    try:
+        exit_codes(program)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
 
 
 def exit_codes(program: Callable[[], None]) -> None:
@@ -30,11 +46,11 @@ def exit_codes(program: Callable[[], None]) -> None:
         _leave(EXIT_INTERRUPTED, [str(request)])
     except KeyboardInterrupt:
         _leave(EXIT_INTERRUPTED, ["interrupted"])
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _leave(EXIT_USER_ERROR, ["error: the output cannot be written: no space left where it goes"])
         if read_launch().world_size == 1:
             raise
-        from megatron_powerflow.run_end import leave
-
         traceback.print_exc()
         leave(1)
 
@@ -46,7 +62,5 @@ def _leave(code: int, lines: list[str]) -> None:
         secrets = environment_secrets()
         print(*(redacted(line, secrets) for line in lines), sep="\n", file=sys.stderr)
     if launch.world_size > 1:
-        from megatron_powerflow.run_end import leave
-
         leave(code)
     sys.exit(code)

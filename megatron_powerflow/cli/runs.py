@@ -16,7 +16,7 @@ import typer
 from megatron_powerflow.cli.options import OverriddenKeys, Overrides, typed_command
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
-from megatron_powerflow.errors import UserError
+from megatron_powerflow.errors import EXIT_FAILED, UserError
 from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def outcome(
 
     Example: powerflow outcome runs/local
     """
-    from megatron_powerflow.outcome import EXIT_FAILED, read_outcome, remove_outcome
+    from megatron_powerflow.outcome import read_outcome, remove_outcome
     from megatron_powerflow.run_folder import holder_of
 
     folder = run if run.is_dir() else Path(load_config(run, overrides or ()).run.output_dir)

@@ -35,7 +35,8 @@ QUICK += ["evaluation.num_prompts=2", "evaluation.num_responses=2"]
 
 def run_here(words: Sequence[str], folder: str) -> tuple[int, str]:
     """(exit code, what it said) of a `powerflow` command or a Python file, in this process, as if begun in `folder`."""
-    from megatron_powerflow.cli import app, exit_codes
+    from megatron_powerflow.cli import app
+    from megatron_powerflow.cli.leaving import exit_codes
 
     said, before, argv = io.StringIO(), os.getcwd(), sys.argv
     os.chdir(folder)
