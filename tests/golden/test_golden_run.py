@@ -24,6 +24,7 @@ ARMS = {
         "objective.log_z=mlp",
         "objective.ratio=seq_mean",
         "optimizer.updates_per_rollout=2",
+        "run.seed=1",  # of seed 0 one draw is within rounding of the next token, and CPUs disagree
     ),
 }
 
