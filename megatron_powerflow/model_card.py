@@ -24,6 +24,7 @@ from megatron_powerflow.metrics.names import METRICS, label
 from megatron_powerflow.metrics.provenance import LAUNCHES_NAME, provenance
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, without_step
 from megatron_powerflow.metrics.writers import read_metrics
+from megatron_powerflow.whole_files import ordinary
 
 CARD_NAME, PROVENANCE_NAME = "README.md", "provenance.json"
 LAST_STEPS = 10
@@ -184,6 +185,6 @@ def _not_finite(line: Mapping[str, Any]) -> str | None:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(ordinary(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None

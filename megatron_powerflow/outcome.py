@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_powerflow.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
-from megatron_powerflow.whole_files import write_file
+from megatron_powerflow.whole_files import ordinary, write_file
 
 OUTCOME_NAME = "outcome.json"
 RUNNING = "running"
@@ -58,7 +58,7 @@ def read_outcome(folder: Path) -> Outcome | None:
     """Return what the last start left, None where it left nothing. Raises UserError for a file that is none of ours."""
     path = folder / OUTCOME_NAME
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(ordinary(path).read_bytes())
         outcome = Outcome(**values)
     except FileNotFoundError:
         return None

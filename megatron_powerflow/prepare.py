@@ -36,7 +36,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import load_questions
 from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths
 from megatron_powerflow.targets import file_refusals, require, starts_with_line_of
-from megatron_powerflow.whole_files import write_file
+from megatron_powerflow.whole_files import ordinary, write_file
 
 NUMINA = tuple(f"hf://AI-MO/NuminaMath-CoT/data/train-{part:05}-of-00005.parquet" for part in range(5))
 EACH = 100  # of poems, stories and jokes; the paper has 300 prompts
@@ -260,7 +260,7 @@ def _chosen(prepared: PreparedRows, each: int) -> list[dict[str, str]]:
 def _continued(path: Path, key: str) -> PreparedRows:
     """Return what an interrupted try of the same command left, or nothing."""
     try:
-        state = json.loads(path.read_bytes())
+        state = json.loads(ordinary(path).read_bytes())
         if state["key"] != key:
             return PreparedRows()
         prepared = PreparedRows(state["done"], state["kept"], state["fallen"])
@@ -274,7 +274,7 @@ def _continued(path: Path, key: str) -> PreparedRows:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with ordinary(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None

@@ -7,6 +7,7 @@ and files that grow line by line.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import tempfile
@@ -75,6 +76,16 @@ def give_usual_mode(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def ordinary(path: Path) -> Path:
+    """Return the path of a file that is about to be read.
+
+    Raises OSError where something else stands there: a device has no end, and a pipe makes its reader wait.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no ordinary file", str(path))
+    return path
 
 
 def sync(path: Path) -> None:

@@ -14,6 +14,7 @@ from megatron_powerflow.checkpoint.digests import damage_of, read_sums
 from megatron_powerflow.checkpoint.folder import CHECKPOINTS_NAME, LATEST_NAME, checkpoints_of
 from megatron_powerflow.checkpoint.state import FORMAT, read_progress, read_proof
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.whole_files import ordinary
 
 SMALL_BYTES = 2**20
 DAMAGED_SUFFIX = ".damaged"
@@ -103,7 +104,7 @@ def _named(run: Path) -> tuple[str, str]:
     """The checkpoint that `latest` names, or nothing; and what is wrong with it, should that one not be there."""
     pointer = run / CHECKPOINTS_NAME / LATEST_NAME
     try:
-        name = pointer.read_bytes()[:200].decode("utf-8", errors="replace").strip()
+        name = ordinary(pointer).read_bytes()[:200].decode("utf-8", errors="replace").strip()
     except FileNotFoundError:
         return "", "is missing"
     except OSError as error:

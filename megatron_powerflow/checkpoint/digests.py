@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.whole_files import ordinary
 
 SUMS_NAME = "SHA256SUMS"
 
@@ -62,9 +63,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     path = folder / SUMS_NAME
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("no ordinary file")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = ordinary(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); is {folder} a checkpoint of this program?") from None
     matches = [re.fullmatch(r"([0-9a-f]{64})  ((?!/)(?!.*\.\.).+)", line) for line in lines]
@@ -84,5 +83,5 @@ def _share(folder: Path, names: Iterable[str], rank: int, world_size: int) -> li
 
 def digest_of(path: Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal. Raises OSError."""
-    with path.open("rb") as file:
+    with ordinary(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

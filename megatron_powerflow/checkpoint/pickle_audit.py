@@ -20,6 +20,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.whole_files import ordinary
 
 COMMON_NAME = "common.pt"  # what Megatron keeps beside the shards
 BACKEND_NAME, BACKEND = "metadata.json", "torch_dist"  # of Megatron's: how the shards are written
@@ -67,14 +68,21 @@ def audit_checkpoint(folder: Path) -> Metadata:
     """
     path = folder / ".metadata"
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("no ordinary file")
-        metadata = _AuditUnpickler(io.BytesIO(path.read_bytes())).load()
+        metadata = _AuditUnpickler(io.BytesIO(ordinary(path).read_bytes())).load()
         entries = dict(metadata.storage_data)
         kinds = {name: type(kind).__name__ for name, kind in metadata.state_dict_metadata.items()}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the checkpoint is not complete") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        KeyError,
+    ) as error:
         raise UserError(f"{path}: refused, its index is damaged or not safe to load: {error}") from None
     _audit_backend(folder / BACKEND_NAME)
     common = folder / COMMON_NAME
@@ -130,7 +138,7 @@ def _first_line(error: Exception) -> str:
 
 def _audit_entry(file: Path, name: str, offset: int, length: int) -> None:
     try:
-        with file.open("rb") as stream:
+        with ordinary(file).open("rb") as stream:
             stream.seek(offset)
             content = io.BytesIO(stream.read(length))
         if _unpacks_to_more(content):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_powerflow.checkpoint.folder import PROGRESS_NAME
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.whole_files import ordinary
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -116,7 +117,7 @@ def read_proof(checkpoint: Path) -> Proof | None:
 def _read(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / PROGRESS_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(ordinary(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); is {checkpoint} a checkpoint of this program?") from None
     if not isinstance(values, dict) or type(values.get("format")) is not int or not 1 <= values["format"] <= FORMAT:

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from megatron_powerflow.checkpoint.pickle_audit import BACKEND_NAME, COMMON_NAME, audit_checkpoint
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.torch_dist_names import StoredSlice
+from megatron_powerflow.whole_files import ordinary
 
 BACKEND = {
     "sharded_backend": "torch_dist",
@@ -144,7 +145,7 @@ class TorchDistFolder:
             raise UserError(f"{self.folder}: tensor {key} lacks its chunk at {list(chunk.offsets)}; copy it again")
         path = self.folder / storage.relative_path
         try:
-            with path.open("rb") as file:
+            with ordinary(path).open("rb") as file:
                 part = _FilePart(file, storage.offset, storage.length)
                 # torch asks a file for what `io.RawIOBase` has, and is typed for `typing.IO`, which no raw file is
                 data = torch.load(part, weights_only=True)  # type: ignore[arg-type]

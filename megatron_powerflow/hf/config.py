@@ -24,6 +24,7 @@ from megatron_powerflow.hf.config_fields import BOOKKEEPING, COMPUTING, READ
 from megatron_powerflow.hf.config_kinds import is_number, wrong_kinds
 from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.rope import read_rope
+from megatron_powerflow.whole_files import ordinary
 
 
 class ModelDescription(NamedTuple):
@@ -39,9 +40,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     Raises UserError, which names the file, when it is missing, cannot be read or holds no JSON object.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("no ordinary file")
-        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_contradictions)
+        value = json.loads(ordinary(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_without_contradictions)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what} is needed") from None
     except (OSError, ValueError, RecursionError) as error:

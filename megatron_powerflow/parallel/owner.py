@@ -292,15 +292,21 @@ def _read(path: Path) -> Holder | None:
     FOREIGN.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
         since = path.stat().st_mtime
+        if not path.is_file():  # a folder, a pipe, a device
+            return _unknown(FOREIGN, since)
+        text = path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         return _holder(json.loads(text))
     except (ValueError, TypeError, RecursionError):
-        token = "unknown" if text.startswith(START) or START.startswith(text) else FOREIGN
-        return Holder(token, "a host that its lock does not name", "", "", 0, None, None, 0, since, "a process")
+        return _unknown("unknown" if text.startswith(START) or START.startswith(text) else FOREIGN, since)
+
+
+def _unknown(token: str, since: float) -> Holder:
+    """Make a holder of whom nothing is known. since: seconds since 1970."""
+    return Holder(token, "a host that its lock does not name", "", "", 0, None, None, 0, since, "a process")
 
 
 def _holder(values: dict[str, Any]) -> Holder:

@@ -35,7 +35,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.files import companion_files, weights_files
 from megatron_powerflow.hub.names import COMMIT
 from megatron_powerflow.records import Prompt
-from megatron_powerflow.whole_files import write_file
+from megatron_powerflow.whole_files import ordinary, write_file
 
 FORMAT = 1
 WHOLE_BYTES = 2**30
@@ -110,7 +110,7 @@ def prompt_digest(prompts: Sequence[Prompt]) -> str:
 def file_digest(path: Path) -> str:
     """Return the digest of a file: of all bytes up to a size of WHOLE_BYTES, of blocks of a larger one."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with ordinary(path).open("rb") as file:
         return _blocks(file, 0, size, size <= WHOLE_BYTES)
 
 
@@ -126,7 +126,7 @@ def weights_digest(files: Sequence[Path]) -> str:
 
 def _parts(path: Path, whole: bool) -> Iterator[str]:
     tensors = _tensors(path) if path.suffix == ".safetensors" else None
-    with path.open("rb") as file:
+    with ordinary(path).open("rb") as file:
         if tensors is None:
             yield f"{path.name}\0{_blocks(file, 0, path.stat().st_size, whole)}"
             return
@@ -140,7 +140,7 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int], int, int]] | None:
     None where the header cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with ordinary(path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(MAX_HEADER_BYTES, path.stat().st_size):
                 return None
@@ -179,7 +179,7 @@ def digest(parts: Iterable[str]) -> str:
 
 def _of_text(path: Path) -> str:
     """Return the digest of a small file: of what a JSON file says, of the bytes of any other."""
-    content = path.read_bytes()
+    content = ordinary(path).read_bytes()
     if path.suffix == ".json":
         with contextlib.suppress(ValueError, RecursionError):
             content = json.dumps(json.loads(content), sort_keys=True).encode()

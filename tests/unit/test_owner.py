@@ -175,6 +175,13 @@ def test_an_owner_that_was_taken_for_dead_notices_and_takes_nothing_back(tmp_pat
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "run.lock")
+    with pytest.raises(UserError, match=r"run\.lock is in the way and no lock of ours; move it away"):
+        owner_of(tmp_path).take()
+
+
 @pytest.mark.parametrize("content", ["version = 1\n", "[1]", "null", "{}", '{"packages": []}', "[" * 100_000, "\0"])
 def test_a_file_of_somebody_elses_by_that_name_is_refused_and_stays_however_old(tmp_path, content):
     (tmp_path / "run.lock").write_text(content)
