@@ -2,9 +2,9 @@
 # Installs what the tests need into .venv (or VENV) and runs them, two files at a time; arguments go to pytest.
 # Times on 2 cores:
 #
-#   bash tests/run.sh tests/unit         3 minutes: arithmetic, rules, files, messages
-#   bash tests/run.sh                    18 minutes: the above, and real gloo ranks; before each commit
-#   bash tests/run.sh -m "not long"      40 to 50 minutes: with the proofs that take minutes each; CI runs this
+#   bash tests/run.sh tests/unit         2 minutes: arithmetic, rules, files, messages
+#   bash tests/run.sh                    8 minutes: the above, and real gloo ranks; before each commit
+#   bash tests/run.sh -m "not long"      25 to 40 minutes: with the proofs that take minutes each; CI runs this
 #   bash tests/run.sh -m ""              everything, hours: more runs to the optimum, 10,000 hostile files, ...
 #   bash tests/run.sh -n 0 --pdb ...     in this process
 set -euo pipefail

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from megatron_powerflow import cli
+from megatron_powerflow.cli import leaving
 from megatron_powerflow.commands.open_model import SCORE_KEYS, open_named
 from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.converter.commands import locate_models
@@ -254,7 +255,7 @@ def test_check_without_a_network_exits_with_2_and_one_sentence(hub, tmp_path, mo
     path.write_text(json.dumps(config_of(tmp_path).model_dump(exclude_none=True)))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(SystemExit) as caught:
-        cli.exit_codes(lambda: cli.app(["check", str(path)], standalone_mode=False))
+        leaving.exit_codes(lambda: cli.app(["check", str(path)], standalone_mode=False))
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from megatron_powerflow import cli
+from megatron_powerflow.cli import leaving
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hub.push import check_push, push
 from megatron_powerflow.parallel.initialize import ALONE
@@ -162,6 +163,6 @@ def test_a_folder_that_is_not_whole_is_not_pushed(hub, token, exported):
 def test_private_without_a_push_is_refused(capsys):
     arguments = ["export", "runs/nothing", "--out", "nowhere", "--private"]
     with pytest.raises(SystemExit) as caught:
-        cli.exit_codes(lambda: cli.app(arguments, standalone_mode=False))
+        leaving.exit_codes(lambda: cli.app(arguments, standalone_mode=False))
     assert caught.value.code == 2
     assert "--private has no effect with no --push-to-hub; remove it" in capsys.readouterr().err
