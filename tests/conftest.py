@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from tests.gloo_workers import GlooWorkers
 from tests.hub_server import serving
 from tests.tiny_models import make_tiny_model
 
+# One thread in this process and in each that a test starts, whatever the machine has: with another number of threads
+# sums have another order, and runs that are compared bit for bit differ.
+os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("shared_machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("shared_machine")
 

@@ -132,20 +132,21 @@ def initialized(layout: Layout, launch: Launch, *, seed: int) -> Iterator[Groups
     if use_cuda:
         torch.cuda.set_device(launch.local_rank)
     device = torch.device("cuda", launch.local_rank) if use_cuda else torch.device("cpu")
-    _init_process_group(launch, "nccl" if use_cuda else "gloo")
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vpp,
-            context_parallel_size=layout.cp,
-            expert_model_parallel_size=layout.ep,
-            create_gloo_process_groups=False,
-            distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
-        )
-        torch.manual_seed(seed)
-        model_parallel_cuda_manual_seed(seed)
-        yield _groups(launch, layout, device)
+        with _connected(launch, "nccl" if use_cuda else "gloo"):
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tp,
+                pipeline_model_parallel_size=layout.pp,
+                virtual_pipeline_model_parallel_size=layout.vpp,
+                context_parallel_size=layout.cp,
+                expert_model_parallel_size=layout.ep,
+                create_gloo_process_groups=False,
+                distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+            )
+            torch.manual_seed(seed)
+            model_parallel_cuda_manual_seed(seed)
+            groups = _groups(launch, layout, device)
+        yield groups
     except BaseException:
         if launch.world_size > 1:
             raise
@@ -174,27 +175,38 @@ def cpu_group(launch: Launch) -> Iterator[None]:
     if launch.world_size == 1:
         yield
         return
-    _init_process_group(launch, "gloo")
+    with _connected(launch, "gloo"):
+        pass
     yield
     dist.destroy_process_group()  # at a clean end, as in `initialized`
 
 
-def _init_process_group(launch: Launch, backend: str) -> None:
-    """Raises UserError where the processes do not find each other."""
+@contextlib.contextmanager
+def _connected(launch: Launch, backend: str) -> Iterator[None]:
+    """Make torch's default process group; the ranks look after each other while the block makes groups of it.
+
+    Raises UserError where the processes do not find each other.
+    """
     import torch.distributed as dist
 
     if launch.launcher == "alone":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        yield
         return
     _bind_interface(launch)
     store = rendezvous(launch, MEETING)
+    is_connected = False
     try:
         with meeting(launch.rank, launch.world_size, store):
             store.set_timeout(TIMEOUT)
             dist.init_process_group(
                 backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
             )
+            is_connected = True
+            yield
     except (RuntimeError, ValueError) as error:  # of torch's store and of gloo: no classes of their own
+        if is_connected:
+            raise
         raise _not_found(launch, error) from None
 
 

@@ -1,8 +1,8 @@
 """Have all ranks come, and are they still there until they are connected?
 
 Each rank leaves a word in the store, with its host and process. Whoever waits says for whom, and ends when one that had
-come to this host is gone: what connects ranks would wait for it for half an hour. Afterwards a lost rank breaks the
-collectives, and a run has its heartbeats (`watch.py`).
+come to this host is gone: what connects ranks would wait for it for half an hour, and each process group is connected
+anew. Once all groups are there a lost rank breaks the collectives, and a run has its heartbeats (`watch.py`).
 
 Left out: where the store is (`initialize.py`).
 """
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.owner import Holder, has_ended, this_process
@@ -34,8 +34,8 @@ GRACE_SECONDS = 3.0  # for a rank whose peer has left because it was refused: it
 def meeting(rank: int, world_size: int, store: Any) -> Iterator[None]:
     """Wait until every rank is there, then keep an eye on those of this host during the block.
 
-    store: torch's. Raises UserError with the ranks that do not come
-    within MEETING. Ends this process, with exit code 1 and a line that says so, when a rank of this host is gone.
+    The block makes the process groups. store: torch's. Raises UserError with the ranks that do not come within MEETING.
+    Ends this process, with exit code 1 and a line that says so, when a rank of this host is gone.
     """
     keys = [f"here/{other}" for other in range(world_size)]
     store.set(keys[rank], json.dumps(asdict(this_process("rank"))))
@@ -45,6 +45,11 @@ def meeting(rank: int, world_size: int, store: Any) -> Iterator[None]:
     try:
         _wait_for_all(ranks, rank, keys, store)
         yield
+    except (RuntimeError, ValueError):  # of torch's store and of gloo: what a lost rank breaks, if one is lost
+        time.sleep(LOOK_SECONDS)
+        if gone := _gone(ranks, rank):
+            _leave_without(gone, ranks, rank)
+        raise
     finally:
         over.set()
 
@@ -75,10 +80,18 @@ def _wait_for_all(ranks: dict[int, Holder], rank: int, keys: list[str], store: A
 def _look_after(ranks: dict[int, Holder], me: int, over: threading.Event) -> None:
     """In a thread of its own, which a wait in a library does not hold up."""
     while not over.wait(LOOK_SECONDS):
-        gone = sorted(rank for rank, holder in list(ranks.items()) if rank != me and has_ended(holder))
-        if gone and not over.wait(GRACE_SECONDS):
-            if me == min(rank for rank in ranks if rank not in gone):
-                holder = ranks[gone[0]]
-                who = f"rank {gone[0]} on {holder.host} (process {holder.pid})"
-                os.write(2, f"{who} is gone, before the ranks were connected\n".encode())
-            os._exit(1)
+        if (gone := _gone(ranks, me)) and not over.wait(GRACE_SECONDS):
+            _leave_without(gone, ranks, me)
+
+
+def _gone(ranks: dict[int, Holder], me: int) -> list[int]:
+    return sorted(rank for rank, holder in list(ranks.items()) if rank != me and has_ended(holder))
+
+
+def _leave_without(gone: list[int], ranks: dict[int, Holder], me: int) -> NoReturn:
+    """Of those that are left one says why."""
+    if me == min(rank for rank in list(ranks) if rank not in gone):
+        holder = ranks[gone[0]]
+        who = f"rank {gone[0]} on {holder.host} (process {holder.pid})"
+        os.write(2, f"{who} is gone, before the ranks were connected\n".encode())
+    os._exit(1)

@@ -98,7 +98,7 @@ def continue_without(
         stderr=subprocess.PIPE,
         text=True,
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         start_new_session=True,
     )
     try:
@@ -182,7 +182,6 @@ def test_transformers_loads_models_as_without_the_layer(gloo, tiny_model):
         text=True,
         cwd=REPOSITORY,
         check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     (patched,) = gloo.run(1, hf_logits, model)
     torch.testing.assert_close(torch.tensor(patched), torch.tensor(json.loads(plain.stdout)))

@@ -78,7 +78,7 @@ class Ranks:
         self.processes = []
         for rank, path in enumerate(self.files):
             places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             with path.open("wb") as file:
                 process = subprocess.Popen(
                     [sys.executable, *program, "train", str(config), *overrides],
@@ -200,9 +200,7 @@ def test_under_max_restarts_a_run_whose_rank_was_killed_goes_on_by_itself(config
     command += ["--max-restarts", "1", "-m", "megatron_powerflow.cli", "train", str(config), "parallel.tp=2"]
     command += ["run.num_steps=12", "checkpoint.interval=2", "run.export=false"]
     with log.open("wb") as file:
-        launcher = subprocess.Popen(
-            command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
-        )
+        launcher = subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 600
         while not (run / "checkpoints" / "latest").exists():
@@ -272,6 +270,40 @@ def test_a_rank_that_hangs_is_named_with_the_stack_of_its_own(config, tmp_path, 
         assert f"rank 1 on {socket.gethostname()} (process {ranks.processes[1].pid}) has not got on for" in ranks.said
         assert "in the step of step 3" in ranks.said
         assert "in planted" in ranks.said  # of the stack
+        assert wait_until_none_is_left(ranks)
+
+
+@pytest.mark.parametrize("where", ["initialize_model_parallel", "_groups"])
+def test_a_rank_that_is_killed_while_groups_are_made_ends_the_others(config, tmp_path, where):
+    """Each group is connected anew, through the store, which would wait half an hour for the rank that is gone."""
+    script = tmp_path / "planted.py"
+    script.write_text(
+        f"""
+import os, signal
+from megatron_powerflow import cli
+from megatron_powerflow.parallel import initialize
+
+initialize.prepare_imports()
+from megatron.core import parallel_state
+
+module = parallel_state if {where!r} == "initialize_model_parallel" else initialize
+whole = getattr(module, {where!r})
+
+def planted(*arguments, **options):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*arguments, **options)
+
+setattr(module, {where!r}, planted)
+cli.main()
+"""
+    )
+    with Ranks(tmp_path, config, "parallel.tp=2", script=script) as ranks:
+        assert ranks.processes[1].wait(timeout=300) == -signal.SIGKILL
+        assert ranks.processes[0].wait(timeout=60) == 1
+        who = rf"rank 1 on \S+ \(process {ranks.processes[1].pid}\) is gone, before the ranks were connected\n"
+        assert re.search(who, ranks.said), ranks.said
+        assert "Traceback" not in ranks.said
         assert wait_until_none_is_left(ranks)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -23,7 +22,6 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_the_unbroken_one(tmp_path, r
     done = subprocess.run(
         [*command, "--json", str(out)],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -70,7 +70,6 @@ def said_on(hosts: tuple[str, str], master: str, **variables: str) -> list[str]:
             "LOCAL_RANK": "0",
             "MASTER_ADDR": master,
             "MASTER_PORT": "29555",
-            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(REPOSITORY),
         }
         environment.pop("GLOO_SOCKET_IFNAME", None)

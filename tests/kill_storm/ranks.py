@@ -36,8 +36,9 @@ class Ranks:
         self.pids: dict[int, int] = {}
         self._port = free_port()
         self._phases = mmap.mmap(-1, PHASE_BYTES * num_ranks)  # each rank writes what it does
+        self._met = mmap.mmap(-1, num_ranks)  # and here a 1, when it has seen that all have come
         for rank in range(num_ranks):
-            self.pids[rank] = _fork(arguments, rank, num_ranks, self._port, log, self._phases)
+            self.pids[rank] = _fork(arguments, rank, num_ranks, self._port, log, self._phases, self._met)
 
     def phase(self, rank: int) -> str:
         """Return what a rank was doing last: a phase of the run's pulse, or "importing"."""
@@ -70,14 +71,9 @@ class Ranks:
         os.kill(self.pids[rank], signal.SIGKILL)
         return True
 
-    def have_met(self) -> bool:
-        """Tell whether every rank has come to where they meet: each is connected to its store, rank 0 too."""
-        if len(self.pids) == 1:
-            return True
-        tables = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
-        rows = [line.split() for table in tables for line in table.splitlines()[1:]]
-        connected = [row for row in rows if row[2].endswith(f":{self._port:04X}") and row[3] == "01"]
-        return len(connected) >= len(self.pids)
+    def have_met(self, but: int) -> bool:
+        """Tell whether every rank knows every other. but: the one that is about to go."""
+        return all(self._met[rank] for rank in self.pids if rank != but)
 
     def end_as_a_launcher(self) -> int:
         """Kill what is left two seconds after a rank has gone, as torchrun and `srun --kill-on-bad-exit` do. Returns
@@ -130,7 +126,9 @@ def warm_up() -> None:
     assert all((megatron, transformers, megatron_powerflow))
 
 
-def _fork(arguments: Sequence[str], rank: int, num_ranks: int, port: int, log: Path, phases: mmap.mmap) -> int:
+def _fork(
+    arguments: Sequence[str], rank: int, num_ranks: int, port: int, log: Path, phases: mmap.mmap, met: mmap.mmap
+) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -154,6 +152,7 @@ def _fork(arguments: Sequence[str], rank: int, num_ranks: int, port: int, log: P
         os.dup2(descriptor, 2)
         sys.argv = ["powerflow", *arguments]
         _show_phase(phases, PHASE_BYTES * rank)
+        _show_met(met, rank)
         from megatron_powerflow.cli import main  # warm_up has imported it
 
         main()
@@ -178,6 +177,19 @@ def _show_phase(memory: mmap.mmap, offset: int) -> None:
         memory[offset : offset + PHASE_BYTES] = phase.encode().ljust(PHASE_BYTES, b"\0")
 
     Pulse.phase = property(lambda pulse: pulse.__dict__["shown"], show)  # type: ignore[assignment]
+
+
+def _show_met(memory: mmap.mmap, rank: int) -> None:
+    """Have this process note when it has seen that all ranks have come."""
+    from megatron_powerflow.parallel import meeting
+
+    wait_for_all = meeting._wait_for_all
+
+    def noted(*arguments) -> None:
+        wait_for_all(*arguments)
+        memory[rank] = 1
+
+    meeting._wait_for_all = noted
 
 
 def _processes() -> dict[int, tuple[int, str]]:

@@ -173,7 +173,7 @@ def _kill_one(ranks: Ranks, draw: random.Random, unbroken_seconds: float, run: P
     rank = draw.randrange(len(ranks.pids))
     while (left := moment - (time.monotonic() - ranks.started)) > 0 and ranks.alive():
         time.sleep(min(left, 0.05))
-    phase, had_met, saving = ranks.phase(rank), ranks.have_met(), is_saving(run, ranks.started_at)
+    phase, had_met, saving = ranks.phase(rank), ranks.have_met(but=rank), is_saving(run, ranks.started_at)
     killed = ranks.kill(rank)
     if killed:
         verdict.kills += 1
