@@ -284,6 +284,11 @@ class RunSection(Section):
     name: str | None = Field(None, description="what reports and wandb call it; default: what is special about it")
     num_steps: PositiveInt = Field(500, description="steps of the whole run; more may be asked for later")
     seed: NonNegativeInt = Field(0, description="of sampling, the order of prompts, and all else that is drawn")
+    deterministic: bool = Field(
+        False,
+        description="on GPUs, the same sums in the same order at every start: slower kernels of torch, Transformer "
+        "Engine and NCCL, and a run that was killed ends bit-equal; on CPUs that holds anyway",
+    )
     export: bool = Field(True, description="write the policy as a Hugging Face folder at the end")
     stop_at_alpha: PositiveFloat | None = Field(
         None, description="end the run when the policy is this power of the base model: see alpha_realised"

@@ -44,7 +44,9 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "", en
     with (
         run_folder(plan) as owner,
         RunEvents(plan.run_folder) as events,
-        initialized(plan.layout, launch, seed=plan.config.run.seed) as groups,
+        initialized(
+            plan.layout, launch, seed=plan.config.run.seed, deterministic=plan.config.run.deterministic
+        ) as groups,
         end.watched(plan.run_folder, owner, groups, lambda: take_run_folder(plan, owner), plan.config.run.hang_seconds),
     ):
         begin(events, groups)

@@ -91,6 +91,7 @@ def transformer_config(
         **_latent_fields(architecture),
         # gradients are sums: the loss already carries 1 / rollouts of the global batch
         calculate_per_token_loss=True,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),  # `run.deterministic`
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every parameter is read from a file
         bias_dropout_fusion=fused and not architecture.post_norm,

@@ -1,6 +1,6 @@
 """How does one process find the others? torchrun, srun or alone -> process groups, device, seeds.
 
-With `slurm_job.py` the only module that reads the environment. Validation has happened before: by the time a
+With `slurm_job.py` and `device_sums.py` the only module that reads the environment. Validation has happened before: by the time a
 process group exists, the run is known to be possible.
 """
 
@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.device_sums import set_device_sums
 from megatron_powerflow.parallel.interfaces import interface_towards
 from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.parallel.meeting import MEETING, meeting
@@ -89,6 +90,7 @@ def settings_that_count() -> dict[str, str]:
         "NCCL_SOCKET_IFNAME",
         "GLOO_SOCKET_IFNAME",
         "OMP_NUM_THREADS",
+        "NVIDIA_TF32_OVERRIDE",
         "HF_HOME",
         "HF_ENDPOINT",
         "HF_HUB_OFFLINE",
@@ -111,10 +113,12 @@ def prepare_imports() -> None:
 
 
 @contextlib.contextmanager
-def initialized(layout: Layout, launch: Launch, *, seed: int) -> Iterator[Groups]:
+def initialized(layout: Layout, launch: Launch, *, seed: int, deterministic: bool = False) -> Iterator[Groups]:
     """Process groups for the layout, as a `Groups`; torn down at a clean end. After `prepare_imports`.
 
     Where the block raises they are left to the end of the process: tearing them down can wait for ranks that are gone.
+
+    deterministic: whether sums are repeatable on GPUs too (`device_sums.py`).
 
     Reproducible: seeds torch's and Megatron's generators, although nothing in a run draws from them
     (see rollout/sampling.py).
@@ -123,6 +127,7 @@ def initialized(layout: Layout, launch: Launch, *, seed: int) -> Iterator[Groups
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    set_device_sums(deterministic=deterministic)
     use_cuda = torch.cuda.is_available()
     if use_cuda and launch.local_rank >= torch.cuda.device_count():
         raise UserError(

@@ -1,4 +1,4 @@
-"""Will a run find what it needs beside the model? Packages, a folder to write in, room on the disk, time.
+"""Will a run find what it needs beside the model? Packages, environment, a folder to write in, room on the disk, time.
 
 Left out: GPUs and their memory, which only a started process can ask for.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_powerflow.checkpoint.folder import checkpoints_of
 from megatron_powerflow.config import Config
+from megatron_powerflow.parallel.device_sums import determinism_violations
 from megatron_powerflow.time_limit import seconds_until_stop
 
 CHECKPOINT_BYTES = 14  # a parameter: bf16 weights, their fp32 masters and Adam's two moments
@@ -34,6 +35,7 @@ def resource_violations(config: Config, num_parameters: int | None) -> list[str]
     num_parameters: of the model, where it is known.
     """
     violations = [*_packages(config), *_time(config)]
+    violations += determinism_violations() if config.run.deterministic else []
     folder = Path(config.run.output_dir)
     above = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), None)
     if above is None or not os.access(above, os.W_OK):

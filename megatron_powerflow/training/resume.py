@@ -22,7 +22,7 @@ from megatron_powerflow.errors import UserError
 # What may be another one when a run is continued: keys, or whole sections.
 CHANGEABLE = frozenset(
     {"run.name", "run.num_steps", "run.export", "run.stop_on_alarm", "run.stop_at_alpha"}
-    | {"run.stop_before", "run.hang_seconds"}
+    | {"run.stop_before", "run.hang_seconds", "run.deterministic"}
     | {"model.reference", "model.recompute", "rollout.max_concurrent_rows", "rollout.save"}
     | {"optimizer.lr", "optimizer.log_z_lr", "optimizer.min_lr", "optimizer.lr_decay", "optimizer.warmup_steps"}
     | {"optimizer.clip_grad", "optimizer.distributed", "optimizer.max_skipped_steps"}

@@ -98,6 +98,7 @@ def as_if_killed_after(whole: Path, crashed: Path, checkpoint: int, lines: int) 
 CASES = {
     "one_process": (1, ()),
     "tp2_group": (2, ("parallel.tp=2", "objective.log_z=group")),
+    "tp2_deterministic": (2, ("parallel.tp=2", "run.deterministic=true")),
     "dp2_distributed": (2, ("optimizer.distributed=true",)),
     "tp2_pp2_scalar": (4, ("parallel.tp=2", "parallel.pp=2", "objective.log_z=scalar")),
     "packed_cp2_distributed": (
@@ -120,6 +121,7 @@ MARKS = {
     "packed_cp2_distributed": pytest.mark.long,
     "tp2_pp2_scalar": pytest.mark.long,
     "bf16_distributed_swap": pytest.mark.slow,
+    "tp2_deterministic": pytest.mark.slow,
 }
 
 

@@ -56,6 +56,7 @@ FREE_OF_TORCH = (
     "targets",
     "whole_files",
     "journal",
+    "parallel.device_sums",
     "parallel.layout",
     "parallel.meeting",
     "parallel.owner",
@@ -144,12 +145,14 @@ def test_only_one_module_patches_anything():
             targets = node.targets if isinstance(node, ast.Assign) else []
             for target in targets:
                 text = ast.unparse(target)
+                if text.startswith(("torch.backends.", "torch.utils.deterministic.")):  # torch's own settings
+                    continue
                 assert not text.startswith(("torch.", "megatron.", "dist.", "os.environ")), f"{path}: {text} = ..."
 
 
-def test_only_two_files_read_the_environment():
+def test_only_three_files_read_the_environment():
     for path in MODULES:
-        if path.name not in ("initialize.py", "slurm_job.py"):
+        if path.name not in ("initialize.py", "slurm_job.py", "device_sums.py"):
             assert "os.environ" not in path.read_text(encoding="utf-8"), path
             assert "getenv" not in path.read_text(encoding="utf-8"), path
 
