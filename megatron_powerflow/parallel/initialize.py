@@ -1,7 +1,7 @@
 """How does one process find the others? torchrun, srun or alone -> process groups, device, seeds.
 
-With `slurm_job.py` and `device_sums.py` the only module that reads the environment. Validation has happened before: by the time a
-process group exists, the run is known to be possible.
+With `slurm_job.py` and `device_sums.py` the only module that reads the environment. Validation has happened before: by
+the time a process group exists, the run is known to be possible.
 """
 
 from __future__ import annotations

@@ -104,6 +104,7 @@ def bomb_of_lists(depth: int) -> str:
 @pytest.mark.parametrize(
     ("start", "words"),
     [
+        (f"{START}{bomb_of_aliases(5)}\n", "its aliases stand for over 20,000 values"),
         (f"{START}{bomb_of_aliases(12)}\n", "its aliases stand for over 20,000 values"),
         (f"{START}a: &a [1, *a]\n", "*a stands within itself"),
         (

@@ -120,6 +120,14 @@ def test_a_cut_keeps_damaged_lines_of_finished_steps_and_replaces_nothing_withou
     assert (cut.num_cut, [damage.line for damage in cut.damages]) == (1, [2, 3])
 
 
+def test_a_torn_end_that_does_not_say_its_step_goes_with_the_lost_try(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 1}\n{"ste')
+    cut = cut_back(path, 2, without_step, start=START)
+    assert (cut.num_cut, cut.damages) == (0, [])
+    assert path.read_bytes() == b'{"step": 0}\n{"step": 1}\n'
+
+
 def test_two_lines_whose_end_between_them_is_gone_are_cut_apart(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"step": 0}\n{"step": 1, "x": 1\0{"step": 2}\n')
