@@ -25,6 +25,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import attempt, raise_together
+from megatron_powerflow.whole_files import ordinary
 
 EXTRA_STATE = "_extra_state"
 # "fully_reshardable": optimizer moments are stored like weights, whatever split wrote them
@@ -238,7 +239,7 @@ def _load_head(path: Path, head: LogZHead) -> None:
     """The log Z' head. Raises UserError when the file does not fit the head of this run, or was written when the head
     was moved by Adam: its hidden layers are trained there, and its rate meant something else."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(ordinary(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if any(name.startswith("adam.") for name in tensors):
             raise UserError(

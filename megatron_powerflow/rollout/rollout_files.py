@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Prompt, Rollout
-from megatron_powerflow.whole_files import write_file
+from megatron_powerflow.whole_files import ordinary, write_file
 
 ROLLOUTS_NAME = "rollouts"
 FORMAT = 1
@@ -118,7 +118,7 @@ def read_header(path: Path) -> Header:
     Raises UserError where the file cannot be read or is of another format.
     """
     try:
-        with path.open("rb") as file:
+        with ordinary(path).open("rb") as file:
             values = json.loads(file.readline())
         header = Header(**values)
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -136,7 +136,7 @@ def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
     """
     header = read_header(path)
     try:
-        with path.open("rb") as file:
+        with ordinary(path).open("rb") as file:
             file.readline()
             body = file.read()
     except OSError as error:

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.checkpoint import storage
 from megatron_powerflow.checkpoint.folder import is_checkpoint
@@ -51,6 +53,26 @@ def build_policy(
         load_from_hf(chunks, source, architecture, family, groups)
         require_finite(chunks, family, groups, source)
     return chunks
+
+
+def copy_policy(
+    chunks: Sequence[PolicyModel],
+    architecture: Architecture,
+    layout: Layout,
+    model: ModelSection,
+    precision: PrecisionSection,
+    groups: Groups,
+) -> list[PolicyModel]:
+    """Build the model chunks of this rank once more, with the weights of `chunks`; no file is read."""
+    config = transformer_config(architecture, layout, model, precision)
+    copies = build_chunks(config, architecture, layout, precision, groups.device)
+    with torch.no_grad():
+        for copy, chunk in zip(copies, chunks, strict=True):
+            for kind in ("named_parameters", "named_buffers"):
+                whole = dict(getattr(chunk, kind)())
+                for name, tensor in getattr(copy, kind)():
+                    tensor.copy_(whole[name])
+    return copies
 
 
 def build_engine(

@@ -16,7 +16,6 @@ from megatron_powerflow.checkpoint.state import RunProgress, Trainable
 from megatron_powerflow.checkpoint.whole import point_at, whole_checkpoint
 from megatron_powerflow.hf.finite import require_finite
 from megatron_powerflow.model.log_z_head import LogZHead
-from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.reference import Reference, ResidentReference, SwapReference
 from megatron_powerflow.objective.presets import LEARNED_LOG_Z
 from megatron_powerflow.parallel.groups import Groups
@@ -25,7 +24,7 @@ from megatron_powerflow.rollout.engine import Engine
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.optimizer import build_trainable
 from megatron_powerflow.training.plan import Plan, check_replay
-from megatron_powerflow.training.policy import build_engine, build_policy
+from megatron_powerflow.training.policy import build_engine, build_policy, copy_policy
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,12 @@ def build_session(plan: Plan, groups: Groups) -> Session:
     """Collective over all ranks. Loads the checkpoint to continue from, if the plan names one."""
     config, architecture = plan.config, plan.architecture
     model = config.model.model_copy(update={"hf_path": str(plan.model_folder)})
-
-    def policy() -> list[PolicyModel]:
-        return build_policy(architecture, plan.family, plan.layout, model, config.precision, groups)
-
-    chunks = policy()
-    reference = SwapReference(chunks) if config.model.reference == "swap" else ResidentReference(policy())
+    chunks = build_policy(architecture, plan.family, plan.layout, model, config.precision, groups)
+    reference: Reference
+    if config.model.reference == "swap":
+        reference = SwapReference(chunks)
+    else:
+        reference = ResidentReference(copy_policy(chunks, architecture, plan.layout, model, config.precision, groups))
     head, kind = None, config.objective.log_z
     if kind in LEARNED_LOG_Z and groups.is_last_stage:
         head = LogZHead(

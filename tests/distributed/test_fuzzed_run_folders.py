@@ -93,7 +93,7 @@ def test_a_planted_pickle_runs_in_no_file_of_a_model(gloo, world, tiny_model, tm
 
 @pytest.mark.slow
 def test_a_pipe_in_the_place_of_any_file_of_a_run_makes_nobody_wait(gloo, world):
-    (result,) = gloo.run(1, pipes_everywhere, *world, ("check", "resume", "stop"))
+    (result,) = gloo.run(1, pipes_everywhere, *world, ("open", "check", "resume", "stop"))
     assert not result["bad"], "\n".join(result["bad"][:3])
     assert result["counts"]["resume: refused"] >= 3
 
