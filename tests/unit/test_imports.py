@@ -56,6 +56,7 @@ FREE_OF_TORCH = (
     "targets",
     "whole_files",
     "journal",
+    "parallel.fp8_sizes",
     "parallel.layout",
     "parallel.meeting",
     "parallel.owner",
