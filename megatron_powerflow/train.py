@@ -40,7 +40,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "", en
     command: what the run's folder says started it. end: entered; None where nobody hears signals or other ranks.
     """
     end = end or RunEnd(launch)
-    require_fp8_support(plan.config.precision, plan.architecture, plan.layout.cp)
+    require_fp8_support(plan.config.precision, plan.architecture, plan.config.parallel)
     with (
         run_folder(plan) as owner,
         RunEvents(plan.run_folder) as events,

@@ -166,7 +166,7 @@ def open_model(
         "run": {"output_dir": "unused"},
     }
     config = parse_config(values, overrides)
-    require_fp8_support(config.precision, architecture, config.parallel.cp)
+    require_fp8_support(config.precision, architecture, config.parallel)
     layout = inference_layout(config.parallel, architecture, world_size)
     tokenizer = load_tokenizer(hf_folder)
     return OpenModel(config, layout, architecture, family, tokenizer, hf_folder, checkpoint, keeps, located)

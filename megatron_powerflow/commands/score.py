@@ -27,7 +27,6 @@ from megatron_powerflow.parallel.together import largest
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.targets import require
 from megatron_powerflow.training.forward_step import Scorer
-from megatron_powerflow.training.policy import alignment
 from megatron_powerflow.training.score import score
 
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away
@@ -109,7 +108,7 @@ def log_probs_by_slot(
         micro_batch_size=micro_batch_size,
         responses_per_prompt=1,
         drop_truncated=False,
-        multiple=alignment(opened.layout, opened.config.precision),
+        multiple=opened.layout.position_multiple(opened.config.precision),
         uniform=False,
         device=scorer.groups.device,
     )

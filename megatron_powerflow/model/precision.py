@@ -10,28 +10,37 @@ Left out: delayed scaling, which keeps a history, pickled, in the checkpoint.
 from __future__ import annotations
 
 import importlib.util
+import re
+from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_powerflow.architecture import Architecture
-from megatron_powerflow.config import PrecisionSection
+from megatron_powerflow.config import ParallelSection, PrecisionSection
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.fp8_sizes import weight_violations
 
 if TYPE_CHECKING:
     import torch
 
 
 class Fp8Recipe(NamedTuple):
-    """A way of scaling FP8 numbers: its value of megatron.core.enums.Fp8Recipe, and the compute capability it needs."""
+    """A way of scaling FP8 numbers, and what it needs.
+
+    megatron_name: its value of megatron.core.enums.Fp8Recipe. transformer_engine: the first version in which
+    Megatron-Core uses it (`get_fp8_recipe`). cuda: the first CUDA that torch may be built for; Transformer Engine asks.
+    """
 
     megatron_name: str
     compute_capability: tuple[int, int]
+    transformer_engine: tuple[int, int]
+    cuda: tuple[int, int]
 
 
 # precision.fp8_recipe -> the recipe
 FP8_RECIPES = {
-    "tensorwise": Fp8Recipe("tensorwise", (8, 9)),
-    "blockwise": Fp8Recipe("blockwise", (9, 0)),
-    "mxfp8": Fp8Recipe("mxfp8", (10, 0)),
+    "tensorwise": Fp8Recipe("tensorwise", (8, 9), (2, 2), (12, 1)),
+    "blockwise": Fp8Recipe("blockwise", (9, 0), (2, 3), (12, 9)),
+    "mxfp8": Fp8Recipe("mxfp8", (10, 0), (2, 1), (12, 1)),
 }
 
 
@@ -87,20 +96,55 @@ def fp8_violations(precision: PrecisionSection) -> list[str]:
             "precision.dtype=fp8 needs Transformer Engine, which is not importable; "
             "pip install megatron_powerflow[te], or use the Dockerfile's image, or precision.dtype=bf16"
         ]
-    needed = FP8_RECIPES[_recipe(precision)].compute_capability
-    capability = torch.cuda.get_device_capability()
-    if capability < needed:
-        return [
-            f"precision.fp8_recipe={precision.fp8_recipe} needs compute capability {needed[0]}.{needed[1]}, "
-            f"this GPU has {capability[0]}.{capability[1]}; choose another recipe or precision.dtype=bf16"
-        ]
-    return []
+    return recipe_violations(
+        _recipe(precision),
+        capability=torch.cuda.get_device_capability(),
+        transformer_engine=metadata.version("transformer-engine"),
+        cuda=torch.version.cuda or "0",
+    )
 
 
-def fp8_layer_violations(precision: PrecisionSection, architecture: Architecture, cp: int) -> list[str]:
-    """Say why FP8 cannot run on this model under cp, on any machine. Without torch."""
-    if precision.dtype != "fp8" or not needs_own_layers(architecture, cp):
+def recipe_violations(recipe: str, *, capability: tuple[int, int], transformer_engine: str, cuda: str) -> list[str]:
+    """Say why a machine with these versions cannot run an FP8 recipe; [] when it can.
+
+    capability: of the GPU. transformer_engine, cuda: versions, such as `2.3.0.dev0+5fdd7bb` and `12.9`.
+    """
+    needs = FP8_RECIPES[recipe]
+    rows = [
+        ("compute capability", needs.compute_capability, capability, "this GPU has", "choose"),
+        (
+            "Transformer Engine",
+            needs.transformer_engine,
+            _release(transformer_engine),
+            "there is",
+            "install it, or choose",
+        ),
+        ("a torch for CUDA", needs.cuda, _release(cuda), "there is one for", "install it, or choose"),
+    ]
+    return [
+        f"precision.fp8_recipe={recipe} needs {what} {needed[0]}.{needed[1]} or newer, {has} {found[0]}.{found[1]}; "
+        f"{remedy} another recipe or precision.dtype=bf16"
+        for what, needed, found, has, remedy in rows
+        if found < needed
+    ]
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Return the first two numbers of a version, as Megatron-Core compares them: 2.3.0.dev0 is 2.3."""
+    numbers = re.match(r"(\d+)(?:\.(\d+))?", version)
+    assert numbers is not None, version
+    return int(numbers[1]), int(numbers[2] or 0)
+
+
+def fp8_model_violations(
+    precision: PrecisionSection, architecture: Architecture, parallel: ParallelSection
+) -> list[str]:
+    """Say why FP8 cannot run on this model, split this way, on any machine. Without torch."""
+    if precision.dtype != "fp8":
         return []
+    cp = parallel.cp
+    if not needs_own_layers(architecture, cp):
+        return weight_violations(precision, architecture, parallel.tp)
     return [
         f"precision.dtype=fp8: a {architecture.family} model"
         + (f" with sliding_window={architecture.sliding_window} at parallel.cp={cp}" if cp > 1 else "")
@@ -109,9 +153,9 @@ def fp8_layer_violations(precision: PrecisionSection, architecture: Architecture
     ]
 
 
-def require_fp8_support(precision: PrecisionSection, architecture: Architecture, cp: int) -> None:
-    """Raise UserError when FP8 is asked for and this machine, or this model under cp, cannot have it."""
-    if violations := fp8_violations(precision) + fp8_layer_violations(precision, architecture, cp):
+def require_fp8_support(precision: PrecisionSection, architecture: Architecture, parallel: ParallelSection) -> None:
+    """Raise UserError when FP8 is asked for and this machine, or this model split this way, cannot have it."""
+    if violations := fp8_violations(precision) + fp8_model_violations(precision, architecture, parallel):
         raise UserError(violations)
 
 
@@ -123,10 +167,3 @@ def transformer_config_fields(precision: PrecisionSection) -> dict:
         # fp8_param stays off: FP8 parameters cost memory beside bf16 main copies and clash with offloading
         fields |= {"fp8": precision.fp8_format, "fp8_recipe": FP8_RECIPES[_recipe(precision)].megatron_name}
     return fields
-
-
-def token_alignment(precision: PrecisionSection) -> int:
-    """Return what the tokens of a forward pass must be a multiple of: 1, or what FP8 matrix products demand."""
-    if precision.dtype != "fp8":
-        return 1
-    return {"mxfp8": 32, "blockwise": 16, "tensorwise": 16}[_recipe(precision)]

@@ -30,10 +30,10 @@ import math
 from dataclasses import dataclass
 
 from megatron_powerflow.architecture import Architecture
-from megatron_powerflow.config import Config, ParallelSection
+from megatron_powerflow.config import Config, ParallelSection, PrecisionSection
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.fp8_sizes import token_multiple
 
-FP8_TOKENS = 32  # a multiple of every FP8 recipe's own rule, see model/precision.py
 VOCAB_MULTIPLE = 128  # rows per rank, for the matrix products; the padding takes no part in any softmax
 
 
@@ -80,14 +80,16 @@ class Layout:
         """
         return 2 * self.cp if self.cp > 1 else 1
 
-    def position_multiple(self, token_multiple: int) -> int:
-        """Return the multiple to which each micro-batch is padded, in positions.
+    def token_multiple(self, precision: PrecisionSection) -> int:
+        """Return the multiple to which the tokens of a rank's forward pass are padded: see `fp8_sizes.py`.
 
-        Every cp rank's part is split over tp under sequence parallelism. token_multiple: the multiple that the matrix
-        products want a rank's tokens to be (FP8).
+        They are those of all tp ranks together, and of one cp rank.
         """
-        part = math.lcm(2 if self.cp > 1 else 1, self.tp if self.sequence_parallel else 1, token_multiple)
-        return self.cp * part
+        return token_multiple(precision, tp=self.tp, sequence_parallel=self.sequence_parallel)
+
+    def position_multiple(self, precision: PrecisionSection) -> int:
+        """Return the multiple to which each micro-batch is padded, in positions of all cp ranks together."""
+        return self.cp * math.lcm(2 if self.cp > 1 else 1, self.token_multiple(precision))
 
     def describe(self) -> str:
         """Return the layout in one line, such as `8 processes = tp 2 x cp 1 x pp 2 x dp 2`."""
@@ -264,7 +266,7 @@ def _batch_violations(config: Config, layout: Layout) -> list[str]:
 def _budget_violations(config: Config, layout: Layout, budget: int) -> list[str]:
     """Return why the budget of packed micro-batches is too small: each rollout needs room in one of them."""
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    multiple = layout.position_multiple(FP8_TOKENS if config.precision.dtype == "fp8" else 1)
+    multiple = layout.position_multiple(config.precision)
     needed = -(-longest // multiple) * multiple
     if budget >= needed:
         return []

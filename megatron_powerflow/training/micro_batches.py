@@ -14,7 +14,6 @@ import torch
 from megatron_powerflow.config import Config
 from megatron_powerflow.data.bins import BinRule, flop_count, groups_fit, plan_update
 from megatron_powerflow.data.packing import AnnotatedRollout, pack, pack_streams
-from megatron_powerflow.model.precision import token_alignment
 from megatron_powerflow.objective.presets import Balance
 from megatron_powerflow.parallel.collectives import every_rollout
 from megatron_powerflow.parallel.groups import Groups
@@ -31,7 +30,7 @@ def bin_rule(layout: Layout, config: Config) -> BinRule:
     return BinRule(
         max_tokens=config.parallel.max_tokens_per_micro_batch,
         sequence_multiple=layout.sequence_multiple,
-        total_multiple=layout.position_multiple(token_alignment(config.precision)),
+        total_multiple=layout.position_multiple(config.precision),
         count_multiple=layout.pp if layout.vpp else 1,
     )
 
@@ -71,7 +70,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
         pack(
             annotated[start : start + size],
             micro_batch_size=config.parallel.micro_batch_size,
-            multiple=plan.layout.position_multiple(token_alignment(config.precision)),
+            multiple=plan.layout.position_multiple(config.precision),
             **arguments,
         )
         for start in range(0, len(annotated), size)

@@ -35,7 +35,7 @@ from megatron_powerflow.hf.family import Family
 from megatron_powerflow.hf.files import SafetensorsFolder
 from megatron_powerflow.hf.ordinary_files import require_ordinary_files
 from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths
-from megatron_powerflow.model.precision import FP8_RECIPES, fp8_layer_violations
+from megatron_powerflow.model.precision import FP8_RECIPES, fp8_model_violations
 from megatron_powerflow.parallel.initialize import environment_secrets
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Prompt
@@ -211,7 +211,7 @@ def describe(plan: Plan) -> str:
             f"objective {config.objective.preset}, alpha {config.objective.alpha}, log Z' {config.objective.log_z}",
             *([f"replays   {plan.replay_from}, no engine"] if plan.replay_from else []),
             weight_line(config, plan.on_policy),
-            *_fp8_lines(config),
+            *_fp8_lines(config, plan.layout),
             *temperature_lines(config),
             f"run       {config.run.num_steps} steps into {config.run.output_dir} ({resumes}), "
             f"{config.run.num_steps * config.rollout.prompts_per_step / len(plan.prompts):.2g} epochs of the prompts",
@@ -223,13 +223,16 @@ def describe(plan: Plan) -> str:
     )
 
 
-def _fp8_lines(config: Config) -> list[str]:
+def _fp8_lines(config: Config, layout: Layout) -> list[str]:
     if config.precision.dtype != "fp8":
         return []
-    version = ".".join(map(str, FP8_RECIPES[config.precision.fp8_recipe or ""].compute_capability))
+    recipe = FP8_RECIPES[config.precision.fp8_recipe or ""]
+    capability, engine, cuda = (".".join(map(str, version)) for version in recipe[1:])
+    multiple = layout.token_multiple(config.precision)
     return [
-        f"fp8       {config.precision.fp8_recipe}: that each GPU has compute capability {version} and that Transformer "
-        "Engine is installed is looked at when training starts, not here"
+        f"fp8       {config.precision.fp8_recipe}: the tokens of a rank's forward pass are padded to a multiple of "
+        f"{multiple}; that each GPU has compute capability {capability}, and that Transformer Engine {engine} and a "
+        f"torch for CUDA {cuda} or newer are installed, is looked at when training starts, not here"
     ]
 
 
@@ -370,7 +373,7 @@ def _secret_violations(config: Config) -> list[str]:
 
 def _model_violations(config: Config, architecture: Architecture) -> list[str]:
     """Say what the config asks of the model that it cannot do: FP8 on its layers, longer texts than its positions."""
-    violations = fp8_layer_violations(config.precision, architecture, config.parallel.cp)
+    violations = fp8_model_violations(config.precision, architecture, config.parallel)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if longest <= architecture.max_positions:
         return violations

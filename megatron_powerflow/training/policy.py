@@ -7,7 +7,6 @@ Left out: what is trained of it (`session.py`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from megatron_powerflow.hf.finite import require_finite
 from megatron_powerflow.hf.live_weights import load_from_hf
 from megatron_powerflow.model.build import build_chunks, transformer_config
 from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.model.precision import token_alignment
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
@@ -84,13 +82,5 @@ def build_engine(
         groups,
         vocab_size=architecture.vocab_size,
         max_concurrent_rows=config.rollout.max_concurrent_rows,
-        alignment=alignment(layout, config.precision),
+        alignment=layout.token_multiple(config.precision),
     )
-
-
-def alignment(layout: Layout, precision: PrecisionSection) -> int:
-    """Return the number of which the tokens of a rank's forward pass must be a multiple.
-
-    Sequence parallelism and FP8 each have such a rule.
-    """
-    return math.lcm(layout.tp if layout.sequence_parallel else 1, token_alignment(precision))

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from megatron_powerflow.data.packing import AnnotatedRollout, pack
-from megatron_powerflow.model.precision import token_alignment
 from megatron_powerflow.parallel.collectives import last_stage_rows
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.training.plan import Plan
@@ -41,7 +40,7 @@ def reference_sequence_log_probs(rollouts: Sequence[Rollout], plan: Plan, sessio
         micro_batch_size=size,
         responses_per_prompt=1,
         drop_truncated=False,
-        multiple=plan.layout.position_multiple(token_alignment(config.precision)),
+        multiple=plan.layout.position_multiple(config.precision),
         uniform=plan.layout.vpp is not None,
         device=groups.device,
         cp_rank=groups.cp_rank,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_powerflow.config import PrecisionSection
+from megatron_powerflow.config import ParallelSection, PrecisionSection
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.config import read_architecture
@@ -94,7 +94,7 @@ def test_fp8_is_refused_for_layers_that_transformer_engine_does_not_know(tiny_mo
     def refusals(family: str, cp: int = 1, **changes) -> str:
         architecture, _ = read_architecture(tiny_model(family, **changes), FAMILIES)
         try:
-            require_fp8_support(precision, architecture, cp)
+            require_fp8_support(precision, architecture, ParallelSection(cp=cp))
         except UserError as error:
             return str(error)
         return ""
@@ -115,7 +115,19 @@ def test_check_refuses_fp8_for_those_layers_and_says_what_it_cannot_look_at(tiny
     done = run_cli("check", config, "precision.dtype=fp8")
     assert done.returncode == 0, done.stderr
     assert "compute capability 8.9" in done.stdout
-    assert "is looked at when training starts, not here" in done.stdout
+    assert "padded to a multiple of 16" in done.stdout
+    assert "Transformer Engine 2.2 and a torch for CUDA 12.1 or newer" in done.stdout
+    assert "looked at when training starts, not here" in done.stdout
+
+
+def test_check_refuses_matrices_that_fp8_cannot_take(config):
+    """The MLP of 80 over tp=2, and 48 numbers in blocks of 32."""
+    split = violations(config, "precision.dtype=fp8", "parallel.tp=2", world_size=2)
+    assert "ffn_hidden_size=80, over parallel.tp=2 40 a rank, is no multiple of 16" in split
+    assert "use parallel.tp=1 or precision.dtype=bf16" in split
+    blocks = violations(config, "precision.dtype=fp8", "precision.fp8_recipe=mxfp8")
+    assert "hidden_size=48 is no multiple of 32" in blocks
+    assert "use precision.fp8_recipe=tensorwise or precision.dtype=bf16" in blocks
 
 
 @pytest.mark.slow

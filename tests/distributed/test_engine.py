@@ -28,8 +28,12 @@ def generate(
     step: int = 0,
     at_pass=None,
     prepare=None,
+    fp8_recipe: str | None = None,
 ):
-    """[(slot, response_index, token ids, log-probs, finish reason)] on every rank."""
+    """[(slot, response_index, token ids, log-probs, finish reason)] on every rank.
+
+    fp8_recipe: the recipe whose sizes the passes have; the model computes in fp32.
+    """
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
     from megatron_powerflow.hf.config import read_architecture
     from megatron_powerflow.hf.families import FAMILIES as families
@@ -37,13 +41,14 @@ def generate(
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.records import Prompt, SamplingParams
     from megatron_powerflow.rollout.megatron_engine import MegatronEngine
-    from megatron_powerflow.training.policy import alignment, build_policy
+    from megatron_powerflow.training.policy import build_policy
 
     launch = read_launch()
     architecture, family = read_architecture(model, families)
     parallel = ParallelSection(tp=tp, pp=pp, vpp=vpp, sequence_parallel=sequence_parallel)
     layout = inference_layout(parallel, architecture, launch.world_size)
     precision = PrecisionSection(dtype="fp32")
+    sizes = PrecisionSection(dtype="fp8", fp8_recipe=fp8_recipe) if fp8_recipe else precision
     with initialized(layout, launch, seed=0) as groups:
         chunks = build_policy(architecture, family, layout, ModelSection(hf_path=model), precision, groups)
         if prepare is not None:
@@ -55,7 +60,7 @@ def generate(
             groups,
             vocab_size=architecture.vocab_size,
             max_concurrent_rows=max_rows,
-            alignment=alignment(layout, precision),
+            alignment=layout.token_multiple(sizes),
         )
         sampling = SamplingParams(responses, max_tokens, temperature, frozenset(stop), seed=7, step=step)
         given = [(slot, Prompt(str(slot), slot, tuple(tokens))) for slot, tokens in enumerate(prompts)]
@@ -183,6 +188,27 @@ def test_samples_follow_the_distribution_they_claim(gloo, tiny_model):
     for token in frequent:
         deviation = abs(counts[token] / 2000 - claimed[token])
         assert deviation < 4 * (claimed[token] / 2000) ** 0.5
+
+
+def generate_and_look_at_rows(model: str, tp: int, recipe: str, **kwargs):
+    """`generate`, and the rows that this rank's first matrix gets in each pass: the part that FP8 quantizes."""
+    rows = []
+
+    def prepare(chunk):
+        linear = chunk.decoder.layers[0].self_attention.linear_qkv
+        linear.register_forward_hook(lambda module, inputs, outputs: rows.append(inputs[0].shape[:-1].numel()))
+
+    return generate(model, tp, 1, prepare=prepare, fp8_recipe=recipe, **kwargs), rows
+
+
+@pytest.mark.parametrize(("recipe", "rows_of_8"), [("tensorwise", 1), ("mxfp8", 4)])
+def test_passes_have_rows_that_fp8_takes_and_draw_the_same(gloo, tiny_model, recipe, rows_of_8):
+    """12 rows of responses over tp=2: 16 tokens, 8 a rank, or 64 and 32. Rows that pad are stored nowhere."""
+    folder = str(tiny_model("llama"))
+    (alone,) = gloo.run(1, generate, folder, 1, 1)
+    for answer, rows in gloo.run(2, generate_and_look_at_rows, folder, 2, recipe, sequence_parallel=True):
+        assert same_tokens(answer, alone)
+        assert set(rows) == {8 * rows_of_8}
 
 
 def generate_with_flags(model: str) -> list[bool]:

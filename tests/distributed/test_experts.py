@@ -125,7 +125,7 @@ def generate_share(model: str, prompts: list, stop: tuple, max_rows: int, **para
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.records import Prompt, SamplingParams
     from megatron_powerflow.rollout.megatron_engine import MegatronEngine
-    from megatron_powerflow.training.policy import alignment, build_policy
+    from megatron_powerflow.training.policy import build_policy
 
     launch = read_launch()
     architecture, family = read_architecture(model, FAMILIES)
@@ -137,7 +137,7 @@ def generate_share(model: str, prompts: list, stop: tuple, max_rows: int, **para
             groups,
             vocab_size=architecture.vocab_size,
             max_concurrent_rows=max_rows,
-            alignment=alignment(layout, precision),
+            alignment=layout.token_multiple(precision),
         )
         mine = [(slot, Prompt(str(slot), slot, tuple(tokens))) for slot, tokens in prompts[groups.dp_rank]]
         rollouts = engine.generate(mine, SamplingParams(2, 12, 1.0, frozenset(stop), seed=7, step=0))

@@ -57,6 +57,7 @@ FREE_OF_TORCH = (
     "whole_files",
     "journal",
     "parallel.device_sums",
+    "parallel.fp8_sizes",
     "parallel.layout",
     "parallel.meeting",
     "parallel.owner",
