@@ -14,7 +14,7 @@ class Rope:
     """The rotary position embedding as the model's config.json states it."""
 
     theta: float
-    # "default", "linear", "llama3", "longrope" or, with Mla only, "yarn"; the readers refuse every other kind
+    # "default", "linear", "llama3", "longrope" or "yarn"; the readers refuse every other kind
     scaling: str = "default"
     factor: float = 1.0
     # llama3 only: wavelengths above `original_max_positions / low_freq_factor` are stretched by `factor`
@@ -26,8 +26,10 @@ class Rope:
     # yarn only: pairs that turn more than beta_fast times in original_max_positions are kept, below beta_slow divided
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    whole_pairs: bool = True  # yarn only: the range between the two is widened to whole pairs
     attention_factor: float = 1.0  # longrope and yarn: what cosines and sines are multiplied by
-    mscale_all_dim: float = 0.0  # yarn only: attention scores are multiplied by (0.1 mscale_all_dim ln(factor) + 1)^2
+    # yarn with Mla only: attention scores are multiplied by (0.1 mscale_all_dim ln(factor) + 1)^2
+    mscale_all_dim: float = 0.0
     fraction: float = 1.0  # of each head's dimensions, from the first, that are rotated; the others stay as they are
 
     def rotated(self, head_dim: int) -> int:
@@ -116,8 +118,12 @@ class Architecture:
     @property
     def positions_field(self) -> str:
         """The name of the config.json field that max_positions comes from."""
-        limited = self.rope.scaling == "longrope" and self.rope.original_max_positions == self.max_positions
-        return "original_max_position_embeddings" if limited else "max_position_embeddings"
+        rope = self.rope
+        if rope.scaling == "longrope" and rope.original_max_positions == self.max_positions:
+            return "original_max_position_embeddings"
+        if rope.scaling == "yarn" and int(rope.factor * rope.original_max_positions) == self.max_positions:
+            return "original_max_position_embeddings x factor"
+        return "max_position_embeddings"
 
     @property
     def query_width(self) -> int:

@@ -55,8 +55,9 @@ def _without_contradictions(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     last one."""
     fields: dict[str, Any] = {}
     for key, value in pairs:
-        if fields.setdefault(key, value) != value:
-            raise ValueError(f"{key} is there twice, as {fields[key]!r} and as {value!r}; take one away")
+        first = fields.setdefault(key, value)
+        if first is not value and first != value:  # NaN differs from itself
+            raise ValueError(f"{key} is there twice, as {first!r} and as {value!r}; take one away")
     return fields
 
 
@@ -192,7 +193,6 @@ def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: P
     head_dim = overrides.get("head_dim") or fields.get("head_dim")
     if head_dim is None and hidden % heads:
         raise UserError(f"{path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim")
-    limit = rope.original_max_positions if rope.scaling == "longrope" else fields["max_position_embeddings"]
     common = {
         "family": family.model_type,
         "num_layers": fields["num_hidden_layers"],
@@ -207,10 +207,23 @@ def _architecture(fields: Mapping[str, Any], family: Family, rope: Rope, path: P
         "tied_embeddings": bool(fields["tie_word_embeddings"]),
         "qkv_bias": False,
         "qk_norm": False,
-        "max_positions": min(fields["max_position_embeddings"], limit),
+        "max_positions": _max_positions(fields["max_position_embeddings"], rope),
         "sliding_window": None,
     }
     return Architecture(**{**common, **overrides})
+
+
+def _max_positions(stated: int, rope: Rope) -> int:
+    """Return the longest sequence, in tokens. stated: max_position_embeddings.
+
+    longrope ends at its original length. YaRN reaches factor times its original length, also where the file states the
+    original one alone, as it does by Qwen's instructions; vLLM takes it so too.
+    """
+    if rope.scaling == "longrope":
+        return min(stated, rope.original_max_positions)
+    if rope.scaling == "yarn":
+        return max(stated, int(rope.factor * rope.original_max_positions))
+    return stated
 
 
 def _expert_violations(experts: Experts | None) -> list[str]:

@@ -41,7 +41,7 @@ class Family:
     sizes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     partial_rotary: bool = False
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     nullable: tuple[str, ...] = ()
     synonyms: Mapping[str, str] = field(default_factory=dict)
     violations: Callable[[Mapping[str, Any]], list[str]] = lambda fields: []

@@ -152,6 +152,7 @@ def _stretched(kind: str, scaling: Mapping[str, Any], fields: Mapping[str, Any],
         original_max_positions=original,
         beta_fast=float(scaling.get("beta_fast") or 32),
         beta_slow=float(scaling.get("beta_slow") or 1),
+        whole_pairs=scaling.get("truncate", True),
         attention_factor=_yarn_attention_factor(scaling),
         mscale_all_dim=float(scaling.get("mscale_all_dim") or 0.0),
     )
@@ -159,10 +160,11 @@ def _stretched(kind: str, scaling: Mapping[str, Any], fields: Mapping[str, Any],
 
 def _yarn_violations(field: str, scaling: Mapping[str, Any]) -> list[str]:
     violations = []
-    if scaling.get("truncate", True) is not True:
-        violations.append(
-            f"truncate={scaling['truncate']!r} of rope scaling type 'yarn' is not supported; only True is"
-        )
+    factor = scaling.get("factor")
+    if is_number(factor, above=0.0) and not is_number(factor, least=1.0):
+        violations.append(f"{field}.factor={factor!r}; rope scaling type 'yarn' stretches, so it must be at least 1.0")
+    if type(truncate := scaling.get("truncate", True)) is not bool:
+        violations.append(f"{field}.truncate={truncate!r}; it must be true or false")
     return violations + [
         f"{field}.{key}={scaling[key]!r}; it must be a number of at least 0, or null"
         for key in ("mscale", "mscale_all_dim")

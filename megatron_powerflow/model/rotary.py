@@ -37,7 +37,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     if rope.scaling == "longrope":
         return frequencies / torch.tensor(rope.factors, device="cpu")
     if rope.scaling == "yarn":
-        return _yarn_frequencies(frequencies, rope, head_dim)
+        return _yarn_frequencies(rope.theta**exponents, rope)
     assert rope.scaling == "llama3", rope.scaling
     wavelengths = 2 * math.pi / frequencies
     smooth = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / (
@@ -47,21 +47,28 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     return (1 - smooth) * frequencies / rope.factor + smooth * frequencies
 
 
-def _yarn_frequencies(frequencies: Tensor, rope: Rope, head_dim: int) -> Tensor:
-    """Stretch frequencies by YaRN (arXiv 2309.00071).
+def _yarn_frequencies(wavelengths: Tensor, rope: Rope) -> Tensor:
+    """Return the frequencies of pairs with wavelengths [pairs] fp32, in positions per radian, after YaRN (2309.00071).
 
     Those of pairs that turn often in original_max_positions are kept, those of pairs that turn seldom are divided by
-    `factor`, and those between are interpolated, over whole pairs.
+    `factor`, and those between are interpolated. Where the range between is empty or reversed (beta_slow above
+    beta_fast, or an original length that no pair turns in), the same formula holds, as in transformers and vLLM.
     """
+    rotated = 2 * len(wavelengths)
 
     def pair_that_turns(times: float) -> float:
-        return head_dim * math.log(rope.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return rotated * math.log(rope.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    first = max(math.floor(pair_that_turns(rope.beta_fast)), 0)
-    last = min(math.ceil(pair_that_turns(rope.beta_slow)), head_dim - 1)
-    pairs = torch.arange(len(frequencies), dtype=torch.float32, device="cpu")
-    divided = ((pairs - first) / max(last - first, 0.001)).clamp(0.0, 1.0)
-    return divided * frequencies / rope.factor + (1 - divided) * frequencies
+    first, last = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.whole_pairs:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotated - 1)
+    if first == last:
+        last += 0.001
+    pairs = torch.arange(len(wavelengths), dtype=torch.float32, device="cpu")
+    kept = 1 - ((pairs - first) / (last - first)).clamp(0.0, 1.0)
+    # in the order of transformers, to the bit: position 200,000 times a rounding of a frequency is a visible angle
+    return 1.0 / (rope.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
 
 class Rotation(NamedTuple):

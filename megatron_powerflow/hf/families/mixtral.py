@@ -1,7 +1,8 @@
 """Mixtral: Mistral's attention, and in each layer a router and experts in the place of the MLP.
 
 Oddities: the experts' tensors are called w1 (gate), w3 (up) and w2 (down); rope theta is 1e6 where the file is silent;
-the router's softmax is over the chosen experts only, whatever the file says. router_aux_loss_coef and
+the router's softmax is over the chosen experts only, whatever the file says. Rope scaling `yarn` is refused, because
+transformers (5.23) fails to load it where the file has no head_dim, as no released file has. router_aux_loss_coef and
 output_router_logits add to transformers' own training loss: PowerFlow adds no auxiliary loss, so they change nothing.
 """
 
@@ -47,5 +48,6 @@ FAMILY = Family(
     layer_ops=expert_ops("block_sparse_moe", "w1", "w3", "w2"),
     model_ops=MODEL_OPS,
     nullable=("head_dim",),
+    rope_types=("default", "linear", "llama3"),
     synonyms={"num_experts": "num_local_experts"},
 )
