@@ -39,7 +39,8 @@ def measure(config, repetitions: int) -> dict[bool, list[Timing]]:
     """Timings by `asynchronous`, in turn. The first save of each kind, which plans who writes what, is left out."""
     from megatron_powerflow.checkpoint.keeping import Keeping
     from megatron_powerflow.checkpoint.saving import Saver
-    from megatron_powerflow.parallel.initialize import ALONE, initialized
+    from megatron_powerflow.parallel.initialize import initialized
+    from megatron_powerflow.parallel.launch import ALONE
     from megatron_powerflow.training.plan import make_plan, write_config
     from megatron_powerflow.training.session import build_session
 

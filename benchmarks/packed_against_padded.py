@@ -118,7 +118,8 @@ def one_step(batches: list, plan, session) -> float:
 def measure(model: Path, folder: Path, number: int, budget: int, rounds: int) -> dict[str, tuple[float, float, float]]:
     """way -> (seconds of the fastest round, share of positions that are padding, loss)."""
     from megatron_powerflow.model.stream import extent
-    from megatron_powerflow.parallel.initialize import Launch, initialized
+    from megatron_powerflow.parallel.initialize import initialized
+    from megatron_powerflow.parallel.launch import Launch
     from megatron_powerflow.training.plan import make_plan
     from megatron_powerflow.training.session import build_session
 

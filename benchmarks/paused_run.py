@@ -22,7 +22,8 @@ def main() -> None:
     phase, mark, sys.argv[1:] = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     from megatron_powerflow.cli import main as run_the_command_line
     from megatron_powerflow.cli import runs
-    from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
+    from megatron_powerflow.parallel.initialize import prepare_imports
+    from megatron_powerflow.parallel.launch import read_launch
 
     is_main = read_launch().is_main
 

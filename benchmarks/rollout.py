@@ -63,7 +63,8 @@ def our_engine(model: Path, prompts: Sequence[Sequence[int]], num_responses: int
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
     from megatron_powerflow.hf.config import read_architecture
     from megatron_powerflow.hf.families import FAMILIES
-    from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.initialize import initialized
+    from megatron_powerflow.parallel.launch import read_launch
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.records import Prompt, SamplingParams
     from megatron_powerflow.rollout.megatron_engine import MegatronEngine

@@ -78,7 +78,8 @@ def our_step(
     model: Path, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int, micro_batch_size: int
 ) -> Iterator[OurStep]:
     from megatron_powerflow.config_file import parse_config
-    from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.initialize import initialized
+    from megatron_powerflow.parallel.launch import read_launch
     from megatron_powerflow.training.plan import make_plan
     from megatron_powerflow.training.session import build_session
 

@@ -11,6 +11,8 @@ model=models/SmolLM2-135M-Instruct
 config=examples/configs/local.yaml
 
 "$python" tools/fetch_example_model.py --out "$model"
+# two CPU processes, also beside a GPU; CUDA_VISIBLE_DEVICES=0,1 gives each of them one
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}
 # the two processes share the cores of this machine
 export OMP_NUM_THREADS=$(( $(nproc) / 2 > 0 ? $(nproc) / 2 : 1 ))
 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_powerflow.cli train "$config" "$@"

@@ -12,7 +12,7 @@ import shutil
 from importlib import metadata
 
 import megatron_powerflow
-from megatron_powerflow.parallel.initialize import settings_that_count
+from megatron_powerflow.parallel.launch import settings_that_count
 
 PACKAGES = (
     *("torch", "megatron-core", "transformer-engine", "apex", "transformers", "tokenizers", "safetensors"),

@@ -25,6 +25,10 @@ class UserError(ValueError):
         super().__init__("\n".join(self.violations))
 
 
+class RankError(UserError):
+    """A UserError that may be one rank's alone, of which the main rank does not know: each rank that has it says it."""
+
+
 def disk_refusal(error: OSError) -> UserError:
     """Make the user's error of what a disk refused: the path, what happened, what to do."""
     where = error.filename or "a file of this command"

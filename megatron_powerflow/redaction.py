@@ -3,7 +3,7 @@
 A secret is known by its value (an environment variable's, a judge's key), by its name (API_KEY=..., token='...'), or by
 its place (https://user:password@host).
 
-Left out: where the values come from (`parallel/initialize.py`, `evaluation/judge.py`). Pure functions.
+Left out: where the values come from (`parallel/launch.py`, `evaluation/judge.py`). Pure functions.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from megatron_powerflow.errors import (
     UserError,
 )
 from megatron_powerflow.outcome import outcome_of, remove_outcome, running, write_outcome
-from megatron_powerflow.parallel.initialize import Launch
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.parallel.owner import Owner, held_by_another
 from megatron_powerflow.parallel.pulse import Pulse
 from megatron_powerflow.parallel.watch import HEARTBEATS_NAME, Failure, Watch

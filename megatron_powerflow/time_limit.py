@@ -3,7 +3,7 @@
     stop when    now + step + save + margin > end
 
 step, save: the longest of the last few, in seconds, because the next one may be as long. Left out: who knows the end
-(`parallel/initialize.py` for SLURM), and who asks (`training/stop_signal.py`).
+(`parallel/slurm_job.py` for SLURM), and who asks (`training/stop_signal.py`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.model_card import card_files
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.initialize import initialized
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.parallel.together import on_main
 from megatron_powerflow.run_end import RunEnd
 from megatron_powerflow.run_events import RunEvents, begin

@@ -123,7 +123,7 @@ def commands(config: Path, run: Path, out: Path) -> dict[str, Callable[[], objec
     from megatron_powerflow.commands.export import export_file
     from megatron_powerflow.commands.open_model import COMMON_KEYS, open_model
     from megatron_powerflow.console import make_console
-    from megatron_powerflow.parallel.initialize import read_launch
+    from megatron_powerflow.parallel.launch import read_launch
 
     def export() -> None:
         export_file(open_model(run, (), COMMON_KEYS, 1), out / "export", read_launch(), make_console(io.StringIO()))
@@ -152,7 +152,8 @@ def load(config: Path, overrides: list[str]) -> None:
     """`powerflow train` up to its first step: the folder taken, the state loaded, the journals opened."""
     from megatron_powerflow.config_file import load_config
     from megatron_powerflow.console import make_console
-    from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.initialize import initialized
+    from megatron_powerflow.parallel.launch import read_launch
     from megatron_powerflow.parallel.pulse import Pulse
     from megatron_powerflow.parallel.together import on_main
     from megatron_powerflow.run_events import RunEvents

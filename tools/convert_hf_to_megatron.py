@@ -13,7 +13,7 @@ import typer
 
 from megatron_powerflow.cli.leaving import exit_codes
 from megatron_powerflow.console import make_console
-from megatron_powerflow.parallel.initialize import command_line, read_launch
+from megatron_powerflow.parallel.launch import command_line, read_launch
 
 
 def main(

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from megatron_powerflow.cli.leaving import exit_codes
-from megatron_powerflow.parallel.initialize import read_launch
+from megatron_powerflow.parallel.launch import read_launch
 
 
 def main(

@@ -15,7 +15,7 @@ import typer
 from megatron_powerflow.cli.leaving import exit_codes
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.initialize import read_launch
+from megatron_powerflow.parallel.launch import read_launch
 
 
 def main(

@@ -34,7 +34,8 @@ from examples.dual_nature.pretrain import NUM_TRAIN, make_base
 from examples.dual_nature.results import write_results
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
-from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
+from megatron_powerflow.parallel.initialize import prepare_imports
+from megatron_powerflow.parallel.launch import read_launch
 from megatron_powerflow.report.page import build_report
 from megatron_powerflow.training.plan import make_plan
 

@@ -9,7 +9,7 @@ import typer
 
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.initialize import ALONE
+from megatron_powerflow.parallel.launch import ALONE
 
 
 def explain_config(

@@ -15,10 +15,11 @@ from megatron_powerflow.errors import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
     Interrupted,
+    RankError,
     RequeueRequested,
     UserError,
 )
-from megatron_powerflow.parallel.initialize import environment_secrets, read_launch
+from megatron_powerflow.parallel.launch import ALONE, Launch, environment_secrets, read_launch
 from megatron_powerflow.redaction import redacted
 
 
@@ -39,7 +40,8 @@ def exit_codes(program: Callable[[], None]) -> None:
     try:
         program()
     except UserError as error:
-        _leave(EXIT_USER_ERROR, [f"error: {violation}" for violation in error.violations])
+        own = isinstance(error, RankError)
+        _leave(EXIT_USER_ERROR, [f"error: {violation}" for violation in error.violations], own=own)
     except RequeueRequested as request:
         _leave(EXIT_REQUEUE, [str(request)])
     except Interrupted as request:
@@ -49,18 +51,26 @@ def exit_codes(program: Callable[[], None]) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
             _leave(EXIT_USER_ERROR, ["error: the output cannot be written: no space left where it goes"])
-        if read_launch().world_size == 1:
+        if _launch().world_size == 1:
             raise
         traceback.print_exc()
         leave(1)
 
 
-def _leave(code: int, lines: list[str]) -> None:
-    """Exit on every rank alike; one of them says why."""
-    launch = read_launch()
-    if launch.is_main:
+def _leave(code: int, lines: list[str], *, own: bool = False) -> None:
+    """Exit on every rank alike; one of them says why, and each whose reason is its own."""
+    launch = _launch()
+    if launch.is_main or own:
         secrets = environment_secrets()
         print(*(redacted(line, secrets) for line in lines), sep="\n", file=sys.stderr)
     if launch.world_size > 1:
         leave(code)
     sys.exit(code)
+
+
+def _launch() -> Launch:
+    """This process's; where the environment contradicts itself nobody speaks for another, and each says so."""
+    try:
+        return read_launch()
+    except UserError:
+        return ALONE

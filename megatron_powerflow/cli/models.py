@@ -15,7 +15,8 @@ import typer
 from megatron_powerflow.cli.options import MODEL_HELP, Overrides, refuse_options, typed_command
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
+from megatron_powerflow.parallel.initialize import prepare_imports
+from megatron_powerflow.parallel.launch import read_launch
 
 
 class PromptAs(StrEnum):

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.initialize import command_line
+from megatron_powerflow.parallel.launch import command_line
 
 MODEL_HELP = "HF folder, run folder, checkpoint or converted one, or OWNER/NAME[@REVISION] on the hub"
 

@@ -9,7 +9,7 @@ import typer
 
 from megatron_powerflow.cli.options import say_notices
 from megatron_powerflow.console import make_console
-from megatron_powerflow.parallel.initialize import command_line
+from megatron_powerflow.parallel.launch import command_line
 
 
 def curves(

@@ -17,7 +17,8 @@ from megatron_powerflow.cli.options import OverriddenKeys, Overrides, typed_comm
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import EXIT_FAILED, UserError
-from megatron_powerflow.parallel.initialize import prepare_imports, read_launch
+from megatron_powerflow.parallel.initialize import describe_device, prepare_imports
+from megatron_powerflow.parallel.launch import read_launch
 
 if TYPE_CHECKING:
     from megatron_powerflow.run_end import RunEnd
@@ -55,6 +56,8 @@ def _train(config: Path, overrides: Sequence[str], overridden: Sequence[str], en
 
         console.print(describe(plan))
     prepare_imports()
+    if launch.is_main:
+        console.print(describe_device())
     from megatron_powerflow.train import train as run
 
     run(plan, launch, console, command=typed_command(), end=end)

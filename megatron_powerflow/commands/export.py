@@ -18,7 +18,8 @@ from megatron_powerflow.commands.open_model import OpenModel, load_chunks
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.model_card import card_files
-from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.initialize import initialized
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.targets import export_target, require
 
 

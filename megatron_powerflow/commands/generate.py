@@ -16,7 +16,8 @@ from megatron_powerflow.commands.rounds import BY_GENERATE, ROUND_ROWS, output_r
 from megatron_powerflow.data.prompts import Rewrite, load_prompts
 from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.initialize import initialized
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.records import Prompt, Purpose, Rollout, SamplingParams
 from megatron_powerflow.rollout.sampling_params import sampling_params
 from megatron_powerflow.targets import require

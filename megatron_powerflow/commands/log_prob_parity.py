@@ -17,7 +17,8 @@ from megatron_powerflow.commands.score import log_probs_by_slot
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.shapes import expected_tensors
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.initialize import initialized
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.training.forward_step import Scorer
 

@@ -36,7 +36,7 @@ from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths, RequestedNa
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.initialize import Launch
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.parallel.layout import Layout, inference_layout
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
 from megatron_powerflow.training.inputs import read_inputs

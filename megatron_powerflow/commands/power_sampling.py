@@ -22,7 +22,8 @@ from megatron_powerflow.commands.rounds import BY_GENERATE, output_refusals, wri
 from megatron_powerflow.commands.score import log_probs_by_slot
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.parallel.collectives import from_last_stage
-from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.initialize import initialized
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import Engine
 from megatron_powerflow.rollout.power_sampling import Chain, PowerSampling, block_limits, power_sampling

@@ -22,7 +22,8 @@ from megatron_powerflow.data.tokenizer import Tokenizer
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.initialize import initialized
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.parallel.together import largest
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.targets import require

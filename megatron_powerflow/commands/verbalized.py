@@ -19,7 +19,8 @@ from megatron_powerflow.commands.open_model import OpenModel, engine_of, load_ch
 from megatron_powerflow.commands.rounds import BY_GENERATE, output_refusals, write_rounds
 from megatron_powerflow.data.verbalized import parse_verbalized, verbalized_row
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.initialize import initialized
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.parallel.together import gather_to_main
 from megatron_powerflow.records import Prompt
 from megatron_powerflow.targets import require

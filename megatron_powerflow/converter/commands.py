@@ -22,7 +22,8 @@ from megatron_powerflow.converter.ranks import Ranks
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hub.fetch import locate
 from megatron_powerflow.hub.located import LocalPaths, RequestedName
-from megatron_powerflow.parallel.initialize import Launch, cpu_group, prepare_imports
+from megatron_powerflow.parallel.initialize import cpu_group, prepare_imports
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.targets import require
 
 TEXT = (

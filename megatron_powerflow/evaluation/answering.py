@@ -22,7 +22,8 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import Question
 from megatron_powerflow.evaluation.responses import Key, Line, append_responses, check_settings, open_responses
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.initialize import Launch, initialized
+from megatron_powerflow.parallel.initialize import initialized
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.parallel.owner import Owner
 from megatron_powerflow.parallel.together import gather_to_main, on_main
 from megatron_powerflow.records import Prompt, Rollout

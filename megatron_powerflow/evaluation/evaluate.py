@@ -37,7 +37,7 @@ from megatron_powerflow.evaluation.responses import (
     remove_unanswered,
 )
 from megatron_powerflow.evaluation.results import describe_results, results_table, table_title, write_results
-from megatron_powerflow.parallel.initialize import Launch
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.parallel.owner import Owner
 
 

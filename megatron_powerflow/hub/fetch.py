@@ -31,7 +31,7 @@ from megatron_powerflow.hub.failures import hub_errors, is_hub_reply, one_line, 
 from megatron_powerflow.hub.located import NO_DOWNLOADS, Download, LocalPaths, RequestedName
 from megatron_powerflow.hub.names import BENCHMARK_FILES, COMMIT, DATA_ENDINGS, PREFIX, HubName, parse_hub_name
 from megatron_powerflow.parallel.agreement import main_first
-from megatron_powerflow.parallel.initialize import Launch
+from megatron_powerflow.parallel.launch import Launch
 
 CONFIG_NAME = "config.json"
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")

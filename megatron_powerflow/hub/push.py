@@ -26,7 +26,7 @@ from megatron_powerflow.hf.files import SafetensorsFolder
 from megatron_powerflow.hub.failures import hub_errors, one_line, silence_hub
 from megatron_powerflow.hub.names import is_repository
 from megatron_powerflow.parallel.agreement import main_first
-from megatron_powerflow.parallel.initialize import Launch
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.targets import MARK_NAME, TargetFolder
 
 OPTION = "--push-to-hub"

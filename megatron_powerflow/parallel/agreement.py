@@ -3,7 +3,7 @@
 This is for what one process should ask of a network and all must know, such as the commit that a name on the hub stands
 for. They meet in a key-value store, which is torchrun's, or the main process's own under srun.
 
-Left out: process groups (`initialize.py`).
+Left out: the store (`rendezvous.py`) and process groups (`initialize.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from datetime import timedelta
 from typing import TypeVar
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.initialize import Launch, rendezvous
+from megatron_powerflow.parallel.launch import Launch
+from megatron_powerflow.parallel.rendezvous import rendezvous
 
 LONGEST_WAIT = timedelta(hours=12)  # of the others, while the main process downloads a model
 T = TypeVar("T")

@@ -4,7 +4,7 @@ Each rank leaves a word in the store, with its host and process. Whoever waits s
 come to this host is gone: what connects ranks would wait for it for half an hour, and each process group is connected
 anew. Once all groups are there a lost rank breaks the collectives, and a run has its heartbeats (`watch.py`).
 
-Left out: where the store is (`initialize.py`).
+Left out: where the store is (`rendezvous.py`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from megatron_powerflow.config import Config
 from megatron_powerflow.hub.fetch import locate
 from megatron_powerflow.hub.located import LocalPaths, RequestedName
-from megatron_powerflow.parallel.initialize import Launch
+from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.training.inputs import read_inputs
 from megatron_powerflow.training.plan import make_plan
 from megatron_powerflow.training.resume import find_resume

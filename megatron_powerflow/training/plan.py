@@ -36,7 +36,7 @@ from megatron_powerflow.hf.files import SafetensorsFolder
 from megatron_powerflow.hf.ordinary_files import require_ordinary_files
 from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths
 from megatron_powerflow.model.precision import FP8_RECIPES, fp8_model_violations
-from megatron_powerflow.parallel.initialize import environment_secrets
+from megatron_powerflow.parallel.launch import environment_secrets
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Prompt
 from megatron_powerflow.redaction import holds_secret

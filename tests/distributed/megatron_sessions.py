@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_powerflow.config_file import parse_config
-from megatron_powerflow.parallel.initialize import initialized, read_launch
+from megatron_powerflow.parallel.initialize import initialized
+from megatron_powerflow.parallel.launch import read_launch
 
 
 def config_for(model: Path, prompts: Path, out: Path, *overrides: str):

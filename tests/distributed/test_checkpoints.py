@@ -110,7 +110,8 @@ def take_each(run: Path, damages: list[tuple[str, str]]) -> list[tuple[str, str,
     """(file, damage, what is taken and what is said) for each, on this rank; the run is put back each time."""
     from megatron_powerflow.checkpoint.choice import choose
     from megatron_powerflow.checkpoint.whole import whole_checkpoint
-    from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.initialize import initialized
+    from megatron_powerflow.parallel.launch import read_launch
     from megatron_powerflow.parallel.layout import Layout
 
     found = []

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_powerflow.data.packing import packed_stream, row_stream
-from megatron_powerflow.parallel.initialize import initialized, read_launch
+from megatron_powerflow.parallel.initialize import initialized
+from megatron_powerflow.parallel.launch import read_launch
 from megatron_powerflow.parallel.layout import Layout
 
 LENGTHS = (13, 5, 8)  # one sequence fits no number of pieces, one rank has little of another

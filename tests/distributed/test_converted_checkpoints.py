@@ -33,7 +33,8 @@ def converted(tiny_model, tmp_path_factory):
 
 
 def convert_on_rank(source: str, out: str, back: str) -> int:
-    from megatron_powerflow.parallel.initialize import cpu_group, read_launch
+    from megatron_powerflow.parallel.initialize import cpu_group
+    from megatron_powerflow.parallel.launch import read_launch
 
     launch = read_launch()
     with cpu_group(launch):
@@ -57,7 +58,8 @@ def weights_differ(hf: str, converted: str, **parallel) -> tuple[list[str], int]
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
     from megatron_powerflow.hf.config import read_architecture
     from megatron_powerflow.hf.families import FAMILIES as families
-    from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.initialize import initialized
+    from megatron_powerflow.parallel.launch import read_launch
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.training.policy import build_policy
 
@@ -105,7 +107,8 @@ def stock_weights_differ(hf: str, checkpoint: str, tp: int, pp: int) -> list[str
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
     from megatron_powerflow.hf.config import read_architecture
     from megatron_powerflow.hf.families import FAMILIES as families
-    from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.initialize import initialized
+    from megatron_powerflow.parallel.launch import read_launch
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.training.policy import build_policy
 
@@ -221,7 +224,7 @@ def test_a_run_from_a_converted_checkpoint_and_back(gloo, tiny_model, converted,
 def largest_gap(a: str, b: str) -> float | None:
     from megatron_powerflow.commands.log_prob_parity import max_log_prob_difference
     from megatron_powerflow.converter.commands import TEXT
-    from megatron_powerflow.parallel.initialize import read_launch
+    from megatron_powerflow.parallel.launch import read_launch
 
     return max_log_prob_difference(Path(a), Path(b), TEXT, read_launch())[0]
 

@@ -63,7 +63,7 @@ def verbalize(model: str, prompts: str, out: str, num_responses: int, overrides:
     from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
     from megatron_powerflow.commands.verbalized import VerbalizedSampling, verbalize_file
     from megatron_powerflow.console import make_console
-    from megatron_powerflow.parallel.initialize import read_launch
+    from megatron_powerflow.parallel.launch import read_launch
 
     launch = read_launch()
     opened = open_model(Path(model), overrides, GENERATE_KEYS, launch.world_size)

@@ -55,7 +55,7 @@ def questions(tmp_path_factory) -> Path:
 def evaluate_to(folder: str, data: str, out: str, overrides: tuple = (), num_responses: int = 8, **options) -> str:
     from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
     from megatron_powerflow.evaluation.evaluate import EvaluationRequest, evaluate
-    from megatron_powerflow.parallel.initialize import read_launch
+    from megatron_powerflow.parallel.launch import read_launch
 
     launch = read_launch()
     console = make_console(io.StringIO(), width=200)

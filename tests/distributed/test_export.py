@@ -17,7 +17,8 @@ def export_untrained(model: str, out: str, max_shard_bytes: int = 10**9, **paral
     from megatron_powerflow.hf.config import read_architecture
     from megatron_powerflow.hf.families import FAMILIES as families
     from megatron_powerflow.hf.live_weights import export_to_hf
-    from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.initialize import initialized
+    from megatron_powerflow.parallel.launch import read_launch
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.training.policy import build_policy
 
@@ -152,7 +153,7 @@ def score_to(folder: str, rows: str, out: str, overrides: tuple) -> None:
     from megatron_powerflow.commands.open_model import SCORE_KEYS, open_model
     from megatron_powerflow.commands.score import score_file
     from megatron_powerflow.console import make_console
-    from megatron_powerflow.parallel.initialize import read_launch
+    from megatron_powerflow.parallel.launch import read_launch
 
     launch = read_launch()
     opened = open_model(Path(folder), overrides, SCORE_KEYS, launch.world_size)
@@ -165,7 +166,7 @@ def generate_to(folder: str, prompts: str, out: str, overrides: tuple, num_respo
     from megatron_powerflow.commands.generate import generate_file
     from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_model
     from megatron_powerflow.console import make_console
-    from megatron_powerflow.parallel.initialize import read_launch
+    from megatron_powerflow.parallel.launch import read_launch
 
     launch = read_launch()
     opened = open_model(Path(folder), overrides, GENERATE_KEYS, launch.world_size)

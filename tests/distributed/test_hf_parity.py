@@ -28,7 +28,8 @@ def megatron_logits_and_log_probs(
     from megatron_powerflow.data.packing import AnnotatedRollout, pack
     from megatron_powerflow.hf.config import read_architecture
     from megatron_powerflow.hf.families import FAMILIES as families
-    from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.initialize import initialized
+    from megatron_powerflow.parallel.launch import read_launch
     from megatron_powerflow.parallel.layout import inference_layout
     from megatron_powerflow.records import Prompt, Rollout
     from megatron_powerflow.training.forward_step import Scorer, run_forward

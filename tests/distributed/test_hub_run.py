@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_named
-from megatron_powerflow.parallel.initialize import ALONE
+from megatron_powerflow.parallel.launch import ALONE
 from tests.conftest import REPOSITORY, run_cli
 from tests.free_ports import free_port
 from tests.hub_server import TOKEN
@@ -80,7 +80,8 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.hub.fetch import locate
 from megatron_powerflow.hub.located import RequestedName
 from megatron_powerflow.parallel.agreement import main_first
-from megatron_powerflow.parallel.initialize import cpu_group, read_launch
+from megatron_powerflow.parallel.initialize import cpu_group
+from megatron_powerflow.parallel.launch import read_launch
 
 launch = read_launch()
 found = locate([RequestedName("model", "owner/tiny", "--model")], launch).model("owner/tiny")

@@ -190,7 +190,7 @@ def refused_exports(run: str, outs: list[str], work: str) -> list[str]:
     from megatron_powerflow.commands.open_model import COMMON_KEYS, open_model
     from megatron_powerflow.console import make_console
     from megatron_powerflow.errors import UserError
-    from megatron_powerflow.parallel.initialize import read_launch
+    from megatron_powerflow.parallel.launch import read_launch
 
     def too_late(*_, **__):
         raise AssertionError("judged too late")
@@ -282,7 +282,7 @@ def evaluate_refused(model: str, data: str, out: str) -> str:
     from megatron_powerflow.console import make_console
     from megatron_powerflow.errors import UserError
     from megatron_powerflow.evaluation.evaluate import EvaluationRequest, evaluate
-    from megatron_powerflow.parallel.initialize import read_launch
+    from megatron_powerflow.parallel.launch import read_launch
 
     settings = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6")
     opened = open_model(Path(model), settings, GENERATE_KEYS, 1)
@@ -321,7 +321,8 @@ def written_while_written(model: str, out: Path) -> list[str]:
     from megatron_powerflow.commands.rounds import SCORED, output_refusals, write_rounds
     from megatron_powerflow.console import make_console
     from megatron_powerflow.errors import UserError
-    from megatron_powerflow.parallel.initialize import initialized, read_launch
+    from megatron_powerflow.parallel.initialize import initialized
+    from megatron_powerflow.parallel.launch import read_launch
 
     opened, said = open_model(Path(model), (), SCORE_KEYS, 1), []
     with initialized(opened.layout, read_launch(), seed=0) as groups:

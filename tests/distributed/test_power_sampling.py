@@ -27,7 +27,7 @@ def power_sample(
     from megatron_powerflow.commands.open_model import open_model
     from megatron_powerflow.commands.power_sampling import POWER_SAMPLING_KEYS, power_sample_file
     from megatron_powerflow.console import make_console
-    from megatron_powerflow.parallel.initialize import read_launch
+    from megatron_powerflow.parallel.launch import read_launch
     from megatron_powerflow.rollout.power_sampling import PowerSampling
 
     launch = read_launch()

@@ -20,11 +20,11 @@ pytestmark = [
 SCRIPT = """
 from datetime import timedelta
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel import initialize, meeting
+from megatron_powerflow.parallel import initialize, launch, meeting
 meeting.MEETING = initialize.MEETING = initialize.TIMEOUT = timedelta(seconds=20)
 import torch, torch.distributed as dist
 try:
-    with initialize.cpu_group(initialize.read_launch()):
+    with initialize.cpu_group(launch.read_launch()):
         total = torch.ones(1)
         dist.all_reduce(total)
         print("sum", total.item())

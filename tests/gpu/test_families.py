@@ -29,7 +29,8 @@ def folder(tmp_path, family, shape):
 @contextlib.contextmanager
 def session_of(folder, dtype: str, micro_batches: dict):
     from megatron_powerflow.config_file import parse_config
-    from megatron_powerflow.parallel.initialize import initialized, prepare_imports, read_launch
+    from megatron_powerflow.parallel.initialize import initialized, prepare_imports
+    from megatron_powerflow.parallel.launch import read_launch
     from megatron_powerflow.training.plan import make_plan
     from megatron_powerflow.training.session import build_session
 

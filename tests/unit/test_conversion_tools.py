@@ -29,7 +29,7 @@ from megatron_powerflow.converter.ranks import Ranks
 from megatron_powerflow.converter.torch_dist import TorchDistFolder
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.files import INDEX_NAME, SafetensorsFolder
-from megatron_powerflow.parallel.initialize import Launch
+from megatron_powerflow.parallel.launch import Launch
 from tests.tiny_models import FAMILIES
 
 ALONE = Ranks()

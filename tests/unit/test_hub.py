@@ -23,7 +23,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.hub import fetch
 from megatron_powerflow.hub.fetch import locate
 from megatron_powerflow.hub.located import Download, LocalPaths, RequestedName
-from megatron_powerflow.parallel.initialize import ALONE
+from megatron_powerflow.parallel.launch import ALONE
 from megatron_powerflow.training.fetched import fetch_inputs
 from megatron_powerflow.training.plan import make_plan
 

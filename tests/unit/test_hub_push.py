@@ -12,7 +12,7 @@ from megatron_powerflow import cli
 from megatron_powerflow.cli import leaving
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hub.push import check_push, push
-from megatron_powerflow.parallel.initialize import ALONE
+from megatron_powerflow.parallel.launch import ALONE
 from megatron_powerflow.targets import export_target
 from tests.hub_server import READ_TOKEN, TOKEN
 

@@ -19,7 +19,7 @@ from megatron_powerflow.outcome import (
     running,
     write_outcome,
 )
-from megatron_powerflow.parallel.initialize import ALONE
+from megatron_powerflow.parallel.launch import ALONE
 from megatron_powerflow.parallel.owner import Owner
 from megatron_powerflow.run_end import RunEnd
 

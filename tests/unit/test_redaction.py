@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_powerflow.parallel.initialize import command_line
+from megatron_powerflow.parallel.launch import command_line
 from megatron_powerflow.redaction import holds_secret, redacted
 
 
