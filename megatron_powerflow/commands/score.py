@@ -28,6 +28,7 @@ from megatron_powerflow.parallel.together import largest
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.targets import require
 from megatron_powerflow.training.forward_step import Scorer
+from megatron_powerflow.training.micro_batches import padded_multiple
 from megatron_powerflow.training.score import score
 
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away
@@ -109,7 +110,7 @@ def log_probs_by_slot(
         micro_batch_size=micro_batch_size,
         responses_per_prompt=1,
         drop_truncated=False,
-        multiple=opened.layout.position_multiple(opened.config.precision),
+        multiple=padded_multiple(opened.layout, opened.config.precision, scorer.groups.device),
         uniform=False,
         device=scorer.groups.device,
     )

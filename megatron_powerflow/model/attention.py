@@ -19,7 +19,6 @@ scores, and a cache that forgets what has left the window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
-from megatron_powerflow.model.kv_cache import KeysAndValues, KVCache, LayerCache, Segment
+from megatron_powerflow.model.kv_cache import KVCache, LayerCache
+from megatron_powerflow.model.length_step import rounded_up
 from megatron_powerflow.model.rotary import rotate
 from megatron_powerflow.model.stream import Pieces
 from megatron_powerflow.parallel.collectives import gather_over
@@ -145,7 +145,7 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, 
         both = rotate(torch.cat((query, key), dim=2), *cache.rotation)
         query, key = both.split((query.shape[2], key.shape[2]), dim=2)
     if cache.segments is not None:
-        return _prefill(query, key, value, cache.layers[layer], cache.segments, rule)
+        return _prefill(query, key, value, cache, layer, rule)
     assert cache.key_indices is not None, "only in a pass of `KVCache.decoding`"
     num_rows, num_groups = cache.num_rows, key.shape[2]
     for stored, new in zip(cache.layers[layer], (key, value), strict=True):
@@ -158,22 +158,22 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, 
     return out if padding == 0 else F.pad(out, (0, 0, 0, 0, 0, padding))
 
 
-def _prefill(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    stored: KeysAndValues,
-    segments: Sequence[Segment],
-    rule: Rule,
-) -> Tensor:
-    """Attend within each prompt by itself, and store its keys and values in every row of its segment."""
-    keys, values = stored
+def _prefill(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, rule: Rule) -> Tensor:
+    """Attend within each prompt by itself, and store its keys and values in every row of its segment.
+
+    A prompt is followed by zeros up to a multiple of the cache's length_step; the causal mask hides them from it.
+    """
+    assert cache.segments is not None, "only in a pass of `KVCache.prefilling`"
+    keys, values = cache.layers[layer]
     out = value.new_zeros(*query.shape[:3], value.shape[3])
-    for rows, start, stop in segments:
+    for rows, start, stop in cache.segments:
+        length = stop - start
         # [len, 1, g, d] -> [1, g, len, d]
         q, k, v = (tensor[start:stop].permute(1, 2, 0, 3) for tensor in (query, key, value))
-        keys[rows, :, : stop - start], values[rows, :, : stop - start] = k, v
-        out[start:stop] = causal_attention(q, k, v, rule).permute(2, 0, 1, 3)
+        keys[rows, :, :length], values[rows, :, :length] = k, v
+        if extra := rounded_up(length, cache.length_step) - length:
+            q, k, v = (F.pad(tensor, (0, 0, 0, extra)) for tensor in (q, k, v))
+        out[start:stop] = causal_attention(q, k, v, rule)[:, :, :length].permute(2, 0, 1, 3)
     return out.flatten(2)
 
 

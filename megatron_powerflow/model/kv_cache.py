@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_powerflow.model.length_step import rounded_up
 from megatron_powerflow.model.rotary import Rotation
 
 GROWTH = 128  # positions added at a time
@@ -53,18 +54,29 @@ class KVCache:
 
     layers: what each layer stores. lengths: [rows] int64 on the host, the tokens already stored.
     head_dims: those of a key and of a value. limit: the most tokens that a row can come to hold, and the largest
-    capacity. A forward pass is bracketed by `prefilling` or `decoding`, which say which tokens come.
+    capacity. length_step: the steps in which the lengths grow that attention sees (`length_step.py`). A forward pass is
+    bracketed by `prefilling` or `decoding`, which say which tokens come.
     """
 
-    def __init__(self, num_layers: int, num_groups: int, head_dims: tuple[int, int], limit: int, dtype, device) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        num_groups: int,
+        head_dims: tuple[int, int],
+        limit: int,
+        dtype,
+        device,
+        *,
+        length_step: int,
+    ) -> None:
         keys, values = (torch.empty(0, num_groups, 0, size, dtype=dtype, device=device) for size in head_dims)
         self.layers = [KeysAndValues(keys, values)] * num_layers
         self.lengths = np.zeros(0, dtype=np.int64)
-        self._limit, self.dtype, self._device = limit, dtype, device
+        self._limit, self.dtype, self._device, self.length_step = limit, dtype, device, length_step
         # The rest belongs to the forward pass under way.
         self.rotation: Rotation | None = None  # of the coming tokens; None: they come rotated
         self.segments: list[Segment] | None = None  # prefill: the prompts; None: decode
-        self.max_length = 0  # decode: positions that any row attends to
+        self.max_length = 0  # decode: positions that attention is computed over, those that no row has yet masked
         # decode: [rows * groups] int64, index of each new key in the keys with their first three axes as one
         self.key_indices: Tensor | None = None
         self._ages: Tensor | None = None  # decode: [rows, max_length] positions since each key, the token's own 0
@@ -100,7 +112,7 @@ class KVCache:
         those of the rows, which are stored nowhere.
         """
         positions = np.where(alive, self.lengths, 0)
-        self.max_length = self._attended(int(positions.max()) + 1)
+        self.max_length = min(rounded_up(int(positions.max()) + 1, self.length_step), self._limit)
         self._reserve(self.max_length)
         keys, _ = self.layers[0]
         starts = torch.arange(keys.shape[0] * keys.shape[1], device=self._device) * keys.shape[2]
@@ -111,16 +123,6 @@ class KVCache:
         with self._attached(chunk, positions, padding):
             yield
         self.lengths = self.lengths + alive
-
-    def _attended(self, length: int) -> int:
-        """Return the positions that attention is computed over, for rows of at most `length` tokens.
-
-        On CUDA they grow in steps of GROWTH, and the rest is masked: cuDNN makes a plan for every new length, some
-        0.1 s for a model of 24 layers on an H100, which would be paid for every token.
-        """
-        if self._device.type != "cuda":
-            return length
-        return min(-(-length // GROWTH) * GROWTH, self._limit)
 
     def mask(self, window: int | None) -> Tensor:
         """Return the mask of a decoding pass, made once for all layers with the same window.
@@ -162,7 +164,7 @@ class KVCache:
         capacity = self.layers[0][0].shape[2]
         if length <= capacity:
             return
-        extra = min(-(-length // GROWTH) * GROWTH, self._limit) - capacity
+        extra = min(rounded_up(length, GROWTH), self._limit) - capacity
         self._replace(
             lambda tensor: torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], extra, tensor.shape[3])], dim=2)
         )

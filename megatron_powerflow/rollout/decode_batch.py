@@ -1,8 +1,9 @@
 """What does a decode batch keep of half-written responses? Their tokens, which are finished, and their cache.
 
-A group takes its rows as soon as there is room for all of it, and shares one prefill; rows whose responses are finished
-wait for the next group. Once no group waits, finished rows leave the batch. The random numbers of a row are a function
-of purpose, seed, step, slot and response alone, so neither the order nor the neighbours matter.
+A group takes its rows as soon as there is room for all of it, and shares one prefill; a pass prefills only so many
+tokens, and the groups beyond them wait for the next one. Rows whose responses are finished wait for the next group.
+Once no group waits, finished rows leave the batch. The random numbers of a row are a function of purpose, seed, step,
+slot and response alone, so neither the order nor the neighbours matter.
 
 Every rank of a replica holds the same batches and makes the same decisions from the same tokens; only the last stage
 samples.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +30,7 @@ from megatron_powerflow.rollout.sampling import uniforms
 if TYPE_CHECKING:
     from megatron_powerflow.model.policy_model import PolicyModel
 
+PREFILL_TOKENS = 16384  # of a prefill pass: hidden states of all its tokens are in memory at a time
 COMPACT_BELOW = 0.75  # finished rows leave the batch once fewer than this share of its rows is alive
 ROW_ARRAYS = ("_alive", "_lengths", "_tokens", "_log_probs", "_uniforms")
 
@@ -38,7 +41,8 @@ class DecodeBatch:
     waiting: (slot, prompt) of the groups that have no rows yet, shared with the other batches, which take from it in
     the same order on every rank. max_groups: the most groups whose rows the batch may hold. max_prompt_tokens: the
     length of the longest prompt of any group to come. chunks: those of this rank, for each of which the batch has a KV
-    cache.
+    cache. length_step: see `KVCache`. prefill_tokens: the most tokens of prompts in a pass; a longer prompt has one for
+    itself.
     """
 
     def __init__(
@@ -50,8 +54,12 @@ class DecodeBatch:
         chunks: Sequence[PolicyModel],
         tp_size: int,
         device: torch.device,
+        *,
+        length_step: int,
+        prefill_tokens: int,
     ) -> None:
         self._waiting, self._sampling, self._device = waiting, sampling, device
+        self._prefill_tokens = prefill_tokens
         self._max_rows = max_groups * sampling.responses_per_prompt
         self._stop_token_ids = list(sampling.stop_token_ids)
         config = chunks[0].config
@@ -66,6 +74,7 @@ class DecodeBatch:
                 limit=max_prompt_tokens + sampling.max_response_tokens,
                 dtype=config.params_dtype,
                 device=device,
+                length_step=length_step,
             )
             for chunk in chunks
         ]
@@ -167,8 +176,8 @@ class DecodeBatch:
         self.rollouts += [self._rollout(row, stop) for row, stop in zip(rows[ended], stopped[ended], strict=True)]
         self._alive[rows[ended]] = False
         self._admitted = self._incoming = None
+        self._admit()
         if ended.any():
-            self._admit()
             self._compact()
 
     def _drawing(self) -> np.ndarray:
@@ -179,9 +188,11 @@ class DecodeBatch:
         return [self._names[row][1] for row in admitted[:, 0]]
 
     def _admit(self) -> None:
-        """Give rows to as many waiting groups as there is room for: freed rows first, then new ones."""
+        """Give rows to as many waiting groups as one prefill has room for: freed rows first, then new ones."""
         group_size = self._sampling.responses_per_prompt
         num_groups = min(len(self._waiting), (self._max_rows - int(self._alive.sum())) // group_size)
+        lengths = [len(prompt.token_ids) for _, prompt in islice(self._waiting, num_groups)]
+        num_groups = min(num_groups, max(1, int((np.cumsum(lengths) <= self._prefill_tokens).sum())))
         if num_groups == 0:
             return
         self._add_rows(num_groups * group_size - int((~self._alive).sum()))

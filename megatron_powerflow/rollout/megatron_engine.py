@@ -26,10 +26,11 @@ from torch import Tensor
 
 from megatron_powerflow.log_probs.plain import make_logits
 from megatron_powerflow.model.decode_weights import decode_weights
+from megatron_powerflow.model.length_step import length_step as step_of_device
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import anyone, largest
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
-from megatron_powerflow.rollout.decode_batch import DecodeBatch
+from megatron_powerflow.rollout.decode_batch import PREFILL_TOKENS, DecodeBatch
 from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.rollout.sampling import sample_tokens
 
@@ -42,7 +43,9 @@ class MegatronEngine:
 
     vocab_size: the tokens that may be drawn, without the padding of the output layer. max_concurrent_rows: responses
     decoded at a time on a data-parallel rank (bounds the KV cache). alignment: tokens of a forward pass are padded to a
-    multiple of this (tp with sequence parallelism, FP8).
+    multiple of this (tp with sequence parallelism, FP8). length_step: the steps in which the lengths grow that
+    attention sees; None: those of the device. prefill_tokens: the most tokens of prompts in a pass, but for a longer
+    prompt.
     """
 
     def __init__(
@@ -53,9 +56,13 @@ class MegatronEngine:
         vocab_size: int,
         max_concurrent_rows: int,
         alignment: int,
+        length_step: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         self._chunks, self._groups, self._vocab_size = list(chunks), groups, vocab_size
         self._max_rows, self._alignment = max_concurrent_rows, alignment
+        self._length_step = step_of_device(groups.device) if length_step is None else length_step
+        self._prefill_tokens = prefill_tokens
         self._config = chunks[0].config
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
 
@@ -97,6 +104,8 @@ class MegatronEngine:
                 self._chunks,
                 tp_size,
                 device,
+                length_step=self._length_step,
+                prefill_tokens=self._prefill_tokens,
             )
             for index in range(num_batches)
         ]

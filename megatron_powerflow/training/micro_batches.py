@@ -5,15 +5,17 @@ Left out: the rows and streams themselves (`data/packing.py`), which rollout goe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TypedDict
 
 import torch
 
-from megatron_powerflow.config import Config
+from megatron_powerflow.config import Config, PrecisionSection
 from megatron_powerflow.data.bins import BinRule, flop_count, groups_fit, plan_update
 from megatron_powerflow.data.packing import AnnotatedRollout, pack, pack_streams
+from megatron_powerflow.model.length_step import length_step
 from megatron_powerflow.objective.presets import Balance
 from megatron_powerflow.parallel.collectives import every_rollout
 from megatron_powerflow.parallel.groups import Groups
@@ -33,6 +35,14 @@ def bin_rule(layout: Layout, config: Config) -> BinRule:
         total_multiple=layout.position_multiple(config.precision),
         count_multiple=layout.pp if layout.vpp else 1,
     )
+
+
+def padded_multiple(layout: Layout, precision: PrecisionSection, device: torch.device) -> int:
+    """Return the multiple to which padded micro-batches are padded, in positions of all cp ranks together.
+
+    It is what layout and FP8 need, and on CUDA one of few lengths: see `model/length_step.py`.
+    """
+    return math.lcm(layout.position_multiple(precision), length_step(device))
 
 
 class _Packing(TypedDict):
@@ -70,7 +80,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
         pack(
             annotated[start : start + size],
             micro_batch_size=config.parallel.micro_batch_size,
-            multiple=plan.layout.position_multiple(config.precision),
+            multiple=padded_multiple(plan.layout, config.precision, groups.device),
             **arguments,
         )
         for start in range(0, len(annotated), size)

@@ -16,6 +16,7 @@ import torch
 from megatron_powerflow.data.packing import AnnotatedRollout, pack
 from megatron_powerflow.parallel.collectives import last_stage_rows
 from megatron_powerflow.records import Prompt, Rollout
+from megatron_powerflow.training.micro_batches import padded_multiple
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.score import score_reference, scored_batches
 from megatron_powerflow.training.session import Session
@@ -40,7 +41,7 @@ def reference_sequence_log_probs(rollouts: Sequence[Rollout], plan: Plan, sessio
         micro_batch_size=size,
         responses_per_prompt=1,
         drop_truncated=False,
-        multiple=plan.layout.position_multiple(config.precision),
+        multiple=padded_multiple(plan.layout, config.precision, groups.device),
         uniform=plan.layout.vpp is not None,
         device=groups.device,
         cp_rank=groups.cp_rank,

@@ -29,6 +29,7 @@ def generate(
     at_pass=None,
     prepare=None,
     fp8_recipe: str | None = None,
+    **engine_settings,
 ):
     """[(slot, response_index, token ids, log-probs, finish reason)] on every rank.
 
@@ -62,6 +63,7 @@ def generate(
             vocab_size=architecture.vocab_size,
             max_concurrent_rows=max_rows,
             alignment=layout.token_multiple(sizes),
+            **engine_settings,
         )
         sampling = SamplingParams(responses, max_tokens, temperature, frozenset(stop), seed=7, step=step)
         given = [(slot, Prompt(str(slot), slot, tuple(tokens))) for slot, tokens in enumerate(prompts)]
@@ -149,6 +151,65 @@ def test_one_group_at_a_time_draws_the_same(gloo, tiny_model):
     folder = str(tiny_model("qwen3", scale=0.02))
     (together,) = gloo.run(1, generate, folder, 1, 1, **UNEVEN)
     assert same_tokens(gloo.run(1, generate, folder, 1, 1, max_rows=5, **UNEVEN)[0], together)
+
+
+def generate_and_look_at_shapes(model: str, tp: int, pp: int, **kwargs):
+    """`generate`; the shapes of the keys that attention got, and the tokens of each pass."""
+    import torch.nn.functional as F
+
+    lengths, tokens, attend = set(), [], F.scaled_dot_product_attention
+
+    def look(query, key, *arguments, **named):
+        lengths.add(key.shape[2])
+        return attend(query, key, *arguments, **named)
+
+    def prepare(chunk):
+        chunk.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].shape[1]))
+
+    F.scaled_dot_product_attention = look
+    try:
+        return generate(model, tp, pp, prepare=prepare, **kwargs), lengths, tokens
+    finally:
+        F.scaled_dot_product_attention = attend
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "deepseek_v3"])
+def test_few_lengths_and_the_same_samples(gloo, tiny_model, family):
+    """As on CUDA: 180 positions come in steps of 128; one step and the cache's limit, where there were over 30."""
+    changes = {"sliding_window": 7} if family == "mistral" else {}
+    folder = str(tiny_model(family, scale=0.02, **changes))
+    ((token_by_token, all_lengths, _),) = gloo.run(
+        1, generate_and_look_at_shapes, folder, 1, 1, length_step=1, **UNEVEN
+    )
+    ((in_steps, lengths, _),) = gloo.run(1, generate_and_look_at_shapes, folder, 1, 1, length_step=128, **UNEVEN)
+    assert len(all_lengths) > 30
+    assert lengths == {128, 180}
+    assert same_tokens(in_steps, token_by_token)
+    for (*_, ours, _), (*_, theirs, _) in zip(in_steps, token_by_token, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_prompts_are_prefilled_a_few_at_a_time_and_draw_the_same(gloo, tiny_model, tp, pp):
+    """Passes of at most 10 tokens of prompts, and one of 120 for the prompt that is longer."""
+    folder = str(tiny_model("llama", scale=0.02))
+    ((at_once, _, passes),) = gloo.run(1, generate_and_look_at_shapes, folder, 1, 1, **UNEVEN)
+    assert passes[0] == sum(map(len, UNEVEN["prompts"]))
+    for answer, _, tokens in gloo.run(
+        tp * pp, generate_and_look_at_shapes, folder, tp, pp, prefill_tokens=10, **UNEVEN
+    ):
+        assert same_tokens(answer, at_once)
+        for (*_, ours, _), (*_, theirs, _) in zip(answer, at_once, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        assert pp > 1 or tokens[:4] == [4, 120, 7, 7]  # 3 + 1; 120; 2 + 1 + 4; 7
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 125])
+def test_waiting_groups_are_prefilled_a_few_at_a_time_too(gloo, tiny_model, prefill_tokens):
+    folder = str(tiny_model("qwen3", scale=0.02))
+    (together,) = gloo.run(1, generate, folder, 1, 1, **UNEVEN)
+    (few,) = gloo.run(1, generate, folder, 1, 1, max_rows=8, prefill_tokens=prefill_tokens, **UNEVEN)
+    assert same_tokens(few, together)
 
 
 def test_another_step_draws_other_samples(gloo, tiny_model):

@@ -92,6 +92,38 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_layout(
         assert log_z_start == (alone[2] and pytest.approx(alone[2], rel=1e-5))
 
 
+def one_step_in_few_lengths(config):
+    """`one_step` with padded micro-batches as they are on CUDA, and the lengths that they have."""
+    from megatron_powerflow.training import micro_batches
+
+    step_of_device, pack, lengths = micro_batches.length_step, micro_batches.pack, set()
+
+    def look(*arguments, **named):
+        batches = pack(*arguments, **named)
+        lengths.update(batch.tokens.shape[1] for batch in batches)
+        return batches
+
+    micro_batches.length_step, micro_batches.pack = lambda device: 128, look
+    try:
+        return *one_step(config), lengths
+    finally:
+        micro_batches.length_step, micro_batches.pack = step_of_device, pack
+
+
+@pytest.mark.parametrize("layout", ["one_by_one", "tp2_sp", "pp2_vpp2"])
+def test_loss_and_gradient_norm_do_not_depend_on_the_steps_of_lengths(
+    gloo, tiny_model, prompts, tmp_path, step_alone, layout
+):
+    """Rows of up to 17 tokens, padded to 128."""
+    alone = step_alone["mlp"]
+    num_ranks, overrides = LAYOUTS[layout]
+    config = config_for(tiny_model("qwen2"), prompts, tmp_path / layout, *common_of("mlp"), *overrides)
+    for rows, grad_norms, _, lengths in gloo.run(num_ranks, one_step_in_few_lengths, config):
+        assert lengths == {128}
+        assert loss_of(rows) == pytest.approx(loss_of(alone[0]), rel=1e-5)
+        assert grad_norms == pytest.approx(alone[1], rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["olmo2", "gemma2"])
 def test_other_norms_windows_and_caps_have_the_same_gradients_in_every_layout(

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_powerflow.config import PrecisionSection
 from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.training import micro_batches
-from megatron_powerflow.training.micro_batches import bin_rule, pack_updates
+from megatron_powerflow.training.micro_batches import bin_rule, pack_updates, padded_multiple
 from tests.unit.test_config import MINIMAL
 from tests.unit.test_layout import ARCHITECTURE
 
@@ -106,3 +107,15 @@ def test_interleaved_pipelines_get_micro_batches_of_one_shape_and_a_multiple_of_
             shapes.append({batch.stream.num_positions if batch.stream else batch.tokens.shape[1] for batch in batches})
         assert len(shapes[0]) > 1
         assert len(shapes[1]) == 1
+
+
+def test_on_cuda_padded_micro_batches_have_few_lengths(monkeypatch):
+    cpu, cuda, bf16 = torch.device("cpu"), torch.device("cuda"), PrecisionSection(dtype="bf16")
+    fp8 = PrecisionSection(dtype="fp8", fp8_recipe="mxfp8")
+    whole, split = (Layout(tp, 1, None, cp, 1, 1, sequence_parallel=True) for tp, cp in ((1, 1), (8, 3)))
+    assert (padded_multiple(whole, bf16, cpu), padded_multiple(whole, bf16, cuda)) == (1, 128)
+    assert (padded_multiple(split, bf16, cpu), padded_multiple(split, bf16, cuda)) == (24, 384)
+    assert padded_multiple(split, fp8, cpu) == padded_multiple(split, fp8, cuda) == 768
+    monkeypatch.setattr(micro_batches, "length_step", lambda device: 128)
+    (batches,) = pack_updates(rollouts(), plan(), session())
+    assert {batch.tokens.shape[1] for batch in batches} == {128}
