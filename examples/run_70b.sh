@@ -3,6 +3,10 @@
 #
 #   sbatch examples/run_70b.sh model.hf_path=/models/Llama-3.1-70B run.output_dir=/runs/70b [section.key=value ...]
 #   sbatch examples/run_70b.sh --recipe llama31_70b_instruct model.hf_path=/models/Llama-3.1-70B-Instruct ...
+#   sbatch examples/run_70b.sh --image /images/megatron_powerflow.sqsh --mounts /models:/models,/runs:/runs ...
+#
+# --image names the Dockerfile's image, for clusters with pyxis: each command then runs in it, with the repository
+# mounted where it lies. Without it the programs of the nodes are used.
 #
 # No setting is passed through the environment: each is an argument and survives a requeue. SLURM's options stand
 # on the command line as usual, e.g. `sbatch --nodes 4 --partition gpu examples/run_70b.sh ...`. Model, prompts and
@@ -21,33 +25,49 @@
 #SBATCH --signal=B:USR1@900
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
-recipe=llama31_70b
-if [ "${1:-}" = --recipe ]; then
-    recipe=${2:?--recipe needs a name: powerflow recipes lists them}
+recipe=llama31_70b image= mounts=
+while [[ "${1:-}" == --* ]]; do
+    case $1 in
+        --recipe) recipe=${2:?--recipe needs a name: powerflow recipes lists them} ;;
+        --image) image=${2:?--image needs a container image, as srun --container-image takes it} ;;
+        --mounts) mounts=${2:?--mounts needs FROM:TO,..., as srun --container-mounts takes it} ;;
+        *) echo "error: $1 is no option of this script; --recipe, --image and --mounts are" >&2; exit 2 ;;
+    esac
     shift 2
-fi
+done
 config=megatron_powerflow/recipes/$recipe.yaml
 [ -f "$config" ] || { echo "error: submit from the repository's root; $PWD has no $config" >&2; exit 2; }
 python=${VENV:-.venv}/bin/python  # VENV as in tools/environment.sh
 [ -x "$python" ] || python=python3
+container=()  # options of srun
+inside=()     # what stands before a command of this node
+if [ -n "$image" ]; then
+    python=python3
+    container=(--container-image="$image" --container-mounts="$PWD:$PWD${mounts:+,$mounts}" --container-workdir="$PWD")
+    inside=(srun --overlap --nodes=1 --ntasks=1 "${container[@]}")
+elif [ -n "$mounts" ]; then
+    echo "error: --mounts has no effect without --image" >&2
+    exit 2
+fi
+powerflow() { "${inside[@]}" "$python" -m megatron_powerflow.cli "$@"; }
 
 # One process per GPU; on nodes without GPUs one per node.
 per_node=${SLURM_GPUS_ON_NODE:-1}
 [ "$per_node" -gt 0 ] 2>/dev/null || per_node=1
 
 # Everything that can be wrong is said here, once, before any process starts.
-"$python" -m megatron_powerflow.cli check "$config" "$@" --world-size $(( SLURM_JOB_NUM_NODES * per_node ))
+powerflow check "$config" "$@" --world-size $(( SLURM_JOB_NUM_NODES * per_node ))
 
 # The address of the first node as SLURM knows it: node names need not resolve.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | head -n 1 | cut -d= -f2)
 port=$(( 20000 + SLURM_JOB_ID % 12000 ))  # below the ports of outgoing connections
 
-"$python" -m megatron_powerflow.cli outcome "$config" "$@" --forget
-trap '"$python" -m megatron_powerflow.cli stop "$config" "$@"' USR1 TERM
+powerflow outcome "$config" "$@" --forget
+trap 'powerflow stop "$config" "$@"' USR1 TERM
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800  # seconds between SIGTERM to torchrun and its kill: a step and a save
 
-srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=1 "${container[@]}" bash -c '
     exec "$0" -m torch.distributed.run --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$1" \
         --master-addr "$2" --master-port "$3" -m megatron_powerflow.cli train "${@:4}"
 ' "$python" "$per_node" "${address:-$first}" "$port" "$config" "$@" &
@@ -59,7 +79,7 @@ done
 
 [ "$code" -ne 0 ] || exit 0
 outcome=0
-"$python" -m megatron_powerflow.cli outcome "$config" "$@" || outcome=$?
+powerflow outcome "$config" "$@" || outcome=$?
 if [ "$outcome" -eq 75 ]; then
     echo "stopped with its state saved; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"

@@ -144,7 +144,8 @@ def check_script(path: str, words: Sequence[str]) -> None:
     if path == "examples/run_local.sh":
         load_config(REPOSITORY / "examples" / "configs" / "local.yaml", words)
     elif path == "examples/run_70b.sh":
-        recipe = words[1] if words and words[0] == "--recipe" else "llama31_70b"
+        options = dict(zip(words[::2], words[1::2], strict=False))
+        recipe = options.get("--recipe", "llama31_70b")
         load_config(RECIPES / f"{recipe}.yaml", settings)
     elif path in ("tests/run.sh", "tests/run_pair.sh"):
         for word in words:

@@ -44,6 +44,8 @@ def mpi(rank: int, size: int, name: str = "OMPI_COMM_WORLD") -> dict[str, str]:
         (STEP, Launch("srun", 5, 11, 1, 4)),
         (STEP | {"SLURM_NODEID": "2", "SLURM_LOCALID": "0", "SLURM_PROCID": "8"}, Launch("srun", 8, 11, 0, 3)),
         (STEP | PLACE | {"WORLD_SIZE": "11"}, Launch("srun", 5, 11, 1, 4)),
+        # enroot's hook for PyTorch images sets these in each task of `srun --container-image`
+        (STEP | PLACE | {"RANK": "5", "WORLD_SIZE": "11", "LOCAL_RANK": "1"}, Launch("torchrun", 5, 11, 1, 2)),
         (STEP | mpi(5, 11, "PMI"), Launch("srun", 5, 11, 1, 4)),  # srun --mpi=pmi2
         (PTY, Launch("srun", 0, 1, 0, 1)),
         (mpi(0, 1), ALONE),
