@@ -68,6 +68,11 @@ MOVED_NAMES: dict[str, str] = {
     "config.parse_config": "config_file.parse_config",
     "data.packing.Annotated": "data.packing.AnnotatedRollout",
     "inference.Opened": "commands.open_model.OpenModel",
+    **{
+        f"parallel.initialize.{name}": f"parallel.launch.{name}"
+        for name in ("ALONE", "Launch", "command_line", "environment_secrets", "read_launch", "settings_that_count")
+    },
+    "parallel.initialize.rendezvous": "parallel.rendezvous.rendezvous",
     "records.Architecture": "architecture.Architecture",
     "records.Experts": "architecture.Experts",
     "records.Mla": "architecture.Mla",

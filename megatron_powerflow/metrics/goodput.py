@@ -146,11 +146,11 @@ def goodput_of(events: Sequence[Line], *, last_touched: float | None = None, run
     seconds["waiting"] = waiting
     done, lost = _steps(starts, running)
     ends = Counter(start.ending for start in (starts[:-1] if running else starts) if start.cause != FINISHED)
-    devices = {line.get("device") for line in events if line["event"] == "start"}
+    devices = [line.get("device") for line in events if line["event"] == "start"]
     return Goodput(
         seconds,
         hours,
-        "GPU" if devices == {"cuda"} else "process",
+        "GPU" if devices and all(device == "cuda" for device in devices) else "process",
         len(starts),
         dict(ends),
         done,

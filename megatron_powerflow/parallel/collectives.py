@@ -90,14 +90,29 @@ def last_stage_rows(rows: Tensor | None, num_rows: int, num_columns: int, groups
     return torch.cat([replicas[dp_rank] for dp_rank in range(groups.dp_size)])
 
 
-def every_rollout(rollouts: list, groups: Groups, *, shared_over_cp: bool) -> list:
-    """Gather all rollouts (or annotated ones) of the step onto every rank, by slot, then response.
+def every_row(rows: Tensor, places: Tensor, groups: Groups) -> Tensor:
+    """Gather the rows that each replica has onto every rank, each at its place.
 
-    rollouts: those of this replica, alike on each of its ranks (with shared_over_cp: of this sampler, alike over tp and
-    pp). One rank of each speaks for all, so that the ranks of a replica cannot come to differ. Uses host memory.
-    Collective over the run.
+    rows: [n, m] int64 on CPU, alike on all ranks of the replica; every replica has n. places: [n] int64; those of all
+    replicas together are 0, ..., dp_size * n - 1. Returns [dp_size * n, m] int64. Uses host memory; a rank sends and
+    receives some two times the result, however many ranks there are. Collective over the run.
     """
-    speaks = groups.is_last_stage and groups.tp_rank == 0 and (shared_over_cp or groups.cp_rank == 0)
+    assert rows.dtype == torch.int64, "a sum of other numbers with 0 need not be the same number"
+    table = rows.new_zeros(groups.dp_size * len(rows), rows.shape[1])
+    if groups.speaks_for_replica:
+        table[places] = rows
+    dist.all_reduce(table, group=groups.control)
+    return table
+
+
+def every_rollout(rollouts: list, groups: Groups) -> list:
+    """Gather the rollouts of all samplers onto every rank, by slot, then response.
+
+    It is for a held-out evaluation; what a step trains on goes to the ranks that need it
+    (`training/rollout_exchange.py`). rollouts: of this sampler, alike over tp and pp. One rank of each speaks for all.
+    Uses host memory. Collective over the run.
+    """
+    speaks = groups.is_last_stage and groups.tp_rank == 0
     everything: list[list] = [[] for _ in range(groups.world_size)]
     dist.all_gather_object(everything, list(rollouts) if speaks else [], group=groups.control)
     gathered = (rollout for part in everything for rollout in part)

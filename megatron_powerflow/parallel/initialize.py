@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.former_names import former_names_of
 from megatron_powerflow.parallel.device_sums import set_device_sums
 from megatron_powerflow.parallel.devices import no_device, own_device, shared_devices
 from megatron_powerflow.parallel.launch import Launch, gpus_meant
@@ -24,6 +25,8 @@ from megatron_powerflow.parallel.rendezvous import not_found, rendezvous, take_i
 
 if TYPE_CHECKING:
     from megatron_powerflow.parallel.groups import Groups
+else:  # names of 0.1.0, until 0.3
+    __getattr__ = former_names_of(__name__)
 
 TIMEOUT = timedelta(minutes=30)
 

@@ -41,7 +41,7 @@ def evaluate_held_out(
     groups = session.groups
     sampling = replace(sampling, purpose=Purpose.HELD_OUT)
     mine = list(enumerate(plan.evaluation_prompts))[groups.sampler_rank :: groups.num_samplers]
-    rollouts = every_rollout(session.engine.generate(mine, sampling, progress), groups, shared_over_cp=True)
+    rollouts = every_rollout(session.engine.generate(mine, sampling, progress), groups)
     reference = reference_sequence_log_probs(rollouts, plan, session)
     return evaluation_line(rollouts, reference, plan, step) if groups.is_main else None
 

@@ -14,15 +14,16 @@ import torch
 
 from megatron_powerflow.config import Config, PrecisionSection
 from megatron_powerflow.data.bins import BinRule, flop_count, groups_fit, plan_update
-from megatron_powerflow.data.packing import AnnotatedRollout, pack, pack_streams
+from megatron_powerflow.data.packing import pack, pack_streams
 from megatron_powerflow.model.length_step import length_step
 from megatron_powerflow.objective.presets import Balance
-from megatron_powerflow.parallel.collectives import every_rollout
+from megatron_powerflow.parallel.collectives import every_row
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.records import MicroBatch, Rollout
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.rewards import annotate
+from megatron_powerflow.training.rollout_exchange import to_replicas
 from megatron_powerflow.training.session import Session
 
 
@@ -93,28 +94,36 @@ def _pack_streams(
     """Plan the packed micro-batches of all ranks by the lengths of all rollouts, and pack those of this rank."""
     config = plan.config
     rule, flops = bin_rule(plan.layout, config), flop_count(plan.architecture)
-    # annotated where they were sampled, in whole groups: a rank's own part may hold a piece of a group only
-    everyone = annotate(rollouts, config.objective, plan.tokenizer)
-    if groups.dp_size > 1:
-        everyone = every_rollout(everyone, groups, shared_over_cp=False)
-    annotated = {_name(item): item for item in everyone}
-    by_group = [[item.rollout for item in members] for _, members in groupby(everyone, key=lambda item: item.slot)]
-    per_update = len(by_group) // config.optimizer.updates_per_rollout
+    lengths = _every_length(rollouts, groups)
+    per_update = len(lengths) // config.optimizer.updates_per_rollout
     estimates = isinstance(config.objective.form, Balance) and not config.objective.learns_log_z
-    planned = []  # of each update: this rank's micro-batches of rollouts, and whether groups are whole in them
-    for first in range(0, len(by_group), per_update):
-        members = by_group[first : first + per_update]
-        lengths = [[len(r.prompt.token_ids) + len(r.response_token_ids) for r in group] for group in members]
-        together = estimates and groups_fit(lengths, rule)
-        bins = plan_update(lengths, groups.dp_size, rule, flops, together=together)[groups.dp_rank]
-        planned.append(([[members[q][i] for q, i in bin] for bin in bins], together))
+    planned = []  # of each update: this rank's micro-batches as (slot, response) pairs, and whether groups are whole
+    replica_of: dict[int, int] = {}  # slot -> the data-parallel rank that trains on the whole group
+    for first in range(0, len(lengths), per_update):
+        of_update = lengths[first : first + per_update]
+        together = estimates and groups_fit(of_update, rule)
+        shares = plan_update(of_update, groups.dp_size, rule, flops, together=together)
+        planned.append(([[(first + q, i) for q, i in bin] for bin in shares[groups.dp_rank]], together))
+        replica_of |= {first + q: rank for rank, bins in enumerate(shares) for bin in bins for q, _ in bin}
+    parts: list[list[Rollout]] = [[] for _ in range(groups.dp_size)]
+    for rollout in rollouts:
+        parts[replica_of[rollout.slot]].append(rollout)
+    mine = annotate(to_replicas(parts, groups), config.objective, plan.tokenizer)
+    annotated = {(item.slot, item.response_index): item for item in mine}
     return [
-        pack_streams(
-            [[annotated[_name(rollout)] for rollout in bin] for bin in bins], rule, whole_groups=together, **arguments
-        )
+        pack_streams([[annotated[name] for name in bin] for bin in bins], rule, whole_groups=together, **arguments)
         for bins, together in planned
     ]
 
 
-def _name(rollout: Rollout | AnnotatedRollout) -> tuple[int, int]:
-    return rollout.slot, rollout.response_index
+def _every_length(rollouts: Sequence[Rollout], groups: Groups) -> list[list[int]]:
+    """Return the length in tokens of prompt and response, of each response of each slot, on every rank.
+
+    rollouts: this replica's share, by slot, then response. Collective over the run.
+    """
+    members = [list(group) for _, group in groupby(rollouts, key=lambda rollout: rollout.slot)]
+    lengths = [[len(r.prompt.token_ids) + len(r.response_token_ids) for r in group] for group in members]
+    if groups.dp_size == 1:
+        return lengths
+    slots = torch.tensor([group[0].slot for group in members])
+    return every_row(torch.tensor(lengths), slots, groups).tolist()

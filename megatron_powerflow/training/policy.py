@@ -84,3 +84,8 @@ def build_engine(
         max_concurrent_rows=config.rollout.max_concurrent_rows,
         alignment=layout.token_multiple(config.precision),
     )
+
+
+def alignment(layout: Layout, precision: PrecisionSection) -> int:
+    """Return `layout.token_multiple(precision)`: a name of 0.1.0, until 0.3."""
+    return layout.token_multiple(precision)

@@ -30,12 +30,12 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.finite import not_finite
 from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.metrics.provenance import provenance
-from megatron_powerflow.parallel.collectives import every_rollout
 from megatron_powerflow.parallel.together import on_main
 from megatron_powerflow.records import ROLLOUT_COLUMNS, Rollout
 from megatron_powerflow.rollout.rollout_files import ROLLOUTS_NAME, step_file, write_rollouts
 from megatron_powerflow.targets import TargetFolder
 from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.rollout_exchange import to_main
 from megatron_powerflow.training.session import Session
 from megatron_powerflow.training.step import StepResult
 
@@ -80,7 +80,7 @@ def write_dump(folder: Path, plan: Plan, session: Session, result: StepResult, p
     chunks = session.trainable.chunks
     weights = not_finite(chunks, plan.family, groups)
     gradients = not_finite(chunks, plan.family, groups, gradients=True)
-    rollouts = every_rollout(list(result.rollouts), groups, shared_over_cp=False)
+    rollouts = to_main(result.rollouts, groups)
     on_main(target.begin, groups)
     try:
         export_to_hf(

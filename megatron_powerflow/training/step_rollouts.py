@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.collectives import every_rollout
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import attempt, broadcast_object, raise_together
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.rollout.rollout_files import ROLLOUTS_NAME, read_rollouts, step_file, write_rollouts
 from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.rollout_exchange import over_samplers, to_main
 from megatron_powerflow.training.session import Session
 
 
@@ -44,13 +44,10 @@ def step_rollouts(
     if plan.config.rollout.save and broadcast_object(groups.is_main and _holds(own_file, prompts, plan), groups):
         return _share(read_rollouts(own_file, plan.architecture.vocab_size), plan, groups)
     share = plan.share_of(prompts, groups.dp_rank)[groups.cp_rank :: groups.cp_size]
-    rollouts = session.engine.generate(share, sampling, progress) if share else []
-    if groups.cp_size == 1 and not plan.config.rollout.save:
-        return rollouts
-    everyone = every_rollout(rollouts, groups, shared_over_cp=True)
+    rollouts = over_samplers(session.engine.generate(share, sampling, progress) if share else [], groups)
     if plan.config.rollout.save:
-        _save(own_file, everyone, plan, groups, step)
-    return _share(everyone, plan, groups)
+        _save(own_file, to_main(rollouts, groups), plan, groups, step)
+    return rollouts
 
 
 def _share(rollouts: Sequence[Rollout], plan: Plan, groups: Groups) -> list[Rollout]:
@@ -72,6 +69,8 @@ def _holds(path: Path, prompts: Sequence[Prompt], plan: Plan) -> bool:
 
 
 def _save(path: Path, rollouts: Sequence[Rollout], plan: Plan, groups: Groups, step: int) -> None:
+    """Write the step's rollouts, which the main rank has, and raise its UserError everywhere. Collective."""
+
     def write() -> None:
         write_rollouts(
             path,

@@ -87,6 +87,7 @@ FREE_OF_TORCH = (
     "hub.push",
     "metrics.counts",
     "data.bins",
+    "data.rollout_arrays",
     "rollout.rollout_files",
     "metrics.diversity",
     "report.plot_style",

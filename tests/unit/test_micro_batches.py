@@ -31,8 +31,8 @@ def plan(*overrides: str, **sizes):
     )
 
 
-def session(dp_rank: int = 0, dp_size: int = 1):
-    groups = SimpleNamespace(device=torch.device("cpu"), cp_rank=0, cp_size=1, dp_rank=dp_rank, dp_size=dp_size)
+def session():
+    groups = SimpleNamespace(device=torch.device("cpu"), cp_rank=0, cp_size=1, dp_rank=0, dp_size=1)
     return SimpleNamespace(groups=groups)
 
 
@@ -87,19 +87,12 @@ def test_groups_are_whole_in_a_micro_batch_where_log_z_is_theirs_and_there_is_ro
     assert {batch.whole_groups for batch in batches} == {whole}
 
 
-def test_every_replica_takes_its_own_part_of_one_plan(monkeypatch):
-    monkeypatch.setattr(micro_batches, "every_rollout", lambda everyone, groups, *, shared_over_cp: everyone)
-    parts = [slots(pack_updates(rollouts(), plan(PACKED, dp=2), session(rank, 2)))[0] for rank in range(2)]
-    assert sorted(parts[0] + parts[1]) == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert len(parts[0]) == len(parts[1]) == 4
-
-
 def test_interleaved_pipelines_get_micro_batches_of_one_shape_and_a_multiple_of_pp():
     config = plan(PACKED).config
     rule = bin_rule(Layout(2, 3, 2, 2, 1, 1, sequence_parallel=True), config)
     assert (rule.max_tokens, rule.sequence_multiple, rule.total_multiple, rule.count_multiple) == (24, 4, 4, 3)
     assert bin_rule(Layout(1, 3, None, 1, 1, 1, sequence_parallel=False), config).count_multiple == 1
-    uneven = [*rollouts(), *(Rollout(Prompt("9", 9, (1,)), 9, i, (5,), (-1.0,), "eos") for i in range(GROUP))]
+    uneven = [*rollouts(), *(Rollout(Prompt("9", 9, (1,)), 4, i, (5,), (-1.0,), "eos") for i in range(GROUP))]
     for overrides in (["parallel.micro_batch_size=2"], [PACKED]):
         shapes = []
         for vpp in (None, 2):
