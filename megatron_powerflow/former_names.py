@@ -72,7 +72,6 @@ MOVED_NAMES: dict[str, str] = {
         f"parallel.initialize.{name}": f"parallel.launch.{name}"
         for name in ("ALONE", "Launch", "command_line", "environment_secrets", "read_launch", "settings_that_count")
     },
-    "parallel.initialize.rendezvous": "parallel.rendezvous.rendezvous",
     "records.Architecture": "architecture.Architecture",
     "records.Experts": "architecture.Experts",
     "records.Mla": "architecture.Mla",

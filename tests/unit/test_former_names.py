@@ -36,7 +36,6 @@ def test_a_former_module_is_found_only_where_there_is_none_of_that_name():
         ("model_parity", "_score", "commands.log_prob_parity"),
         ("config", "parse_config", "config_file"),
         ("parallel.initialize", "read_launch", "parallel.launch"),
-        ("parallel.initialize", "rendezvous", "parallel.rendezvous"),
         ("config", "load_config", "config_file"),
         ("records", "Architecture", "architecture"),
         ("conversion.hf_config", "read_architecture", "hf.config"),
