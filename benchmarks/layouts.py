@@ -41,6 +41,8 @@ ROWS = (
     Row("1 process", 1),
     Row("TP2", 2, ("parallel.tp=2",)),
     Row("TP2 + SP", 2, ("parallel.tp=2", SP)),
+    Row("TP4, 2 groups", 4, ("parallel.tp=4",)),
+    Row("TP4 + SP, 2 groups, norms over heads", 4, ("parallel.tp=4", SP), "olmo2"),
     Row("PP2", 2, ("parallel.pp=2",)),
     Row("PP2 x VPP2", 2, ("parallel.pp=2", "parallel.vpp=2")),
     Row("CP2", 2, ("parallel.cp=2",)),

@@ -216,6 +216,9 @@ class Qkv:
     query group, so that a split of the rows over ranks hands each rank whole groups:
 
     [q of group 0 (heads/groups * head_dim rows), k of group 0, v of group 0, q of group 1, ...]
+
+    With more ranks than groups, each rank has an equal part of one group's rows, which may begin among its q and end
+    among its v. Megatron's attention then puts the products of these parts together, so no row is on two ranks.
     """
 
     megatron: str
@@ -235,15 +238,31 @@ class Qkv:
     def shard(self, source, names, shape):
         import torch
 
-        first, last = shape.part(shape.architecture.num_query_groups)
-        groups, head_dim = last - first, shape.architecture.head_dim
-        per_group = shape.architecture.num_attention_heads // shape.architecture.num_query_groups
+        num_groups, head_dim = shape.architecture.num_query_groups, shape.architecture.head_dim
+        per_group = shape.architecture.num_attention_heads // num_groups
         rows_per_group = (per_group * head_dim, head_dim, head_dim)
+        if shape.tp_size > num_groups:
+            return self._part_of_group(source, names, shape, rows_per_group)
+        first, last = shape.part(num_groups)
         parts = [
-            source.read(name, rows=(first * rows, last * rows)).unflatten(0, (groups, rows))
+            source.read(name, rows=(first * rows, last * rows)).unflatten(0, (last - first, rows))
             for name, rows in zip(names, rows_per_group, strict=True)
         ]
         return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def _part_of_group(self, source, names, shape, rows_per_group):
+        """Read the rows of a rank that has less than a group. rows_per_group: those of q, k and v."""
+        num_groups, block = shape.architecture.num_query_groups, sum(rows_per_group)
+        start, stop = shape.part(num_groups * block)
+        group, begin = start // block, 0
+        parts = []
+        for name, rows in zip(names, rows_per_group, strict=True):
+            first = max(start - group * block - begin, 0)
+            last = min(stop - group * block - begin, rows)
+            if first < last:
+                parts.append(source.read(name, rows=(group * rows + first, group * rows + last)))
+            begin += rows
+        return joined(parts, 0)
 
     def merge(self, shards, shape):
         architecture, head_dim = shape.architecture, shape.architecture.head_dim

@@ -65,21 +65,23 @@ class _NormOverHeads(nn.Module):
     Every rank holds the whole weight [heads * head_dim] and uses its heads' part: the gradient is that part's and zeros
     elsewhere, and Megatron adds those of q_layernorm and k_layernorm up over tensor-parallel ranks
     (config.qk_layernorm). The sum of squares is added over the ranks, and so is its gradient, for each rank goes on
-    with it differently.
+    with it differently. With more ranks than key heads several ranks have the same head, each with the gradient of its
+    own queries, and each counts for its share in the sum of squares.
     """
 
     def __init__(self, config, num_heads: int, eps: float) -> None:
         super().__init__()
         assert config.qk_layernorm, "else the gradient of the weight is not added up"
         self.eps = eps
+        self.num_copies = max(parallel_state.get_tensor_model_parallel_world_size() // num_heads, 1)  # of each head
         self.weight = nn.Parameter(torch.ones(num_heads * config.kv_channels, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         scaled = x.float()
-        squares = scaled.square().sum(dim=(-2, -1), keepdim=True)
+        squares = scaled.square().sum(dim=(-2, -1), keepdim=True) / self.num_copies
         squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
         scaled = scaled * torch.rsqrt(squares / self.weight.numel() + self.eps)
-        first = parallel_state.get_tensor_model_parallel_rank() * x.shape[-2]
+        first = parallel_state.get_tensor_model_parallel_rank() // self.num_copies * x.shape[-2]
         weight = self.weight.unflatten(0, (-1, x.shape[-1]))[first : first + x.shape[-2]]
         return (scaled * weight).to(x.dtype)
 

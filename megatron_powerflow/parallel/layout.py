@@ -191,7 +191,6 @@ def model_violations(parallel: ParallelSection, architecture: Architecture) -> l
     violations = []
     counts = {
         "num_attention_heads": architecture.num_attention_heads,
-        "num_query_groups": architecture.num_query_groups,
         "ffn_hidden_size": architecture.ffn_hidden_size,
     }
     if architecture.experts:
@@ -200,11 +199,15 @@ def model_violations(parallel: ParallelSection, architecture: Architecture) -> l
     if latent := architecture.mla:  # Megatron cuts its own down projections, before ours take their place
         counts["kv_lora_rank + qk_rope_head_dim"] = latent.kv_lora_rank + latent.rope_head_dim
         counts |= {"q_lora_rank": latent.q_lora_rank} if latent.q_lora_rank is not None else {}
+    possible = _possible_tp(counts, architecture)
     for name, count in counts.items():
         if count % tp:
-            violations.append(
-                f"parallel.tp={tp} does not divide {name}={count}; choose {_choices(_common_divisors(counts))}"
-            )
+            violations.append(f"parallel.tp={tp} does not divide {name}={count}; choose {_choices(possible)}")
+    if not violations and tp not in possible:
+        violations.append(
+            f"parallel.tp={tp} is no divisor of num_query_groups={architecture.num_query_groups} and no multiple of it "
+            f"that cuts a group's rows evenly (head_dim={architecture.head_dim}); choose {_choices(possible)}"
+        )
     if architecture.num_layers % (pp * vpp):
         violations.append(
             f"parallel.pp={pp}" + (f" x vpp={vpp}" if vpp > 1 else "") + f" does not divide num_layers="
@@ -281,8 +284,15 @@ def _divisors(number: int) -> list[int]:
     return [i for i in range(1, number + 1) if number % i == 0]
 
 
-def _common_divisors(counts: dict[str, int]) -> list[int]:
-    return [i for i in _divisors(min(counts.values())) if all(count % i == 0 for count in counts.values())]
+def _possible_tp(counts: dict[str, int], architecture: Architecture) -> list[int]:
+    """List the tp that divide all counts and fit the query groups.
+
+    With more ranks than groups, Megatron cuts the rows of each group's q, k and v over tp / groups ranks, in equal
+    parts, and each rank keeps one group's keys and values. tp divides the heads, so q is cut evenly; k and v must be.
+    """
+    groups, head_dim = architecture.num_query_groups, architecture.head_dim
+    common = [i for i in _divisors(min(counts.values())) if all(count % i == 0 for count in counts.values())]
+    return [i for i in common if groups % i == 0 or (i % groups == 0 and 2 * head_dim % (i // groups) == 0)]
 
 
 def _choices(numbers: list[int], limit: int = 12) -> str:

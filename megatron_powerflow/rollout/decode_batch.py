@@ -66,7 +66,7 @@ class DecodeBatch:
         self.caches = [
             KVCache(
                 num_layers=len(chunk.decoder.layers),
-                num_groups=config.num_query_groups // tp_size,
+                num_groups=max(config.num_query_groups // tp_size, 1),  # with fewer than ranks, several have the same
                 head_dims=(
                     config.kv_channels,
                     config.v_head_dim if config.multi_latent_attention else config.kv_channels,

@@ -39,6 +39,19 @@ def plan(world_size: int, *overrides: str, architecture: Architecture = ARCHITEC
     return plan_layout(parse_config(MINIMAL, overrides), architecture, world_size)
 
 
+def test_tp_may_be_a_multiple_of_the_query_groups():
+    """Twelve heads of Qwen2.5-1.5B in two groups; 2 x head_dim must be a multiple of the ranks of a group."""
+    architecture = replace(ARCHITECTURE, num_attention_heads=12, num_query_groups=2)
+    for tp in (1, 2, 4, 6, 12):
+        if 2 * architecture.head_dim % max(tp // 2, 1) == 0:
+            assert plan(tp, f"parallel.tp={tp}", architecture=architecture).tp == tp
+        else:
+            with pytest.raises(UserError, match=f"parallel.tp={tp} is no divisor .* choose 1, 2 or 4"):
+                plan(tp, f"parallel.tp={tp}", architecture=architecture)
+    with pytest.raises(UserError, match=r"parallel\.tp=3 is no divisor of num_query_groups=2"):
+        plan(3, "parallel.tp=3", architecture=architecture)
+
+
 def test_dp_follows_from_the_number_of_processes():
     layout = plan(12, "parallel.tp=3", "parallel.pp=2")
     assert (layout.tp, layout.pp, layout.dp, layout.world_size) == (3, 2, 2, 12)
@@ -53,7 +66,7 @@ def test_the_picture_is_megatrons_rank_order():
 @pytest.mark.parametrize(
     ("world_size", "overrides", "words"),
     [
-        (3, ["parallel.tp=2"], ["3 processes do not hold", "num_query_groups=3; choose 1 or 3"]),
+        (3, ["parallel.tp=2"], ["3 processes do not hold", "num_attention_heads=9; choose 1 or 3"]),
         (2, ["parallel.tp=2"], ["num_attention_heads=9; choose 1 or 3"]),
         (4, ["parallel.pp=4"], ["parallel.pp=4 does not divide num_layers=30", "1, 2, 3, 5, 6, 10, 15 or 30"]),
         (2, ["parallel.pp=2", "parallel.vpp=4"], ["parallel.pp=2 x vpp=4 does not divide num_layers=30"]),

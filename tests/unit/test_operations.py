@@ -78,6 +78,18 @@ def test_queries_keys_and_values_stand_by_group(fused):
     assert [shard.flatten().tolist() for shard in shards(op, tensors, 2)] == [FIRST_GROUP, SECOND_GROUP]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_ranks_have_half_of_a_groups_rows_each(fused):
+    """Four ranks for two groups: a rank's rows begin among the queries and end there, or go on to keys and values."""
+    op, tensors = Qkv("w", "q", "k", "v"), {"q": column(Q), "k": column(K), "v": column(V)}
+    if fused:
+        op, tensors = Fused(op, "qkv"), {"qkv": column(Q + K + V)}
+    halves = [group[half : half + 4] for group in (FIRST_GROUP, SECOND_GROUP) for half in (0, 4)]
+    assert [shard.flatten().tolist() for shard in shards(op, tensors, 4)] == halves
+    eighths = [group[part : part + 2] for group in (FIRST_GROUP, SECOND_GROUP) for part in (0, 2, 4, 6)]
+    assert [shard.flatten().tolist() for shard in shards(op, tensors, 8)] == eighths
+
+
 def test_the_bias_stands_as_its_weight():
     tensors = {name: column(rows).flatten() for name, rows in (("q", Q), ("k", K), ("v", V))}
     assert [s.tolist() for s in shards(Qkv("w.bias", "q", "k", "v"), tensors, 2)] == [FIRST_GROUP, SECOND_GROUP]
