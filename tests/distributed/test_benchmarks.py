@@ -3,6 +3,10 @@ loss and gradient norm of its plain counterpart. The speeds are not looked at.""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from benchmarks import conversion, rollout, step
@@ -44,6 +48,16 @@ def test_both_sides_write_the_same_number_of_tokens(gloo, tiny_model):
     sizes = {"texts": TEXTS, "num_responses": 2, "num_tokens": 5, "repetitions": 1}
     (printed,) = gloo.run(1, rollout.compare, tiny_model("llama"), **sizes)
     assert "HF generate" in printed
+
+
+def test_the_hosts_work_is_the_same_before_and_after():
+    """Four real processes; a micro-batch with other bits is refused before anything is printed."""
+    sizes = ["--rollouts", "128", "--replicas", "4", "--tokens", "30"]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.host_scale", *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    received = {line.split()[3]: float(line.split()[-1]) for line in done.stdout.splitlines()[1:]}
+    assert received["share"] == 0 < received["after"] < received["before"]
 
 
 @pytest.mark.slow
