@@ -50,7 +50,7 @@ def main_first(launch: Launch, name: str, find: Callable[[], str], take_up: Call
     if store.add(heard, 1) == launch.world_size:
         store.set(f"{heard}/by_all", "")
     if launch.is_main:
-        store.wait([f"{heard}/by_all"])  # under srun the store ends with the main process's hold of it
+        store.wait([f"{heard}/by_all"])  # the main process may be about to end, and the store with it
     if violations:
         raise UserError(violations)
     return taken_up[0]

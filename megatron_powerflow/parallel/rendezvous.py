@@ -5,10 +5,13 @@ Left out: who they are (`launch.py`), whether all have come (`meeting.py`), and 
 
 from __future__ import annotations
 
+import itertools
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any, NamedTuple
 
 from megatron_powerflow.errors import RankError
 from megatron_powerflow.parallel.interfaces import interface_towards
@@ -24,18 +27,42 @@ from megatron_powerflow.parallel.launch import (
 RESOLVING_SECONDS = 60.0  # a pod's name is known some seconds after the pod has started
 
 
+class _Held(NamedTuple):
+    """The store that this process has met the others in. address: where it is."""
+
+    address: tuple[str, str]
+    store: Any
+    uses: Iterator[int]
+
+
+_held: list[_Held] = []  # the newest one
+
+
 def rendezvous(launch: Launch, timeout: timedelta):
-    """A key-value store of all processes. Under srun it is the main process's, and ends with its hold of it. Raises
-    RankError where that one is not found."""
+    """A key-value store of all processes, with keys of its own for each call. Every process makes the same calls.
+
+    Without an agent of torchrun's the main process holds what is stored, until it ends: were it given up between two
+    calls, another process could meet it a last time, and wait there for a main process that waits elsewhere. Raises
+    RankError where the store is not found.
+    """
     import torch.distributed as dist
 
-    host, port = main_address(launch)
+    place = main_address(launch)
+    if not _held or _held[0].address != place:
+        _held[:] = [_Held(place, _store_at(*place, launch, timeout), itertools.count())]
+    store, uses = _held[0].store, _held[0].uses
+    store.set_timeout(timeout)
+    # of torchrun's own store: after --max-restarts it still holds the addresses of ranks that are gone
+    return dist.PrefixStore(f"start_{restart_count()}/call_{next(uses)}", store)
+
+
+def _store_at(host: str, port: str, launch: Launch, timeout: timedelta):
+    import torch.distributed as dist
+
     _wait_for_name(host)
     try:
         if launch.launcher == "torchrun":
-            store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
-            # the store is torchrun's: after --max-restarts it still holds the addresses of ranks that are gone
-            return dist.PrefixStore(f"start_{restart_count()}", store)
+            return next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))[0]
         return dist.TCPStore(
             host, int(port), launch.world_size, is_master=launch.rank == 0, timeout=timeout, wait_for_workers=False
         )

@@ -56,7 +56,7 @@ def test_everything_that_is_wrong_is_said_at_once(config, tmp_path):
     (tmp_path / "model" / "generation_config.json").unlink(missing_ok=True)
     text = violations(config, "parallel.tp=3", "rollout.max_response_tokens=1000", world_size=4)
     assert "4 processes do not hold tp=3" in text
-    assert "parallel.tp=3 does not divide num_attention_heads=4; choose 1 or 2" in text
+    assert "parallel.tp=3 does not divide num_attention_heads=4; choose 1, 2 or 4" in text
     assert "over the model's max_position_embeddings=256" in text
     assert "prompts.jsonl:2: not a line of JSON" in text
 

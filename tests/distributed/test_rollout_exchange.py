@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_powerflow.parallel.initialize import initialized, read_launch
+from megatron_powerflow.parallel.initialize import initialized
+from megatron_powerflow.parallel.launch import read_launch
 from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.records import Prompt, Rollout, Stream
 from tests.unit.test_micro_batches import plan as plan_of

@@ -422,8 +422,8 @@ _MICRO_BATCHES = (
     ("layout.pp if layout.vpp else 1", "1", "interleaving needs a multiple of pp"),
     ("size = len(annotated) // config.optimizer.updates_per_rollout", "size = len(annotated)", "one update for all"),
     (
-        "per_update = len(by_group) // config.optimizer.updates_per_rollout",
-        "per_update = len(by_group)",
+        "per_update = len(lengths) // config.optimizer.updates_per_rollout",
+        "per_update = len(lengths)",
         "one update for all, packed",
     ),
     ("and not config.objective.learns_log_z", "and config.objective.learns_log_z", "groups whole where none asks"),
@@ -433,7 +433,7 @@ _MICRO_BATCHES = (
         "len(r.response_token_ids)",
         "over the budget by the prompts",
     ),
-    ("together=together)[groups.dp_rank]", "together=together)[0]", "every rank does the first one's part"),
+    ("shares[groups.dp_rank]", "shares[0]", "every rank does the first one's part"),
 )
 
 _LEARNING_RATE = (
@@ -757,7 +757,11 @@ _OPERATIONS = (
         "return (self.tp_size - 1 - self.tp_rank) * step, (self.tp_size - self.tp_rank) * step",
         "ranks backwards",
     ),
-    (".unflatten(0, (groups, rows))", ".unflatten(0, (rows, groups)).transpose(0, 1)", "heads interleaved"),
+    (
+        ".unflatten(0, (last - first, rows))",
+        ".unflatten(0, (rows, last - first)).transpose(0, 1)",
+        "heads interleaved",
+    ),
     (
         "torch.cat(parts, dim=1).flatten(0, 1)",
         "torch.cat([part.flatten(0, 1) for part in parts], dim=0)",
