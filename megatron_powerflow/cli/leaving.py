@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import sys
 import traceback
@@ -38,7 +39,7 @@ def run_and_leave(program: Callable[[], None]) -> None:
 def exit_codes(program: Callable[[], None]) -> None:
     """Run a command line. Exit codes: 0, 2 the user's mistake, 75 start me again, else a bug with its traceback."""
     try:
-        program()
+        _run(program)
     except UserError as error:
         own = isinstance(error, RankError)
         _leave(EXIT_USER_ERROR, [f"error: {violation}" for violation in error.violations], own=own)
@@ -55,6 +56,19 @@ def exit_codes(program: Callable[[], None]) -> None:
             raise
         traceback.print_exc()
         leave(1)
+
+
+def _run(program: Callable[[], None]) -> None:
+    """Run it, and write out what Python still holds of its output: that this cannot be written is to be said."""
+    end = None
+    try:
+        program()
+    except SystemExit as error:  # typer's, behind every command
+        end = error
+    with contextlib.suppress(BrokenPipeError):  # whoever read it has had enough, as of `| head`
+        sys.stdout.flush()
+    if end is not None:
+        raise end
 
 
 def _leave(code: int, lines: list[str], *, own: bool = False) -> None:

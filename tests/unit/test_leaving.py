@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,10 +60,22 @@ def test_a_process_does_its_duties_and_leaves_with_its_exit_code(end, code, word
     assert ("Traceback" in done.stderr) == (code == 1)
 
 
-def test_where_the_output_has_no_room_it_is_said():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_where_the_output_has_no_room_it_is_said(monkeypatch, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     command = [sys.executable, "-m", "megatron_powerflow.cli", "recipes"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, timeout=60)
     assert (done.returncode, done.stderr) == (2, "error: the output cannot be written: no space left where it goes\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_whoever_reads_the_output_may_go_before_its_end(unbuffered):
+    command = f"{sys.executable} -m megatron_powerflow.cli recipes | true"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        ["bash", "-c", command], stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, timeout=60, env=environment
+    )
+    assert done.stderr == ""
