@@ -50,6 +50,8 @@ from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import any_rank, attempt, gather_to_main, raise_together
 from megatron_powerflow.whole_files import PARTIAL_SUFFIX, sync, write_file
 
+ROOM_BYTES = 2**18  # for what a save writes before its shards
+
 
 @dataclass
 class Pending:
@@ -138,7 +140,7 @@ class Saver:
         if pending.failure is not None and not isinstance(pending.failure, (UserError, *IO_ERRORS)):
             raise pending.failure  # a fault of the program: with its traceback
         self._stop_together(pending.failure, pending.partial)
-        failure = attempt(lambda: finalize(pending.request), *IO_ERRORS)
+        failure = attempt(lambda: finalize(pending.writer, pending.request), *IO_ERRORS)
         self._stop_together(failure, pending.partial)
         pending.writer.release()
         self.seconds = pending.seconds
@@ -289,8 +291,14 @@ def _remove(folders: Sequence[Path]) -> None:
 
 
 def _fresh_folder(partial: Path) -> None:
+    """An empty folder, where there is room for the first files: Megatron's main rank writes them while the others wait
+    for it, and would leave them waiting."""
     shutil.rmtree(partial, ignore_errors=True)
     (partial / POLICY_NAME).mkdir(parents=True)
+    room = partial / "room"
+    room.write_bytes(bytes(ROOM_BYTES))
+    sync(room)
+    room.unlink()
 
 
 def _of_head(head: dict[str, Tensor] | None) -> Sums:

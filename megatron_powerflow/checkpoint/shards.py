@@ -50,6 +50,7 @@ class HeldWriter(FileSystemWriter):
         self._plan: SavePlan | None = None
         self._held: dict[Any, Any] = {}
         self._results: list | None = None
+        self.failure: OSError | None = None  # of the index, which the main rank writes
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Called by Megatron when it is known what this rank writes."""
@@ -91,6 +92,13 @@ class HeldWriter(FileSystemWriter):
     def release(self) -> None:
         """Let go of what was written; the buffers stay for the next save."""
         self._held.clear()
+
+    def finish(self, metadata: Any, results: list[list]) -> None:
+        """Called by Megatron on the main rank, for whose answer the others wait: a failure is kept for `finalize`."""
+        try:
+            super().finish(metadata, results)
+        except OSError as error:
+            self.failure = error
 
     def retrieve_write_results(self) -> list:
         """Called by Megatron when all ranks have written."""
@@ -168,10 +176,22 @@ class ShardWriter:
         return self._held.writer, request
 
 
-def finalize(request: AsyncRequest) -> None:
-    """Write the index of the shards. Collective, when all ranks have written theirs."""
-    for function in request.finalize_fns:
-        function()
+def finalize(writer: HeldWriter, request: AsyncRequest) -> None:
+    """Write the index of the shards. Collective, when all ranks have written theirs.
+
+    Raises OSError on the main rank, which writes these files, where they cannot be written; no rank waits for it then.
+    """
+    index, *others = request.finalize_fns
+    index()
+    failure = writer.failure
+    for function in others:  # Megatron's: a file of the main rank's, then a barrier
+        try:
+            function()
+        except OSError as error:
+            failure = failure or error
+            torch.distributed.barrier()  # in which the other ranks are
+    if failure is not None:
+        raise failure
 
 
 def host_copy(tensor: Tensor) -> Tensor:

@@ -174,6 +174,58 @@ def test_a_disk_that_fills_up_at_any_moment_loses_nothing(gloo, config, tmp_path
     assert len(named) >= 3, named
 
 
+def what_came_of_a_disk_that_filled(config: Path, disk: str, moment: str, *overrides: str) -> tuple[str, ...]:
+    """The same, of a disk that is full from a moment of the second save on."""
+    import torch.distributed as dist
+
+    from megatron_powerflow.checkpoint import saving, shards
+
+    places = {
+        "before the save": (saving, "_fresh_folder", True),
+        "before the shards": (shards.HeldWriter, "write", True),
+        "before the index": (shards.HeldWriter, "finish", True),
+        "behind the index": (shards.HeldWriter, "finish", False),
+    }
+    owner, name, is_before = places[moment]
+    function, calls = getattr(owner, name), []
+
+    def filling(*arguments, **more):
+        calls.append(name)
+        is_due = len(calls) == 2 and dist.get_rank() == 0
+        if is_due and is_before:
+            fill(Path(disk))
+        result = function(*arguments, **more)
+        if is_due and not is_before:
+            fill(Path(disk))
+        return result
+
+    setattr(owner, name, filling)
+    try:
+        return what_came(config, *overrides)
+    finally:
+        setattr(owner, name, function)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before the save", "before the shards", "before the index", "behind the index"])
+def test_a_disk_that_fills_up_within_a_save_ends_every_rank(gloo, config, tmp_path, moment):
+    """Megatron's main rank writes alone what the others wait for: none of them waits for ever."""
+    with mounted(tmp_path / "disk", "size=64m") as disk:
+        settings = (
+            "parallel.pp=2",
+            f"run.output_dir={disk / 'run'}",
+            "run.num_steps=3",
+            "checkpoint.asynchronous=false",
+        )
+        answers = gloo.run(2, what_came_of_a_disk_that_filled, config, str(disk), moment, *settings)
+        for violations in answers:
+            assert len(violations) == 1, answers
+            assert "step_000002: the checkpoint could not be written" in violations[0]
+        assert (disk / "run" / "checkpoints" / "latest").read_text() == "step_000001\n"
+        (disk / "filler").unlink()
+        assert gloo.run(2, what_came, config, *settings) == [(), ()]
+
+
 @pytest.mark.slow
 def test_a_folder_that_is_read_only_is_refused_and_a_picture_that_cannot_be_drawn_is_not(gloo, config, tmp_path):
     with mounted(tmp_path / "disk", "size=64m") as disk:
