@@ -27,6 +27,7 @@ from megatron_powerflow.errors import RequeueRequested, UserError
 
 SECONDS = 120  # of one command
 MARKER = "ran"  # a file that a planted pickle would make
+NOWHERE = "nowhere"  # what planted links name: nothing, and nothing may be made there
 
 
 class Planted:
@@ -58,7 +59,7 @@ def damage(path: Path, r: random.Random, marker: Path) -> str:
         if kind == "a file":
             path.write_bytes(b"x")
         elif kind == "a link to nothing":
-            path.symlink_to("/nowhere")
+            path.symlink_to(marker.with_name(NOWHERE))
         return f"the folder: {kind}"
     content = path.read_bytes()
     kind = r.choice(
@@ -88,7 +89,7 @@ def damage(path: Path, r: random.Random, marker: Path) -> str:
             "folder": path.mkdir,
             "device": lambda: path.symlink_to("/dev/zero"),
             "fifo": lambda: os.mkfifo(path),
-            "link to nothing": lambda: path.symlink_to("/nowhere"),
+            "link to nothing": lambda: path.symlink_to(marker.with_name(NOWHERE)),
             "link in a circle": lambda: path.symlink_to(path.name),
         }[kind]()
     return kind
@@ -110,7 +111,7 @@ def sums_again(run: Path) -> None:
     """Lists of digests that fit the damaged files, as whoever planted something would write them."""
     for sums in run.glob("checkpoints/step_*/SHA256SUMS"):
         folder = sums.parent
-        if not sums.is_file():
+        if not sums.is_file() or sums.is_symlink():
             continue
         files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink() and p != sums)
         lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder).as_posix()}\n" for p in files]
@@ -201,6 +202,9 @@ def fuzz(config: Path, good: Path, work: Path, cases: range, wanted: tuple[str, 
         if marker.exists():
             verdict = f"a planted pickle has run\n{verdict}"
             marker.unlink()
+        if (nowhere := marker.with_name(NOWHERE)).exists():
+            verdict = f"something was written through a link: {nowhere.read_bytes()[:200]!r}\n{verdict}"
+            nowhere.unlink()
         if verdict not in ("works", "refused"):
             bad.append(f"case {case}, {name}, {done}: {verdict}")
         shutil.rmtree(run, ignore_errors=True)
@@ -258,9 +262,11 @@ def planted_everywhere(config: Path, good: Path, work: Path, wanted: tuple[str, 
     return {"counts": dict(sorted(counts.items())), "bad": bad}
 
 
-def pipes_everywhere(config: Path, good: Path, work: Path, wanted: tuple[str, ...]) -> dict:
-    """A pipe that nobody writes into, in the place of each file of a run, with the digests as they were and without its
-    own. Returns as `fuzz` does."""
+def nothing_to_read_everywhere(config: Path, good: Path, work: Path, wanted: tuple[str, ...], kind: str) -> dict:
+    """Nothing that could be read in the place of each file of a run, with the digests as they were and without its own.
+
+    kind: a pipe that nobody writes into, or gone. Returns as `fuzz` does.
+    """
     bad, counts = [], Counter()
     names = sorted(str(p.relative_to(good)) for p in good.rglob("*") if p.is_file())
     for name, of_others in itertools.product(names, (False, True)):
@@ -269,7 +275,8 @@ def pipes_everywhere(config: Path, good: Path, work: Path, wanted: tuple[str, ..
             shutil.copytree(good, run)
             out.mkdir()
             (run / name).unlink()
-            os.mkfifo(run / name)
+            if kind == "pipe":
+                os.mkfifo(run / name)
             if of_others:
                 sums_again(run)
             verdict = tried(commands(config, run, out)[command], seconds=20)

@@ -88,6 +88,8 @@ def audit_checkpoint(folder: Path) -> Metadata:
     common = folder / COMMON_NAME
     if common.exists():
         _audit_common(common)
+    elif (folder / BACKEND_NAME).exists():  # a checkpoint of Megatron's, which reads it before anything else
+        raise UserError(f"{common}: no such file; the checkpoint is not complete")
     for index, place in entries.items():
         file = folder / place.relative_path
         if (

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.megatron_sessions import run_training
-from tests.run_folder_fuzz import WEIGHTS, fuzz, pipes_everywhere, planted_everywhere
+from tests.run_folder_fuzz import WEIGHTS, fuzz, nothing_to_read_everywhere, planted_everywhere
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
 
@@ -92,8 +92,11 @@ def test_a_planted_pickle_runs_in_no_file_of_a_model(gloo, world, tiny_model, tm
 
 
 @pytest.mark.slow
-def test_a_pipe_in_the_place_of_any_file_of_a_run_makes_nobody_wait(gloo, world):
-    (result,) = gloo.run(1, pipes_everywhere, *world, ("open", "check", "resume", "stop"))
+@pytest.mark.parametrize(
+    ("kind", "commands"), [("pipe", ("open", "check", "resume", "stop")), ("gone", ("open", "resume"))]
+)
+def test_a_pipe_or_nothing_in_the_place_of_any_file_of_a_run_makes_nobody_wait(gloo, world, kind, commands):
+    (result,) = gloo.run(1, nothing_to_read_everywhere, *world, commands, kind)
     assert not result["bad"], "\n".join(result["bad"][:3])
     assert result["counts"]["resume: refused"] >= 3
 

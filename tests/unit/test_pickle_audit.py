@@ -50,6 +50,20 @@ def test_a_missing_index_means_an_incomplete_checkpoint(tmp_path):
         audit_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_of_megatron_without_its_common_file_is_incomplete(tmp_path):
+    """Megatron-Core, which reads it first, would raise an AttributeError of its own. torch's own folders have none."""
+    from torch.distributed import checkpoint
+
+    checkpoint.save({"a": torch.randn(3)}, checkpoint_id=tmp_path)
+    audit_checkpoint(tmp_path)
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    with pytest.raises(UserError, match=r"common.pt: no such file; the checkpoint is not complete"):
+        audit_checkpoint(tmp_path)
+    (tmp_path / "common.pt").symlink_to("/nowhere")
+    with pytest.raises(UserError, match="not complete"):
+        audit_checkpoint(tmp_path)
+
+
 def test_an_entry_that_would_run_code_is_refused_unrun(tmp_path):
     """torch would read it with weights_only=False."""
     from torch.distributed import checkpoint
