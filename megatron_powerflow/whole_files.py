@@ -88,17 +88,6 @@ def ordinary(path: Path) -> Path:
     return path
 
 
-def own_file(path: Path) -> Path:
-    """Return the path of a file that is about to be written to where it stands.
-
-    Raises OSError where something else stands there than an ordinary file, or a link: a folder may come from anybody,
-    and what a link in it names is somebody else's.
-    """
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, "a link, through which nothing is written; remove it", str(path))
-    return ordinary(path)
-
-
 def sync(path: Path) -> None:
     """Have the kernel write a file or folder out."""
     descriptor = os.open(path, os.O_RDONLY)
