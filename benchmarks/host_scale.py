@@ -37,7 +37,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_powerflow.architecture import Architecture, Rope
 from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.data.bins import flop_count, plan_update
 from megatron_powerflow.data.packing import pack_streams
@@ -45,12 +44,12 @@ from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.records import MicroBatch, Prompt, Rollout
 from megatron_powerflow.training.micro_batches import bin_rule, pack_updates
 from megatron_powerflow.training.rewards import annotate
+from tests.architectures import make_architecture
 
 GROUP = 16
 PROMPT_TOKENS = 128
 WAYS = ("before", "after", "share")
-ARCHITECTURE = Architecture(  # of 7B; the plan asks for its FLOPs
-    family="llama",
+ARCHITECTURE = make_architecture(  # of 7B; the plan asks for its FLOPs
     num_layers=32,
     hidden_size=4096,
     ffn_hidden_size=11008,
@@ -58,13 +57,7 @@ ARCHITECTURE = Architecture(  # of 7B; the plan asks for its FLOPs
     num_query_groups=32,
     head_dim=128,
     vocab_size=128000,
-    norm_epsilon=1e-5,
-    rope=Rope(1e5),
     tied_embeddings=False,
-    qkv_bias=False,
-    qk_norm=False,
-    max_positions=8192,
-    sliding_window=None,
 )
 
 

@@ -6,6 +6,7 @@ Hugging Face export (`hf/live_weights.py`).
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import attempt, raise_together
 from megatron_powerflow.whole_files import ordinary
 
-EXTRA_STATE = "_extra_state"
+EXTRA_STATE = re.compile(r"_extra_state\d*$")  # with a number: of an expert within a grouped product
 # "fully_reshardable": optimizer moments are stored like weights, whatever split wrote them
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -154,13 +155,13 @@ def _model_state(chunk) -> dict:
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = chunk.sharded_state_dict(metadata=METADATA | {"dp_cp_group": group})
-    return {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
+    return {name: value for name, value in state.items() if not EXTRA_STATE.search(name)}
 
 
 def _load_chunks(chunks: list, state: dict) -> None:
     for index, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
-        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
+        missing = [name for name in missing if not EXTRA_STATE.search(name)]
         assert not missing and not unexpected, f"{missing[:3]} {unexpected[:3]}: the load plan was made of this model"
 
 

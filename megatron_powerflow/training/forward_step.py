@@ -57,7 +57,7 @@ class Scorer:
         a stream.
         """
         arguments, row_index = self._kernel_arguments(hidden, chunk, batch)
-        values = self.kernel.log_probs(**arguments) if len(row_index) else empty_log_probs(arguments["hidden"])
+        values = self.kernel.log_probs(**arguments) if len(row_index) else _of_no_tokens(arguments)
         return to_rows(values, row_index, batch, self.groups.cp)
 
     def prompt_pool(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
@@ -75,7 +75,7 @@ class Scorer:
         They are 0 where loss_mask is False. Arguments and collectives are those of `log_probs`.
         """
         arguments, row_index = self._kernel_arguments(hidden, chunk, batch)
-        columns = self.kernel.statistics(**arguments) if len(row_index) else [empty_log_probs(arguments["hidden"])] * 3
+        columns = self.kernel.statistics(**arguments) if len(row_index) else [_of_no_tokens(arguments)] * 3
         return TokenStatistics(*(to_rows(values, row_index, batch, self.groups.cp) for values in columns))
 
     def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
@@ -96,12 +96,17 @@ class Scorer:
         return arguments, row_index
 
 
-def empty_log_probs(hidden: Tensor) -> Tensor:
+def _of_no_tokens(arguments: dict[str, Any]) -> Tensor:
+    return empty_log_probs(arguments["hidden"], arguments["output_weight"])
+
+
+def empty_log_probs(hidden: Tensor, output_weight: Tensor) -> Tensor:
     """Return the log-probs of no tokens, hidden [0, H] -> [0] fp32, with a graph for the backward pass.
 
-    A dummy has no tokens to score, nor has a share that is all prompt.
+    A dummy has no tokens to score, nor has a share that is all prompt. The weight, too, is in the graph, with a
+    gradient of zeros: Megatron counts the gradients of a micro-batch to know when to add them up over ranks.
     """
-    return hidden.float().sum(dim=1)
+    return hidden.float().sum(dim=1) + output_weight[:0].float().sum()
 
 
 # (hidden states [t / cp, r, H], whole over tp, last chunk, micro-batch) -> whatever the caller collects
