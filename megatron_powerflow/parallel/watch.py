@@ -43,6 +43,7 @@ FAILURE_NAME = "failure.json"
 MOST_BEAT_SECONDS, LEAST_BEAT_SECONDS = 5.0, 0.5
 BEATS_IN_HANG = 20
 STACK_LINES = 40  # of a late rank, on the screen
+WHOLE = "all threads\n"  # behind a dump that its rank has written to the end: another rank reads it meanwhile
 OWN_LINES = ("/parallel/", "torch/", "megatron/core/")  # files that say little of where a rank is
 
 
@@ -186,6 +187,8 @@ class Watch:
         if self._stack is not None and not self._stack_written:
             self._stack_written = True
             faulthandler.dump_traceback(file=self._stack)
+            with contextlib.suppress(OSError):
+                os.write(self._stack.fileno(), WHOLE.encode())
         for rank in range(self.world_size):
             self._read_beat(rank)
         states = {rank: state for rank, (state, _) in self._known.items()} | {self.rank: mine}
@@ -202,7 +205,7 @@ class Watch:
         path = self.folder / f"rank_{state.rank}.stack"
         deadline = time.monotonic() + 2 * self._beat_seconds
         text = ""
-        while not text and time.monotonic() < deadline:  # it writes it at its own beat
+        while WHOLE not in text and time.monotonic() < deadline:  # it writes at its own beat; in C it ends without
             with contextlib.suppress(OSError):
                 text = path.read_text(encoding="utf-8", errors="replace")
             time.sleep(0.1)
@@ -290,6 +293,6 @@ def _where(pulse: Pulse) -> str:
 
 def _main_thread(text: str) -> list[str]:
     """The lines of the first whole dump that are the main thread's, which faulthandler writes last."""
-    blocks = text.split("\n\n")
+    blocks = text.partition(WHOLE)[0].split("\n\n")
     main = next((block for block in blocks if "megatron_powerflow" in block and "run_steps" in block), blocks[-1])
     return [line for line in main.splitlines() if line.strip()][:STACK_LINES]

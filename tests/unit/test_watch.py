@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_powerflow.parallel.pulse import Pulse
-from megatron_powerflow.parallel.watch import Failure, Watch
+from megatron_powerflow.parallel.verdict import State
+from megatron_powerflow.parallel.watch import WHOLE, Failure, Watch
 
 RANK = """
 import sys, threading, time
@@ -105,6 +106,26 @@ def test_a_rank_that_is_stopped_is_named_and_ended(other, tmp_path):
         assert stopped.process.wait(timeout=60) == -signal.SIGKILL  # it would outlive the run
     assert f"(process {stopped.process.pid}) has not been heard of for" in failure.text
     assert "it is stopped (SIGSTOP), and so it writes no stack" in failure.text
+
+
+def test_a_stack_is_read_when_it_is_whole(tmp_path):
+    """faulthandler writes it line by line, and its rank may lose the processor in between."""
+    watch, _ = watching(tmp_path, [], 20)
+    theirs = "Thread 0x1 (most recent call first):\n  File a.py, line 1 in beat\n\n"
+    main = "Thread 0x2 (most recent call first):\n  File b.py, line 2 in wait\n  File c.py, line 3 in planted\n"
+
+    def write() -> None:
+        with (tmp_path / "rank_1.stack").open("w") as file:
+            for line in (theirs + main + WHOLE).splitlines(keepends=True):
+                time.sleep(0.15)
+                file.write(line)
+                file.flush()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    said = watch._stack_of(State(1, "n2", 7, "update", 6, 30.0, False, ""))
+    writer.join()
+    assert said.splitlines()[1:] == main.splitlines()
 
 
 def test_a_rank_that_hangs_is_named_with_its_stack(other, tmp_path):
