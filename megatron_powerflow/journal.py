@@ -10,7 +10,6 @@ Left out: what the lines mean; files that are written whole (`whole_files.py`).
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_powerflow.whole_files import sync, whole_file
+from megatron_powerflow.whole_files import ordinary, own_file, sync, whole_file
 
 MAX_LINE_BYTES = 64 * 2**20
 HEAD_BYTES = 64
@@ -64,7 +63,7 @@ def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     content = text.encode("utf-8", errors="backslashreplace")  # a lone surrogate becomes JSON's \ud800
     try:
-        new = not _is_there(path)
+        new = not own_file(path).exists()
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             size = os.fstat(descriptor).st_size
@@ -152,13 +151,6 @@ def cut_back(path: Path, first_step: int, check: Check, *, start: bytes = b"{") 
     return Cut([piece.line for piece in kept if piece.line is not None], num_cut, damages)
 
 
-def _is_there(path: Path) -> bool:
-    """Raises OSError for what is there and no file: a device has no end, a pipe makes its reader wait."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "no plain file", str(path))
-    return path.exists()
-
-
 def _copy(path: Path, pieces: Sequence[_Piece]) -> None:
     """Replace a file by these pieces of it."""
     with path.open("rb") as old, whole_file(path) as new:
@@ -190,7 +182,7 @@ class _Piece:
 
 def _pieces(path: Path, check: Check | None, start: bytes) -> Iterator[_Piece]:
     """Raises OSError."""
-    if not _is_there(path):
+    if not ordinary(path).exists():
         return
     with path.open("rb") as file:
         number = begin = 0

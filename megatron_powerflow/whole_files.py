@@ -88,6 +88,18 @@ def ordinary(path: Path) -> Path:
     return path
 
 
+def own_file(path: Path) -> Path:
+    """Return the path of a file that is about to be written to where it stands.
+
+    Raises OSError where something else stands there than an ordinary file, or a link to a file of another name: a
+    folder may come from anybody, and what a link in it names is somebody else's. A user who keeps a journal on another
+    disk keeps its name.
+    """
+    if path.is_symlink() and Path(os.path.realpath(path)).name != path.name:
+        raise OSError(errno.ELOOP, "a link to a file of another name, through which nothing is written", str(path))
+    return ordinary(path)
+
+
 def sync(path: Path) -> None:
     """Have the kernel write a file or folder out."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -16,7 +16,7 @@ import typer
 from megatron_powerflow.cli.options import OverriddenKeys, Overrides, typed_command
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
-from megatron_powerflow.errors import EXIT_FAILED, UserError
+from megatron_powerflow.errors import EXIT_FAILED, UserError, disk_refusal
 from megatron_powerflow.parallel.initialize import describe_device, prepare_imports
 from megatron_powerflow.parallel.launch import read_launch
 
@@ -99,11 +99,15 @@ def stop(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: O
     Example: powerflow stop examples/configs/local.yaml run.output_dir=runs/local
     """
     from megatron_powerflow.checkpoint.folder import CONFIG_NAME, LOCK_NAME, STOP_NAME
+    from megatron_powerflow.whole_files import own_file
 
     folder = Path(load_config(config, overrides or ()).run.output_dir)
     if not (folder / CONFIG_NAME).is_file() and not (folder / LOCK_NAME).is_file():
         raise UserError(f"{folder}: no run has started there")
-    (folder / STOP_NAME).touch()
+    try:
+        own_file(folder / STOP_NAME).touch()
+    except OSError as error:
+        raise disk_refusal(error) from None
     print(f"{folder} will stop at the end of its step")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.whole_files import ordinary, write_file
+from megatron_powerflow.whole_files import own_file, write_file
 
 RESPONSES_NAME = "responses.jsonl"
 SETTINGS_NAME = "settings.json"
@@ -71,7 +71,7 @@ def open_responses(out: Path, settings: Line, keys: Sequence[Key], num_responses
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / SETTINGS_NAME, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
     path = out / RESPONSES_NAME
-    ordinary(path).touch()
+    own_file(path).touch()
     ends, position = [0], 0
     with path.open("rb") as file:
         for number, raw in enumerate(file):
@@ -91,7 +91,7 @@ def open_responses(out: Path, settings: Line, keys: Sequence[Key], num_responses
 
 def append_responses(out: Path, lines: Sequence[Line]) -> None:
     """Appends the lines of one round; they are on the disk when the function returns."""
-    with (out / RESPONSES_NAME).open("a", encoding="utf-8") as file:
+    with own_file(out / RESPONSES_NAME).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())

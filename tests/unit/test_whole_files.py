@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_powerflow.checkpoint.first_files import CONFIG_MARK, not_ours, remove_cut_off_files
-from megatron_powerflow.whole_files import is_partial_of, whole_file, write_file
+from megatron_powerflow.cli.runs import stop
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.evaluation.responses import RESPONSES_NAME, append_responses
+from megatron_powerflow.journal import append_lines
+from megatron_powerflow.whole_files import is_partial_of, own_file, whole_file, write_file
+from tests.conftest import REPOSITORY
 
 
 class Killed(BaseException):
@@ -67,3 +72,36 @@ def test_a_kill_in_any_folder_of_a_run_leaves_nothing_for_good(tmp_path):
     remove_cut_off_files(tmp_path)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"config.yaml", *others}
+
+
+@pytest.mark.parametrize("target", ["there.txt", "nowhere.txt"])
+def test_nothing_is_written_through_a_link(tmp_path, target):
+    """A run's folder may come from a stranger, and a journal in it be a link to any file of the user's."""
+    (tmp_path / "there.txt").write_text("the user's own\n")
+    link = tmp_path / "events.jsonl"
+    link.symlink_to(target)
+    with pytest.raises(OSError, match="a link to a file of another name"):
+        own_file(link)
+    with pytest.raises(OSError, match="a link"):
+        append_lines(link, [{"step": 1}])
+    link.rename(tmp_path / RESPONSES_NAME)
+    with pytest.raises(OSError, match="a link"):
+        append_responses(tmp_path, [{"step": 1}])
+    assert (tmp_path / "there.txt").read_text() == "the user's own\n"
+    assert not (tmp_path / "nowhere.txt").exists()
+
+
+def test_a_journal_that_lies_on_another_disk_under_its_name_is_written_there(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "events.jsonl"
+    link.symlink_to("disk/events.jsonl")
+    append_lines(link, [{"step": 1}])
+    assert (tmp_path / "disk" / "events.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_run_is_not_asked_to_stop_through_a_link(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "stop").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="a link to a file of another name"):
+        stop(REPOSITORY / "examples" / "configs" / "local.yaml", [f"run.output_dir={tmp_path}"])
+    assert not (tmp_path / "nowhere").exists()
