@@ -4,8 +4,10 @@
 
 Blocked are the seconds of this process in `Saver.save` and `Saver.settle`: the copy and the plan, and later the index,
 the names and `latest`. Between them it does what a step does: it changes the weights. `cp` and its sync take the
-checkpoint's own files. One process; on several, each writes its share. Where the disk is the page cache of a busy
-machine, look at the ratio.
+checkpoint's own files. Where the disk is the page cache of a busy machine, look at the ratio.
+
+--replicas 2: on so many gloo processes of this machine, whose distributed optimizer gives each a part of the moments.
+Seconds and memory are the main rank's; memory: that its process grew by, over all saves.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import resource
 import shutil
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 16384}
 SIZES |= {"num_attention_heads": 12, "num_key_value_heads": 12}
@@ -27,29 +32,40 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one save: in which training waited, and until it was whole. cp: of the same files, synced."""
+    """Seconds of one save: in which training waited, and until it was whole. cp: of the same files, synced.
+
+    grown: bytes by which this process was larger, at its most until then, than before the first save.
+    """
 
     blocked: float
     whole: float
     cp: float
     num_bytes: int
+    grown: int
 
 
 def measure(config, repetitions: int) -> dict[bool, list[Timing]]:
-    """Timings by `asynchronous`, in turn. The first save of each kind, which plans who writes what, is left out."""
+    """Timings by `asynchronous`, in turn, on this rank. The first saves, which plan who writes what, are left out.
+    Collective."""
     from megatron_powerflow.checkpoint.keeping import Keeping
     from megatron_powerflow.checkpoint.saving import Saver
     from megatron_powerflow.parallel.initialize import initialized
-    from megatron_powerflow.parallel.launch import ALONE
+    from megatron_powerflow.parallel.launch import read_launch
+    from megatron_powerflow.parallel.together import on_main
     from megatron_powerflow.training.plan import make_plan, write_config
     from megatron_powerflow.training.session import build_session
 
-    plan = make_plan(config, 1)
-    plan.run_folder.mkdir(parents=True)
-    write_config(plan)
-    plan.inputs.write(plan.run_folder)
+    launch = read_launch()
+    plan = make_plan(config, launch.world_size)
     timings: dict[bool, list[Timing]] = {False: [], True: []}
-    with initialized(plan.layout, ALONE, seed=0) as groups:
+
+    def begin() -> None:
+        plan.run_folder.mkdir(parents=True)
+        write_config(plan)
+        plan.inputs.write(plan.run_folder)
+
+    with initialized(plan.layout, launch, seed=0) as groups:
+        on_main(begin, groups)
         session = build_session(plan, groups)
         _take_a_step(session)
         savers = {
@@ -63,16 +79,19 @@ def measure(config, repetitions: int) -> dict[bool, list[Timing]]:
             )
             for asynchronous in (False, True)
         }
+        start = psutil.Process().memory_info().rss
         for number in range(2 * (repetitions + 3)):
             asynchronous = number % 2 == 1
-            timings[asynchronous].append(_one(savers[asynchronous], session, number + 1, plan.run_folder))
+            timings[asynchronous].append(_one(savers[asynchronous], session, number + 1, plan.run_folder, start))
     return {asynchronous: found[3:] for asynchronous, found in timings.items()}
 
 
-def _one(saver, session, step: int, run: Path) -> Timing:
+def _one(saver, session, step: int, run: Path, memory: int) -> Timing:
     from dataclasses import replace
 
-    os.sync()
+    from megatron_powerflow.parallel.together import on_main
+
+    on_main(os.sync, session.groups)
     begin = time.perf_counter()
     saver.save(session.trainable, replace(session.progress, step=step), wait=False)
     blocked = time.perf_counter() - begin
@@ -84,7 +103,9 @@ def _one(saver, session, step: int, run: Path) -> Timing:
     whole = time.perf_counter() - begin
     checkpoint = run / "checkpoints" / f"step_{step:06d}"
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    return Timing(blocked, whole, _cp(files, run / "copy"), sum(path.stat().st_size for path in files))
+    copied = on_main(lambda: _cp(files, run / "copy"), session.groups)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - memory
+    return Timing(blocked, whole, copied, sum(path.stat().st_size for path in files), grown)
 
 
 def _cp(files: list[Path], folder: Path) -> float:
@@ -112,7 +133,7 @@ def _take_a_step(session) -> None:
         part.optimizer.step()
 
 
-def compare(folder: Path, sizes: dict[str, int], repetitions: int) -> tuple[str, float]:
+def compare(folder: Path, sizes: dict[str, int], repetitions: int, replicas: int = 1) -> tuple[str, float]:
     """The printed table, and the share of a synchronous save that training waits for an asynchronous one."""
     from rich.table import Table
 
@@ -126,9 +147,13 @@ def compare(folder: Path, sizes: dict[str, int], repetitions: int) -> tuple[str,
     values = {"model": {"hf_path": str(model)}, "precision": {"dtype": "fp32"}, "prompts": {"path": str(prompts)}}
     values |= {"rollout": {"prompts_per_step": 1, "responses_per_prompt": 2, "max_prompt_tokens": 8}}
     values["rollout"] |= {"max_response_tokens": 8}
+    if replicas > 1:
+        values["rollout"]["prompts_per_step"] = replicas
+        values["optimizer"] = {"distributed": True}
     values |= {"parallel": {"micro_batch_size": 2}, "evaluation": {"samples": 0}}
     values |= {"metrics": {"wandb": "off", "curves": False}, "run": {"output_dir": str(folder / "run")}}
-    found = measure(parse_config(values, ()), repetitions)
+    config = parse_config(values, ())
+    found = measure(config, repetitions) if replicas == 1 else _on_ranks(replicas, config, repetitions)
     size = found[True][0].num_bytes
     table = Table(title=f"checkpoints of {size / GB:.2f} GB, medians of {repetitions}")
     for column in ("", "training waits, s", "until it is whole, s", "GB/s", "cp of the same files, GB/s"):
@@ -146,7 +171,18 @@ def compare(folder: Path, sizes: dict[str, int], repetitions: int) -> tuple[str,
     console = make_console(text, width=100)
     console.print(table)
     console.print(f"training waits {100 * share:.1f} % of a synchronous save")
+    console.print(f"the process was at most {found[True][-1].grown / GB:.2f} GB larger than before the first save")
     return text.getvalue(), share
+
+
+def _on_ranks(count: int, config, repetitions: int) -> dict[bool, list[Timing]]:
+    from tests.gloo_workers import GlooWorkers
+
+    workers = GlooWorkers()
+    try:
+        return workers.run(count, measure, config, repetitions)[0]
+    finally:
+        workers.stop()
 
 
 def main() -> None:
@@ -155,10 +191,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: a temporary one")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--replicas", type=int, default=1, help="processes, with a distributed optimizer")
     arguments = parser.parse_args()
     prepare_imports()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
-        print(compare(Path(scratch), SIZES, arguments.repetitions)[0])
+        print(compare(Path(scratch), SIZES, arguments.repetitions, arguments.replicas)[0])
 
 
 if __name__ == "__main__":

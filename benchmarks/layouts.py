@@ -45,6 +45,7 @@ ROWS = (
     Row("TP4 + SP, 2 groups, norms over heads", 4, ("parallel.tp=4", SP), "olmo2"),
     Row("PP2", 2, ("parallel.pp=2",)),
     Row("PP2 x VPP2", 2, ("parallel.pp=2", "parallel.vpp=2")),
+    Row("PP3, uneven", 3, ("parallel.pp=3",)),
     Row("CP2", 2, ("parallel.cp=2",)),
     Row("CP4", 4, ("parallel.cp=4",)),
     Row("DP2", 2),

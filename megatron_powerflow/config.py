@@ -42,6 +42,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, serialize_by_alias=True)
 
 
+# names of Megatron's; model/recompute.py says what each is
+RecomputedModule = Literal["mlp", "moe", "shared_experts", "moe_act", "layernorm", "core_attn", "mla_up_proj"]
+
+
 class ModelSection(Section):
     hf_path: str = Field(
         description="what the run starts from: Hugging Face folder, converted checkpoint or OWNER/NAME[@REVISION] on "
@@ -51,7 +55,14 @@ class ModelSection(Section):
         "resident", description="second copy on the device, or one set of weights swapped with host memory"
     )
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations computed again in the backward pass, to save memory"
+        "none",
+        description="activations computed again in the backward pass, to save memory: none, those of recompute_modules "
+        "or all but the layers' inputs",
+    )
+    recompute_modules: Annotated[list[RecomputedModule], Field(min_length=1)] | None = Field(
+        None,
+        description="modules whose activations are computed again; default: the MLP or the mixture, and scores that "
+        "are capped",
     )
 
 
@@ -59,14 +70,21 @@ class ParallelSection(Section):
     tp: PositiveInt = Field(1, description="tensor-parallel size")
     pp: PositiveInt = Field(1, description="pipeline-parallel size")
     vpp: PositiveInt | None = Field(None, description="model chunks per pipeline stage (interleaving)")
+    layers_per_chunk: Annotated[list[PositiveInt], Field(min_length=1)] | None = Field(
+        None,
+        description="layers of each pipeline stage (with vpp: of each chunk, in model order); default: as even as can "
+        "be, embedding and output layer counted as one each where they cannot be equal",
+    )
     cp: PositiveInt = Field(1, description="context-parallel size")
     ep: PositiveInt = Field(1, description="expert-parallel size")
     sequence_parallel: bool = Field(False, description="split norms and dropout along the sequence over tp")
-    micro_batch_size: PositiveInt | None = Field(
-        None, description="rollouts per forward pass, padded to the longest; default 4"
-    )
     max_tokens_per_micro_batch: PositiveInt | None = Field(
-        None, description="instead: as many rollouts as fit, packed without padding (over cp together)"
+        None,
+        description="a forward pass takes as many rollouts as fit, packed without padding (over cp together); default: "
+        "four of the longest, in 2,048 to 16,384 tokens, and no less than one",
+    )
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="instead: so many rollouts per forward pass, padded to the longest of them"
     )
 
 

@@ -57,7 +57,7 @@ def _ratio(c: Config) -> str:
     return "seq" if _balances(c) else "token"
 
 
-def _pads(c: Config) -> bool:
+def _pads(c: Config) -> bool:  # or may
     return c.parallel.max_tokens_per_micro_batch is None
 
 
@@ -89,9 +89,10 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("objective.clip_epsilon", 0.2, lambda c: c.objective.ratio != "none", "objective.ratio=none"),
     ("optimizer.log_z_lr", 0.5, lambda c: c.objective.learns_log_z, "objective.log_z is not learned"),
     ("optimizer.min_lr", 0.0, lambda c: c.optimizer.lr_decay != "constant", "optimizer.lr_decay=constant"),
+    ("model.recompute_modules", None, lambda c: c.model.recompute == "selective", "model.recompute is not selective"),
     ("precision.fp8_recipe", "tensorwise", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
     ("precision.fp8_format", "hybrid", lambda c: c.precision.dtype == "fp8", "precision.dtype is not fp8"),
-    ("parallel.micro_batch_size", 4, _pads, "parallel.max_tokens_per_micro_batch packs instead"),
+    ("parallel.micro_batch_size", None, _pads, "parallel.max_tokens_per_micro_batch packs instead"),
     ("parallel.vpp", None, lambda c: c.parallel.pp > 1, "parallel.pp=1"),
     ("checkpoint.keep_every", None, lambda c: c.checkpoint.keep is not None, "checkpoint.keep is not given: all stay"),
     ("evaluation.samples", 3, _has_engine, "rollout.replay trains without an engine"),

@@ -115,6 +115,15 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
+class ChosenTokens:
+    """k tokens of a micro-batch that this rank has, in the order of the rows: found when the batch is made, for a GPU
+    would have to be waited for."""
+
+    in_model: Tensor  # [k] int64, of each among the hidden states [t / cp, r, H], their first two axes taken as one
+    in_rows: Tensor  # [k] int64, of each in MicroBatch.tokens.flatten()
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """The rollouts of one forward pass: b rollouts, s token positions, all on the compute device.
 
@@ -139,6 +148,8 @@ class MicroBatch:
     truncated: Tensor  # [b] bool, cut at max_response_tokens: no EOS
     kept: Tensor  # [b] bool, False: takes part in nothing (objective.truncated=drop)
     annotations: Tensor  # [b, len(ANNOTATION_COLUMNS)] fp32: only for the metrics; NaN: does not exist
+    responses: ChosenTokens  # of this rank, where loss_mask is True
+    prompts: ChosenTokens  # of this rank, where prompt_mask is True
     stream: Stream | None = None  # None: the rows as they are, padding and all
     whole_groups: bool = False  # no group goes on in another micro-batch: its log Z' needs no forward pass of its own
 

@@ -19,6 +19,7 @@ from megatron_powerflow.data.prompts import PromptStream
 from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
+from megatron_powerflow.model.recompute import require_recompute_support
 from megatron_powerflow.model_card import card_files
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import initialized
@@ -41,7 +42,9 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "", en
     command: what the run's folder says started it. end: entered; None where nobody hears signals or other ranks.
     """
     end = end or RunEnd(launch)
-    require_fp8_support(plan.config.precision, plan.architecture, plan.config.parallel)
+    model, precision, parallel = plan.config.model, plan.config.precision, plan.config.parallel
+    require_fp8_support(precision, plan.architecture, parallel)
+    require_recompute_support(model, precision, plan.architecture, parallel.cp)
     with (
         run_folder(plan) as owner,
         RunEvents(plan.run_folder) as events,

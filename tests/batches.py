@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_powerflow.data.packing import chosen_tokens
 from megatron_powerflow.records import ANNOTATION_COLUMNS, ScoredBatch, extended
 
 NUM_PROMPT_TOKENS = 2
@@ -43,6 +44,8 @@ def scored_batch(ref: Responses, *, kind=ScoredBatch, **fields):
         "reward": torch.zeros(size, dtype=torch.float64),
         "truncated": torch.zeros(size, dtype=torch.bool),
         "kept": torch.ones(size, dtype=torch.bool),
+        "responses": chosen_tokens((places >= first - 1) & (places < last - 1), None),
+        "prompts": chosen_tokens((places < first).expand(size, -1), None),
         "annotations": torch.full((size, len(ANNOTATION_COLUMNS)), torch.nan),
         "ref_log_probs": ref_log_probs,
     }

@@ -10,25 +10,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-find_python() { # VERSION: prints an interpreter that runs and can make environments; pyenv's shims may exist and not run
-    local candidate
-    for candidate in "python$1" "$(pyenv root 2>/dev/null || true)"/versions/"$1".*/bin/"python$1"; do
-        if "$candidate" -c 'import ensurepip' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
-    done
-    return 1
-}
-
+source tools/find_python.sh
 declare -A interpreter
 missing=()
 for version in 3.11 3.12; do
     interpreter[$version]=$(find_python "$version") || missing+=("$version")
 done
 for version in "${missing[@]}"; do
-    echo "error: no python$version with ensurepip on PATH or among pyenv's versions; get one with one of" \
-        "'apt-get install python$version python$version-venv', 'pyenv install $version', 'uv python install $version'" >&2
+    missing_python "$version"
 done
 [ "${#missing[@]}" -eq 0 ] || exit 2
 

@@ -205,7 +205,8 @@ def commands() -> str:
         "|---|---|",
         "| 0 | done |",
         "| 2 | an input is wrong; one line each on stderr says what, and what to do |",
-        "| 75 | the run was asked to stop; its state is saved, and the same command continues it |",
+        "| 75 | the run was asked to stop; its state is saved, and the same command continues it. Of `preflight`: a "
+        "node is at fault; start again without it |",
         "| 130 | interrupted by Ctrl-C |",
         "| other | a bug, with its traceback |",
         "",

@@ -42,7 +42,14 @@ from megatron_powerflow.checkpoint.folder import (
 from megatron_powerflow.checkpoint.keeping import Keeping, steps_to_remove
 from megatron_powerflow.checkpoint.shards import AsyncRequest, HeldWriter, ShardWriter, finalize, host_copy
 from megatron_powerflow.checkpoint.state import Proof, RunProgress, Trainable, progress_text
-from megatron_powerflow.checkpoint.storage import IO_ERRORS, METADATA, optimizer_step, proof_of, sharded_state
+from megatron_powerflow.checkpoint.storage import (
+    IO_ERRORS,
+    METADATA,
+    moments_of,
+    optimizer_step,
+    proof_of,
+    sharded_state,
+)
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.files import copy_companions
 from megatron_powerflow.model.log_z_head import LogZHead
@@ -162,7 +169,7 @@ class Saver:
         groups = self._groups
         partial = self._run / "checkpoints" / (checkpoint_name(progress.step) + PARTIAL_SUFFIX)
         self._wait_for_removal()
-        failure = attempt(lambda: _fresh_folder(partial), *IO_ERRORS) if groups.is_main else None
+        failure = attempt(lambda: _fresh_folder_with_room(partial), *IO_ERRORS) if groups.is_main else None
         self._stop_together(failure, partial)
         if self._shards is None:
             self._shards = ShardWriter(asynchronous=self._asynchronous)
@@ -170,7 +177,8 @@ class Saver:
 
         def hold() -> None:
             state = sharded_state(trainable, is_loading=False)
-            held.append(shards.begin(state, partial / POLICY_NAME, METADATA))
+            moments = moments_of(trainable, to_save=True)
+            held.append(shards.begin(state, moments, partial / POLICY_NAME, METADATA))
 
         self._stop_together(attempt(hold, *IO_ERRORS), partial)
         ((writer, request),) = held
@@ -290,7 +298,7 @@ def _remove(folders: Sequence[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fresh_folder(partial: Path) -> None:
+def _fresh_folder_with_room(partial: Path) -> None:
     """An empty folder, where there is room for the first files: Megatron's main rank writes them while the others wait
     for it, and would leave them waiting."""
     shutil.rmtree(partial, ignore_errors=True)

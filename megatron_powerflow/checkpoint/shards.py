@@ -31,9 +31,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from megatron_powerflow.checkpoint.contents import Piece
+from megatron_powerflow.checkpoint.moments import Held
+from megatron_powerflow.checkpoint.rectangles import HeldRectangles
 
 
 class HeldWriter(FileSystemWriter):
@@ -106,9 +109,20 @@ class HeldWriter(FileSystemWriter):
         return self._results
 
 
+class HeldPlanner(MCoreSavePlanner):
+    """Megatron's planner, which finds the parts of `HeldRectangles` as well."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        held = self.state_dict[index.fqn]
+        return held.__get_tensor_shard__(index) if isinstance(held, HeldRectangles) else super().lookup_object(index)
+
+
 class HeldStrategy(TorchDistSaveShardedStrategy):
     """Megatron's torch_dist with a `HeldWriter` in place of its forking one. The plan of a save is used again as long
-    as the state has the same shape."""
+    as the state has the same shape.
+
+    moments: of the save to come, which Megatron has not split up.
+    """
 
     cached_central_plan: Any  # Megatron's, which gives them no type
     cached_local_plan: Any
@@ -118,6 +132,7 @@ class HeldStrategy(TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1, cached_metadata=True)
         self._buffers: dict[Any, Tensor] | None = {} if copies else None
         self.writer: HeldWriter | None = None
+        self.moments: Held = {}
 
     def async_save(self, sharded_state_dict, checkpoint_dir, async_strategy="mcore") -> AsyncRequest:
         """Plan the save, collectively, and hold what this rank writes; `writer.write()` and the request's finalize
@@ -126,11 +141,11 @@ class HeldStrategy(TorchDistSaveShardedStrategy):
         self.writer = HeldWriter(Path(checkpoint_dir), buffers=self._buffers)
         planned, self.cached_central_plan, self.cached_local_plan, self.validated_cache_reuse, _ = (
             save_state_dict_async_plan(
-                mcore_to_pyt_state_dict(state, False),
+                {**mcore_to_pyt_state_dict(state, False), **self.moments},
                 self.writer,
                 None,
                 0,
-                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+                planner=HeldPlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
                 cached_ckpt_structure=(
                     self.cached_central_plan,
                     self.cached_local_plan,
@@ -155,13 +170,14 @@ class ShardWriter:
         self._strategy = FullyParallelSaveStrategyWrapper(self._held, group, do_cache_distribution=True)
         self._is_first = True
 
-    def begin(self, state: dict, folder: Path, metadata: dict) -> tuple[HeldWriter, AsyncRequest]:
-        """Plan a save of a sharded state and hold it. Collective.
+    def begin(self, state: dict, moments: Held, folder: Path, metadata: dict) -> tuple[HeldWriter, AsyncRequest]:
+        """Plan a save of a sharded state, and of moments that Megatron does not split up, and hold it. Collective.
 
         Then `write` of the writer on each rank, and, when all have done so, `finalize` of the request, collectively.
         """
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # what other streams have yet to do to the weights
+        self._held.moments = moments
         request = dist_checkpointing.save(
             state,
             str(folder),
@@ -170,7 +186,7 @@ class ShardWriter:
             async_sharded_save=True,
             content_metadata=metadata,
         )
-        self._is_first = False
+        self._held.moments, self._is_first = {}, False
         assert request is not None
         assert self._held.writer is not None
         return self._held.writer, request

@@ -6,18 +6,33 @@ Hugging Face export (`hf/live_weights.py`).
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_powerflow.checkpoint.contents import Sums, sums_of
 from megatron_powerflow.checkpoint.digests import check_share
 from megatron_powerflow.checkpoint.folder import HEAD_NAME, POLICY_NAME, is_converted, tensors_folder
+from megatron_powerflow.checkpoint.moments import (
+    MAIN,
+    MAIN_ALONE,
+    PREFIX,
+    Held,
+    held_moments,
+    load_moments,
+    moment_pieces,
+)
 from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
 from megatron_powerflow.checkpoint.shards import pieces_of
 from megatron_powerflow.checkpoint.state import Proof, RunProgress, Trainable, read_progress, read_proof
@@ -27,10 +42,10 @@ from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import attempt, raise_together
 from megatron_powerflow.whole_files import ordinary
 
-EXTRA_STATE = "_extra_state"
-# "fully_reshardable": optimizer moments are stored like weights, whatever split wrote them
+EXTRA_STATE = re.compile(r"_extra_state\d*$")  # with a number: of an expert within a grouped product
+SHARDING = "fully_reshardable"  # Megatron's word for moments that are stored like weights, whatever split wrote them
 METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_sharding_type": SHARDING,
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
@@ -46,17 +61,22 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> RunProgress:
     digests before (`whole.py`). Raises UserError when it cannot be loaded, or is not what was saved.
     """
     progress, proof = read_progress(checkpoint), read_proof(checkpoint)
-    audit_checkpoint(checkpoint / POLICY_NAME)
+    metadata = audit_checkpoint(checkpoint / POLICY_NAME)
     _init_optimizer_state(trainable)
     own = [{name: group[name] for name in SETTINGS if name in group} for group in trainable.optimizer.param_groups]
     sharded = sharded_state(trainable, is_loading=True)
-    try:
+    _as_named(sharded["optimizer"], metadata)
+    with _refusing(checkpoint):
         state = dist_checkpointing.load(sharded, str(checkpoint / POLICY_NAME))
         saved = dist_checkpointing.load_common_state_dict(str(checkpoint / POLICY_NAME))
-    except IO_ERRORS as error:
-        raise UserError(f"{checkpoint}: cannot be loaded: {' '.join(str(error).split())[:500]}") from error
     _load_chunks(trainable.chunks, state)
-    _load_optimizer(trainable, _fitting(state["optimizer"], sharded["optimizer"], saved["optimizer"]))
+    by_parameter = isinstance(_optimizer_parts(trainable)[0].optimizer, torch.optim.AdamW)
+    fitting = _fitting(state["optimizer"], sharded["optimizer"], saved["optimizer"], by_parameter=by_parameter)
+    _load_optimizer(trainable, fitting)
+    moments = moments_of(trainable, to_save=False)
+    with _refusing(checkpoint):
+        with_main = trainable.chunks[0].config.params_dtype != torch.float32
+        load_moments(checkpoint / POLICY_NAME, metadata, moments, with_main=with_main)
     for group, settings in zip(trainable.optimizer.param_groups, own, strict=True):
         group.update(settings)  # the config's, which may have changed, and not the checkpoint's
     if trainable.head is not None:
@@ -69,6 +89,7 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> RunProgress:
 def loaded_proof(trainable: Trainable, groups: Groups) -> Proof:
     """What this run's state is at the moment, in the sums of `contents.py`. Collective; the same on every rank."""
     mine = sums_of(pieces_of(sharded_state(trainable, is_loading=False)))
+    mine += sums_of(moment_pieces(moments_of(trainable, to_save=True)))
     everyone: list[Sums] = [Sums()] * groups.world_size
     dist.all_gather_object(everyone, mine, group=groups.control)
     return proof_of(sum(everyone, Sums()), optimizer_step(trainable, groups))
@@ -124,11 +145,17 @@ def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
     folder = tensors_folder(checkpoint)
     audit_checkpoint(folder)
     sharded = {f"model{index}": _model_state(chunk) for index, chunk in enumerate(chunks)}
-    try:
+    with _refusing(checkpoint):
         state = dist_checkpointing.load(sharded, str(folder))
+    _load_chunks(chunks, state)
+
+
+@contextlib.contextmanager
+def _refusing(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
     except IO_ERRORS as error:
         raise UserError(f"{checkpoint}: cannot be loaded: {' '.join(str(error).split())[:500]}") from error
-    _load_chunks(chunks, state)
 
 
 def _refuse_damage(checkpoint: Path, groups: Groups) -> None:
@@ -138,13 +165,42 @@ def _refuse_damage(checkpoint: Path, groups: Groups) -> None:
 
 
 def sharded_state(trainable: Trainable, *, is_loading: bool) -> dict:
-    """What there is to save, or to load into, as Megatron's sharded tensors."""
+    """What there is to save, or to load into, as Megatron's sharded tensors; but for `moments_of`."""
     from megatron.core import parallel_state
 
-    models = {f"model{index}": _model_state(chunk) for index, chunk in enumerate(trainable.chunks)}
+    models = _models(trainable)
+    if _distributed_parts(trainable):
+        return {**models, "optimizer": _numbers(trainable, is_loading=is_loading)}
     metadata = METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     optimizer = trainable.optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)
     return {**models, "optimizer": optimizer}
+
+
+def moments_of(trainable: Trainable, *, to_save: bool) -> Held:
+    """This rank's part of the moments and main weights of a distributed optimizer; {} of another, whose moments are
+    among the sharded tensors. to_save: without what another rank saves."""
+    parts = _distributed_parts(trainable)
+    return held_moments(parts, _models(trainable), to_save=to_save) if parts else {}
+
+
+def _numbers(trainable: Trainable, *, is_loading: bool) -> dict:
+    """The numbers of a distributed optimizer that are no tensors, as Megatron has them beside its sharded tensors.
+
+    is_loading: has the optimizer make its tensors, which are to be loaded into.
+    """
+    parts = _optimizer_parts(trainable)
+    if len(parts) > 1:
+        trainable.optimizer._synchronize_steps()
+    states = []
+    for part in parts:
+        if is_loading:
+            part.load_state_dict(part.state_dict())
+        states.append({**part.state_dict(), "param_state_sharding_type": SHARDING})
+    return states[0] if len(states) == 1 else dict(enumerate(states))
+
+
+def _models(trainable: Trainable) -> dict:
+    return {f"model{index}": _model_state(chunk) for index, chunk in enumerate(trainable.chunks)}
 
 
 def _model_state(chunk) -> dict:
@@ -154,18 +210,24 @@ def _model_state(chunk) -> dict:
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = chunk.sharded_state_dict(metadata=METADATA | {"dp_cp_group": group})
-    return {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
+    return {name: value for name, value in state.items() if not EXTRA_STATE.search(name)}
 
 
 def _load_chunks(chunks: list, state: dict) -> None:
     for index, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
-        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
+        missing = [name for name in missing if not EXTRA_STATE.search(name)]
         assert not missing and not unexpected, f"{missing[:3]} {unexpected[:3]}: the load plan was made of this model"
 
 
 def _optimizer_parts(trainable: Trainable) -> list:
     return getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
+
+
+def _distributed_parts(trainable: Trainable) -> list:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return [part for part in _optimizer_parts(trainable) if isinstance(part, DistributedOptimizer)]
 
 
 def _init_optimizer_state(trainable: Trainable) -> None:
@@ -182,30 +244,61 @@ def _init_optimizer_state(trainable: Trainable) -> None:
                 }
 
 
-def _fitting(state: dict, wanted: dict, saved: dict) -> dict:
+def _fitting(state: dict, wanted: dict, saved: dict, *, by_parameter: bool) -> dict:
     """The optimizer's loaded state in the shape that this run's optimizer has.
 
     Experts that are spread over ranks have an optimizer of their own: with ep > 1 there are two states {0: ..., 1: ...}
-    where there is one otherwise. The moments are found by the names of the parameters either way. What is stored beside
-    them is, but for the count of steps, the config's: taken from `wanted`, this run's own, where the shapes differ.
+    where there is one otherwise; and a distributed optimizer has other numbers beside its moments than another one. The
+    moments are found by the names of the parameters either way. What is stored beside them is, but for the count of
+    steps, the config's: taken from `wanted`, this run's own, where the shapes differ. by_parameter: steps are counted
+    for each parameter, as torch does.
     """
-    if (0 in wanted) == (0 in saved):
+    is_split, was_split = 0 in wanted, 0 in saved
+    if is_split == was_split and _is_distributed(wanted) == _is_distributed(saved):
         return state
-    then = _innermost(saved.get(0, saved))
-    parts = {number: state.pop(number) for number in (0, 1)}
-    parts = parts if 0 in wanted else {0: state}
+    if was_split and not is_split:
+        for number in (0, 1):
+            state.pop(number)
+    parts = {number: state.pop(number) for number in (0, 1)} if is_split else {0: state}
+    step = _step(saved)
     for number, part in parts.items():
-        mine, now = wanted.get(number, wanted), _innermost(part)
+        mine = wanted.get(number, wanted)
+        if _is_distributed(mine):
+            part.clear()
+            part.update(mine)
+            for group in part["optimizer"]["param_groups"]:
+                group["step"] = step
+            continue
+        now = _innermost(part)
+        if "optimizer" not in mine:
+            part.pop("optimizer", None)
         own = _innermost(mine)["param_groups"]
-        # which parameters; nothing for a distributed optimizer
-        loaded = now.get("param_groups") or [{}] * len(own)
-        steps = {key: value for key, value in then["param_groups"][0].items() if key == "step"}
-        now["param_groups"] = [{**group, **steps, **params} for group, params in zip(own, loaded, strict=True)]
-        if "common_step" in then.get("state", {}):
-            now["state"]["common_step"] = then["state"]["common_step"]
-        if "param_state_sharding_type" in mine:
-            part["param_state_sharding_type"] = mine["param_state_sharding_type"]
-    return parts if 0 in wanted else parts[0]
+        steps = {} if by_parameter else {"step": step}
+        now["param_groups"] = [
+            {**group, **steps, "params": loaded["params"]}
+            for group, loaded in zip(own, now["param_groups"], strict=True)
+        ]
+        if by_parameter:
+            now["state"]["common_step"] = torch.tensor(float(step))
+    return parts if is_split else parts[0]
+
+
+def _is_distributed(state: dict) -> bool:
+    return "param_state_sharding_type" in state.get(0, state)
+
+
+def _step(saved: dict) -> int:
+    """The count of steps in what a checkpoint has beside the moments."""
+    state = _innermost(dict(saved.get(0, saved)))
+    counted = [group["step"] for group in state["param_groups"] if "step" in group]
+    return int(state["state"]["common_step"] if "common_step" in state.get("state", {}) else counted[0])
+
+
+def _as_named(optimizer: dict, metadata: Metadata) -> None:
+    """Have main weights read under the name that a distributed optimizer gives them, where the checkpoint has those."""
+    for shard in nested_values(optimizer):
+        if isinstance(shard, ShardedTensor | ShardedTensorFactory) and shard.key not in metadata.state_dict_metadata:
+            shard.key = shard.key.replace(f"{PREFIX}.{MAIN_ALONE}.", f"{PREFIX}.{MAIN}.", 1)
 
 
 def _innermost(state: dict) -> dict:
@@ -214,25 +307,17 @@ def _innermost(state: dict) -> dict:
 
 
 def _load_optimizer(trainable: Trainable, state: dict) -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    parts = _optimizer_parts(trainable)
-    torch_adam = isinstance(parts[0].optimizer, torch.optim.AdamW)
-    if not (torch_adam and isinstance(parts[0], DistributedOptimizer)):
+    """Everything of the optimizer, of a distributed one but its moments."""
+    parts = _distributed_parts(trainable)
+    if not parts:
         trainable.optimizer.load_state_dict(state)
         return
-    # Upstream, with torch's AdamW: DistributedOptimizer looks for `step` beside the moments of each parameter, where it
-    # is not stored (KeyError), and hands one tensor to all parameters, who then all count it up. So: everything else
-    # first, the moments without `step`, and a `step` of its own for each. Remove when both are mended upstream.
     for part, own in zip(parts, [state] if len(parts) == 1 else [state[i] for i in range(len(parts))], strict=True):
-        moments = own.pop("param_state")
-        own.pop("param_state_sharding_type")
+        own.pop("param_state_sharding_type", None)
         part.load_state_dict(own)
-        steps = {parameter: values.pop("step") for parameter, values in part.optimizer.state.items()}
-        with torch.no_grad():
-            part.load_parameter_state_from_fully_reshardable(moments)
-        for parameter, step in steps.items():
-            part.optimizer.state[parameter]["step"] = step.clone()
+        if isinstance(part.optimizer, torch.optim.AdamW):  # Megatron hands all of its parameters one tensor
+            for values in part.optimizer.state.values():
+                values["step"] = values["step"].clone()
 
 
 def _load_head(path: Path, head: LogZHead) -> None:

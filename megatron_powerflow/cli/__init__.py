@@ -1,6 +1,6 @@
-"""The command line: powerflow train|check|config|recipes|prepare|score|generate|evaluate|export|report|stop|outcome|...
+"""The command line: powerflow train|check|prove|preflight|config|recipes|prepare|score|generate|evaluate|export|...
 
-The commands are in files of their own (runs, models, inputs, reports); here they get their names and their order.
+The commands are in files of their own (runs, proofs, cluster, models, ...); here they get their names and their order.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import typer
 
 from megatron_powerflow import __version__
 from megatron_powerflow.children import end_spawned_with_parent
+from megatron_powerflow.cli.cluster import preflight
 from megatron_powerflow.cli.inputs import env, explain_config, prepare, recipes
 from megatron_powerflow.cli.leaving import run_and_leave
 from megatron_powerflow.cli.models import evaluate, export, generate, score
+from megatron_powerflow.cli.proofs import prove
 from megatron_powerflow.cli.reports import curves, goodput, report
 from megatron_powerflow.cli.runs import check, outcome, stop, train
 
@@ -44,6 +46,8 @@ def powerflow(
 
 app.command()(train)
 app.command()(check)
+app.command()(prove)
+app.command()(preflight)
 app.command(name="config")(explain_config)
 for command in (recipes, env, prepare, score, generate, evaluate, export, curves, report, goodput, stop, outcome):
     app.command()(command)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_powerflow.cli.options import OverriddenKeys, Overrides, typed_command
+from megatron_powerflow.cli.checking import checked, rehearse_here, show_check
+from megatron_powerflow.cli.options import OverriddenKeys, Overrides, refuse_options, typed_command
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
-from megatron_powerflow.errors import EXIT_FAILED, UserError, disk_refusal
+from megatron_powerflow.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError, disk_refusal
 from megatron_powerflow.parallel.initialize import describe_device, prepare_imports
 from megatron_powerflow.parallel.launch import read_launch
 
@@ -70,27 +71,41 @@ def check(
     overrides: Overrides = None,
     world_size: Annotated[int | None, typer.Option(help="processes; default: one replica, tp * cp * pp")] = None,
     override_resume: OverriddenKeys = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="rehearse every kind of rank for h100-80, h200-141, b200-180 or a GPU of so many GiB"),
+    ] = None,
+    save_delay: Annotated[
+        float | None, typer.Option(min=0, help="seconds that training loses by a save, where they were measured")
+    ] = None,
+    node_hours: Annotated[
+        float | None, typer.Option(min=1, help="hours between two failures of a node; default: Llama 3's, 6,335")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="numbers for programs, on stdout")] = False,
 ) -> None:
     """Say everything that is wrong with a run, without GPUs or processes; or print its layout.
 
-    Of a model on the hub it fetches config and tokenizer only, and says what it could not look at.
+    With --device: what each kind of rank needs in each phase, whether that fits and what near it would, how long a step
+    takes. Exit code 2 where it does not fit. Of a model on the hub it fetches config and tokenizer only, and says what
+    it could not look at.
 
     Example: powerflow check examples/configs/local.yaml parallel.tp=3 --world-size 6
     """
     settings = load_config(config, overrides or ())
-    from megatron_powerflow.training.fetched import fetch_inputs
-    from megatron_powerflow.training.plan import describe, make_plan
-
     parallel = settings.parallel
     world_size = world_size or parallel.tp * parallel.cp * parallel.pp
-    overridden = override_resume or ()
-    located = fetch_inputs(settings, read_launch(), world_size=world_size, weights=False, overridden=overridden)
-    plan = make_plan(settings, world_size, weights=False, located=located, overridden=overridden)
-    from megatron_powerflow.run_folder import holder_of
+    refuse_options({"--save-delay": save_delay, "--node-hours": node_hours}, device is None, "a check without --device")
+    from megatron_powerflow.rehearsal.devices import device_of
 
-    if held := holder_of(plan.run_folder):
-        raise UserError(held)
-    make_console().print(describe(plan))
+    wanted = None if device is None else device_of(device)
+    found = checked(settings, world_size, override_resume or (), sizes_will_do=wanted is not None)
+    console = make_console()
+    if not as_json:
+        console.print(found.text)
+    rehearsal = rehearse_here(found.job, wanted, save_delay, node_hours) if wanted is not None else None
+    show_check(console, found, rehearsal, as_json=as_json)
+    if rehearsal is not None and not rehearsal.fits:
+        raise typer.Exit(EXIT_USER_ERROR)
 
 
 def stop(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: Overrides = None) -> None:
@@ -118,6 +133,8 @@ def outcome(
 ) -> None:
     """How a run's last start ended, with that exit code: also where torchrun made it 1. Scripts requeue on 75.
 
+    The last line says where a start would go on: a script that compares it sees whether a start has got on.
+
     Example: powerflow outcome runs/local
     """
     from megatron_powerflow.outcome import read_outcome, remove_outcome
@@ -127,15 +144,27 @@ def outcome(
     if forget:
         if held := holder_of(folder):
             raise UserError(held)
-        return remove_outcome(folder)
+        remove_outcome(folder)
+        return print(_next_start(folder))
     found = read_outcome(folder)
     if found is None:
-        print(f"{folder}: no start has left its outcome there")
+        print(f"{folder}: no start has left its outcome there\n{_next_start(folder)}")
         raise typer.Exit(EXIT_FAILED)
     print(f"{folder}: {found.describe()}")
     if found.exit_code is None:
         print(f"{holder_of(folder) or 'nobody holds the folder: that run was killed'}")
+    print(_next_start(folder))
     raise typer.Exit(EXIT_FAILED if found.exit_code is None else found.exit_code)
+
+
+def _next_start(run: Path) -> str:
+    from megatron_powerflow.checkpoint.folder import latest_checkpoint
+
+    try:
+        latest = latest_checkpoint(run)
+    except UserError:
+        return "a start would look for the newest whole checkpoint"
+    return f"a start would continue from {latest.name}" if latest else "a start would begin anew"
 
 
 def _done(run: Path) -> str:

@@ -161,6 +161,7 @@ def open_model(
     values = {
         "model": {"hf_path": str(hf_folder)},
         "precision": {key: value for key, value in precision.items() if value is not None},
+        "parallel": {"micro_batch_size": 4},
         "prompts": {"path": "unused"},
         "rollout": rollout,
         "run": {"output_dir": "unused"},

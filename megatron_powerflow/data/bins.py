@@ -23,13 +23,15 @@ class BinRule:
 
     max_tokens: of all its sequences, padding included. sequence_multiple: each sequence is padded to a multiple of this
     (2 cp pieces). total_multiple: the sum is padded to a multiple of this (cp shares that sequence parallelism and FP8
-    can split). count_multiple: the number of micro-batches is a multiple of this (pp with interleaving).
+    can split). count_multiple: the number of micro-batches is a multiple of this (pp with interleaving). fewest: their
+    number is at least this, where there is something to put into each.
     """
 
     max_tokens: int
     sequence_multiple: int
     total_multiple: int
     count_multiple: int
+    fewest: int = 1
 
     @property
     def capacity(self) -> int:
@@ -116,8 +118,9 @@ def plan_update(
         ranks.append(rollouts if together else [[item] for group in rollouts for item in group])
     sizes = [[sum(rule.padded(groups[q][i]) for q, i in unit) for unit in units] for units in ranks]
     assert max(map(max, sizes)) <= rule.capacity, "refused by plan_layout before"
-    fewest = max(len(first_fit(unit_sizes, rule.capacity)) for unit_sizes in sizes)
-    count = -(-fewest // rule.count_multiple) * rule.count_multiple
+    needed = max(len(first_fit(unit_sizes, rule.capacity)) for unit_sizes in sizes)
+    wanted = min(rule.fewest, min(map(len, sizes)))
+    count = -(-max(needed, wanted) // rule.count_multiple) * rule.count_multiple
     plan = []
     for units, unit_sizes in zip(ranks, sizes, strict=True):
         unit_costs = [sum(flops(groups[q][i]) for q, i in unit) for unit in units]

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_powerflow.data.bins import BinRule
 from megatron_powerflow.former_names import former_names_of
-from megatron_powerflow.records import ANNOTATION_COLUMNS, MicroBatch, Piece, Rollout, Stream
+from megatron_powerflow.records import ANNOTATION_COLUMNS, ChosenTokens, MicroBatch, Piece, Rollout, Stream
 
 if not TYPE_CHECKING:  # names of 0.1.0, until 0.3
     __getattr__ = former_names_of(__name__)
+
+Record = TypeVar("Record")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +78,9 @@ def pack(
     batches = []
     for part, length in zip(parts, longest, strict=True):
         positions = -(-length // multiple) * multiple
-        batch = _micro_batch(part, positions, responses_per_prompt, drop_truncated, device)
-        if cp_size > 1:
-            batch = replace(batch, stream=row_stream(len(part), positions, cp_rank, cp_size, device))
-        batches.append(batch)
+        stream = row_stream(len(part), positions, cp_rank, cp_size, CPU) if cp_size > 1 else None
+        batch = _micro_batch(part, positions, responses_per_prompt, drop_truncated, stream)
+        batches.append(_on(device, batch))
     return batches
 
 
@@ -107,11 +109,11 @@ def pack_streams(
     for bin, total in zip(bins, totals, strict=True):
         ordered = sorted(bin, key=lambda a: (-a.num_tokens, a.rollout.slot, a.rollout.response_index))
         longest = max((item.num_tokens for item in ordered), default=1)
-        batch = _micro_batch(ordered, longest, responses_per_prompt, drop_truncated, device)
         lengths = [item.num_tokens for item in ordered]
         total = max(totals) if uniform else total
-        stream = packed_stream(lengths, longest, total, rule.sequence_multiple, cp_rank, cp_size, device)
-        batches.append(replace(batch, stream=stream, whole_groups=whole_groups))
+        stream = packed_stream(lengths, longest, total, rule.sequence_multiple, cp_rank, cp_size, CPU)
+        batch = _micro_batch(ordered, longest, responses_per_prompt, drop_truncated, stream)
+        batches.append(_on(device, replace(batch, whole_groups=whole_groups)))
     return batches
 
 
@@ -156,6 +158,31 @@ def packed_stream(
     )
 
 
+def chosen_tokens(mask: Tensor, stream: Stream | None) -> ChosenTokens:
+    """Finds the tokens of this rank that a mask [b, s] bool marks; stream: that of its micro-batch."""
+    if stream is None:
+        row, position = mask.nonzero().unbind(1)
+        return ChosenTokens(position * mask.shape[0] + row, row * mask.shape[1] + position)
+    index = stream.index
+    in_stream = torch.zeros_like(index, dtype=torch.bool)
+    if mask.numel():
+        in_stream = (index >= 0) & mask.flatten()[index.clamp(min=0)]
+    row, position = in_stream.nonzero().unbind(1)
+    return ChosenTokens(position * index.shape[0] + row, index[in_stream])
+
+
+def _on(device: torch.device, record: Record) -> Record:
+    """Returns a record of tensors, or of such records, on a device."""
+    moved = {}
+    for field in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device)
+        elif is_dataclass(value):
+            moved[field.name] = _on(device, value)  # type: ignore[assignment]
+    return replace(record, **moved)  # type: ignore[type-var]
+
+
 def _positions_of_rank(size: int, cp_rank: int, cp_size: int) -> Tensor:
     """Returns [size / cp] the positions of a sequence on a rank: pieces cp_rank and 2 cp - 1 - cp_rank of 2 cp."""
     if cp_size == 1:
@@ -192,8 +219,9 @@ def _micro_batch(
     positions: int,
     responses_per_prompt: int,
     drop_truncated: bool,
-    device: torch.device,
+    stream: Stream | None,
 ) -> MicroBatch:
+    """Returns the micro-batch on the CPU."""
     size = len(annotated)
     tokens = torch.zeros(size, positions, dtype=torch.int64)
     targets = torch.zeros(size, positions, dtype=torch.int64)
@@ -216,17 +244,20 @@ def _micro_batch(
     annotations = torch.tensor([item.annotations for item in annotated], dtype=torch.float32)
     kept = ~truncated if drop_truncated else torch.ones_like(truncated)
     return MicroBatch(
-        tokens=tokens.to(device),
-        targets=targets.to(device),
-        loss_mask=loss_mask.to(device),
-        prompt_mask=prompt_mask.to(device),
-        num_response_tokens=loss_mask.sum(dim=1).to(device),
-        rollout_log_probs=rollout_log_probs.to(device),
-        rollout_index=torch.tensor(indices, dtype=torch.int64).to(device),
-        group=torch.tensor([rollout.slot for rollout in rollouts], dtype=torch.int64).to(device),
-        psi=torch.tensor([item.psi for item in annotated], dtype=torch.float32).to(device),
-        reward=torch.tensor([item.reward for item in annotated], dtype=torch.float32).to(device),
-        truncated=truncated.to(device),
-        kept=kept.to(device),
-        annotations=annotations.reshape(size, len(ANNOTATION_COLUMNS)).to(device),
+        tokens=tokens,
+        targets=targets,
+        loss_mask=loss_mask,
+        prompt_mask=prompt_mask,
+        num_response_tokens=loss_mask.sum(dim=1),
+        rollout_log_probs=rollout_log_probs,
+        rollout_index=torch.tensor(indices, dtype=torch.int64),
+        group=torch.tensor([rollout.slot for rollout in rollouts], dtype=torch.int64),
+        psi=torch.tensor([item.psi for item in annotated], dtype=torch.float32),
+        reward=torch.tensor([item.reward for item in annotated], dtype=torch.float32),
+        truncated=truncated,
+        kept=kept,
+        annotations=annotations.reshape(size, len(ANNOTATION_COLUMNS)),
+        responses=chosen_tokens(loss_mask, stream),
+        prompts=chosen_tokens(prompt_mask, stream),
+        stream=stream,
     )

@@ -10,7 +10,7 @@ Left out: the operations themselves (`operations.py`), the files (`files.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.hf.family import Family
-from megatron_powerflow.hf.files import SafetensorsFolder, copy_companions
-from megatron_powerflow.hf.operations import Op, ShardShape
+from megatron_powerflow.hf.files import copy_companions
+from megatron_powerflow.hf.operations import Op, ShardShape, TensorSource
 from megatron_powerflow.hf.shapes import expected_tensors, is_embedding, is_output
 from megatron_powerflow.hf.shard_files import PlannedFile, ShardWriter, TensorInfo, dtype_name, plan_files, write_index
 from megatron_powerflow.hf.torch_dist_names import FUSED_NORMS
@@ -87,7 +87,7 @@ def placements(chunks: Sequence[Chunk], family: Family, ep_rank: int) -> Iterato
                 assert name in model_ops, f"no operation fills {name} in family {family.model_type}"
                 yield Placement(parameter, model_ops[name], None)
                 continue
-            suffix = FUSED_NORM_NAMES.get(match[2], match[2])
+            suffix = _as_an_expert_alone(FUSED_NORM_NAMES.get(match[2], match[2]))
             layer = chunk.decoder.layers[int(match[1])]
             expert = None
             if local := re.search(r"(?<=local_experts\.)\d+", suffix):
@@ -98,9 +98,17 @@ def placements(chunks: Sequence[Chunk], family: Family, ep_rank: int) -> Iterato
             yield Placement(parameter, layer_ops[suffix], layer.layer_number - 1, expert)
 
 
+def _as_an_expert_alone(name: str) -> str:
+    """Return the name that a weight within a grouped product has where each expert is a module of its own; others stay.
+
+    mlp.experts.linear_fc1.weight7 -> mlp.experts.local_experts.7.linear_fc1.weight; its shape and rows are the same.
+    """
+    return re.sub(r"^mlp\.experts\.(linear_fc[12])\.weight(\d+)$", r"mlp.experts.local_experts.\2.\1.weight", name)
+
+
 @torch.no_grad()
 def load_from_hf(
-    chunks: Sequence[Chunk], source: SafetensorsFolder, architecture: Architecture, family: Family, groups: Groups
+    chunks: Sequence[Chunk], source: TensorSource, architecture: Architecture, family: Family, groups: Groups
 ) -> None:
     """Overwrite the parameters of `chunks` with the folder's numbers, cast to the parameters' dtype.
 
@@ -134,19 +142,25 @@ def exported_placements(
 
 @torch.no_grad()
 def hf_tensors(
-    chunks: Sequence[Chunk], architecture: Architecture, family: Family, groups: Groups
+    chunks: Sequence[Chunk],
+    architecture: Architecture,
+    family: Family,
+    groups: Groups,
+    *,
+    value_of: Callable[[Placement], Tensor] = lambda placement: placement.parameter.detach(),
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of the HF tensors of this rank's stage, and gather one parameter at a time for them.
 
-    The tensors are on the parameters' device and in their dtype. Collective over tp_group; only tensor-parallel rank 0
-    yields anything.
+    The tensors are on the parameters' device and in their dtype. value_of: another tensor of a parameter's shape to
+    gather in its place, such as its gradient. Collective over tp_group; only tensor-parallel rank 0 yields anything.
     """
     shape = _shard_shape(chunks, architecture, groups)
     for placement in exported_placements(chunks, architecture, family, groups):
-        shards = [placement.parameter.detach()]
+        value = value_of(placement)
+        shards = [value]
         if groups.tp_size > 1:
-            shards = [torch.empty_like(placement.parameter) for _ in range(groups.tp_size)]
-            dist.all_gather(shards, placement.parameter.detach().contiguous(), group=groups.tp)
+            shards = [torch.empty_like(value) for _ in range(groups.tp_size)]
+            dist.all_gather(shards, value.contiguous(), group=groups.tp)
         if groups.tp_rank == 0:
             yield from zip(placement.hf_names, placement.op.merge(shards, shape), strict=True)
 

@@ -19,6 +19,7 @@ scores, and a cache that forgets what has left the window.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) 
 
 
 def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, rule: Rule) -> Tensor:
-    """Attend piece by piece: the queries of a `Piece` to the keys that it names.
+    """Attend piece by piece: the queries of a `Piece` to the keys that it names. Whole sequences of one length, which
+    stand behind each other since packing sorts by length, are attended to at a time.
 
     query: [t / cp, b, h, d]; key, value: [t / cp, b, g, d], those of this rank. Returns [t / cp, b, h * d].
     Collective over cp_group, which keys and values are gathered over.
@@ -125,6 +127,8 @@ def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, 
         both = gather_over(torch.cat([key, value], dim=-1), stream.key_order, stream.key_group)
         key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    if stream.key_group is None:
+        return _whole_sequences(q, k, v, stream, rule)
     parts = []
     for first, end, first_key, end_key in stream.pieces:  # the last query sees the last key
         if rule.window is not None:  # keys that no query of the piece sees any more
@@ -132,6 +136,19 @@ def pieced_attention(query: Tensor, key: Tensor, value: Tensor, stream: Pieces, 
         piece_k, piece_v = (tensor[:, :, first_key:end_key] for tensor in (k, v))
         parts.append(causal_attention(q[:, :, first:end], piece_k, piece_v, rule))
     return torch.cat(parts, dim=2).permute(2, 0, 1, 3).flatten(2)
+
+
+def _whole_sequences(q: Tensor, k: Tensor, v: Tensor, stream: Pieces, rule: Rule) -> Tensor:
+    """Attend within each sequence of a stream: q [1, h, t, d]; k, v [1, g, t, d]. Returns [t, 1, h * d]."""
+    parts = []
+    for size, run in groupby(stream.pieces, key=lambda piece: piece.end - piece.first):
+        pieces = list(run)
+        shares = (tensor[0, :, pieces[0].first : pieces[-1].end] for tensor in (q, k, v))
+        # [h, n * size, d] -> [n, h, size, d]
+        own_q, own_k, own_v = (share.unflatten(1, (-1, size)).transpose(0, 1) for share in shares)
+        out = causal_attention(own_q, own_k, own_v, rule)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).flatten(1)[:, None]
 
 
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, layer: int, rule: Rule) -> Tensor:
@@ -150,7 +167,7 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, 
     num_rows, num_groups = cache.num_rows, key.shape[2]
     for stored, new in zip(cache.layers[layer], (key, value), strict=True):
         stored.view(-1, new.shape[3]).index_copy_(0, cache.key_indices, new[:num_rows].reshape(-1, new.shape[3]))
-    k, v = (stored[:, :, : cache.max_length] for stored in cache.layers[layer])
+    k, v = (stored[:num_rows, :, : cache.max_length] for stored in cache.layers[layer])
     # heads of one group stand together: [rows, g, h/g, d] lets one key serve them without a copy
     q = query[:num_rows, 0].unflatten(1, (num_groups, -1))
     out = masked_attention(q, k, v, cache.mask(rule.window), rule).flatten(1)[:, None]

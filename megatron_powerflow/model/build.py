@@ -4,7 +4,7 @@ The layer spec is Transformer Engine's where that is importable, on CUDA, and ha
 is Megatron's local spec with our SDPA core attention and norms. Nothing about a model is written down in this file:
 every size comes from config.json.
 
-Left out: experts in one grouped matrix product. Each is an MLP of its own (Megatron's SequentialMLP) everywhere.
+Left out: which kernels are fused (`fused_kernels.py`) and which activations are recomputed (`recompute.py`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.config import ModelSection, PrecisionSection
 from megatron_powerflow.model.attention import SdpaCoreAttention
+from megatron_powerflow.model.fused_kernels import fused_kernels
 from megatron_powerflow.model.latent_attention import LatentAttention
 from megatron_powerflow.model.norm import KeyNormOverHeads, NormThenAdd, QueryNormOverHeads, RMSNorm
 from megatron_powerflow.model.policy_model import PolicyModel
@@ -43,6 +44,7 @@ from megatron_powerflow.model.precision import (
     transformer_config_fields,
     use_transformer_engine,
 )
+from megatron_powerflow.model.recompute import recompute_fields
 from megatron_powerflow.parallel.layout import Layout, padded_vocab_size
 
 # Architecture.activation -> the function of the gate's half of linear_fc1
@@ -56,11 +58,6 @@ def transformer_config(
 
     There is no dropout anywhere, so that a log-prob is a function of weights and tokens.
     """
-    recomputes: dict[str, dict[str, str | int]] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective"},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
     fused = torch.cuda.is_available() and use_transformer_engine(precision)
     window = architecture.sliding_window
     dense_ffn_hidden_size = architecture.experts.dense_ffn_hidden_size if architecture.experts else None
@@ -97,9 +94,8 @@ def transformer_config(
         bias_dropout_fusion=fused and not architecture.post_norm,
         bias_activation_fusion=fused and architecture.activation == "silu",
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,  # would need Apex, and bypasses DDP's own accumulation
-        apply_rope_fusion=False,
-        **recomputes[model.recompute],
+        **fused_kernels(architecture, precision, layout.cp)._asdict(),
+        **recompute_fields(model, architecture),
         **transformer_config_fields(precision),
     )
     if architecture.rope.attention_factor != 1.0:
@@ -116,6 +112,7 @@ def _layout_fields(layout: Layout) -> dict:
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
+        "pipeline_model_parallel_layout": _uneven_layers(layout),
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "sequence_parallel": layout.sequence_parallel,
@@ -127,6 +124,16 @@ def _layout_fields(layout: Layout) -> dict:
         "overlap_p2p_comm": layout.vpp is not None,
         "batch_p2p_comm": layout.vpp is None,
     }
+
+
+def _uneven_layers(layout: Layout) -> list[list[str]] | None:
+    """Return Megatron's list of what each chunk holds, in model order; None where all have equally many layers."""
+    if layout.layers is None:
+        return None
+    chunks = [["decoder"] * count for count in layout.layers]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def _expert_fields(architecture: Architecture, precision: PrecisionSection) -> dict:
@@ -253,7 +260,9 @@ def _te_layer(config: TransformerConfig, architecture: Architecture) -> ModuleSp
     from megatron_powerflow.model.te_attention import CachedTEAttention
 
     layer = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=architecture.qk_norm,
     )
     layer.submodules.self_attention.submodules.core_attention = CachedTEAttention
     return layer

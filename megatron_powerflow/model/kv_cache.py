@@ -2,8 +2,13 @@
 
 There is one `KVCache` per model chunk and batch of rows. Tokens enter flat, as [t, 1, ...], with a row and a position
 for each, so that prompts of different lengths need no padding and positions are the true ones, as in scoring.
-The capacity grows in steps. A prompt's keys go to the rows of all its responses; a freed row takes another prompt's
-keys, and `select` drops the rows that nobody wants.
+A prompt's keys go to the rows of all its responses; a freed row takes another prompt's keys, and `select` drops the
+rows that nobody wants.
+
+On a GPU memory for all rows at their longest is taken at once, and stays where it is: growing would hold an old and a
+new copy of a layer, and leave holes of all sizes behind. So what a round needs is known when it starts. Zeros are
+written as far as attention sees, in steps: what the GPU held before may be NaN, which a mask does not hide. On a CPU,
+where rows at their longest may take more than there is, memory grows in the same steps, layer by layer.
 
 Left out: the attention over it (`attention.py`), who decides what is finished (`rollout/`), one copy of a prompt's keys
 for all its responses.
@@ -12,7 +17,7 @@ for all its responses.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -23,7 +28,7 @@ from torch import Tensor
 from megatron_powerflow.model.length_step import rounded_up
 from megatron_powerflow.model.rotary import Rotation
 
-GROWTH = 128  # positions added at a time
+GROWTH = 128  # positions filled with zeros, or added, at a time
 
 
 class DecodingChunk(Protocol):
@@ -43,7 +48,7 @@ class Segment(NamedTuple):
 
 
 class KeysAndValues(NamedTuple):
-    """What a layer stores: each [rows, query_groups / tp, capacity, head_dim], contiguous."""
+    """What a layer stores: each [rows, query_groups / tp, positions, head_dim], contiguous; with room to grow."""
 
     keys: Tensor
     values: Tensor
@@ -53,14 +58,16 @@ class KVCache:
     """The keys and values of the rows in the batch, for every layer of one chunk.
 
     layers: what each layer stores. lengths: [rows] int64 on the host, the tokens already stored.
-    head_dims: those of a key and of a value. limit: the most tokens that a row can come to hold, and the largest
-    capacity. length_step: the steps in which the lengths grow that attention sees (`length_step.py`). A forward pass is
-    bracketed by `prefilling` or `decoding`, which say which tokens come.
+    max_rows: the most rows that there are at a time. head_dims: those of a key and of a value. limit: the most tokens
+    that a row can come to hold. length_step: the steps in which the lengths grow that attention sees
+    (`length_step.py`). at_once: whether all memory is taken now; None: on a GPU. A forward pass is bracketed by
+    `prefilling` or `decoding`, which say which tokens come.
     """
 
     def __init__(
         self,
         num_layers: int,
+        max_rows: int,
         num_groups: int,
         head_dims: tuple[int, int],
         limit: int,
@@ -68,11 +75,20 @@ class KVCache:
         device,
         *,
         length_step: int,
+        at_once: bool | None = None,
     ) -> None:
-        keys, values = (torch.empty(0, num_groups, 0, size, dtype=dtype, device=device) for size in head_dims)
-        self.layers = [KeysAndValues(keys, values)] * num_layers
+        self._at_once = torch.device(device).type == "cuda" if at_once is None else at_once
+        self._limit, self.dtype, self._device, self.length_step = limit, dtype, torch.device(device), length_step
+        self._max_rows = max_rows
+        rows, positions = self._room(0, 0)
+        self.layers = [
+            KeysAndValues(
+                *(torch.empty(rows, num_groups, positions, size, dtype=dtype, device=device) for size in head_dims)
+            )
+            for _ in range(num_layers)
+        ]
+        self._filled = 0  # positions of every row that hold numbers
         self.lengths = np.zeros(0, dtype=np.int64)
-        self._limit, self.dtype, self._device, self.length_step = limit, dtype, device, length_step
         # The rest belongs to the forward pass under way.
         self.rotation: Rotation | None = None  # of the coming tokens; None: they come rotated
         self.segments: list[Segment] | None = None  # prefill: the prompts; None: decode
@@ -96,7 +112,7 @@ class KVCache:
         rows: [prompts, responses] int64, each prompt's rows, which forget what they hold. padding: the number of tokens
         behind the prompts, which are computed and stored nowhere.
         """
-        self._reserve(max(prompt_lengths))
+        self._fill(max(prompt_lengths))
         bounds = pairwise(np.cumsum([0, *prompt_lengths]).tolist())
         rows_on_device = torch.from_numpy(rows).to(self._device)
         self.segments = [Segment(rows_on_device[i], *bound) for i, bound in enumerate(bounds)]
@@ -113,9 +129,9 @@ class KVCache:
         """
         positions = np.where(alive, self.lengths, 0)
         self.max_length = min(rounded_up(int(positions.max()) + 1, self.length_step), self._limit)
-        self._reserve(self.max_length)
+        self._fill(self.max_length)
         keys, _ = self.layers[0]
-        starts = torch.arange(keys.shape[0] * keys.shape[1], device=self._device) * keys.shape[2]
+        starts = torch.arange(self.num_rows * keys.shape[1], device=self._device) * keys.shape[2]
         on_device = torch.from_numpy(positions).to(self._device)
         self.key_indices = starts + on_device.repeat_interleave(keys.shape[1])
         self._ages = on_device[:, None] - torch.arange(self.max_length, device=self._device)
@@ -150,29 +166,49 @@ class KVCache:
 
     def add_rows(self, count: int) -> None:
         """Add `count` empty rows behind the others."""
-        self._replace(lambda tensor: torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]))
         self.lengths = np.pad(self.lengths, (0, count))
+        assert self.num_rows <= self._max_rows
+        self._make_room()
 
     def select(self, rows: np.ndarray) -> None:
         """Keep these rows only, in this order. rows: [kept] int64."""
         rows_on_device = torch.from_numpy(rows).to(self._device)
-        self._replace(lambda tensor: tensor.index_select(0, rows_on_device))
+        for layer in self.layers:
+            for stored in layer:
+                filled = stored[:, :, : self._filled]
+                filled[: len(rows)] = filled.index_select(0, rows_on_device)
         self.lengths = self.lengths[rows]
 
-    def _reserve(self, length: int) -> None:
-        """Make the capacity at least `length`, in steps of GROWTH and up to the limit."""
-        capacity = self.layers[0][0].shape[2]
-        if length <= capacity:
+    def _fill(self, length: int) -> None:
+        """Write zeros where attention over `length` positions will see, and nothing has been written yet."""
+        if length <= self._filled:
             return
-        extra = min(rounded_up(length, GROWTH), self._limit) - capacity
-        self._replace(
-            lambda tensor: torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], extra, tensor.shape[3])], dim=2)
-        )
+        start, self._filled = self._filled, min(rounded_up(length, GROWTH), self._limit)
+        self._make_room()
+        for layer in self.layers:
+            for stored in layer:
+                stored[:, :, start : self._filled].zero_()
 
-    def _replace(self, changed: Callable[[Tensor], Tensor]) -> None:
-        """Replace all keys and values by `changed` of them, one layer after the other."""
-        for layer, (keys, values) in enumerate(self.layers):
-            self.layers[layer] = KeysAndValues(changed(keys), changed(values))
+    def _room(self, rows: int, positions: int) -> tuple[int, int]:
+        """Return the rows and positions that there is to be room for, where so many are in use."""
+        return (self._max_rows, self._limit) if self._at_once else (rows, positions)
+
+    def _make_room(self) -> None:
+        """Replace what is too small, one layer after the other; the rows that are new hold zeros."""
+        rows, positions = self._room(self.num_rows, self._filled)
+        old_rows, _, old_positions, _ = self.layers[0].keys.shape
+        if rows <= old_rows and positions <= old_positions:
+            return
+        size = max(rows, old_rows), max(positions, old_positions)
+        for index, layer in enumerate(self.layers):
+            self.layers[index] = KeysAndValues(*(_enlarged(stored, *size) for stored in layer))
+
+
+def _enlarged(stored: Tensor, rows: int, positions: int) -> Tensor:
+    """Copy keys or values into more memory, with zeros where there was none."""
+    larger = stored.new_zeros(rows, stored.shape[1], positions, stored.shape[3])
+    larger[: stored.shape[0], :, : stored.shape[2]] = stored
+    return larger
 
 
 class LayerCache(NamedTuple):

@@ -4,7 +4,8 @@ cuDNN makes a plan for every new shape, some 0.1 s for a model of 24 layers on a
 and micro-batches are as long as their longest rollout, so nearly every length would be new. What is added is padding
 behind the real tokens: it is masked, or a causal mask hides it.
 
-Left out: packed micro-batches, whose attention has a shape for each mix of lengths.
+Left out: packed micro-batches. Transformer Engine plans for numbers of sequences and of tokens that are powers of two,
+and takes the real lengths at run time; our own attention goes through them one by one.
 """
 
 from __future__ import annotations

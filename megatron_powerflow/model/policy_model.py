@@ -42,7 +42,7 @@ class PolicyModel(GPTModel):
         if self.pre_process and architecture.embedding_scale is not None:
             # Megatron's embedding knows no factor; a class of our own could not be handed to GPTModel
             # Rounded to the embeddings' dtype first, as Gemma was trained and transformers computes it.
-            scale = torch.tensor(architecture.embedding_scale, dtype=self.config.params_dtype).item()
+            scale = torch.tensor(architecture.embedding_scale, dtype=self.config.params_dtype, device="cpu").item()
             self.embedding.register_forward_hook(lambda module, arguments, embeddings: embeddings * scale)
         latent = architecture.mla
         self.rotary_pos_emb = (LatentRotaryEmbedding if latent else PositionedRotaryEmbedding)(
@@ -95,7 +95,9 @@ class PolicyModel(GPTModel):
             rotary.decoding = cache is not None
             if cache is not None:
                 assert positions is not None
-                cache.rotation = rotary.rotation(positions, cache.dtype)
+                # the fused kernel, which scoring then has, rounds only the product; the other one cosines and sines
+                fused = self.config.apply_rope_fusion
+                cache.rotation = rotary.rotation(positions, torch.float32 if fused else cache.dtype)
         else:
             rotary.positions = positions
         for index, layer in enumerate(self.decoder.layers):

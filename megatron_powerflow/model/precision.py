@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from megatron_powerflow.architecture import Architecture
 from megatron_powerflow.config import ParallelSection, PrecisionSection
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.fp8_sizes import weight_violations
+from megatron_powerflow.parallel.fp8_sizes import recipe_of, weight_violations
 
 if TYPE_CHECKING:
     import torch
@@ -42,12 +42,6 @@ FP8_RECIPES = {
     "blockwise": Fp8Recipe("blockwise", (9, 0), (2, 3), (12, 9)),
     "mxfp8": Fp8Recipe("mxfp8", (10, 0), (2, 1), (12, 1)),
 }
-
-
-def _recipe(precision: PrecisionSection) -> str:
-    """Return the name of the FP8 recipe, which `config_rules.py` demands where the dtype is fp8."""
-    assert precision.fp8_recipe is not None, precision.dtype
-    return precision.fp8_recipe
 
 
 def params_dtype(precision: PrecisionSection) -> torch.dtype:
@@ -97,7 +91,7 @@ def fp8_violations(precision: PrecisionSection) -> list[str]:
             "pip install megatron_powerflow[te], or use the Dockerfile's image, or precision.dtype=bf16"
         ]
     return recipe_violations(
-        _recipe(precision),
+        recipe_of(precision),
         capability=torch.cuda.get_device_capability(),
         transformer_engine=metadata.version("transformer-engine"),
         cuda=torch.version.cuda or "0",
@@ -115,11 +109,11 @@ def recipe_violations(recipe: str, *, capability: tuple[int, int], transformer_e
         (
             "Transformer Engine",
             needs.transformer_engine,
-            _release(transformer_engine),
+            release(transformer_engine),
             "there is",
             "install it, or choose",
         ),
-        ("a torch for CUDA", needs.cuda, _release(cuda), "there is one for", "install it, or choose"),
+        ("a torch for CUDA", needs.cuda, release(cuda), "there is one for", "install it, or choose"),
     ]
     return [
         f"precision.fp8_recipe={recipe} needs {what} {needed[0]}.{needed[1]} or newer, {has} {found[0]}.{found[1]}; "
@@ -129,7 +123,7 @@ def recipe_violations(recipe: str, *, capability: tuple[int, int], transformer_e
     ]
 
 
-def _release(version: str) -> tuple[int, int]:
+def release(version: str) -> tuple[int, int]:
     """Return the first two numbers of a version, as Megatron-Core compares them: 2.3.0.dev0 is 2.3."""
     numbers = re.match(r"(\d+)(?:\.(\d+))?", version)
     assert numbers is not None, version
@@ -165,5 +159,5 @@ def transformer_config_fields(precision: PrecisionSection) -> dict:
     fields: dict = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": precision.dtype != "fp32"}
     if precision.dtype == "fp8":
         # fp8_param stays off: FP8 parameters cost memory beside bf16 main copies and clash with offloading
-        fields |= {"fp8": precision.fp8_format, "fp8_recipe": FP8_RECIPES[_recipe(precision)].megatron_name}
+        fields |= {"fp8": precision.fp8_format, "fp8_recipe": FP8_RECIPES[recipe_of(precision)].megatron_name}
     return fields

@@ -141,11 +141,11 @@ class LatentRotaryEmbedding(_RopeEmbedding):
 def rotate(tensor: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
     """Rotate the first dimensions of each head, as many as cosines and signed_sines (of a `Rotation`) have.
 
-    tensor: [t, 1, heads, head_dim]. Returns the same shape, new. The formula is Megatron's, which pairs dimension i
-    with i + rotated / 2.
+    tensor: [t, 1, heads, head_dim]. Returns the same shape and dtype, new. The formula is Megatron's, which pairs
+    dimension i with i + rotated / 2. With cosines and sines of a wider dtype it is rounded once, at the end.
     """
     rotated = cosines.shape[-1]
     if rotated < tensor.shape[-1]:
         return torch.cat((rotate(tensor[..., :rotated], cosines, signed_sines), tensor[..., rotated:]), dim=-1)
     first, second = tensor.chunk(2, dim=-1)
-    return tensor * cosines + torch.cat((second, first), dim=-1).mul_(signed_sines)
+    return (tensor * cosines + torch.cat((second, first), dim=-1) * signed_sines).to(tensor.dtype)

@@ -18,7 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_powerflow.parallel.collectives import sum_over
-from megatron_powerflow.records import MicroBatch, Piece, Stream
+from megatron_powerflow.records import ChosenTokens, MicroBatch, Piece, Stream
 
 
 @dataclass
@@ -85,46 +85,29 @@ def model_tokens(batch: MicroBatch) -> Tensor:
     return torch.where(index >= 0, batch.tokens.flatten()[index.clamp(min=0)], 0)
 
 
-class ChosenTokens(NamedTuple):
-    """The k tokens of this rank that a mask marks, in the order in which `in_stream` selects them.
-
-    in_stream: [r, t / cp] bool, True on these tokens. row_index: [k] int64, each one's index in batch.tokens.flatten().
-    """
-
-    in_stream: Tensor
-    row_index: Tensor
+def chosen_states(hidden: Tensor, chosen: ChosenTokens) -> Tensor:
+    """Return the hidden states of some tokens of this rank: of [t / cp, r, H], [k, H]. The GPU is not waited for."""
+    return hidden.flatten(0, 1).index_select(0, chosen.in_model)
 
 
-def chosen_tokens(mask: Tensor, batch: MicroBatch) -> ChosenTokens:
-    """Find the tokens of this rank that a mask [b, s] bool marks."""
-    if batch.stream is None:
-        return ChosenTokens(mask, mask.flatten().nonzero().squeeze(1))
-    index = batch.stream.index
-    if not mask.numel():
-        return ChosenTokens(torch.zeros_like(index, dtype=torch.bool), index.new_zeros(0))
-    in_stream = (index >= 0) & mask.flatten()[index.clamp(min=0)]
-    return ChosenTokens(in_stream, index[in_stream])
-
-
-def to_rows(values: Tensor, row_index: Tensor, batch: MicroBatch, cp_group: dist.ProcessGroup) -> Tensor:
+def to_rows(values: Tensor, chosen: ChosenTokens, batch: MicroBatch, cp_group: dist.ProcessGroup) -> Tensor:
     """Put numbers of this rank's tokens where those stand in the rows of the micro-batch, and 0 elsewhere.
 
-    values: [k]; row_index: that of `chosen_tokens`. Returns [b, s], whole on every rank of cp_group. Collective over
+    values: [k], of the chosen tokens. Returns [b, s], whole on every rank of cp_group. Collective over
     cp_group where there is a stream.
     The gradient of a number goes back to the one rank that has its token, unchanged: every rank of cp_group computes
     the whole loss, and all of them have the whole gradient of it (a sum there would count it cp times).
     """
-    rows = values.new_zeros(batch.tokens.numel()).index_put((row_index,), values).reshape(batch.tokens.shape)
+    rows = values.new_zeros(batch.tokens.numel()).index_put((chosen.in_rows,), values).reshape(batch.tokens.shape)
     return rows if batch.stream is None else sum_over(rows, cp_group)
 
 
 def pool_prompts(hidden: Tensor, batch: MicroBatch, cp_group: dist.ProcessGroup) -> Tensor:
     """Return the mean of hidden [t / cp, r, H] over the prompt tokens of each rollout: [b, H] fp32, equal on every rank
     of cp_group. Collective over cp_group."""
-    in_stream, row_index = chosen_tokens(batch.prompt_mask, batch)
     rows, width = batch.tokens.shape
-    tokens = hidden.transpose(0, 1)[in_stream].float()
-    sums = tokens.new_zeros(rows, tokens.shape[1]).index_add(0, row_index // width, tokens)
+    tokens = chosen_states(hidden, batch.prompts).float()
+    sums = tokens.new_zeros(rows, tokens.shape[1]).index_add(0, batch.prompts.in_rows // width, tokens)
     # numerator over the ranks that hold a piece of the prompt, and the count of the whole prompt: a mean of the ranks'
     # means would weigh a short piece like a long one
     return sum_over(sums, cp_group) / batch.prompt_mask.sum(dim=1, keepdim=True)

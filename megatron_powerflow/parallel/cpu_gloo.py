@@ -35,12 +35,14 @@ class Shim:
     needed_below: tuple[int, int] | None = None  # first version of Megatron-Core that does without it; None: not yet
 
 
-def install(*, leave_out: frozenset[str] = frozenset()) -> None:
+def install(*, leave_out: frozenset[str] = frozenset(), device: str = "cpu") -> None:
     """Make `import megatron.core` usable on this CPU. Call before the first such import.
 
-    leave_out: names of entries to skip; for the test that proves each one necessary. Raises RuntimeError where CUDA is
-    available, for there nothing may be patched, and ValueError for a name that no entry has.
+    leave_out: names of entries to skip; for the test that proves each one necessary. device: where tensors are put that
+    Megatron-Core puts on a GPU; `meta` for a rehearsal without numbers. Raises RuntimeError where CUDA is available,
+    for there nothing may be patched, and ValueError for a name that no entry has.
     """
+    global _device
     if torch.cuda.is_available():
         raise RuntimeError("cpu_gloo.install() was called on a machine with CUDA; it only serves CPU runs")
     unknown = leave_out - {shim.name for shim in SHIMS}
@@ -48,6 +50,7 @@ def install(*, leave_out: frozenset[str] = frozenset()) -> None:
         raise ValueError(f"no such shim: {sorted(unknown)}; known: {[shim.name for shim in SHIMS]}")
     if getattr(torch, _INSTALLED, False):
         return
+    _device = device
     for shim in SHIMS:
         if shim.name not in leave_out:
             shim.install()
@@ -55,6 +58,7 @@ def install(*, leave_out: frozenset[str] = frozenset()) -> None:
 
 
 _INSTALLED = "_megatron_powerflow_cpu_gloo"
+_device = "cpu"  # of `install`
 _FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros", "empty_like", "zeros_like")
 
 
@@ -80,7 +84,7 @@ def _compiler() -> None:
 
 
 def _current_device() -> None:
-    _put(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    _put(torch.cuda, "current_device", lambda: torch.device(_device))
 
 
 def _cuda_device_literals() -> None:
@@ -93,7 +97,7 @@ def _cuda_device_literals() -> None:
         @functools.wraps(factory)
         def wrapped(*args, **kwargs):
             if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = "cpu"
+                kwargs["device"] = _device
             if kwargs.get("pin_memory"):
                 kwargs["pin_memory"] = False  # pinning needs a CUDA driver
             return factory(*args, **kwargs)
@@ -108,9 +112,9 @@ def _tensor_moves() -> None:
     original_to = torch.Tensor.to
 
     def to(self, *args, **kwargs):
-        args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
+        args = tuple(_device if _is_cuda(arg) else arg for arg in args)
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = _device
         return original_to(self, *args, **kwargs)
 
     _put(torch.Tensor, "to", to)
@@ -122,7 +126,7 @@ def _tensor_type_names() -> None:
 
     def type_(self, *args, **kwargs):
         answer = original_type(self, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
+        return f"torch.cuda.{answer.rpartition('.')[2]}" if isinstance(answer, str) else answer
 
     _put(torch.Tensor, "type", type_)
 

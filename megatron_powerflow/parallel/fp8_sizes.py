@@ -28,6 +28,12 @@ LAST_DIMENSION = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 QUANTIZED_ROWS = {"tensorwise": 8, "blockwise": 8, "mxfp8": 32}
 
 
+def recipe_of(precision: PrecisionSection) -> str:
+    """Return the name of the FP8 recipe, which `config_rules.py` demands where the dtype is fp8."""
+    assert precision.fp8_recipe is not None, precision.dtype
+    return precision.fp8_recipe
+
+
 def token_multiple(precision: PrecisionSection, *, tp: int, sequence_parallel: bool) -> int:
     """Return the number of which the tokens of a rank's forward pass must be a multiple.
 
@@ -36,7 +42,7 @@ def token_multiple(precision: PrecisionSection, *, tp: int, sequence_parallel: b
     parts = tp if sequence_parallel else 1
     if precision.dtype != "fp8":
         return parts
-    recipe = _recipe(precision)
+    recipe = recipe_of(precision)
     return math.lcm(LAST_DIMENSION[recipe], parts * QUANTIZED_ROWS[recipe])
 
 
@@ -47,7 +53,7 @@ def weight_violations(precision: PrecisionSection, architecture: Architecture, t
     """
     if precision.dtype != "fp8":
         return []
-    recipe = _recipe(precision)
+    recipe = recipe_of(precision)
     if not (unfit := _unfit(architecture, tp, recipe)):
         return []
     fewer = [parts for parts in range(tp - 1, 0, -1) if tp % parts == 0 and not _unfit(architecture, parts, recipe)]
@@ -84,9 +90,3 @@ def _matrix_sizes(architecture: Architecture, tp: int) -> dict[str, tuple[int, i
     if architecture.experts and architecture.experts.shared_ffn_hidden_size is not None:
         sizes["shared_ffn_hidden_size"] = (architecture.experts.shared_ffn_hidden_size, tp)
     return sizes
-
-
-def _recipe(precision: PrecisionSection) -> str:
-    """Return the name of the FP8 recipe, which `config_rules.py` demands where the dtype is fp8."""
-    assert precision.fp8_recipe is not None, precision.dtype
-    return precision.fp8_recipe

@@ -10,20 +10,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.former_names import former_names_of
 from megatron_powerflow.parallel.device_sums import set_device_sums
 from megatron_powerflow.parallel.devices import no_device, own_device, shared_devices
-from megatron_powerflow.parallel.launch import Launch, gpus_meant
+from megatron_powerflow.parallel.launch import Launch, gpus_meant, grow_segments
 from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.parallel.meeting import MEETING, meeting
 from megatron_powerflow.parallel.rendezvous import not_found, rendezvous, take_interface
 
 if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
     from megatron_powerflow.parallel.groups import Groups
 else:  # names of 0.1.0, until 0.3
     __getattr__ = former_names_of(__name__)
@@ -32,21 +35,30 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def prepare_imports() -> None:
-    """Call before anything imports megatron.core: installs the CPU layer where there is no CUDA, and keeps
-    Megatron's notices about packages a CPU run does without ("Apex is not installed", per module) off the screen.
+    """Call before anything imports torch or megatron.core: sets torch's allocator up, installs the CPU layer where
+    there is no CUDA, and keeps Megatron's notices about packages a CPU run does without ("Apex is not installed", per
+    module) off the screen.
 
     Raises UserError where a GPU is meant and torch sees none."""
+    grow_segments()
     import torch
 
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
     for library in ("megatron", "torch.utils.cpp_extension"):  # the latter: no GPU beside a CUDA compiler
         logging.getLogger(library).setLevel(logging.ERROR)
+    refuse_without_device()
     if not torch.cuda.is_available():
-        if meant := gpus_meant():
-            raise no_device(meant, torch.__version__, torch.version.cuda)
         from megatron_powerflow.parallel import cpu_gloo
 
         cpu_gloo.install()
+
+
+def refuse_without_device() -> None:
+    """Raise RankError where a GPU is meant and torch sees none."""
+    import torch
+
+    if not torch.cuda.is_available() and (meant := gpus_meant()):
+        raise no_device(meant, torch.__version__, torch.version.cuda)
 
 
 def describe_device() -> str:
@@ -70,8 +82,9 @@ def initialized(layout: Layout, launch: Launch, *, seed: int, deterministic: boo
     (see rollout/sampling.py).
     """
     import torch
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_powerflow.parallel.device_memory import first_messages
 
     set_device_sums(deterministic=deterministic)
     use_cuda = torch.cuda.is_available()
@@ -81,20 +94,14 @@ def initialized(layout: Layout, launch: Launch, *, seed: int, deterministic: boo
         torch.cuda.set_device(device)
     try:
         with _connected(launch, "nccl" if use_cuda else "gloo"):
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=layout.tp,
-                pipeline_model_parallel_size=layout.pp,
-                virtual_pipeline_model_parallel_size=layout.vpp,
-                context_parallel_size=layout.cp,
-                expert_model_parallel_size=layout.ep,
-                create_gloo_process_groups=False,
-                distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
-            )
+            control = control_groups(launch.rank, layout)
+            split_world(layout)
             torch.manual_seed(seed)
             model_parallel_cuda_manual_seed(seed)
-            groups = _groups(launch, layout, device)
-        if use_cuda:
-            refuse_shared(str(torch.cuda.get_device_properties(device).uuid), groups)
+            groups = model_groups(launch.rank, layout, device, control)
+            if use_cuda:
+                refuse_shared(str(torch.cuda.get_device_properties(device).uuid), groups)
+            first_messages(groups)
         yield groups
     except BaseException:
         if launch.world_size > 1:
@@ -172,19 +179,56 @@ def refuse_shared(name: str, groups: Groups) -> None:
         raise UserError(shared)
 
 
-def _groups(launch: Launch, layout: Layout, device):
+def split_world(layout: Layout) -> None:
+    """Make Megatron's process groups of this layout, after `control_groups`. Collective over all ranks."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+    )
+
+
+class ControlGroups(NamedTuple):
+    """The groups over host memory: of all ranks, of this rank's pipeline, of those that share experts with it."""
+
+    world: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+
+
+def control_groups(rank: int, layout: Layout, backend: str = "gloo") -> ControlGroups:
+    """Make the groups over host memory, those of this rank alone: with 64 ranks there would be 64 of one rank each.
+
+    Before Megatron makes its groups: the name of a group that only its own ranks make contains the number of groups
+    that the rank has by then, which differs between stages afterwards.
+    """
     import torch.distributed as dist
+
+    world = dist.new_group(backend=backend, timeout=TIMEOUT)
+    model_ranks = layout.tp * layout.cp * layout.dp
+    pipeline = tuple(range(rank % model_ranks, layout.world_size, model_ranks))
+    (sharing,) = (tuple(ranks) for ranks in layout.expert_ranks if rank in ranks)
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    for ranks in dict.fromkeys([pipeline, sharing]):
+        made[ranks] = dist.new_group(list(ranks), backend=backend, timeout=TIMEOUT, use_local_synchronization=True)
+    return ControlGroups(world, made[pipeline], made[sharing])
+
+
+def model_groups(rank: int, layout: Layout, device: torch.device, control: ControlGroups) -> Groups:
+    """Return this rank's process groups, after `split_world`."""
     from megatron.core import parallel_state
 
     from megatron_powerflow.parallel.groups import Groups
 
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    model_ranks = layout.tp * layout.cp * layout.dp
-    pp_control = _gloo_group(launch, [range(i, layout.world_size, model_ranks) for i in range(model_ranks)])
-    ep_control = _gloo_group(launch, layout.expert_ranks)
     return Groups(
-        rank=launch.rank,
-        world_size=launch.world_size,
+        rank=rank,
+        world_size=layout.world_size,
         device=device,
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
@@ -193,19 +237,7 @@ def _groups(launch: Launch, layout: Layout, device):
         ep=parallel_state.get_expert_model_parallel_group(),
         edp=parallel_state.get_expert_data_parallel_group(),
         tp_dp=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-        control=control,
-        pp_control=pp_control,
-        ep_control=ep_control,
+        control=control.world,
+        pp_control=control.pp,
+        ep_control=control.ep,
     )
-
-
-def _gloo_group(launch: Launch, members: Sequence[Sequence[int]]):
-    """The one of these groups that this rank is in; every rank takes part in making every group."""
-    import torch.distributed as dist
-
-    mine = None
-    for ranks in members:
-        group = dist.new_group(list(ranks), backend="gloo", timeout=TIMEOUT)
-        if launch.rank in ranks:
-            mine = group
-    return mine

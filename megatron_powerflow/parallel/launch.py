@@ -57,6 +57,7 @@ RANGES = {
     "MASTER_PORT": (1, 65535),
 }
 _REMEDY = "start with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE where they are left over"
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 GPU_LISTS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
 GPU_COUNTS = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_NODE", "SLURM_GPUS")
 
@@ -177,6 +178,31 @@ def address() -> tuple[str | None, str | None]:
     return os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
 
 
+def hide_gpus() -> None:
+    """Let torch see no GPU in this process. Before it first looks for one."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def meet_here(port: int) -> None:
+    """Let this process, and those that it forks from now on, meet at a port of this machine."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def cpu_environment() -> dict[str, str]:
+    """Return this process's environment for processes that are to compute on this machine's CPUs, one thread each.
+
+    Without GPUs, and without what a launcher or a cluster's login has left in it: who meets whom, over which network.
+    """
+    of_launchers = {*RANGES, *SRUN, *(name for pair in MPI for name in pair), "MASTER_ADDR", "GLOO_SOCKET_IFNAME"}
+    kept = {k: v for k, v in os.environ.items() if k not in of_launchers and not k.startswith("TORCHELASTIC_")}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def agent_holds_store() -> bool:
+    """Whether an agent of torchrun's holds torch's store at that address, instead of rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def step_nodes() -> tuple[str, int]:
     """Return the nodes of this srun step, as SLURM writes them, and a port that follows from its job and step ids."""
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
@@ -187,6 +213,17 @@ def step_nodes() -> tuple[str, int]:
 def restart_count() -> str:
     """How often torchrun has started its processes anew, under --max-restarts."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def grow_segments() -> None:
+    """Let torch's CUDA allocator extend its segments, unless the user has set it up: before torch is imported.
+
+    Without it each size that grows, such as a longer cache or another micro-batch, leaves the segment that it had
+    outgrown behind. Both names that torch has for the variable are set: before 2.9 it knows the second one only, and
+    from then on it warns of that one where the first is missing.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
 
 
 def bind_interface(interface: str) -> None:
@@ -250,6 +287,7 @@ def settings_that_count() -> dict[str, str]:
     """Environment variables of other libraries that change where a run takes place, those that are set."""
     names = (
         "CUDA_VISIBLE_DEVICES",
+        *ALLOCATOR,
         "NCCL_SOCKET_IFNAME",
         "GLOO_SOCKET_IFNAME",
         "OMP_NUM_THREADS",

@@ -9,7 +9,8 @@ Ranks count through tp first, then cp, dp, pp (Megatron's order "tp-cp-ep-dp-pp"
     tp    every matrix is cut: rank 0 has heads 0-7, rank 1 heads 8-15, of all tokens; two sums a layer.
           With sequence_parallel the norms between are cut along the sequence: rank 0 tokens 0-3, rank 1 tokens 4-7.
     pp    layers are cut into stages: stage 0 has layers 0-15, stage 1 layers 16-31; micro-batches follow each other.
-          vpp=2: stage 0 has layers 0-7 and 16-23, stage 1 the others; shorter waits, twice the messages.
+          vpp=2: stage 0 has layers 0-7 and 16-23, stage 1 the others; shorter waits, twice the messages. Where stages
+          cannot have equally many: see `balanced_layers`.
     cp    every sequence is cut into 2 cp pieces; ranks hold the weights alike and see all keys. cp=2, tokens 0-7:
 
               rank 0   0 1 . . . . 6 7        4 pieces, the first with the last: an early query has few keys to attend
@@ -41,7 +42,8 @@ VOCAB_MULTIPLE = 128  # rows per rank, for the matrix products; the padding take
 class Layout:
     """How a run is split over processes: the size of each way of splitting. world_size = tp * cp * pp * dp.
 
-    vpp: the number of chunks of a stage with interleaving; None without it.
+    vpp: the number of chunks of a stage with interleaving; None without it. layers: of each chunk in the order in which
+    the model goes through them, vpp times over the stages; None: all have equally many.
     """
 
     tp: int
@@ -51,6 +53,7 @@ class Layout:
     ep: int
     dp: int
     sequence_parallel: bool
+    layers: tuple[int, ...] | None = None
 
     @property
     def world_size(self) -> int:
@@ -95,6 +98,7 @@ class Layout:
         """Return the layout in one line, such as `8 processes = tp 2 x cp 1 x pp 2 x dp 2`."""
         parts = [f"{name} {getattr(self, name)}" for name in ("tp", "cp", "pp", "dp")]
         extras = [f"vpp {self.vpp}"] if self.vpp else []
+        extras += [f"layers {' '.join(map(str, self.layers))}"] if self.layers else []
         extras += ["sequence parallel"] if self.sequence_parallel else []
         extras += [f"ep {self.ep} over {'cp x ' if self.cp > 1 else ''}dp"] if self.ep > 1 else []
         return f"{self.world_size} processes = {' x '.join(parts)}" + (f" ({', '.join(extras)})" if extras else "")
@@ -139,7 +143,7 @@ def plan_layout(config: Config, architecture: Architecture, world_size: int) -> 
     parallel = config.parallel
     violations = _size_violations(parallel, world_size) + model_violations(parallel, architecture)
     if not violations:
-        layout = _layout(parallel, world_size)
+        layout = _layout(parallel, world_size, _layers(parallel, architecture))
         violations = _batch_violations(config, layout)
         if not violations:
             return layout
@@ -154,10 +158,49 @@ def inference_layout(parallel: ParallelSection, architecture: Architecture, worl
     violations = _size_violations(parallel, world_size) + model_violations(parallel, architecture)
     if violations:
         raise UserError(violations)
-    return _layout(parallel, world_size)
+    return _layout(parallel, world_size, _layers(parallel, architecture))
 
 
-def _layout(parallel: ParallelSection, world_size: int) -> Layout:
+def balanced_layers(num_layers: int, num_chunks: int) -> tuple[int, ...]:
+    """Divide layers over the chunks of a pipeline, as evenly as can be; returns each chunk's number, first chunk first.
+
+    Where they cannot be equal, the embedding and the output layer count as a layer each, so that the first chunk and
+    the last have one less. Then chunks from the last but one backwards have one more. Example: 61 layers in 4 chunks
+    are 14 16 16 15, 94 layers 23 24 24 23. num_layers >= num_chunks.
+    """
+    if num_layers % num_chunks == 0:
+        return (num_layers // num_chunks,) * num_chunks
+    each, more = divmod(num_layers + 2, num_chunks)
+    if each < 2:  # too few layers to leave one out
+        each, more = divmod(num_layers, num_chunks)
+        return tuple(each + (chunk >= num_chunks - more) for chunk in range(num_chunks))
+    layers = [each] * num_chunks
+    layers[0] -= 1
+    layers[-1] -= 1
+    order = [*range(num_chunks - 2, 0, -1), num_chunks - 1, 0]
+    for chunk in order[:more]:
+        layers[chunk] += 1
+    return tuple(layers)
+
+
+def _layers(parallel: ParallelSection, architecture: Architecture) -> tuple[int, ...] | None:
+    """Return `Layout.layers`: those that the config names, or balanced ones; None where all are equal."""
+    chunks = parallel.pp * (parallel.vpp or 1)
+    layers = tuple(parallel.layers_per_chunk or balanced_layers(architecture.num_layers, chunks))
+    return None if len(set(layers)) == 1 else layers
+
+
+def layout_of_sizes(parallel: ParallelSection, world_size: int) -> Layout:
+    """Return the layout of `world_size` processes, where no model is looked at.
+
+    Raises UserError where the sizes do not fit each other.
+    """
+    if violations := _size_violations(parallel, world_size):
+        raise UserError(violations)
+    return _layout(parallel, world_size, layers=None)
+
+
+def _layout(parallel: ParallelSection, world_size: int, layers: tuple[int, ...] | None) -> Layout:
     return Layout(
         tp=parallel.tp,
         pp=parallel.pp,
@@ -166,6 +209,7 @@ def _layout(parallel: ParallelSection, world_size: int) -> Layout:
         ep=parallel.ep,
         dp=world_size // (parallel.tp * parallel.cp * parallel.pp),
         sequence_parallel=parallel.sequence_parallel,
+        layers=layers,
     )
 
 
@@ -187,7 +231,7 @@ def _size_violations(parallel: ParallelSection, world_size: int) -> list[str]:
 
 def model_violations(parallel: ParallelSection, architecture: Architecture) -> list[str]:
     """Return why this model cannot be split this way, a sentence each; [] when it can."""
-    tp, pp, vpp = parallel.tp, parallel.pp, parallel.vpp or 1
+    tp = parallel.tp
     violations = []
     counts = {
         "num_attention_heads": architecture.num_attention_heads,
@@ -208,13 +252,24 @@ def model_violations(parallel: ParallelSection, architecture: Architecture) -> l
             f"parallel.tp={tp} is no divisor of num_query_groups={architecture.num_query_groups} and no multiple of it "
             f"that cuts a group's rows evenly (head_dim={architecture.head_dim}); choose {_choices(possible)}"
         )
-    if architecture.num_layers % (pp * vpp):
-        violations.append(
-            f"parallel.pp={pp}" + (f" x vpp={vpp}" if vpp > 1 else "") + f" does not divide num_layers="
-            f"{architecture.num_layers}; choose pp{' x vpp' if vpp > 1 else ''} among "
-            f"{_choices(_divisors(architecture.num_layers))}"
-        )
+    violations += _stage_violations(parallel, architecture.num_layers)
     violations += _expert_violations(parallel, architecture)
+    return violations
+
+
+def _stage_violations(parallel: ParallelSection, num_layers: int) -> list[str]:
+    pp, vpp, named = parallel.pp, parallel.vpp or 1, parallel.layers_per_chunk
+    chunks = pp * vpp
+    what = f"parallel.pp={pp}" + (f" x vpp={vpp}" if vpp > 1 else "")
+    violations = []
+    if chunks > num_layers:
+        violations.append(f"{what} needs {chunks} layers or more, and num_layers={num_layers}; choose fewer stages")
+    elif named is not None and (len(named) != chunks or sum(named) != num_layers):
+        balanced = ", ".join(map(str, balanced_layers(num_layers, chunks)))
+        violations.append(
+            f"parallel.layers_per_chunk={named} has {len(named)} numbers with the sum {sum(named)}; {what} needs "
+            f"{chunks} with the sum num_layers={num_layers}, such as [{balanced}], which is taken without the key"
+        )
     if parallel.vpp == 1:
         violations.append("parallel.vpp=1 is no interleaving; remove it, or use 2 or more")
     return violations
@@ -241,7 +296,6 @@ def _expert_violations(parallel: ParallelSection, architecture: Architecture) ->
 
 def _batch_violations(config: Config, layout: Layout) -> list[str]:
     rollout, micro = config.rollout, config.parallel.micro_batch_size
-    budget = config.parallel.max_tokens_per_micro_batch
     prompts_per_update = rollout.prompts_per_step // config.optimizer.updates_per_rollout
     if prompts_per_update % layout.dp:
         return [
@@ -249,9 +303,9 @@ def _batch_violations(config: Config, layout: Layout) -> list[str]:
             f"(rollout.prompts_per_step={rollout.prompts_per_step}); a group is never split, so choose a multiple of "
             f"{layout.dp * config.optimizer.updates_per_rollout}"
         ]
-    if budget is not None:
-        return _budget_violations(config, layout, budget)
-    assert micro is not None, "config_rules.py fills it in where nothing packs"
+    if micro is None:
+        budget = config.parallel.max_tokens_per_micro_batch
+        return [] if budget is None else _budget_violations(config, layout, budget)
     local = prompts_per_update // layout.dp * rollout.responses_per_prompt
     if local % micro:
         return [

@@ -18,6 +18,7 @@ from megatron_powerflow.parallel.interfaces import interface_towards
 from megatron_powerflow.parallel.launch import (
     Launch,
     address,
+    agent_holds_store,
     bind_interface,
     bound_interface,
     restart_count,
@@ -61,10 +62,10 @@ def _store_at(host: str, port: str, launch: Launch, timeout: timedelta):
 
     _wait_for_name(host)
     try:
-        if launch.launcher == "torchrun":
-            return next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))[0]
+        holds = launch.rank == 0 and not agent_holds_store()
+        # who has not come is for whoever asks to say (`meeting.py`): a wait in here names nobody
         return dist.TCPStore(
-            host, int(port), launch.world_size, is_master=launch.rank == 0, timeout=timeout, wait_for_workers=False
+            host, int(port), launch.world_size, is_master=holds, timeout=timeout, wait_for_workers=False
         )
     except (RuntimeError, ValueError) as error:  # of torch's store: no classes of their own
         raise not_found(launch, error) from None

@@ -1,8 +1,10 @@
-"""What does SLURM say of the job that this process belongs to? Its number, how often it was begun, when it will end."""
+"""What does SLURM say of the job that this process belongs to? Its number, how often it began, its end and nodes."""
 
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 from dataclasses import dataclass
 from datetime import datetime
@@ -47,3 +49,28 @@ def end_of_job(lines: str) -> float | None:
         return None if limits == ["TimeLimit=UNLIMITED"] else datetime.fromisoformat(words[0]).timestamp()
     except (IndexError, ValueError):
         return None
+
+
+def node_name() -> str:
+    """Return the name of this node: SLURM's, which its commands take, where there is one, else the host's own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def step_node_names() -> list[str]:
+    """Return the names of the nodes of the srun step that this process belongs to, in order; [] outside a step."""
+    return expand_nodes(os.environ.get("SLURM_STEP_NODELIST", ""))
+
+
+def expand_nodes(text: str) -> list[str]:
+    """Return the nodes of a list as SLURM writes it: `n[1-2,07],login` is n1, n2, n07, login."""
+    found = []
+    for prefix, ranges, suffix in re.findall(r"([^,\[\]]*)(?:\[([^\]]*)\])?([^,\[\]]*)(?:,|$)", text):
+        numbers = [number for part in ranges.split(",") for number in _numbers(part)] if ranges else [""]
+        found += [f"{prefix}{number}{suffix}" for number in numbers]
+    return [name for name in found if name]
+
+
+def _numbers(part: str) -> list[str]:
+    """07-10 -> 07, 08, 09, 10."""
+    first, _, last = part.partition("-")
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]

@@ -66,6 +66,7 @@ class DecodeBatch:
         self.caches = [
             KVCache(
                 num_layers=len(chunk.decoder.layers),
+                max_rows=self._max_rows,
                 num_groups=max(config.num_query_groups // tp_size, 1),  # with fewer than ranks, several have the same
                 head_dims=(
                     config.kv_channels,

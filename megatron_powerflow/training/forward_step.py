@@ -21,7 +21,7 @@ from megatron_powerflow.log_probs.kernel_choice import LogProbKernel
 from megatron_powerflow.log_probs.token_log_probs import TokenStatistics
 from megatron_powerflow.model.log_z_head import pool_prompt
 from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.model.stream import chosen_tokens, extent, model_tokens, pool_prompts, to_rows
+from megatron_powerflow.model.stream import chosen_states, extent, model_tokens, pool_prompts, to_rows
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import MicroBatch
 
@@ -56,9 +56,9 @@ class Scorer:
         hidden: [t / cp, r, H], whole over tp. chunk: the last one. Collective over tp, and over cp where the batch has
         a stream.
         """
-        arguments, row_index = self._kernel_arguments(hidden, chunk, batch)
-        values = self.kernel.log_probs(**arguments) if len(row_index) else empty_log_probs(arguments["hidden"])
-        return to_rows(values, row_index, batch, self.groups.cp)
+        arguments = self._kernel_arguments(hidden, chunk, batch)
+        values = self.kernel.log_probs(**arguments) if len(arguments["hidden"]) else _of_no_tokens(arguments)
+        return to_rows(values, batch.responses, batch, self.groups.cp)
 
     def prompt_pool(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """Return the mean of the hidden states over the prompt of each rollout: [b, H] fp32.
@@ -74,34 +74,34 @@ class Scorer:
 
         They are 0 where loss_mask is False. Arguments and collectives are those of `log_probs`.
         """
-        arguments, row_index = self._kernel_arguments(hidden, chunk, batch)
-        columns = self.kernel.statistics(**arguments) if len(row_index) else [empty_log_probs(arguments["hidden"])] * 3
-        return TokenStatistics(*(to_rows(values, row_index, batch, self.groups.cp) for values in columns))
+        arguments = self._kernel_arguments(hidden, chunk, batch)
+        columns = self.kernel.statistics(**arguments) if len(arguments["hidden"]) else [_of_no_tokens(arguments)] * 3
+        return TokenStatistics(*(to_rows(values, batch.responses, batch, self.groups.cp) for values in columns))
 
-    def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
-        """Return the kernel's arguments for this rank's response tokens alone, and the tokens' row_index.
-
-        Among the arguments are hidden [k, H] and targets [k]. row_index: [k], each token's index in the flat rows.
-        """
-        mask, row_index = chosen_tokens(batch.loss_mask, batch)
-        arguments = {
-            "hidden": hidden.transpose(0, 1)[mask],
+    def _kernel_arguments(self, hidden: Tensor, chunk: PolicyModel, batch: MicroBatch) -> dict[str, Any]:
+        """Return the kernel's arguments for this rank's response tokens: among them hidden [k, H], targets [k]."""
+        return {
+            "hidden": chosen_states(hidden, batch.responses),
             "output_weight": chunk.output_weight(),
-            "targets": batch.targets.flatten()[row_index],
+            "targets": batch.targets.flatten()[batch.responses.in_rows],
             "tp_group": self.groups.tp,
             "vocab_size": self.vocab_size,
             "temperature": self.temperature,
             "softcap": chunk.logit_softcap,
         }
-        return arguments, row_index
 
 
-def empty_log_probs(hidden: Tensor) -> Tensor:
+def _of_no_tokens(arguments: dict[str, Any]) -> Tensor:
+    return empty_log_probs(arguments["hidden"], arguments["output_weight"])
+
+
+def empty_log_probs(hidden: Tensor, output_weight: Tensor) -> Tensor:
     """Return the log-probs of no tokens, hidden [0, H] -> [0] fp32, with a graph for the backward pass.
 
-    A dummy has no tokens to score, nor has a share that is all prompt.
+    A dummy has no tokens to score, nor has a share that is all prompt. The weight, too, is in the graph, with a
+    gradient of zeros: Megatron counts the gradients of a micro-batch to know when to add them up over ranks.
     """
-    return hidden.float().sum(dim=1)
+    return hidden.float().sum(dim=1) + output_weight[:0].float().sum()
 
 
 # (hidden states [t / cp, r, H], whole over tp, last chunk, micro-batch) -> whatever the caller collects

@@ -5,6 +5,8 @@ Every function gets hidden states of the last stage and gives (share of the step
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from megatron_powerflow.training.group_baseline import with_log_z
 from megatron_powerflow.training.residual import importance_of, residual_weight, residual_without_log_z
 
 Columns = dict[str, Tensor]
+LOOP_COLUMNS = ("loop_tokens", "loop_nats", "entry_nats")
 
 
 def micro_batch_loss(
@@ -45,9 +48,9 @@ def micro_batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return this micro-batch's share of the loss, and a row of numbers for each of its rollouts.
 
-    The rows are [b, len(ROLLOUT_COLUMNS)] fp64, detached. hidden: [t / cp, r, H], whole over tp. head: the learned log
-    Z', or None. num_kept: rollouts of the update that take part, over all ranks. Collective over tp, and over cp where
-    the batch has a stream.
+    The rows are [b, len(ROLLOUT_COLUMNS)] fp64, detached; `with_loops` fills in the rest. hidden: [t / cp, r, H], whole
+    over tp. head: the learned log Z', or None. num_kept: rollouts of the update that take part, over all ranks.
+    Collective over tp, and over cp where the batch has a stream.
     """
     if isinstance(objective, BalanceObjective):
         log_probs = scorer.log_probs(hidden, chunk, batch)
@@ -151,7 +154,7 @@ def _kept_with_kl(terms: Tensor, log_probs: Tensor, batch: ScoredBatch, kl_coeff
 
 
 def common_columns(log_probs: Tensor, batch: ScoredBatch) -> Columns:
-    """Return the columns of the rollouts that do not depend on the form of the objective.
+    """Return the columns of the rollouts that do not depend on the form of the objective, but for LOOP_COLUMNS.
 
     log_probs: [b, s] detached.
     """
@@ -159,7 +162,6 @@ def common_columns(log_probs: Tensor, batch: ScoredBatch) -> Columns:
     difference = torch.where(batch.loss_mask, old - batch.rollout_log_probs, 0.0)
     if batch.old_from_sampler:
         difference = torch.full_like(difference, torch.nan)
-    loops = _loops(batch)
     return {
         "rollout_index": batch.rollout_index,
         "num_prompt_tokens": batch.prompt_mask.sum(dim=1),
@@ -176,13 +178,23 @@ def common_columns(log_probs: Tensor, batch: ScoredBatch) -> Columns:
         "sampler_gap_max": difference.abs().amax(dim=1),
         "token_ratio_sum": torch.where(batch.loss_mask, difference.exp(), torch.zeros_like(difference)).sum(dim=1),
         "max_log_prob": torch.where(batch.loss_mask, log_probs, -torch.inf).amax(dim=1),
-        **dict(zip(("loop_tokens", "loop_nats", "entry_nats"), loops.unbind(dim=1), strict=True)),
         **dict(zip(ANNOTATION_COLUMNS, batch.annotations.unbind(dim=1), strict=True)),
     }
 
 
+def with_loops(rows: Tensor, batches: Sequence[ScoredBatch]) -> Tensor:
+    """Return the rows of an update's micro-batches with LOOP_COLUMNS, which `micro_batch_loss` leaves NaN.
+
+    rows: [sum of b, len(ROLLOUT_COLUMNS)] fp64 on the host, in the order of the micro-batches. To find them the host
+    reads the micro-batches back from the GPU, and waits for all that was launched before: so call it after the passes.
+    """
+    with_them, places = rows.clone(), [ROLLOUT_COLUMNS.index(name) for name in LOOP_COLUMNS]
+    with_them[:, places] = torch.cat([_loops(batch) for batch in batches]).double()
+    return with_them
+
+
 def _loops(batch: ScoredBatch) -> Tensor:
-    """Return tokens, nats a token and entry nats of each response's longest repetition: [b, 3]; NaN without one.
+    """Return LOOP_COLUMNS of each response's longest repetition: [b, 3] fp32 on the host; NaN without one.
 
     How long it must be to count as a loop depends on the run's limit, and is for the metrics to say.
     """
@@ -193,4 +205,4 @@ def _loops(batch: ScoredBatch) -> Tensor:
     for row, mask in enumerate(masks):
         if loop := find_loop(targets[row][mask], ref_log_probs[row][mask], min_tokens=MIN_TURNS):
             loops[row] = loop.num_tokens, loop.nats, loop.entry_nats
-    return torch.from_numpy(loops).to(batch.psi.device)
+    return torch.from_numpy(loops)

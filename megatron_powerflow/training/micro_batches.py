@@ -17,6 +17,7 @@ from megatron_powerflow.data.bins import BinRule, flop_count, groups_fit, plan_u
 from megatron_powerflow.data.packing import pack, pack_streams
 from megatron_powerflow.model.length_step import length_step
 from megatron_powerflow.objective.presets import Balance
+from megatron_powerflow.parallel.batching import fewest_micro_batches, token_budget
 from megatron_powerflow.parallel.collectives import every_row
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.layout import Layout
@@ -29,12 +30,14 @@ from megatron_powerflow.training.session import Session
 
 def bin_rule(layout: Layout, config: Config) -> BinRule:
     """Return the sizes that packed micro-batches may have, under this layout and config."""
-    assert config.parallel.max_tokens_per_micro_batch is not None
+    budget = token_budget(config, layout)
+    assert budget is not None, "where micro_batch_size pads"
     return BinRule(
-        max_tokens=config.parallel.max_tokens_per_micro_batch,
+        max_tokens=budget,
         sequence_multiple=layout.sequence_multiple,
         total_multiple=layout.position_multiple(config.precision),
         count_multiple=layout.pp if layout.vpp else 1,
+        fewest=fewest_micro_batches(config, layout),
     )
 
 
@@ -46,7 +49,7 @@ def padded_multiple(layout: Layout, precision: PrecisionSection, device: torch.d
     return math.lcm(layout.position_multiple(precision), length_step(device))
 
 
-class _Packing(TypedDict):
+class Packing(TypedDict):
     """The arguments that `pack` and `pack_streams` have in common."""
 
     responses_per_prompt: int
@@ -64,7 +67,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
     balance. Collective over the run.
     """
     config, groups = plan.config, session.groups
-    arguments: _Packing = {
+    arguments: Packing = {
         "responses_per_prompt": config.rollout.responses_per_prompt,
         "drop_truncated": config.objective.truncated == "drop",
         "uniform": plan.layout.vpp is not None,
@@ -72,9 +75,8 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
         "cp_rank": groups.cp_rank,
         "cp_size": groups.cp_size,
     }
-    if config.parallel.max_tokens_per_micro_batch is not None:
+    if config.parallel.micro_batch_size is None:
         return _pack_streams(rollouts, plan, groups, arguments)
-    assert config.parallel.micro_batch_size is not None, "config_rules.py fills it in where nothing packs"
     annotated = annotate(rollouts, config.objective, plan.tokenizer)
     size = len(annotated) // config.optimizer.updates_per_rollout
     return [
@@ -89,7 +91,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
 
 
 def _pack_streams(
-    rollouts: Sequence[Rollout], plan: Plan, groups: Groups, arguments: _Packing
+    rollouts: Sequence[Rollout], plan: Plan, groups: Groups, arguments: Packing
 ) -> list[list[MicroBatch]]:
     """Plan the packed micro-batches of all ranks by the lengths of all rollouts, and pack those of this rank."""
     config = plan.config

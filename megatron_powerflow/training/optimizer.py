@@ -1,4 +1,13 @@
-"""Who moves the weights? Megatron's DDP and optimizer for the policy; the log Z' head takes steps of its own."""
+"""Who moves the weights? Megatron's DDP and optimizer for the policy; the log Z' head takes steps of its own.
+
+On GPUs with several replicas gradients are added up over them while the backward pass of the last micro-batch goes on,
+bucket by bucket as these are complete. They are sums of sums: the loss carries 1 / rollouts of the global batch, and
+nothing is scaled before or after, so the order does not matter beyond rounding. Only the last micro-batch of an update
+may send them, which Megatron's schedules see to by `no_sync_func`; and each must reach every parameter, or a bucket is
+never complete: a dummy does (`forward_step.empty_log_probs`).
+
+Left out: gathering parameters during the next forward pass (`model/fused_kernels.py` says why).
+"""
 
 from __future__ import annotations
 
@@ -29,12 +38,17 @@ def build_trainable(chunks: Sequence[PolicyModel], head: LogZHead | None, config
     section = config.optimizer
     transformer = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=section.distributed, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=section.distributed,
+        overlap_grad_reduce=overlaps_sums(groups),
     )
     ddp_chunks = [
         DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    if ddp_config.overlap_grad_reduce:
+        waits = [chunk.no_sync for chunk in ddp_chunks]
+        transformer.no_sync_func = waits if len(waits) > 1 else waits[0]
     # the loss is a sum already divided by the rollouts of the global batch: gradients are added, never scaled
     transformer.finalize_model_grads_func = lambda model, num_tokens, **kw: finalize_model_grads(model, None, **kw)
     optimizer = get_megatron_optimizer(
@@ -55,6 +69,14 @@ def build_trainable(chunks: Sequence[PolicyModel], head: LogZHead | None, config
         use_gloo_process_groups=False,
     )
     return Trainable(list(chunks), ddp_chunks, optimizer, head)
+
+
+def overlaps_sums(groups: Groups) -> bool:
+    """Tell whether gradients are added up over replicas during the backward pass: on GPUs, where there are replicas.
+
+    On CPUs a sum takes the cores that the backward pass computes on.
+    """
+    return groups.device.type == "cuda" and groups.dp_size * groups.cp_size > 1
 
 
 def set_learning_rates(trainable: Trainable, section: OptimizerSection, step: int, num_steps: int) -> float:

@@ -36,6 +36,8 @@ from megatron_powerflow.hf.files import SafetensorsFolder
 from megatron_powerflow.hf.ordinary_files import require_ordinary_files
 from megatron_powerflow.hub.located import NO_DOWNLOADS, LocalPaths
 from megatron_powerflow.model.precision import FP8_RECIPES, fp8_model_violations
+from megatron_powerflow.model.recompute import recompute_lines, recompute_violations
+from megatron_powerflow.parallel.batching import batching_line
 from megatron_powerflow.parallel.launch import environment_secrets
 from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Prompt
@@ -127,20 +129,20 @@ def make_plan(
     require_ordinary_files(Path(hf_folder))  # before anything of it is read
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
     resume = _collect(violations, lambda: find_resume(config, overridden)) or Resume()
-    resume_from = resume.checkpoint
+    config, resume_from = resume.batched_as_before(config), resume.checkpoint
     before = _collect(violations, lambda: read_inputs(resume_from)) if resume_from else None
     today = date.fromisoformat(before.today) if before else date.today()
     load = partial(load_tokenizer, hf_folder)
     is_there = Path(hf_folder).is_dir()  # else that was said
     tokenizer = _collect(violations, lambda: load(conversation_of(config, today))) if is_there else None
-    violations += _export_violations(config, start)
-    violations += resource_violations(config, num_parameters(model[0]) if model else None)
+    size = num_parameters(model[0]) if model else None
+    violations += _export_violations(config, start) + resource_violations(config, size)
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
         architecture, family = model
         layout = _collect(violations, lambda: plan_layout(config, architecture, world_size))
         notices += _collect(violations, lambda: _look_at_weights(config, located, weights, architecture, family)) or []
-        violations += _model_violations(config, architecture)
+        violations += model_violations(config, architecture)
         if (replay := config.rollout.replay) is not None:
             replay_from = _collect(violations, lambda: check_replay(config, replay, architecture, resume_from))
     if model is not None and tokenizer is not None:
@@ -213,6 +215,8 @@ def describe(plan: Plan) -> str:
             weight_line(config, plan.on_policy),
             *_fp8_lines(config, plan.layout),
             *temperature_lines(config),
+            batching_line(config, plan.layout),
+            *recompute_lines(config.model, architecture),
             f"run       {config.run.num_steps} steps into {config.run.output_dir} ({resumes}), "
             f"{config.run.num_steps * config.rollout.prompts_per_step / len(plan.prompts):.2g} epochs of the prompts",
             saving_line(config, num_parameters(architecture), plan.layout.world_size),
@@ -371,9 +375,10 @@ def _secret_violations(config: Config) -> list[str]:
     ]
 
 
-def _model_violations(config: Config, architecture: Architecture) -> list[str]:
+def model_violations(config: Config, architecture: Architecture) -> list[str]:
     """Say what the config asks of the model that it cannot do: FP8 on its layers, longer texts than its positions."""
     violations = fp8_model_violations(config.precision, architecture, config.parallel)
+    violations += recompute_violations(config.model, config.precision, architecture, config.parallel.cp)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if longest <= architecture.max_positions:
         return violations

@@ -23,7 +23,7 @@ from megatron_powerflow.errors import UserError
 CHANGEABLE = frozenset(
     {"run.name", "run.num_steps", "run.export", "run.stop_on_alarm", "run.stop_at_alpha"}
     | {"run.stop_before", "run.hang_seconds", "run.deterministic"}
-    | {"model.reference", "model.recompute", "rollout.max_concurrent_rows", "rollout.save"}
+    | {"model.reference", "model.recompute", "model.recompute_modules", "rollout.max_concurrent_rows", "rollout.save"}
     | {"optimizer.lr", "optimizer.log_z_lr", "optimizer.min_lr", "optimizer.lr_decay", "optimizer.warmup_steps"}
     | {"optimizer.clip_grad", "optimizer.distributed", "optimizer.max_skipped_steps"}
     | {"alarm", "parallel", "checkpoint", "evaluation", "metrics"}
@@ -63,12 +63,22 @@ class Change:
 @dataclass(frozen=True, slots=True)
 class Resume:
     """checkpoint: to continue from; None: the run begins. notices: what a user should know of that. changed: what is
-    not as at the start before. goes_back: the config names this checkpoint, and the start before did not."""
+    not as at the start before. goes_back: the config names this checkpoint, and the start before did not.
+    micro_batch_size: that of the run, where it pads and the config leaves open how rollouts become batches: up to
+    0.2.0 four padded rollouts were the default, and a run goes on with them."""
 
     checkpoint: Path | None = None
     notices: tuple[str, ...] = ()
     changed: tuple[Change, ...] = ()
     goes_back: bool = False
+    micro_batch_size: int | None = None
+
+    def batched_as_before(self, config: Config) -> Config:
+        """The config, with the micro-batches of the run where it does not say which."""
+        if self.micro_batch_size is None:
+            return config
+        section = config.parallel.model_copy(update={"micro_batch_size": self.micro_batch_size})
+        return config.model_copy(update={"parallel": section})
 
 
 def find_resume(config: Config, overridden: Sequence[str] = ()) -> Resume:
@@ -84,6 +94,8 @@ def find_resume(config: Config, overridden: Sequence[str] = ()) -> Resume:
     if not folder.is_dir() or not ((held := not_ours(folder)) or holds_a_step(folder)):
         return Resume()
     theirs = _config_of_run(folder, held)
+    kept = _kept_micro_batch_size(theirs, config)
+    config = Resume(micro_batch_size=kept).batched_as_before(config)
     changed = changes_between(theirs, config)
     _refuse(folder, changed, overridden, by_content=(folder / INPUTS_NAME).is_file())
     if config.checkpoint.resume == "never":
@@ -92,12 +104,27 @@ def find_resume(config: Config, overridden: Sequence[str] = ()) -> Resume:
                 f"run.output_dir={str(folder)!r} holds {present[-1]} and checkpoint.resume=never; "
                 "name a new folder, or continue with checkpoint.resume=latest"
             )
-        return Resume(notices=_anew(folder), changed=changed)
+        return Resume(notices=(*_anew(folder), *_padded(kept)), changed=changed, micro_batch_size=kept)
     # the start before has gone back to this one already; since then `latest` is of the course that began there
     goes_back = config.checkpoint.resume not in ("latest", theirs.checkpoint.resume)
     choice = choose(folder, config.checkpoint.resume if goes_back else "latest")
     notices = choice.notices or (_anew(folder) if choice.checkpoint is None else ())
-    return Resume(choice.checkpoint, notices, changed, goes_back)
+    return Resume(choice.checkpoint, (*notices, *_padded(kept)), changed, goes_back, kept)
+
+
+def _kept_micro_batch_size(theirs: Config, ours: Config) -> int | None:
+    """The run's micro_batch_size, where our config leaves it open how rollouts become micro-batches."""
+    is_open = ours.parallel.micro_batch_size is None and ours.parallel.max_tokens_per_micro_batch is None
+    return theirs.parallel.micro_batch_size if is_open else None
+
+
+def _padded(size: int | None) -> tuple[str, ...]:
+    if size is None:
+        return ()
+    return (
+        f"the run goes on with parallel.micro_batch_size={size}, as it began; new runs pack: for that give "
+        "parallel.max_tokens_per_micro_batch a number of tokens",
+    )
 
 
 def _config_of_run(folder: Path, held: Sequence[str]) -> Config:

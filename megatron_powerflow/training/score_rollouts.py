@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from megatron_powerflow.data.packing import AnnotatedRollout, pack
+from megatron_powerflow.parallel.batching import padded_rows
 from megatron_powerflow.parallel.collectives import last_stage_rows
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.training.micro_batches import padded_multiple
@@ -31,7 +32,7 @@ def reference_sequence_log_probs(rollouts: Sequence[Rollout], plan: Plan, sessio
     Collective over the run.
     """
     groups, config = session.groups, plan.config
-    size = config.parallel.micro_batch_size or 1
+    size = padded_rows(config, plan.layout)
     unit = size * (plan.layout.pp if plan.layout.vpp else 1)  # interleaved stages take turns of pp micro-batches
     share = -(-len(rollouts) // (groups.dp_size * unit)) * unit
     filled = [*rollouts, *[FILLER] * (share * groups.dp_size - len(rollouts))]

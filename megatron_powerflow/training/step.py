@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_powerflow.objective.objective import BalanceObjective
+from megatron_powerflow.parallel.device_memory import give_back
 from megatron_powerflow.records import MicroBatch, Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.rollout.sampling_params import sampling_params
@@ -78,6 +79,7 @@ def run_step(
             require_scores_of_base(plan, session, prompts)
     with phase("rollout"):
         rollouts = step_rollouts(plan, session, prompts, sampling_of_step(plan, step), progress)
+        give_back(session.groups.device)
         updates = pack_updates(rollouts, plan, session)
     inspect = inspection(plan.config, prompts) if first_of_start else None
     return replace(learn(plan, session, updates, step, phase=phase, inspect=inspect), rollouts=tuple(rollouts))
@@ -100,6 +102,7 @@ def learn(
     config, objective = plan.config, objective_of_step(plan.objective, step)
     with phase("reference"):
         scored = [score_reference(session.reference, batches, session.scorer) for batches in updates]
+        give_back(session.groups.device)
     log_z_start = None
     if step == 0 and isinstance(objective, BalanceObjective) and objective.learns_log_z:
         log_z_start = calibrate_head(session.trainable, scored, objective, session.scorer)
@@ -114,6 +117,7 @@ def learn(
             on_policy=plan.on_policy,
             inspect=inspect,
         )
+        give_back(session.groups.device)
     return StepResult(updated.rows, updated.optimizer_steps, lr, objective.alpha, log_z_start)
 
 

@@ -24,7 +24,7 @@ from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import ROLLOUT_COLUMNS, MicroBatch, ScoredBatch
 from megatron_powerflow.training.forward_step import Scorer, run_forward, run_forward_backward
 from megatron_powerflow.training.group_baseline import with_group_baseline
-from megatron_powerflow.training.loss import micro_batch_loss
+from megatron_powerflow.training.loss import micro_batch_loss, with_loops
 from megatron_powerflow.training.optimizer import OptimizerStep, step_optimizers
 from megatron_powerflow.training.residual import residual_weight, residual_without_log_z
 from megatron_powerflow.training.score import score_old, scored_batches, with_saved_old
@@ -77,7 +77,9 @@ def update(
 
         tables_of_batches = run_forward_backward(trainable.ddp_chunks, batches, scorer, loss_and_rows)
         num_rollouts = sum(batch.tokens.shape[0] for batch in batches)
-        local = torch.cat(tables_of_batches).cpu() if tables_of_batches else None
+        local = None
+        if tables_of_batches:
+            local = with_loops(torch.cat(tables_of_batches).cpu(), scored_batches(batches))
         table = last_stage_rows(local, num_rollouts, len(ROLLOUT_COLUMNS), groups)
         if inspect is not None and not tables:
             inspect(table)

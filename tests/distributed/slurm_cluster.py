@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd, in a folder of the test's own.
+"""A real SLURM of two or more nodes on this machine: munged, slurmctld and slurmds, in a folder of the test's own.
 
 Needs root and Debian's slurm-wlm and munge. Every daemon is stopped by the pid it wrote down.
 """
@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 from tests.free_ports import free_ports
 
@@ -33,10 +35,15 @@ def _path() -> str:
 
 
 class SlurmCluster:
-    """`with SlurmCluster(folder) as cluster: cluster.run("sbatch", ...)`."""
+    """`with SlurmCluster(folder) as cluster: cluster.run("sbatch", ...)`.
 
-    def __init__(self, folder: Path) -> None:
+    Its nodes are n1, n2, ... settings: more lines of slurm.conf; kill_wait: seconds between SIGTERM and SIGKILL.
+    """
+
+    def __init__(self, folder: Path, *, num_nodes: int = 2, settings: str = "", kill_wait: int = 5) -> None:
         self.folder = folder
+        self.nodes = [f"n{number}" for number in range(1, num_nodes + 1)]
+        self._settings, self._kill_wait = settings, kill_wait
         self.environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
         self.environment["VENV"] = sys.prefix  # jobs run what the tests run, of several environments too
         self.environment.pop("OMP_NUM_THREADS", None)
@@ -68,6 +75,43 @@ class SlurmCluster:
             time.sleep(1)
         return "TIMEOUT of the test"
 
+    def processes(self, node: str) -> list[psutil.Process]:
+        """Everything that runs on a node: its slurmd, and the tasks of jobs with the daemon above them."""
+        found = {}
+        if (pid_file := self.folder / f"slurmd.{node}.pid").exists():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                slurmd = psutil.Process(int(pid_file.read_text()))
+                found[slurmd.pid] = slurmd
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                variables = process.environ()
+                if variables.get("SLURMD_NODENAME") != node or variables.get("SLURM_CONF") != str(
+                    self.folder / "slurm.conf"
+                ):
+                    continue
+                found[process.pid] = process
+                for parent in process.parents():
+                    if parent.name().startswith("slurmstepd"):
+                        found[parent.pid] = parent
+        return [*found.values()]
+
+    def send(self, node: str, number: signal.Signals) -> None:
+        """Send a signal to everything on a node. SIGSTOP: as if its power were off, to whoever waits for it."""
+        for process in self.processes(node):
+            _signal(process.pid, number)
+
+    def start_node(self, node: str) -> None:
+        """Start the daemon of a node."""
+        (self.folder / f"spool.{node}").mkdir(exist_ok=True)
+        self.run("slurmd", "-N", node)
+
+    def wait_until_idle(self, seconds: float = 60) -> None:
+        """Wait until every node is idle. A job that starts while its first start is cleared away can be lost."""
+        deadline = time.monotonic() + seconds
+        while set(self.run("sinfo", "--noheader", "--Node", "--format=%t").split()) != {"idle"}:
+            assert time.monotonic() < deadline, self.run("sinfo")
+            time.sleep(0.3)
+
     def _start(self) -> None:
         folder, host = self.folder, socket.gethostname().split(".")[0]
         (folder / "state").mkdir(parents=True)
@@ -98,7 +142,11 @@ class SlurmCluster:
             ],
             check=True,
         )
-        ports = free_ports(3)
+        ports = free_ports(1 + len(self.nodes))
+        node_lines = "\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2"
+            for node, port in zip(self.nodes, ports[1:], strict=True)
+        )
         (folder / "slurm.conf").write_text(
             f"""
 ClusterName=test
@@ -124,20 +172,16 @@ SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
-KillWait=5
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+KillWait={self._kill_wait}
+{node_lines}
+PartitionName=all Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE State=UP
+{self._settings}
 """
         )
         self.run("slurmctld")
-        for node in ("n1", "n2"):
-            (folder / f"spool.{node}").mkdir()
-            self.run("slurmd", "-N", node)
-        deadline = time.monotonic() + 30
-        while self.run("sinfo", "-h", "-o", "%T").split() != ["idle"]:
-            assert time.monotonic() < deadline, self.run("sinfo")
-            time.sleep(0.3)
+        for node in self.nodes:
+            self.start_node(node)
+        self.wait_until_idle(30)
 
     def _stop(self) -> None:
         pid_files = [*self.folder.glob("slurmd.*.pid"), self.folder / "slurmctld.pid", self.folder / "munge/munged.pid"]
@@ -149,6 +193,8 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
             time.sleep(0.1)
         for pid in pids:
             _signal(pid, signal.SIGKILL)
+        for node in self.nodes:  # jobs that nobody waited for
+            self.send(node, signal.SIGKILL)
 
 
 def _signal(pid: int, number: int) -> None:

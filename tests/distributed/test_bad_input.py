@@ -152,8 +152,8 @@ LONG = pytest.mark.long
             "alpha=-1",
         ),
         pytest.param(
-            ["check", "CONFIG", "parallel.pp=3"],
-            "parallel.pp=3 does not divide num_layers=4; choose",
+            ["check", "CONFIG", "parallel.pp=5"],
+            "parallel.pp=5 needs 5 layers or more, and num_layers=4; choose",
             marks=pytest.mark.long,
         ),
         (["check", "CONFIG", "--world-size", "3", "parallel.tp=2"], "3 processes do not hold"),

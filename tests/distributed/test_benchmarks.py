@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conversion, rollout, step
+from benchmarks import conversion, rollout, short_responses, step
 
 TEXTS = ("w5 w6 w7 w8", "w9", "w10 w11 w12")
 
@@ -67,3 +67,10 @@ def test_the_conversion_benchmark_converts_both_ways(tmp_path):
     assert printed.count("cp") >= 3
     assert "HF to Megatron" in printed
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_short_responses_have_one_loss_padded_and_packed(gloo):
+    (found,) = gloo.run(1, short_responses.measure, 32, 4, 1)
+    (padded_passes, _, padded_loss), (passes, _, loss) = found["padded"], found["default"]
+    assert (padded_passes, passes) == (8, 1)
+    assert loss == pytest.approx(padded_loss, rel=1e-5)

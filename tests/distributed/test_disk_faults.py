@@ -181,7 +181,7 @@ def what_came_of_a_disk_that_filled(config: Path, disk: str, moment: str, *overr
     from megatron_powerflow.checkpoint import saving, shards
 
     places = {
-        "before the save": (saving, "_fresh_folder", True),
+        "before the save": (saving, "_fresh_folder_with_room", True),
         "before the shards": (shards.HeldWriter, "write", True),
         "before the index": (shards.HeldWriter, "finish", True),
         "behind the index": (shards.HeldWriter, "finish", False),

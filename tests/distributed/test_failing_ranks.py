@@ -273,7 +273,7 @@ def test_a_rank_that_hangs_is_named_with_the_stack_of_its_own(config, tmp_path, 
         assert wait_until_none_is_left(ranks)
 
 
-@pytest.mark.parametrize("where", ["initialize_model_parallel", "_groups"])
+@pytest.mark.parametrize("where", ["initialize_model_parallel", "model_groups"])
 def test_a_rank_that_is_killed_while_groups_are_made_ends_the_others(config, tmp_path, where):
     """Each group is connected anew, through the store, which would wait half an hour for the rank that is gone."""
     script = tmp_path / "planted.py"

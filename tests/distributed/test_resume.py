@@ -164,6 +164,7 @@ def assert_same_run(left: Path, right: Path) -> None:
         ((1, ()), (2, ("parallel.tp=2",))),
         ((2, ("parallel.tp=2",)), (2, ("parallel.pp=2",))),
         ((2, ("parallel.pp=2",)), (1, ())),
+        ((2, ("optimizer.distributed=true",)), (3, ("parallel.pp=3", "optimizer.distributed=true"))),
         ((2, ("optimizer.distributed=true",)), (4, ("parallel.pp=2", "optimizer.distributed=true"))),
         ((2, ("parallel.pp=2",)), (2, ("parallel.pp=2", "parallel.vpp=2"))),
     ],

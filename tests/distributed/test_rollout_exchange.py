@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from megatron_powerflow.parallel.initialize import initialized
 from megatron_powerflow.parallel.launch import read_launch
 from megatron_powerflow.parallel.layout import Layout
-from megatron_powerflow.records import Prompt, Rollout, Stream
+from megatron_powerflow.records import Prompt, Rollout
 from tests.unit.test_micro_batches import plan as plan_of
 
 LAYOUTS = {
@@ -117,7 +117,7 @@ def plain(record) -> dict:
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
             values[name] = (tuple(value.shape), str(value.dtype), value.numpy().tobytes())
-        elif isinstance(value, Stream):
+        elif is_dataclass(value):
             values[name] = plain(value)
     return values
 

@@ -30,7 +30,6 @@ def shrunk(model: Path, prompts: Path | None, run: Path, num_steps: int) -> list
         "parallel.tp=1",
         "parallel.pp=2",
         "parallel.sequence_parallel=false",
-        "parallel.micro_batch_size=2",
         "precision.dtype=fp32",
         *([f"prompts.path={prompts}", "prompts.require_answer=false"] if prompts else []),
         "rollout.prompts_per_step=2",
@@ -140,7 +139,7 @@ def test_srun_alone_needs_no_torchrun(cluster, tiny_model, prompts, tmp_path):
 
 def test_an_impossible_run_is_refused_before_any_process_starts(cluster, tiny_model, prompts, tmp_path):
     settings = shrunk(tiny_model("llama"), prompts, tmp_path / "run", num_steps=2)
-    job, log = submit(cluster, tmp_path, *settings, "parallel.pp=3")
+    job, log = submit(cluster, tmp_path, *settings, "parallel.pp=5")
     assert cluster.wait_for(job, timeout=100) == "FAILED"
-    assert "parallel.pp=3 does not divide num_layers=4" in log.read_text()
+    assert "parallel.pp=5 needs 5 layers or more, and num_layers=4" in log.read_text()
     assert "ExitCode=2:0" in cluster.run("scontrol", "show", "job", job)

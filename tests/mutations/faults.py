@@ -666,7 +666,11 @@ _CONFIG_RULES = (
         '"precision.fp8_format", "hybrid", lambda c: True',
         "accepted and ignored",
     ),
-    ('"parallel.micro_batch_size", 4, _pads', '"parallel.micro_batch_size", 4, lambda c: True', "accepted and ignored"),
+    (
+        '"parallel.micro_batch_size", None, _pads',
+        '"parallel.micro_batch_size", None, lambda c: True',
+        "accepted and ignored",
+    ),
     ('"evaluation.samples", 3, _has_engine', '"evaluation.samples", 3, lambda c: True', "accepted and ignored"),
     ('"evaluation.num_responses", 4', '"evaluation.num_responses", 1', "a default"),
     (
@@ -855,7 +859,9 @@ _BINS = (
     ("min(fitting, key=lambda b: (totals[b], b))", "min(fitting, key=lambda b: (-room[b], b))", "even in tokens"),
     ("if room[b] >= sizes[index]", "if room[b] > sizes[index]", "a bin is never full, evenly"),
     ("for group in groups) <= rule.capacity", "for group in groups) < rule.capacity", "a group that just fits"),
-    ("-(-fewest // rule.count_multiple) * rule.count_multiple", "fewest", "no multiple of pp"),
+    ("-(-max(needed, wanted) // rule.count_multiple) * rule.count_multiple", "needed", "no multiple of pp"),
+    ("-(-max(needed, wanted) //", "-(-needed //", "a pipeline runs dry"),
+    ("min(rule.fewest, min(map(len, sizes)))", "rule.fewest", "dummies asked for"),
     ("bins.sort(key=lambda bin: (-sum(", "bins.sort(key=lambda bin: (sum(", "the lightest first"),
     ("x.per_token * mlp", "x.num * mlp", "all experts"),
     ("return dense + [[] for _ in range(num_bins - len(dense))]", "return dense", "another number of bins"),
@@ -1057,6 +1063,42 @@ _VERDICT = (
     ("return -1 if state.step is None", "return 10**9 if state.step is None", "no step yet is the last step"),
 )
 
+_BATCHING = (
+    ("max(LONGEST_HELD * longest, FEWEST_TOKENS)", "LONGEST_HELD * longest", "as many passes as before"),
+    (", MOST_TOKENS))", ", 2 * MOST_TOKENS))", "more memory than before"),
+    ("return max(longest, min(", "return max(1, min(", "no room for a long rollout"),
+    ("// multiple) * multiple", "// multiple)", "not in positions"),
+    ("1 if is_chosen or layout.pp == 1", "1 if layout.pp == 1", "the user's budget is not kept to"),
+    (
+        "max(budget // longest_rollout(config, layout), 1)",
+        "budget // longest_rollout(config, layout)",
+        "no rows at all",
+    ),
+)
+
+_PROVE = (
+    ("return self.largest <= self.bound", "return not self.largest > self.bound", "NaN holds"),
+    (
+        '_gradients(_below("gradient", b), _below("gradient", a))',
+        '_gradients(_below("gradient", a), _below("gradient", b))',
+        "a gradient that the layout lacks",
+    ),
+    ("SMALL_GRADIENT * largest)", "largest)", "small gradients compared with the largest"),
+    ("np.isnan(x) & np.isnan(y)", "np.isnan(x) | np.isnan(y)", "a number that one of them lacks"),
+    ("if ours.keys() == theirs.keys() else math.inf", "if True else math.inf", "responses drawn twice"),
+    ("if not _fits(ours, theirs):", "if len(ours) > len(theirs):", "fewer rollouts than those of one process"),
+    ("len(set(digests)) > 1]", "len(set(digests)) > 2]", "two copies that differ"),
+    ('int(name.split("/")[1]) >= SAVED', 'int(name.split("/")[1]) >= 0', "resumed steps compared with earlier ones"),
+    ("sorted(ours.keys() ^ wanted.keys())", "sorted(wanted.keys() - ours.keys())", "tensors too many in the export"),
+    ("key=lambda item: (math.isnan(item[0]), item[0])", "key=lambda item: item[0]", "NaN is not the worst"),
+    ('default=(math.inf, "nothing was seen")', 'default=(0.0, "nothing was seen")', "nothing seen is no difference"),
+    (
+        "return part / whole if whole else math.inf",
+        "return part / whole if whole else 0.0",
+        "a run that moves nothing proves",
+    ),
+)
+
 _BY_FILE = {
     "journal.py": _JOURNAL,
     "metrics/goodput.py": _GOODPUT,
@@ -1076,6 +1118,7 @@ _BY_FILE = {
     "training/update.py": _UPDATE,
     "training/objective_of_step.py": _OBJECTIVE_OF_STEP,
     "training/micro_batches.py": _MICRO_BATCHES,
+    "parallel/batching.py": _BATCHING,
     "training/learning_rate.py": _LEARNING_RATE,
     "metrics/reduce.py": _REDUCE,
     "metrics/alarm.py": _ALARM,
@@ -1102,6 +1145,7 @@ _BY_FILE = {
     "checkpoint/keeping.py": _KEEPING,
     "checkpoint/contents.py": _CONTENTS,
     "checkpoint/choice.py": _CHOICE,
+    "prove/compare.py": _PROVE,
 }
 FAULTS = tuple(Fault(file, *texts) for file, of_file in _BY_FILE.items() for texts in of_file)
 
@@ -1123,6 +1167,7 @@ GUARDS = {
     "training/update.py": ("update",),
     "training/objective_of_step.py": ("objective_of_step",),
     "training/micro_batches.py": ("micro_batches",),
+    "parallel/batching.py": ("batching",),
     "training/learning_rate.py": ("learning_rate",),
     "metrics/reduce.py": ("metric_names", "metrics", "realised_alpha"),
     "metrics/alarm.py": ("alarm",),
@@ -1149,4 +1194,5 @@ GUARDS = {
     "checkpoint/keeping.py": ("keeping",),
     "checkpoint/contents.py": ("checkpoint_contents",),
     "checkpoint/choice.py": ("choice",),
+    "prove/compare.py": ("prove",),
 }

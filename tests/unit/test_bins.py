@@ -25,8 +25,8 @@ from tests.unit.test_layout import ARCHITECTURE
 FLOPS = FlopCount(linear=10.0, quadratic=1.0)
 
 
-def rule_of(max_tokens=64, sequence=1, total=1, count=1) -> BinRule:
-    return BinRule(max_tokens, sequence, total, count)
+def rule_of(max_tokens=64, sequence=1, total=1, count=1, fewest=1) -> BinRule:
+    return BinRule(max_tokens, sequence, total, count, fewest)
 
 
 @st.composite
@@ -36,7 +36,8 @@ def updates(draw):
     cp = draw(st.sampled_from([1, 2]))
     sequence = 2 * cp if cp > 1 else 1
     total = sequence * draw(st.sampled_from([1, 2, 4]))
-    rule = rule_of(draw(st.integers(64, 200)), sequence, total, draw(st.sampled_from([1, 2, 4])))
+    multiple, fewest = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 1, 5]))
+    rule = rule_of(draw(st.integers(64, 200)), sequence, total, multiple, fewest)
     size = draw(st.integers(1, 5))
     longest = rule.capacity // sequence * sequence
     group = st.lists(st.integers(1, longest), min_size=size, max_size=size)
@@ -76,6 +77,19 @@ def test_groups_stay_whole_in_their_micro_batch_where_they_fit(case):
     assert all(sum(rule.padded(groups[q][i]) for q, i in bin) <= rule.capacity for bin in bins)
 
 
+@given(updates(), st.integers(1, 9))
+def test_there_are_no_fewer_micro_batches_than_asked_for_where_there_is_something_to_put_in(case, fewest):
+    groups, dp_size, rule = case
+    for together in (False, True):
+        if together and not groups_fit(groups, rule):
+            continue
+        units = len(groups) // dp_size * (1 if together else len(groups[0]))
+        plain = plan_update(groups, dp_size, replace(rule, count_multiple=1, fewest=1), FLOPS, together=together)
+        asked = replace(rule, count_multiple=1, fewest=fewest)
+        plan = plan_update(groups, dp_size, asked, FLOPS, together=together)
+        assert len(plan[0]) == max(len(plain[0]), min(fewest, units))
+
+
 @given(updates())
 def test_the_plan_is_a_function_of_the_lengths(case):
     groups, dp_size, rule = case
@@ -86,6 +100,7 @@ def test_the_plan_is_a_function_of_the_lengths(case):
 @given(updates())
 def test_no_more_micro_batches_than_the_worst_rank_needs(case):
     groups, dp_size, rule = case
+    rule = replace(rule, fewest=1)
     plan = plan_update(groups, dp_size, rule, FLOPS, together=False)
     needed = max(
         len(first_fit([rule.padded(groups[q][i]) for bin in rank for q, i in bin], rule.capacity)) for rank in plan

@@ -1,4 +1,4 @@
-"""The Dockerfile pins what is tested and what its base image brings; run_70b.sh runs every command in the image."""
+"""The Dockerfile pins what is tested and what its base image brings; run_70b.sh and run_7b.sh run all in the image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINES = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", " ").splitlines(
 # Stands for srun with pyxis, which is not here: notes its options, and runs what is no training.
 SRUN = """#!/usr/bin/env bash
 printf '%s\\0' "$*" >> "$SRUN_LOG"
-case "$*" in *torch.distributed.run*) exit 0 ;; esac
+case "$*" in *torch.distributed.run*|*"cli preflight"*|*"cli train"*) exit 0 ;; esac
 while [[ "$1" == --* ]]; do shift; done
 exec "$@"
 """
@@ -66,7 +66,9 @@ def test_the_pins_are_what_is_found_and_the_rest_of_what_is_tested(tmp_path):
     assert set(pinned) >= set(tested) - {"megatron-core"}
 
 
-def run_script(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def run_script(
+    folder: Path, *arguments: str, script: str = "run_70b.sh", nodes: int = 2, gpus: int = 0
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -80,11 +82,12 @@ def run_script(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProce
         "VENV": str(folder / "none"),
         "SLURM_SUBMIT_DIR": str(REPOSITORY),
         "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NUM_NODES": str(nodes),
+        "SLURM_JOB_NODELIST": f"n[1-{nodes}]",
+        "SLURM_GPUS_ON_NODE": str(gpus),
     }
-    script = ["bash", str(REPOSITORY / "examples" / "run_70b.sh"), *arguments]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    command = ["bash", str(REPOSITORY / "examples" / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return done, log.read_text().split("\0")[:-1]
 
 
@@ -94,7 +97,7 @@ def settings(tiny_model, tmp_path) -> list[str]:
     words.write_text('{"prompt": "w5 w6 w7"}\n{"prompt": "w8 w9"}\n')
     small = ["parallel.tp=1", "parallel.pp=2", "parallel.sequence_parallel=false", "precision.dtype=fp32"]
     small += ["rollout.prompts_per_step=2", "rollout.max_prompt_tokens=128", "rollout.max_response_tokens=4"]
-    small += [f"prompts.path={words}", "prompts.require_answer=false", "parallel.micro_batch_size=2"]
+    small += [f"prompts.path={words}", "prompts.require_answer=false"]
     return [f"model.hf_path={tiny_model('llama')}", f"run.output_dir={tmp_path / 'run'}", *small]
 
 
@@ -103,8 +106,8 @@ def test_every_command_of_the_script_runs_in_the_image(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     options = f"--container-image=/i.sqsh --container-mounts={REPOSITORY}:{REPOSITORY},/models:/models"
     assert all(f"{options} --container-workdir={REPOSITORY} " in call for call in calls)
-    ran = [re.search(r"cli (check|outcome|train)", call) for call in calls]
-    assert [found and found[1] for found in ran] == ["check", "outcome", "train"]
+    ran = [re.search(r"cli (check|preflight|outcome|train)", call) for call in calls]
+    assert [found and found[1] for found in ran] == ["check", "preflight", "outcome", "train"]
     assert calls[-1].startswith("--kill-on-bad-exit=1 ")
     assert " 10.0.0.1 " in calls[-1]  # the first node's address
 
@@ -112,14 +115,39 @@ def test_every_command_of_the_script_runs_in_the_image(settings, tmp_path):
 def test_without_an_image_srun_has_no_option_of_containers(settings, tmp_path):
     done, calls = run_script(tmp_path, *settings)
     assert done.returncode == 0, done.stderr
+    assert len(calls) == 2
+    assert calls[0].startswith("--ntasks=2 --ntasks-per-node=1 --cpu-bind=none --wait=10 ")
+    assert "cli preflight" in calls[0]
+    assert calls[1].startswith("--kill-on-bad-exit=1 --cpu-bind=none bash -c ")
+
+
+@pytest.mark.slow
+def test_one_task_of_srun_per_gpu_and_no_preflight_where_that_is_asked_for(settings, tmp_path):
+    asked = ("--launcher", "srun", "--preflight", "off")
+    done, calls = run_script(tmp_path, *asked, *settings, "parallel.pp=4", gpus=4)
+    assert done.returncode == 0, done.stderr
     (call,) = calls
-    assert call.startswith("--kill-on-bad-exit=1 bash -c ")
+    assert call.startswith("--ntasks=8 --ntasks-per-node=4 --cpu-bind=none --kill-on-bad-exit=1 ")
+    assert "megatron_powerflow.cli train " in call
+
+
+@pytest.mark.slow
+def test_one_node_trains_the_7b_with_its_own_recipe(settings, tmp_path):
+    done, calls = run_script(tmp_path, *settings, "parallel.pp=4", script="run_7b.sh", nodes=1, gpus=4)
+    assert done.returncode == 0, done.stderr
+    assert "4 processes = tp 1 x cp 1 x pp 4 x dp 1" in done.stdout
+    assert "recipes/qwen25_math_7b.yaml" in calls[-1]
+    assert calls[0].startswith("--ntasks=4 --ntasks-per-node=4 ")
 
 
 def test_options_that_mean_nothing_are_refused(tmp_path):
+    known = "--recipe NAME|FILE.yaml, --image IMAGE, --mounts FROM:TO,..., --launcher torchrun|srun and "
+    known += "--preflight SECONDS|off are"
     for arguments, said in (
         (["--mounts", "/models:/models"], "error: --mounts has no effect without --image"),
-        (["--imag", "x"], "error: --imag is no option of this script; --recipe, --image and --mounts are"),
+        (["--imag", "x"], f"error: --imag x is no option of this script: {known}"),
+        (["--launcher", "mpirun"], f"error: --launcher mpirun is no option of this script: {known}"),
+        (["--recipe"], f"error: --recipe  is no option of this script: {known}"),
     ):
         done, calls = run_script(tmp_path, *arguments)
         assert (done.returncode, done.stderr.strip(), calls) == (2, said, [])

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_powerflow.architecture import Architecture, Experts, Mla, Rope
+from megatron_powerflow.architecture import Experts, Mla, Rope
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.checked import open_checked
 from megatron_powerflow.hf.config import read_architecture, read_stop_token_ids
@@ -26,6 +26,7 @@ from megatron_powerflow.hf.files import (
 from megatron_powerflow.hf.operations import ShardShape
 from megatron_powerflow.hf.shapes import expected_tensors, experts_of, layers_of
 from megatron_powerflow.hf.shard_files import ShardWriter, TensorInfo, plan_files, write_index
+from tests.architectures import make_architecture
 from tests.tiny_models import FAMILIES as FAMILY_NAMES
 from tests.tiny_models import LLAMA3_ROPE, LONGROPE, MIXTURES, OTHER_SHAPES, make_tiny_model
 
@@ -62,7 +63,7 @@ def test_merging_the_shards_gives_back_every_tensor(shape, family_name):
     """to_hf(from_hf(w)) == w, bit for bit, for each operation of each family and each tp."""
     family, tp = FAMILIES[family_name], shape["tp"]
     groups, latent = tp * shape["groups_per_rank"], family_name == "deepseek_v3"
-    architecture = Architecture(
+    architecture = make_architecture(
         family=family_name,
         num_layers=2,
         hidden_size=6,
@@ -71,13 +72,7 @@ def test_merging_the_shards_gives_back_every_tensor(shape, family_name):
         num_query_groups=groups,
         head_dim=shape["head_dim"],
         vocab_size=shape["vocab_size"],
-        norm_epsilon=1e-6,
-        rope=Rope(1e4),
         tied_embeddings=False,
-        qkv_bias=False,
-        qk_norm=False,
-        max_positions=16,
-        sliding_window=None,
         experts=Experts(
             3, 2, normalized=True, first_layer=latent, dense_ffn_hidden_size=3 * tp, shared_ffn_hidden_size=2 * tp
         )

@@ -43,6 +43,7 @@ RUN_ELSEWHERE = {
     "bash examples/sweep_alpha.sh": "tests/distributed/test_documented_commands.py::test_the_sweep_over_alpha",
     "bash tests/run.sh": ".ci/run",
     "bash tests/run_pair.sh": "tests/run.sh",  # what it runs, once for each interpreter
+    "bash tests/fake_cuda/run.sh": "tests/fake_cuda/run.sh",  # by hand: its environments are large
 }
 ids = {"ids": lambda value: value.name if isinstance(value, Path) else value.block.place}
 
@@ -123,7 +124,7 @@ def check_powerflow(words: Sequence[str], command: Command) -> None:
     overrides = parsed.get("overrides") or []
     assert {word.partition("=")[0] for word in overrides} <= set(config_keys()), command.block.place
     config = parsed.get("config")
-    if words[0] in ("train", "check", "stop"):
+    if words[0] in ("train", "check", "stop", "preflight"):
         own = config == Path("my.yaml")  # a copied recipe
         load_config(RECIPES / "reasoning_base.yaml" if own else REPOSITORY / config, overrides)
 
@@ -143,11 +144,12 @@ def check_script(path: str, words: Sequence[str]) -> None:
     settings = [word for word in words if re.match(r"\w+\.\w+=", word)]
     if path == "examples/run_local.sh":
         load_config(REPOSITORY / "examples" / "configs" / "local.yaml", words)
-    elif path == "examples/run_70b.sh":
+    elif path in ("examples/run_7b.sh", "examples/run_70b.sh"):
         options = dict(zip(words[::2], words[1::2], strict=False))
-        recipe = options.get("--recipe", "llama31_70b")
+        own = re.search(r"^recipe=(\w+)$", (REPOSITORY / path).read_text(encoding="utf-8"), re.MULTILINE)
+        recipe = options.get("--recipe", own[1])
         load_config(RECIPES / f"{recipe}.yaml", settings)
-    elif path in ("tests/run.sh", "tests/run_pair.sh"):
+    elif path in ("tests/run.sh", "tests/run_pair.sh", "tests/fake_cuda/run.sh"):
         for word in words:
             if "/" in word:
                 check_place(word)

@@ -5,30 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from megatron_powerflow.architecture import Architecture, Experts, Rope
+from megatron_powerflow.architecture import Architecture, Experts
 from megatron_powerflow.config import PrecisionSection
 from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.layout import Layout, plan_layout
+from megatron_powerflow.parallel.layout import Layout, balanced_layers, plan_layout
+from tests.architectures import make_architecture
 
-ARCHITECTURE = Architecture(
-    family="llama",
-    num_layers=30,
-    hidden_size=576,
-    ffn_hidden_size=1536,
-    num_attention_heads=9,
-    num_query_groups=3,
-    head_dim=64,
-    vocab_size=49152,
-    norm_epsilon=1e-5,
-    rope=Rope(1e5),
-    tied_embeddings=True,
-    qkv_bias=False,
-    qk_norm=False,
-    max_positions=8192,
-    sliding_window=None,
-)
+ARCHITECTURE = make_architecture()
 MINIMAL = {"model": {"hf_path": "m"}, "prompts": {"path": "p"}, "run": {"output_dir": "o"}}
 
 
@@ -68,8 +55,10 @@ def test_the_picture_is_megatrons_rank_order():
     [
         (3, ["parallel.tp=2"], ["3 processes do not hold", "num_attention_heads=9; choose 1 or 3"]),
         (2, ["parallel.tp=2"], ["num_attention_heads=9; choose 1 or 3"]),
-        (4, ["parallel.pp=4"], ["parallel.pp=4 does not divide num_layers=30", "1, 2, 3, 5, 6, 10, 15 or 30"]),
-        (2, ["parallel.pp=2", "parallel.vpp=4"], ["parallel.pp=2 x vpp=4 does not divide num_layers=30"]),
+        (32, ["parallel.pp=32"], ["parallel.pp=32 needs 32 layers or more, and num_layers=30; choose fewer stages"]),
+        (2, ["parallel.pp=2", "parallel.vpp=16"], ["parallel.pp=2 x vpp=16 needs 32 layers or more"]),
+        (2, ["parallel.pp=2", "parallel.layers_per_chunk=[10,21]"], ["has 2 numbers with the sum 31", "[15, 15]"]),
+        (4, ["parallel.pp=4", "parallel.layers_per_chunk=[10,20]"], ["has 2 numbers with the sum 30", "[7, 8, 8, 7]"]),
         (2, ["parallel.pp=2", "parallel.vpp=1"], ["no interleaving"]),
         (3, ["parallel.cp=2"], ["3 processes do not hold tp=1 x cp=2 x pp=1 = 2"]),
         (1, ["parallel.max_tokens_per_micro_batch=4000"], ["has no room", "4096 tokens", "choose 4096 or more"]),
@@ -157,3 +146,36 @@ def test_prompts_are_shared_in_whole_groups_and_equal_updates():
     object.__setattr__(a_plan, "layout", layout)
     shares = [[slot for slot, _ in a_plan.share_of(list("abcdefgh"), rank)] for rank in range(2)]
     assert shares == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_chunks", "expected"),
+    [
+        (80, 4, (20, 20, 20, 20)),
+        (94, 4, (23, 24, 24, 23)),
+        (61, 4, (14, 16, 16, 15)),
+        (61, 8, (6, 8, 8, 8, 8, 8, 8, 7)),
+        (5, 4, (1, 1, 1, 2)),
+        (4, 3, (1, 2, 1)),
+        (3, 2, (1, 2)),
+    ],
+)
+def test_uneven_stages_count_embedding_and_output_layer(num_layers, num_chunks, expected):
+    assert balanced_layers(num_layers, num_chunks) == expected
+
+
+@given(num_layers=st.integers(1, 200), num_chunks=st.integers(1, 64))
+def test_layers_are_all_given_out_and_no_chunk_is_empty_or_much_larger(num_layers, num_chunks):
+    assume(num_layers >= num_chunks)
+    layers = balanced_layers(num_layers, num_chunks)
+    assert len(layers) == num_chunks
+    assert sum(layers) == num_layers
+    assert min(layers) >= 1
+    assert max(layers) - min(layers) <= 2
+
+
+def test_a_layout_names_its_layers_only_where_they_differ():
+    assert plan(3, "parallel.pp=3", "rollout.prompts_per_step=3").layers is None
+    assert plan(4, "parallel.pp=4").layers == (7, 8, 8, 7)
+    assert plan(2, "parallel.pp=2", "parallel.layers_per_chunk=[14,16]").layers == (14, 16)
+    assert "layers 14 16" in plan(2, "parallel.pp=2", "parallel.layers_per_chunk=[14,16]").describe()

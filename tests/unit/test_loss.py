@@ -30,11 +30,13 @@ from megatron_powerflow.objective.objective import (
 from megatron_powerflow.objective.presets import PRESETS, LogZ
 from megatron_powerflow.records import ROLLOUT_COLUMNS, EstimatedBatch, RewardedBatch
 from megatron_powerflow.training.loss import (
+    LOOP_COLUMNS,
     balance,
     common_columns,
     entropy_minimum,
     micro_batch_loss,
     policy_gradient,
+    with_loops,
 )
 from tests.batches import as_kind, rows, scored_batch
 
@@ -273,9 +275,6 @@ def test_the_columns_of_a_rollout_by_hand():
         "repeated_share": [0.1] * 3,
         "distinct_2": [0.2] * 3,
         "distinct_3": [0.3] * 3,
-        "loop_tokens": [math.nan] * 3,
-        "loop_nats": [math.nan] * 3,
-        "entry_nats": [math.nan] * 3,
     }
     assert set(found) == set(expected)
     for name, values in expected.items():
@@ -301,10 +300,13 @@ def test_a_loop_is_sought_in_the_response_alone():
     batch = scored_batch(((-5.0, *[-0.1] * 8),))
     tokens = torch.full((1, 11), 7)
     batch = replace(batch, tokens=tokens, targets=torch.cat([tokens[:, 1:], torch.tensor([[7]])], dim=1))
-    columns = common_columns(rows(((-1.0,) * 9,)), batch)
-    assert columns["loop_tokens"].tolist() == [9]
-    assert columns["loop_nats"].tolist() == pytest.approx([0.1])
-    assert columns["entry_nats"].tolist() == pytest.approx([4.9])
+    other = scored_batch(((-1.0, -2.0),))  # without one
+    found = with_loops(torch.zeros(2, len(ROLLOUT_COLUMNS), dtype=torch.float64), [batch, other])
+    columns = dict(zip(ROLLOUT_COLUMNS, found.T, strict=True))
+    assert columns["loop_tokens"].tolist() == pytest.approx([9, math.nan], nan_ok=True)
+    assert columns["loop_nats"].tolist() == pytest.approx([0.1, math.nan], nan_ok=True)
+    assert columns["entry_nats"].tolist() == pytest.approx([4.9, math.nan], nan_ok=True)
+    assert all((values == 0).all() for name, values in columns.items() if name not in LOOP_COLUMNS)
 
 
 class Direct:

@@ -17,6 +17,7 @@ from tests.unit.test_config import MINIMAL
 from tests.unit.test_layout import ARCHITECTURE
 
 PACKED = "parallel.max_tokens_per_micro_batch=24"
+PADDED = "parallel.micro_batch_size=4"
 GROUP = 2
 
 
@@ -50,14 +51,14 @@ def slots(updates) -> list[list[int]]:
     return [sorted(slot for batch in batches for slot in batch.group.tolist()) for batches in updates]
 
 
-@pytest.mark.parametrize("packed", [[], [PACKED]])
+@pytest.mark.parametrize("packed", [[], [PACKED], [PADDED]])
 def test_each_update_takes_its_share_of_whole_groups(packed):
     updates = pack_updates(rollouts(), plan("optimizer.updates_per_rollout=2", *packed), session())
     assert slots(updates) == [[0, 0, 1, 1], [2, 2, 3, 3]]
     assert slots(pack_updates(rollouts(), plan(*packed), session())) == [[0, 0, 1, 1, 2, 2, 3, 3]]
 
 
-@pytest.mark.parametrize("packed", [[], [PACKED]])
+@pytest.mark.parametrize("packed", [[], [PACKED], [PADDED]])
 @pytest.mark.parametrize(("truncated", "kept"), [("drop", False), ("keep", True)])
 def test_responses_that_are_cut_are_dropped_where_the_config_says_so(packed, truncated, kept):
     cut = rollouts(reason="length")
@@ -79,12 +80,22 @@ def test_prompts_count_in_the_budget():
         ([PACKED, "objective.log_z=mlp"], False),
         ([PACKED, "objective.preset=grpo"], False),
         (["parallel.max_tokens_per_micro_batch=20"], False),  # no room for a group of 21
-        ([], False),
+        ([], True),
+        ([PADDED], False),
     ],
 )
 def test_groups_are_whole_in_a_micro_batch_where_log_z_is_theirs_and_there_is_room(overrides, whole):
     (batches,) = pack_updates(rollouts(), plan(*overrides), session())
     assert {batch.whole_groups for batch in batches} == {whole}
+
+
+def test_by_default_a_step_of_short_responses_is_one_pass_and_a_pipeline_has_more():
+    (batches,) = pack_updates(rollouts(64), plan(), session())
+    assert [len(batch.tokens) for batch in batches] == [128]
+    (batches,) = pack_updates(rollouts(64), plan("parallel.pp=2", pp=2), session())
+    assert [len(batch.tokens) for batch in batches] == [16] * 8
+    (batches,) = pack_updates(rollouts(64), plan(PADDED), session())
+    assert [len(batch.tokens) for batch in batches] == [4] * 32
 
 
 def test_interleaved_pipelines_get_micro_batches_of_one_shape_and_a_multiple_of_pp():
@@ -110,5 +121,5 @@ def test_on_cuda_padded_micro_batches_have_few_lengths(monkeypatch):
     assert (padded_multiple(split, bf16, cpu), padded_multiple(split, bf16, cuda)) == (24, 384)
     assert padded_multiple(split, fp8, cpu) == padded_multiple(split, fp8, cuda) == 768
     monkeypatch.setattr(micro_batches, "length_step", lambda device: 128)
-    (batches,) = pack_updates(rollouts(), plan(), session())
+    (batches,) = pack_updates(rollouts(), plan(PADDED), session())
     assert {batch.tokens.shape[1] for batch in batches} == {128}

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_powerflow.architecture import Architecture, Experts, Mla, Rope
+from megatron_powerflow.architecture import Experts, Mla
 from megatron_powerflow.hf.operations import (
     Columns,
     Fused,
@@ -24,10 +24,10 @@ from megatron_powerflow.hf.operations import (
     VocabRows,
     width,
 )
+from tests.architectures import make_architecture
 from tests.unit.test_conversion import InMemory
 
-ARCHITECTURE = Architecture(
-    family="llama",
+ARCHITECTURE = make_architecture(
     num_layers=1,
     hidden_size=1,
     ffn_hidden_size=4,
@@ -35,13 +35,7 @@ ARCHITECTURE = Architecture(
     num_query_groups=2,
     head_dim=2,
     vocab_size=5,
-    norm_epsilon=1e-6,
-    rope=Rope(1e4),
     tied_embeddings=False,
-    qkv_bias=False,
-    qk_norm=False,
-    max_positions=16,
-    sliding_window=None,
 )
 # head h of q: rows h0, h1; group g of k: 100 + g0, g1; of v: 200 + g0, g1
 Q = [0, 1, 10, 11, 20, 21, 30, 31]

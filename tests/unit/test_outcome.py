@@ -39,7 +39,21 @@ def test_the_command_ends_with_the_runs_own_exit_code(tmp_path, code, name):
     exit_code, said = told(tmp_path)
     assert exit_code == code
     assert f"{name} since" in said
-    assert said.endswith("7 steps done: because\n")
+    assert said.endswith("7 steps done: because\na start would begin anew\n")
+
+
+def test_the_last_line_says_where_a_start_goes_on_also_when_the_outcome_is_forgotten(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "latest").write_text("step_000004")
+    told_of = CliRunner().invoke(app, ["outcome", "--forget", str(tmp_path)])
+    assert (told_of.exit_code, told_of.stdout) == (0, "a start would look for the newest whole checkpoint\n")
+    (checkpoints / "step_000004").mkdir()
+    write_outcome(tmp_path, outcome_of(1, 7, "because"))
+    assert told(tmp_path)[1].endswith("because\na start would continue from step_000004\n")
+    told_of = CliRunner().invoke(app, ["outcome", "--forget", str(tmp_path)])
+    assert (told_of.exit_code, told_of.stdout) == (0, "a start would continue from step_000004\n")
+    assert told(tmp_path)[1].endswith("no start has left its outcome there\na start would continue from step_000004\n")
 
 
 def test_a_run_that_was_killed_failed_and_one_that_goes_on_has_not_finished(tmp_path):

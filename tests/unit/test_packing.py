@@ -49,6 +49,33 @@ def test_the_example_of_the_record():
     assert batch.prompt_mask.tolist() == [[True, True, False, False]]
     assert batch.rollout_log_probs.tolist() == [[0.0, -0.5, -1.5, 0.0]]
     assert batch.num_response_tokens.tolist() == [2]  # EOS (2) counts
+    assert batch.responses.in_rows.tolist() == batch.responses.in_model.tolist() == [1, 2]
+    assert batch.prompts.in_rows.tolist() == batch.prompts.in_model.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_a_chosen_token_is_the_same_in_the_rows_and_in_the_model(cp_size):
+    """Its hidden state would be where `in_model` says, of states [t / cp, r] that are made of the tokens themselves."""
+    lengths = ((3, 2), (1, 5), (4, 4))
+    rollouts = [
+        rollout(list(range(20, 20 + p)), list(range(40, 40 + n)), slot=slot) for slot, (p, n) in enumerate(lengths)
+    ]
+    seen = {"responses": [], "prompts": []}
+    for rank in range(cp_size):
+        (padded,) = packed(rollouts, micro_batch_size=3, multiple=2 * cp_size, cp_rank=rank, cp_size=cp_size)
+        (packed_batch,) = streams_of([rollouts], sequence=2 * cp_size, total=2 * cp_size, cp_rank=rank, cp_size=cp_size)
+        for batch in (padded, packed_batch):
+            stream = batch.stream
+            tokens = batch.tokens if stream is None else batch.tokens.flatten()[stream.index.clamp(min=0)]
+            states = tokens.t()  # [t / cp, r]
+            for name, found in seen.items():
+                chosen = getattr(batch, name)
+                assert states.flatten()[chosen.in_model].tolist() == batch.tokens.flatten()[chosen.in_rows].tolist()
+                found += [(batch is padded, number) for number in chosen.in_rows.tolist()]
+    for name, mask in (("responses", padded.loss_mask), ("prompts", padded.prompt_mask)):
+        whole = [(True, number) for number in mask.flatten().nonzero().squeeze(1).tolist()]
+        assert sorted(item for item in seen[name] if item[0]) == whole
+        assert len(seen[name]) == 2 * len(whole)
 
 
 def test_every_masked_target_is_a_response_token_and_none_is_missing():

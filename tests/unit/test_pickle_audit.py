@@ -59,7 +59,7 @@ def test_a_checkpoint_of_megatron_without_its_common_file_is_incomplete(tmp_path
     (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     with pytest.raises(UserError, match=r"common.pt: no such file; the checkpoint is not complete"):
         audit_checkpoint(tmp_path)
-    (tmp_path / "common.pt").symlink_to("/nowhere")
+    (tmp_path / "common.pt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="not complete"):
         audit_checkpoint(tmp_path)
 

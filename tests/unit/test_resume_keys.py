@@ -61,6 +61,36 @@ def test_what_may_change_is_noted(run, override, key):
     assert find_resume(config(run, override)).changed == ()
 
 
+PADDED = "parallel.micro_batch_size=2"
+
+
+def test_a_run_that_began_padded_stays_so_where_the_config_leaves_it_open(run):
+    """Its config.yaml has the number even where the user's has not: up to 0.2.0 it was a default."""
+    remember(run, PADDED)
+    resume = find_resume(config(run))
+    assert resume.changed == ()
+    assert resume.batched_as_before(config(run)) == config(run, PADDED)
+    assert "goes on with parallel.micro_batch_size=2" in resume.notices[-1]
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ([], []),
+        ([], [PADDED]),
+        ([PADDED], ["parallel.micro_batch_size=8"]),
+        ([PADDED], ["parallel.max_tokens_per_micro_batch=9000"]),
+        (["parallel.max_tokens_per_micro_batch=9000"], []),
+    ],
+)
+def test_else_the_config_says_how_rollouts_become_micro_batches(run, before, now):
+    remember(run, *before)
+    resume = find_resume(config(run, *now))
+    assert resume.batched_as_before(config(run, *now)) == config(run, *now)
+    assert not any("micro_batch_size" in notice for notice in resume.notices)
+    assert bool(resume.changed) == (before != now)
+
+
 def getattr_of(settings, key: str):
     section, name = key.split(".")
     return getattr(getattr(settings, section), name)
