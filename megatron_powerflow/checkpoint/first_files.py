@@ -33,12 +33,9 @@ CONFIG_MARK = "# the resolved config of this folder's run, written by powerflow 
 CUT_OFF_BY_0_1_0 = ("config.yaml.partial", "metrics.partial")
 # Files that a start writes before its first step is done, in the order in which they may go; config.yaml, the last,
 # says that the others are ours.
+JOURNALS = (METRICS_NAME, SAMPLES_NAME, EVALUATIONS_NAME, EVENTS_NAME, LAUNCHES_NAME)
 FIRST_FILES = (
-    METRICS_NAME,
-    SAMPLES_NAME,
-    EVALUATIONS_NAME,
-    EVENTS_NAME,
-    LAUNCHES_NAME,
+    *JOURNALS,
     STOP_NAME,
     OUTCOME_NAME,
     INPUTS_NAME,

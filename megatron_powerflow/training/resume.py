@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.checkpoint.choice import choose, set_aside
-from megatron_powerflow.checkpoint.first_files import holds_a_run, holds_a_step, not_ours
+from megatron_powerflow.checkpoint.first_files import JOURNALS, holds_a_run, holds_a_step, not_ours
 from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME, checkpoints_of
 from megatron_powerflow.config import Config
 from megatron_powerflow.config_file import config_keys, load_recorded_config
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.whole_files import own_file
 
 # What may be another one when a run is continued: keys, or whole sections.
 CHANGEABLE = frozenset(
@@ -98,6 +99,7 @@ def find_resume(config: Config, overridden: Sequence[str] = ()) -> Resume:
     config = Resume(micro_batch_size=kept).batched_as_before(config)
     changed = changes_between(theirs, config)
     _refuse(folder, changed, overridden, by_content=(folder / INPUTS_NAME).is_file())
+    _refuse_foreign_journals(folder)
     if config.checkpoint.resume == "never":
         if present := [*(path.name for path in checkpoints_of(folder)), *set_aside(folder)]:
             raise UserError(
@@ -203,3 +205,15 @@ def _anew(folder: Path) -> tuple[str, ...]:
     if not holds_a_step(folder):
         return ()
     return (f"{folder} holds steps of a run and no checkpoint: it starts anew from step 0, and writes them again",)
+
+
+def _refuse_foreign_journals(folder: Path) -> None:
+    """Before a GPU is held: the run would append to each of them."""
+    violations = []
+    for name in JOURNALS:
+        try:
+            own_file(folder / name)
+        except OSError as error:
+            violations.append(f"{error.filename}: {error.strerror}; take it away, or put the run's own file there")
+    if violations:
+        raise UserError(violations)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_powerflow.checkpoint.first_files import CONFIG_MARK
+from megatron_powerflow.checkpoint.first_files import CONFIG_MARK, JOURNALS
 from megatron_powerflow.config_file import dump_config, parse_config
 from megatron_powerflow.config_help import keys
 from megatron_powerflow.errors import UserError
@@ -166,3 +166,16 @@ def test_keep_every_goes_with_keep_and_interval(run):
     with pytest.raises(UserError, match=r"checkpoint\.keep_every=75 is no multiple of checkpoint\.interval=50"):
         config(run, "checkpoint.keep=1", "checkpoint.keep_every=75")
     assert config(run, "checkpoint.keep=1", "checkpoint.keep_every=100").checkpoint.keep_every == 100
+
+
+def test_every_journal_that_leads_elsewhere_is_refused_at_once(run, tmp_path):
+    """The run would append to a file of somebody else's; `check` says so as `train` does."""
+    for name in JOURNALS[:2]:
+        (run / name).symlink_to(tmp_path / "theirs")
+    with pytest.raises(UserError) as caught:
+        find_resume(config(run))
+    assert [str(run / name) in line for name, line in zip(JOURNALS[:2], caught.value.violations, strict=True)] == [
+        True
+    ] * 2
+    assert "a link to a file of another name" in caught.value.violations[0]
+    assert not (tmp_path / "theirs").exists()
