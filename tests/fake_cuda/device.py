@@ -33,7 +33,12 @@ aten = torch.ops.aten
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 COPIES = (aten.copy_.default, aten._to_copy.default)
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-MASKED_FILLS = (aten.index_put_.default, aten._index_put_impl_.default)
+# `target[mask] = number`, and that of its gradient: torch keeps the number on the host and fills by the mask
+MASKED_FILLS = {
+    aten.index_put_.default: aten.masked_fill_.Tensor,
+    aten._index_put_impl_.default: aten.masked_fill_.Tensor,
+    aten.index_put.default: aten.masked_fill.Tensor,
+}
 # operations whose result has a shape that depends on values
 SHAPED_BY_VALUES = (
     aten.nonzero.default,
@@ -137,7 +142,7 @@ class FakeGpu(TorchDispatchMode):
         if func in MASKED_FILLS and _fills_by_mask(*args):
             mask, value = args[1][0], args[2]  # torch does so itself, and the host does not wait
             mask = mask[(...,) + (None,) * (args[0].dim() - mask.dim())]
-            func, args = aten.masked_fill_.Tensor, (args[0], mask, value.reshape(()))
+            func, args = MASKED_FILLS[func], (args[0], mask, value.reshape(()))
         if func in INDEXING:
             args = (args[0], self._without_masks(args[1]), *args[2:])
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
