@@ -46,6 +46,7 @@ ROWS = (
     Row("PP2, tied", "meta-llama/Llama-3.2-1B", 2, ("parallel.pp=2",)),
     Row("PP3 of 28 layers, uneven", "Qwen/Qwen2.5-Math-1.5B", 3, ("parallel.pp=3",)),
     Row("PP2 x VPP2", "meta-llama/Llama-2-7b-hf", 2, ("parallel.pp=2", "parallel.vpp=2")),
+    Row("PP4 x VPP2", "Qwen/Qwen2.5-Math-1.5B", 4, ("parallel.pp=4", "parallel.vpp=2")),
     Row(
         "CP2, packed, 2 updates",
         "Qwen/Qwen2.5-Math-1.5B",

@@ -195,6 +195,27 @@ def _other_layers() -> None:
     module.placements = moved
 
 
+def _gradient_stops() -> None:
+    """A stage between the first and the last sends no gradient on."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import schedules
+
+    backward = schedules.backward_step
+
+    def stopped(*args, **kwargs):
+        gradients = backward(*args, **kwargs)
+        if (
+            0
+            < parallel_state.get_pipeline_model_parallel_rank()
+            < parallel_state.get_pipeline_model_parallel_world_size() - 1
+        ):
+            for gradient in gradients if isinstance(gradients, list) else [gradients]:
+                gradient.zero_()
+        return gradients
+
+    schedules.backward_step = stopped
+
+
 def _tied_gradients() -> None:
     """The two copies of a tied embedding have gradients of their own."""
     module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
@@ -277,6 +298,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "pp: rows of the first stage": Fault(lambda s: s.small.pp > 1, _first_stage_rows),
     "pp: layers of another stage": Fault(lambda s: s.small.pp > 1, _other_layers),
+    "pp: gradient stops at a stage between": Fault(lambda s: s.small.pp > 2, _gradient_stops),
     "pp: tied embeddings apart": Fault(
         lambda s: s.small.pp > 1 and s.model.architecture.tied_embeddings, _tied_gradients
     ),

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.whole_files import ordinary
 
-COMMON_NAME = "common.pt"  # what Megatron keeps beside the shards
+# what Megatron keeps beside the tensors: a file of its own, in 0.19 an entry among the others
+COMMON_NAME, COMMON_ENTRY = "common.pt", "common_state/"
 BACKEND_NAME, BACKEND = "metadata.json", "torch_dist"  # of Megatron's: how the shards are written
 MOST_BACKEND_BYTES = 10_000
 # what torch.load(weights_only=True) raises of a file that is damaged, or would call something
@@ -88,7 +89,8 @@ def audit_checkpoint(folder: Path) -> Metadata:
     common = folder / COMMON_NAME
     if common.exists():
         _audit_common(common)
-    elif (folder / BACKEND_NAME).exists():  # a checkpoint of Megatron's, which reads it before anything else
+    elif (folder / BACKEND_NAME).exists() and not any(index.fqn.startswith(COMMON_ENTRY) for index in entries):
+        # a checkpoint of Megatron's, which reads this before anything else
         raise UserError(f"{common}: no such file; the checkpoint is not complete")
     for index, place in entries.items():
         file = folder / place.relative_path

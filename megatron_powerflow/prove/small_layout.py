@@ -1,8 +1,9 @@
 """On how many processes does a layout show everything that it can do wrong? Arithmetic only: no torch, no processes.
 
-Two ranks of a kind exchange what eight would: a matrix in two parts, two stages, two replicas. So each size becomes at
-most 2. What two cannot show is kept: experts that have replicas as well as parts need twice as many ranks, and where
-several tensor-parallel ranks share a query group (`small_model.py`), they still do.
+Two ranks of a kind exchange what eight would: a matrix in two parts, two replicas. So each size becomes at most 2. What
+two cannot show is kept: a stage between the first and the last needs a third, experts that have replicas as well as
+parts need twice as many ranks, and where several tensor-parallel ranks share a query group (`small_model.py`), they
+still do.
 
 Left out: the model that such a layout can split (`small_model.py`).
 """
@@ -16,6 +17,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.layout import Layout, balanced_layers
 
 SMALL = 2
+STAGES = 3  # one of them receives and sends
 MOST_PROCESSES = 32
 
 
@@ -33,11 +35,11 @@ def job_size(config: Config) -> int:
 
 
 def small_layout(layout: Layout) -> Layout:
-    """Return the layout of at most 2 of each kind that stands for this one; at most 16 processes."""
+    """Return the layout of at most 2 of each kind, and 3 stages, that stands for this one; at most 24 processes."""
     small = replace(
         layout,
         tp=min(layout.tp, SMALL),
-        pp=min(layout.pp, SMALL),
+        pp=min(layout.pp, STAGES),
         vpp=layout.vpp and min(layout.vpp, SMALL),
         cp=min(layout.cp, SMALL),
         ep=min(layout.ep, SMALL),

@@ -64,6 +64,14 @@ def test_a_checkpoint_of_megatron_without_its_common_file_is_incomplete(tmp_path
         audit_checkpoint(tmp_path)
 
 
+def test_megatron_0_19_keeps_among_the_entries_what_0_16_keeps_in_the_common_file(tmp_path):
+    from torch.distributed import checkpoint
+
+    checkpoint.save({"a": torch.randn(3), "common_state/shard_0_1": [{"step": 3}]}, checkpoint_id=tmp_path)
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    audit_checkpoint(tmp_path)
+
+
 def test_an_entry_that_would_run_code_is_refused_unrun(tmp_path):
     """torch would read it with weights_only=False."""
     from torch.distributed import checkpoint

@@ -101,8 +101,9 @@ def a_layout(**sizes) -> Layout:
 @pytest.mark.parametrize(
     ("sizes", "small"),
     [
-        ({"tp": 8, "pp": 4, "dp": 2}, {"tp": 2, "pp": 2, "dp": 2}),
-        ({"pp": 4, "vpp": 5, "dp": 16}, {"pp": 2, "vpp": 2, "dp": 2}),
+        ({"tp": 8, "pp": 4, "dp": 2}, {"tp": 2, "pp": 3, "dp": 2}),
+        ({"pp": 4, "vpp": 5, "dp": 16}, {"pp": 3, "vpp": 2, "dp": 2}),
+        ({"pp": 2, "vpp": 5, "dp": 16}, {"pp": 2, "vpp": 2, "dp": 2}),
         ({"cp": 8, "dp": 1}, {"cp": 2, "dp": 1}),
         ({"ep": 8, "dp": 8}, {"ep": 2, "dp": 2}),
         # experts that have replicas keep them
@@ -111,7 +112,7 @@ def a_layout(**sizes) -> Layout:
         ({"ep": 2, "cp": 8}, {"ep": 2, "cp": 4}),
     ],
 )
-def test_each_size_becomes_two_at_most_but_for_replicas_of_experts(sizes, small):
+def test_each_size_becomes_two_at_most_but_for_stages_and_replicas_of_experts(sizes, small):
     assert small_layout(a_layout(**sizes)) == a_layout(**small)
 
 
