@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.incidents.job import Job
 
-NUM_STEPS, LONG_STEPS = 24, 80  # the latter where a time limit of minutes is to come first
+NUM_STEPS, LONG_STEPS = 24, 160  # the latter where a time limit of minutes is to come first
 HANG_SECONDS = 20
 PREFLIGHT_SECONDS = 40
 # A partition whose jobs put those of the others back into the queue, with a word before; nodes that are silent for half

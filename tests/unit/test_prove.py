@@ -151,7 +151,7 @@ def test_a_job_of_unknown_size_has_two_replicas(overrides, processes):
 
 
 def test_what_is_too_large_or_impossible_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"at most 32 .* leave --full away \(8 processes"):
+    with pytest.raises(UserError, match=r"at most 32 .* leave --full away \(12 processes"):
         a_subject(tmp_path, "meta-llama/Llama-3.1-70B", 64, "parallel.tp=8", "parallel.pp=4", full=True)
     assert (
         a_subject(tmp_path, "meta-llama/Llama-3.1-70B", 32, "parallel.tp=8", "parallel.pp=4", full=True).small.tp == 8
