@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_powerflow.cli.options import Overrides
+from megatron_powerflow.cli.options import Overrides, refuse_endless
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.launch import read_launch
@@ -31,6 +31,7 @@ def preflight(
 
     Example: torchrun --nproc-per-node 2 -m megatron_powerflow.cli preflight examples/configs/local.yaml parallel.pp=2
     """
+    refuse_endless({"--seconds": seconds, "--slow": slow})
     wrong = {"--seconds": seconds > 0, "--slow": slow == 0 or slow > 1}
     if refused := [
         f"{name}: {'above 0' if name == '--seconds' else '0, or above 1'}" for name in wrong if not wrong[name]

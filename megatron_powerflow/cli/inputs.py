@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_powerflow.cli.options import refuse_endless
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.parallel.launch import ALONE
@@ -88,6 +89,7 @@ def prepare(
     from megatron_powerflow.prepare import lines_of, named_files
     from megatron_powerflow.prepare import prepare as run
 
+    refuse_endless({"--held-out": held_out})
     files = named_files(data, {"poem": poems or (), "story": stories or (), "joke": jokes or ()})
     wanted = [RequestedName("dataset", name, "DATA") for names in files.values() for name in names]
     wanted += [RequestedName("dataset", name, "--against") for name in against or ()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,13 @@ def refuse_options(options: Mapping[str, object], unused: bool, why: str) -> Non
     given = [name for name, value in options.items() if value is not None]
     if unused and given:
         raise UserError([f"{name} has no effect with {why}; remove it" for name in given])
+
+
+def refuse_endless(options: Mapping[str, float | None]) -> None:
+    """UserError for numbers that are not finite: typer's limits let `nan` pass, and `inf` without an upper one."""
+    endless = {name: value for name, value in options.items() if value is not None and not math.isfinite(value)}
+    if endless:
+        raise UserError([f"{name} {value}: give a number that is finite" for name, value in endless.items()])
 
 
 def typed_command() -> str:

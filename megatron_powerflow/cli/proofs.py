@@ -17,7 +17,7 @@ from megatron_powerflow.parallel.launch import read_launch
 def prove(
     config: Annotated[Path, typer.Argument(help="YAML file")],
     overrides: Overrides = None,
-    world_size: Annotated[int | None, typer.Option(help="processes of the job; default: two replicas")] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="processes of the job; default: two replicas")] = None,
     full: Annotated[
         bool, typer.Option("--full", help="all sizes of the layout as they are; at most 32 processes")
     ] = False,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_powerflow.cli.checking import checked, rehearse_here, show_check
-from megatron_powerflow.cli.options import OverriddenKeys, Overrides, refuse_options, typed_command
+from megatron_powerflow.cli.options import OverriddenKeys, Overrides, refuse_endless, refuse_options, typed_command
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError, disk_refusal
@@ -69,7 +69,7 @@ def _train(config: Path, overrides: Sequence[str], overridden: Sequence[str], en
 def check(
     config: Annotated[Path, typer.Argument(help="YAML file")],
     overrides: Overrides = None,
-    world_size: Annotated[int | None, typer.Option(help="processes; default: one replica, tp * cp * pp")] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="processes; default: one replica, tp * cp * pp")] = None,
     override_resume: OverriddenKeys = None,
     device: Annotated[
         str | None,
@@ -91,6 +91,7 @@ def check(
 
     Example: powerflow check examples/configs/local.yaml parallel.tp=3 --world-size 6
     """
+    refuse_endless({"--save-delay": save_delay, "--node-hours": node_hours})
     settings = load_config(config, overrides or ())
     parallel = settings.parallel
     world_size = world_size or parallel.tp * parallel.cp * parallel.pp
