@@ -118,7 +118,7 @@ def _mapped(folder: Path, raw: Mapping[str, Any], family: Family) -> ModelDescri
     if violations:
         raise UserError([f"{folder / 'config.json'}: {violation}" for violation in violations])
     architecture = _architecture(fields, family, rope, folder / "config.json")
-    violations = _expert_violations(architecture.experts)
+    violations = _size_violations(architecture) + _expert_violations(architecture.experts)
     violations += _attention_violations(architecture, fields.get("layer_types"))
     if violations:
         raise UserError([f"{folder / 'config.json'}: {violation}" for violation in violations])
@@ -175,7 +175,8 @@ def _mention_unknown_fields(raw: Mapping[str, Any], known: set[str], path: Path)
         )
 
 
-MOST_LAYERS = 10_000
+MOST_LAYERS = MOST_EXPERTS = 10_000
+MOST_WEIGHTS = 10**14
 _REQUIRED = (
     "num_hidden_layers",
     "hidden_size",
@@ -224,6 +225,16 @@ def _max_positions(stated: int, rope: Rope) -> int:
     if rope.scaling == "yarn":
         return max(stated, int(rope.factor * rope.original_max_positions))
     return stated
+
+
+def _size_violations(a: Architecture) -> list[str]:
+    """Name sizes at which nothing can be counted any more, let alone trained."""
+    experts = a.experts.num if a.experts else 1
+    if experts > MOST_EXPERTS:
+        return [f"{experts} experts; no model has over {MOST_EXPERTS}"]
+    width = 2 * (a.query_width + a.key_width) + 3 * experts * a.ffn_hidden_size
+    weights = a.hidden_size * (a.num_layers * width + 2 * a.vocab_size)
+    return [f"about {weights:.1e} weights; no model has over {MOST_WEIGHTS:.0e}"] if weights > MOST_WEIGHTS else []
 
 
 def _expert_violations(experts: Experts | None) -> list[str]:

@@ -38,10 +38,19 @@ def _rollouts_of_rank(job: Job) -> int:
 
 
 def rehearsed_micro_batches(job: Job) -> int:
-    """Return how many micro-batches are enough for a rank to come to its most in flight, and to go on from there."""
+    """Return how many micro-batches are enough for a rank to come to its most in flight, and to go on from there.
+
+    Interleaved stages have fewer than pp (vpp + 1) pieces in flight, of vpp in a micro-batch.
+    """
     pp = job.layout.pp
-    enough = 2 * pp * job.layout.num_chunks if job.layout.vpp else pp + 1
+    enough = 2 * pp if job.layout.vpp else pp + 1
     return min(num_micro_batches(job), enough)
+
+
+def scored_micro_batches(job: Job) -> int:
+    """Return how many micro-batches the scoring phase is rehearsed with: they go one after the other, so that more need
+    no more memory. Interleaved stages take turns of pp."""
+    return min(rehearsed_micro_batches(job), job.layout.pp if job.layout.vpp else 2)
 
 
 def micro_batches(job: Job, groups: Groups) -> list[MicroBatch]:

@@ -30,7 +30,7 @@ from megatron_powerflow.model.stream import extent
 from megatron_powerflow.objective.presets import LEARNED_LOG_Z
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.records import MicroBatch
-from megatron_powerflow.rehearsal.batches import micro_batches
+from megatron_powerflow.rehearsal.batches import micro_batches, scored_micro_batches
 from megatron_powerflow.rehearsal.decoding import Decoding
 from megatron_powerflow.rehearsal.fake_world import DEVICE, fake_world, group_names
 from megatron_powerflow.rehearsal.job import Job, RankKind
@@ -39,8 +39,6 @@ from megatron_powerflow.rehearsal.memory import RankMemory
 from megatron_powerflow.rehearsal.stand_ins import FusedAttention, stand_in_for_transformer_engine
 from megatron_powerflow.training.forward_step import Scorer, run_forward, run_forward_backward
 from megatron_powerflow.training.optimizer import build_trainable
-
-SCORED = 2  # micro-batches of the scoring phase: one after the other, so that more need no more memory
 
 
 def rehearse_rank(job: Job, kind: RankKind) -> RankMemory:
@@ -117,7 +115,7 @@ class _Rank:
         with phase("micro-batches"):
             batches = micro_batches(self.job, self.groups)
         with phase("reference scores"), torch.no_grad():
-            run_forward(reference, batches[:SCORED], self.scorer, self.scorer.log_probs)
+            run_forward(reference, batches[: scored_micro_batches(self.job)], self.scorer, self.scorer.log_probs)
         with phase("update"):
             trainable.zero_grad()
             self._update(trainable, batches)

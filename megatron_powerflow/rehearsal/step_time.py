@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_powerflow.data.bins import active_weights, flop_count
-from megatron_powerflow.rehearsal.batches import num_micro_batches, rehearsed_micro_batches
+from megatron_powerflow.rehearsal.batches import num_micro_batches, rehearsed_micro_batches, scored_micro_batches
 from megatron_powerflow.rehearsal.devices import GPUS_PER_NODE, Device
 from megatron_powerflow.rehearsal.job import Job
 from megatron_powerflow.rehearsal.memory import RankMemory
@@ -108,7 +108,7 @@ def _rollout(job: Job, ranks: Sequence[RankMemory], device: Device) -> tuple[flo
 
 def _sent(job: Job, ranks: Sequence[RankMemory], device: Device, phase: str) -> float:
     """Return the seconds of a phase's collectives over tp, cp, ep and pp, for all micro-batches of a rank."""
-    rehearsed = rehearsed_micro_batches(job) if phase == "update" else min(2, rehearsed_micro_batches(job))
+    rehearsed = rehearsed_micro_batches(job) if phase == "update" else scored_micro_batches(job)
     factor = num_micro_batches(job) / rehearsed
     seconds = 0.0
     for group, rate in (

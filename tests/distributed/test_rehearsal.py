@@ -74,6 +74,34 @@ def test_a_rehearsal_counts_what_a_real_run_takes():
     assert all(row.agrees for row in rows), "\n".join(f"{row} {row.error:+.2%}" for row in rows if not row.agrees)
 
 
+QWEN, MIXTRAL = "Qwen/Qwen2.5-Math-1.5B", "mistralai/Mixtral-8x7B-v0.1"
+SP = "parallel.sequence_parallel=true"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (QWEN, ("parallel.pp=4", "parallel.vpp=2")),
+        (QWEN, ("parallel.pp=3", "parallel.vpp=2", "parallel.micro_batch_size=2")),
+        (QWEN, ("parallel.tp=2", SP, "parallel.cp=2")),
+        (QWEN, ("model.reference=swap", "model.recompute=full", "optimizer.distributed=false")),
+        (QWEN, ("precision.dtype=fp8", "precision.fp8_recipe=blockwise")),
+        (MIXTRAL, ("parallel.tp=2", SP, "parallel.ep=4", "optimizer.updates_per_rollout=2")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_every_layout_can_be_rehearsed(tmp_path, model, settings):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[model] | {"num_hidden_layers": 8}))
+    size = "12" if "parallel.pp=3" in settings else "8"
+    several = ("rollout.prompts_per_step=48", "rollout.max_response_tokens=512")
+    done = check(
+        tmp_path, "--world-size", size, "--device", "1000", "--json", *several, *settings, recipe="qwen25_math_1.5b"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rehearsal"]["fits"]
+
+
 def test_options_that_make_no_sense_are_refused_before_anything_is_built(llama70):
     wrong = check(llama70, "--world-size", "64", "--device", "a100")
     assert (wrong.returncode, wrong.stdout) == (2, "")

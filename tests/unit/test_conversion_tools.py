@@ -173,6 +173,8 @@ def test_tampered_tensors_are_named(tiny_model, tmp_path, tamper, expected):
     [
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "'dynamic'"),
         ({"vocab_size": 10**12}, "config.json implies (1000000000000, 48)"),
+        ({"hidden_size": 10**13}, "weights; no model has over 1e+14"),
+        ({"vocab_size": 10**13}, "weights; no model has over 1e+14"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000; no model has over 10000"),
         ({"num_hidden_layers": 9999, "layer_types": None}, "num_hidden_layers=9999, but there are only"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is missing or not a whole number above 0"),

@@ -15,7 +15,12 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.config import read_architecture
 from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.parallel.layout import plan_layout
-from megatron_powerflow.rehearsal.batches import num_micro_batches, rehearsed_micro_batches, rollouts_per_micro_batch
+from megatron_powerflow.rehearsal.batches import (
+    num_micro_batches,
+    rehearsed_micro_batches,
+    rollouts_per_micro_batch,
+    scored_micro_batches,
+)
 from megatron_powerflow.rehearsal.devices import DEVICES, GIB, device_of
 from megatron_powerflow.rehearsal.job import Job, holds_config_alone, job_of_config, rank_kinds
 from megatron_powerflow.rehearsal.live_bytes import PhaseBytes, Traffic
@@ -91,7 +96,8 @@ def test_micro_batches_of_the_longest_rollouts(tmp_path):
     few = job_of(tmp_path, 64, no_budget, "rollout.prompts_per_step=2", "rollout.responses_per_prompt=32")
     assert (rollouts_per_micro_batch(few), num_micro_batches(few)) == (2, 16)  # 4 would leave 4 stages idle
     interleaved = job_of(tmp_path, 64, "parallel.vpp=2")
-    assert rehearsed_micro_batches(interleaved) == 16
+    assert (rehearsed_micro_batches(interleaved), scored_micro_batches(interleaved)) == (8, 4)
+    assert scored_micro_batches(padded) == 2
 
 
 def test_a_device_by_name_or_by_its_memory():
