@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +50,7 @@ METADATA = {
     "singleton_local_shards": False,
 }
 SETTINGS = ("betas", "eps", "weight_decay")  # of Adam's parameter groups; the rate is set at each step
+RATES = ("max_lr", "min_lr")  # of the groups too: Megatron-Core 0.19 tells by them which group is which
 IO_ERRORS = (OSError, RuntimeError, CheckpointException, CheckpointingException, SafetensorError)
 
 
@@ -72,6 +73,7 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> RunProgress:
     _load_chunks(trainable.chunks, state)
     by_parameter = isinstance(_optimizer_parts(trainable)[0].optimizer, torch.optim.AdamW)
     fitting = _fitting(state["optimizer"], sharded["optimizer"], saved["optimizer"], by_parameter=by_parameter)
+    _take_rates(fitting, trainable.optimizer.param_groups)
     _load_optimizer(trainable, fitting)
     moments = moments_of(trainable, to_save=False)
     with _refusing(checkpoint):
@@ -281,6 +283,14 @@ def _fitting(state: dict, wanted: dict, saved: dict, *, by_parameter: bool) -> d
         if by_parameter:
             now["state"]["common_step"] = torch.tensor(float(step))
     return parts if is_split else parts[0]
+
+
+def _take_rates(state: dict, own: Sequence[dict]) -> None:
+    """Give the loaded groups the rates of this run's, which may be others than the checkpoint's."""
+    rates = {name: group[name] for group in own for name in RATES if name in group}
+    for part in (state[number] for number in (0, 1)) if 0 in state else (state,):
+        for group in _innermost(part).get("param_groups", ()):
+            group.update(rates)
 
 
 def _is_distributed(state: dict) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_powerflow.config_file import load_config
 from tests.distributed.megatron_sessions import config_for, opened_session, run_training
 from tests.distributed.test_resume import comparable
 from tests.distributed.test_training_step import write_prompts
@@ -130,18 +131,14 @@ def test_megatron_reads_what_each_rank_wrote_alone_and_the_other_way_round(gloo,
     assert sum(written for written, *_ in seen) == sum(sizes.values()), "each element is written once"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("switched", ["off", "on"])
-def test_a_run_goes_on_with_or_without_a_distributed_optimizer(gloo, tiny_model, tmp_path, switched, dtype):
-    """`optimizer.distributed` may change when a run is continued: what is on the disk has other names then."""
-    write_prompts(tmp_path)
-    config = tmp_path / "config.yaml"
+def config_file(model: Path, folder: Path, dtype: str = "fp32") -> Path:
+    write_prompts(folder)
+    config = folder / "config.yaml"
     config.write_text(
         f"""
-model: {{hf_path: {tiny_model("llama")}}}
+model: {{hf_path: {model}}}
 precision: {{dtype: {dtype}}}
-prompts: {{path: {tmp_path / "prompts.jsonl"}}}
+prompts: {{path: {folder / "prompts.jsonl"}}}
 rollout: {{prompts_per_step: 2, responses_per_prompt: 2, max_prompt_tokens: 16, max_response_tokens: 8}}
 objective: {{alpha: 2, log_z: mlp}}
 optimizer: {{lr: 1e-3, lr_decay: constant}}
@@ -151,6 +148,32 @@ evaluation: {{samples: 0}}
 run: {{num_steps: 4, export: false}}
 """
     )
+    return config
+
+
+def rates_of(config: Path, *overrides: str) -> set[tuple[float, float]]:
+    """(greatest, least) of a session that goes on."""
+    with opened_session(load_config(config, overrides)) as (plan, session):
+        assert plan.resume_from is not None
+        return {(group["max_lr"], group["min_lr"]) for group in session.trainable.optimizer.param_groups}
+
+
+@pytest.mark.parametrize("distributed", ["false", "true"])
+def test_a_run_goes_on_at_other_rates(gloo, tiny_model, tmp_path, distributed):
+    """Megatron-Core 0.19 tells by the rates which group of parameters is which, and found none."""
+    config = config_file(tiny_model("llama"), tmp_path)
+    same = (f"run.output_dir={tmp_path / 'run'}", f"optimizer.distributed={distributed}")
+    gloo.run(2, run_training, config, *same, "run.num_steps=1")
+    other = ("optimizer.lr=5e-4", "optimizer.lr_decay=cosine", "optimizer.min_lr=1e-5")
+    assert gloo.run(2, rates_of, config, *same, *other) == [{(5e-4, 1e-5)}] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("switched", ["off", "on"])
+def test_a_run_goes_on_with_or_without_a_distributed_optimizer(gloo, tiny_model, tmp_path, switched, dtype):
+    """`optimizer.distributed` may change when a run is continued: what is on the disk has other names then."""
+    config = config_file(tiny_model("llama"), tmp_path, dtype)
     before, after = ("true", "false") if switched == "off" else ("false", "true")
     unbroken, moved = (f"run.output_dir={tmp_path / name}" for name in ("unbroken", "moved"))
     gloo.run(2, run_training, config, unbroken, f"optimizer.distributed={before}")
