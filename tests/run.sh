@@ -7,6 +7,10 @@
 #   bash tests/run.sh -m "not long"      25 to 40 minutes: with the proofs that take minutes each; CI runs this
 #   bash tests/run.sh -m ""              everything, hours: more runs to the optimum, 10,000 hostile files, ...
 #   bash tests/run.sh -n 0 --pdb ...     in this process
+#
+# The other pair of interpreter and Megatron-Core in constraints.txt, which CI does not run:
+#
+#   PYTHON=python3.12 VENV=.venv-py312 bash tests/run.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -19,12 +19,12 @@ from typing import IO
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_powerflow.checkpoint.megatron_version import BACKEND_NAME, COMMON_NAME
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.whole_files import ordinary
 
-# what Megatron keeps beside the tensors: a file of its own, in 0.19 an entry among the others
-COMMON_NAME, COMMON_ENTRY = "common.pt", "common_state/"
-BACKEND_NAME, BACKEND = "metadata.json", "torch_dist"  # of Megatron's: how the shards are written
+COMMON_ENTRY = "common_state/"  # what 0.19 writes among the others, and 0.16 into common.pt
+BACKEND = "torch_dist"
 MOST_BACKEND_BYTES = 10_000
 # what torch.load(weights_only=True) raises of a file that is damaged, or would call something
 UNREADABLE = (

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_powerflow.checkpoint.contents import Sums, sums_of
 from megatron_powerflow.checkpoint.digests import check_share
 from megatron_powerflow.checkpoint.folder import HEAD_NAME, POLICY_NAME, is_converted, tensors_folder
+from megatron_powerflow.checkpoint.megatron_version import refuse_newer
 from megatron_powerflow.checkpoint.moments import (
     MAIN,
     MAIN_ALONE,
@@ -63,6 +64,7 @@ def load(checkpoint: Path, trainable: Trainable, groups: Groups) -> RunProgress:
     """
     progress, proof = read_progress(checkpoint), read_proof(checkpoint)
     metadata = audit_checkpoint(checkpoint / POLICY_NAME)
+    refuse_newer(checkpoint / POLICY_NAME)
     _init_optimizer_state(trainable)
     own = [{name: group[name] for name in SETTINGS if name in group} for group in trainable.optimizer.param_groups]
     sharded = sharded_state(trainable, is_loading=True)
@@ -146,6 +148,7 @@ def load_weights(checkpoint: Path, chunks: list, groups: Groups) -> None:
         _refuse_damage(checkpoint, groups)
     folder = tensors_folder(checkpoint)
     audit_checkpoint(folder)
+    refuse_newer(folder)
     sharded = {f"model{index}": _model_state(chunk) for index, chunk in enumerate(chunks)}
     with _refusing(checkpoint):
         state = dist_checkpointing.load(sharded, str(folder))

@@ -35,7 +35,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_powerflow.checkpoint.pickle_audit import BACKEND_NAME, COMMON_NAME, audit_checkpoint
+from megatron_powerflow.checkpoint.megatron_version import BACKEND_NAME, COMMON_NAME
+from megatron_powerflow.checkpoint.pickle_audit import audit_checkpoint
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.torch_dist_names import StoredSlice
 from megatron_powerflow.whole_files import ordinary

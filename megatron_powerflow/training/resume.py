@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron_powerflow.checkpoint.choice import choose, set_aside
 from megatron_powerflow.checkpoint.first_files import JOURNALS, holds_a_run, holds_a_step, not_ours
-from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME, checkpoints_of
+from megatron_powerflow.checkpoint.folder import CONFIG_NAME, INPUTS_NAME, POLICY_NAME, checkpoints_of
+from megatron_powerflow.checkpoint.megatron_version import refuse_newer
 from megatron_powerflow.config import Config
 from megatron_powerflow.config_file import config_keys, load_recorded_config
 from megatron_powerflow.errors import UserError
@@ -110,6 +111,8 @@ def find_resume(config: Config, overridden: Sequence[str] = ()) -> Resume:
     # the start before has gone back to this one already; since then `latest` is of the course that began there
     goes_back = config.checkpoint.resume not in ("latest", theirs.checkpoint.resume)
     choice = choose(folder, config.checkpoint.resume if goes_back else "latest")
+    if choice.checkpoint is not None:
+        refuse_newer(choice.checkpoint / POLICY_NAME)
     notices = choice.notices or (_anew(folder) if choice.checkpoint is None else ())
     return Resume(choice.checkpoint, (*notices, *_padded(kept)), changed, goes_back, kept)
 
