@@ -124,13 +124,16 @@ def _cp(files: list[Path], folder: Path) -> float:
 
 
 def _take_a_step(session) -> None:
-    """AdamW's step of made-up gradients: every weight and moment moves."""
+    """AdamW's step of made-up gradients: every weight and moment moves. The ranks end it together, as those of a run
+    do; else the next collective would wait for the later one, and that be taken for waiting for the checkpoint."""
     import torch
+    import torch.distributed as dist
 
     for part in getattr(session.trainable.optimizer, "chained_optimizers", [session.trainable.optimizer]):
         for parameter in part.get_parameters():
             parameter.grad = torch.full_like(parameter, 1e-3)
         part.optimizer.step()
+    dist.barrier(group=session.groups.control)
 
 
 def compare(folder: Path, sizes: dict[str, int], repetitions: int, replicas: int = 1) -> tuple[str, float]:

@@ -261,6 +261,9 @@ class EvaluationSection(Section):
     samples: NonNegativeInt | None = Field(
         None, description="prompts answered before and after, into samples.jsonl; default 3"
     )
+    sample_tokens: PositiveInt | None = Field(
+        None, description="of a sample, or rollout.max_response_tokens if that is less; default 512"
+    )
     interval: NonNegativeInt = Field(0, description="steps between samples, evaluations; 0: only first and last")
     prompts: str | None = Field(None, description="prompts with answers, answered at each interval: evaluations.jsonl")
     num_prompts: PositiveInt | None = Field(None, description="only the first so many of them; default: all")

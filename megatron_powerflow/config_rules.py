@@ -96,6 +96,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("parallel.vpp", None, lambda c: c.parallel.pp > 1, "parallel.pp=1"),
     ("checkpoint.keep_every", None, lambda c: c.checkpoint.keep is not None, "checkpoint.keep is not given: all stay"),
     ("evaluation.samples", 3, _has_engine, "rollout.replay trains without an engine"),
+    ("evaluation.sample_tokens", 512, _has_engine, "rollout.replay trains without an engine"),
     ("evaluation.prompts", None, _has_engine, "rollout.replay trains without an engine"),
     ("evaluation.num_prompts", None, lambda c: c.evaluation.prompts is not None, "evaluation.prompts is not given"),
     ("evaluation.num_responses", 4, lambda c: c.evaluation.prompts is not None, "evaluation.prompts is not given"),

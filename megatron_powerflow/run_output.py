@@ -237,13 +237,19 @@ class RunOutput:
         )
 
     def _sample(self, step: int) -> None:
-        """Answer the first prompts of the file, into samples.jsonl."""
+        """Answer the first prompts of the file, into samples.jsonl.
+
+        The answers are short: where launches bound decoding, a few rows take as long as all of a step's.
+        """
         plan, section = self._plan, self._plan.config.evaluation
         if not section.samples:
             return
         prompts = list(enumerate(plan.prompts[: section.samples]))
+        assert section.sample_tokens is not None, "config_rules.py fills it in where there are samples"
+        limit = min(section.sample_tokens, plan.config.rollout.max_response_tokens)
+        sampling = replace(self._sampling(1), purpose=Purpose.SAMPLES, max_response_tokens=limit)
         with self.phase("samples"):
-            rollouts = self._session.engine.generate(prompts, replace(self._sampling(1), purpose=Purpose.SAMPLES))
+            rollouts = self._session.engine.generate(prompts, sampling)
         decode = plan.tokenizer.decode
         lines = [
             {

@@ -76,10 +76,12 @@ def check(
         typer.Option(help="rehearse every kind of rank for h100-80, h200-141, b200-180 or a GPU of so many GiB"),
     ] = None,
     save_delay: Annotated[
-        float | None, typer.Option(min=0, help="seconds that training loses by a save, where they were measured")
+        float | None,
+        typer.Option(min=0, max=1e6, help="seconds that training loses by a save, where they were measured"),
     ] = None,
     node_hours: Annotated[
-        float | None, typer.Option(min=1, help="hours between two failures of a node; default: Llama 3's, 6,335")
+        float | None,
+        typer.Option(min=1, max=1e9, help="hours between two failures of a node; default: Llama 3's, 6,335"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="numbers for programs, on stdout")] = False,
 ) -> None:

@@ -70,6 +70,19 @@ def test_evaluations_are_written_when_due_and_alike_under_every_layout(gloo, con
             )
 
 
+def test_samples_are_as_long_as_they_may_be_and_no_longer(gloo, config, tmp_path):
+    """On a 70B three answers of 4,096 tokens take minutes, before the first step."""
+    lengths = {}
+    for limit in (2, 100):
+        settings = ("run.num_steps=1", f"run.output_dir={tmp_path / str(limit)}", "evaluation.samples=6")
+        gloo.run(1, run_training, config, *settings, f"evaluation.sample_tokens={limit}")
+        lines = read_step_log(tmp_path / str(limit) / "samples.jsonl")
+        assert [line["step"] for line in lines] == [0] * 6 + [1] * 6
+        lengths[limit] = [line["num_response_tokens"] for line in lines]
+    assert lengths[2] == [min(length, 2) for length in lengths[100]]
+    assert 2 < max(lengths[100]) <= load_config(config, ()).rollout.max_response_tokens
+
+
 @pytest.mark.slow
 def test_the_alarm_of_a_resumed_run_is_that_of_its_log(gloo, config, tmp_path):
     """Nothing is trained (lr 0), and the log of the steps before tells of a collapse to cut responses."""

@@ -141,6 +141,7 @@ CASES = {
     "parallel.vpp": (["parallel.pp=2"], None, 2, [], "parallel.pp=1"),
     "checkpoint.keep_every": (["checkpoint.keep=2"], None, 100, [], "checkpoint.keep is not given"),
     "evaluation.samples": ([], 3, 0, ["rollout.replay=x"], "trains without an engine"),
+    "evaluation.sample_tokens": ([], 512, 9, ["rollout.replay=x"], "trains without an engine"),
     "evaluation.prompts": ([], None, "p", ["rollout.replay=x"], "trains without an engine"),
     "evaluation.num_prompts": (["evaluation.prompts=p"], None, 5, [], "evaluation.prompts is not given"),
     "evaluation.num_responses": (["evaluation.prompts=p"], 4, 1, [], "evaluation.prompts is not given"),
