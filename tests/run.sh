@@ -8,9 +8,7 @@
 #   bash tests/run.sh -m ""              everything, hours: more runs to the optimum, 10,000 hostile files, ...
 #   bash tests/run.sh -n 0 --pdb ...     in this process
 #
-# The other pair of interpreter and Megatron-Core in constraints.txt, which CI does not run:
-#
-#   PYTHON=python3.12 VENV=.venv-py312 bash tests/run.sh
+# tests/run_pair.sh does so with both pairs of interpreter and Megatron-Core in constraints.txt; CI runs the older one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
