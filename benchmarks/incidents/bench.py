@@ -6,13 +6,14 @@ A run of a random small model: 2 stages, one rank on each of two nodes, fp32, gl
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.incidents.job import Job
 
-NUM_STEPS, LONG_STEPS = 24, 160  # the latter where a time limit of minutes is to come first
+NUM_STEPS = 24
 HANG_SECONDS = 20
 PREFLIGHT_SECONDS = 40
 # A partition whose jobs put those of the others back into the queue, with a word before; nodes that are silent for half
@@ -100,6 +101,11 @@ class Bench:
                 raise RuntimeError(f"the undisturbed run is {state}:\n{job.said}")
             self.whole[num_steps] = job.run
         return self.whole[num_steps]
+
+    def steps_in(self, seconds: float) -> int:
+        """Return how many steps take so long at least on this machine, by the quickest of the undisturbed run."""
+        lines = (self.undisturbed() / "metrics.jsonl").read_text().splitlines()
+        return math.ceil(seconds / min(json.loads(line)["step_seconds"] for line in lines))
 
     def verdict(
         self,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.incidents.bench import LONG_STEPS, Bench, Verdict
+from benchmarks.incidents.bench import Bench, Verdict
 
 STEPS_BEFORE = 3  # that are done when the incident comes
 
@@ -43,10 +43,11 @@ def node_lost(bench: Bench) -> Verdict:
 
 def time_limit(bench: Bench) -> Verdict:
     """The time is over before the run is."""
-    job = bench.submit("time_limit", "--time=2", "--signal=B:USR1@30", settings=(f"run.num_steps={LONG_STEPS}",))
+    num_steps = bench.steps_in(110)  # SLURM sends the signal after 90 seconds of a job
+    job = bench.submit("time_limit", "--time=2", "--signal=B:USR1@30", settings=(f"run.num_steps={num_steps}",))
     state = job.finish()
     words = (r"stopped after step|the run saves and stops", "back into")
-    return bench.verdict("time limit", "--time=2, a run of more", job, state, *words, num_steps=LONG_STEPS)
+    return bench.verdict("time limit", f"--time=2, {num_steps} steps", job, state, *words, num_steps=num_steps)
 
 
 def preemption(bench: Bench) -> Verdict:
