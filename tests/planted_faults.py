@@ -162,7 +162,13 @@ def _neighbour() -> None:
     from megatron_powerflow.data import packing
 
     pieces = packing._pieces
-    packing._pieces = lambda *args: [piece._replace(first_key=0) for piece in pieces(*args)]
+
+    def joined(sizes, cp_rank, cp_size):
+        if cp_size == 1:  # whole sequences, which attention takes from the pieces' ends
+            sizes = [sum(sizes)]
+        return [piece._replace(first_key=0) for piece in pieces(sizes, cp_rank, cp_size)]
+
+    packing._pieces = joined
 
 
 def _first_stage_rows() -> None:
