@@ -2,7 +2,7 @@
 
     python -m benchmarks.rehearsed_memory [--json FILE]
 
-Three runs of a random model of 62 M parameters, each in new gloo processes; every response is as long as it may be. The
+Three runs of a random model of 87 M parameters, each in new gloo processes; every response is as long as it may be. The
 bytes of a run are counted at its own tensors in its second step, when Adam's moments are there; those of the rehearsal
 are of a process that is one rank after the other and holds no numbers. `process`: what the process's resident memory
 grew by from before the model to its most, against the most that was rehearsed.
@@ -25,7 +25,7 @@ SIZES = {
     "vocab_size": 24000,
     "hidden_size": 768,
     "intermediate_size": 2048,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 8,
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "max_position_embeddings": 1024,
