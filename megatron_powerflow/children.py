@@ -8,14 +8,17 @@ left them behind, with the sockets of the process group. Left out: programs star
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 from typing import NoReturn
 
 LOOK_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent(parent: int) -> None:
@@ -39,6 +42,13 @@ def end_forked_with_parent() -> None:
         forking = os.getpid()
 
     os.register_at_fork(before=note, after_in_child=lambda: end_with_parent(forking))
+
+
+def die_with_parent() -> None:
+    """Have this process sent SIGTERM when the thread that started it ends. For `preexec_fn`, between fork and exec:
+    the kernel's own way, for a program that knows nothing of its parent. Nothing where the kernel has none."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_children() -> None:

@@ -128,8 +128,58 @@ class PromptsSection(Section):
         return [self.path] if isinstance(self.path, str) else self.path
 
 
+class VllmSection(Section):
+    """Where a key says "default ..." it is None until the config is resolved, and stays None where it has no effect."""
+
+    urls: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="servers that are there: http://host:port of each, in a private network"
+    )
+    start: PositiveInt | None = Field(
+        None, description="instead: so many that `powerflow serve` starts in the same job, found by RUN/servers"
+    )
+    tp: PositiveInt | None = Field(None, description="tensor-parallel size of a server that is started; default 1")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="of a server that is started; default: as precision.dtype, bfloat16 for fp8"
+    )
+    memory: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="share of a GPU that a server takes; default .9, and .4 where it sleeps"
+    )
+    sleeps: bool | None = Field(
+        None, description="servers are on the trainer's GPUs, and sleep while it trains; default false"
+    )
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
+        None, description="of the first server that is started on a machine, the next of the next; default 8200"
+    )
+    python: str | None = Field(
+        None, description="interpreter of the environment that has vLLM; default: that of `powerflow serve`"
+    )
+    arguments: list[str] | None = Field(None, description="more arguments of a server that is started")
+    transport: Literal["folder", "changes"] | None = Field(
+        None, description="how weights travel: all of them in a shared folder, or only the bytes that changed"
+    )
+    weights: str | None = Field(None, description="that folder; default RUN/weights")
+    max_requests: PositiveInt | None = Field(
+        None, description="prompts that one server answers at a time for one replica; default 16"
+    )
+    answer_seconds: PositiveFloat | None = Field(
+        None, description="without the answer to a prompt, before its server counts as hung; default 1800"
+    )
+    wait_seconds: Annotated[float, Field(gt=0, le=86400)] | None = Field(
+        None, description="without any server, before the run is saved and ends with 75; default 900"
+    )
+
+
 class RolloutSection(Section):
-    engine: Literal["megatron"] = Field("megatron", description="who samples: the live weights, in-process")
+    engine: Literal["megatron", "vllm"] = Field(
+        "megatron", description="who samples: the live weights, in-process, or vLLM servers"
+    )
+    vllm: VllmSection = VllmSection()
+    steps_ahead: NonNegativeInt = Field(
+        0, description="steps whose responses are drawn while this one trains, by weights that are so much older"
+    )
+    in_flight_updates: bool = Field(
+        False, description="servers get new weights in the middle of their responses, which then go on with them"
+    )
     prompts_per_step: PositiveInt = Field(32, description="prompts of one step")
     responses_per_prompt: PositiveInt = Field(16, description="responses to each of them: a group")
     max_prompt_tokens: PositiveInt = Field(1024, description="longest prompt; see prompts.too_long")

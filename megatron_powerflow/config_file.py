@@ -6,6 +6,7 @@ Left out: the keys (`config.py`), which keys depend on which (`config_rules.py`)
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 import re
@@ -77,7 +78,16 @@ def dump_config(config: Config) -> str:
 
 def config_keys() -> list[str]:
     """Return every dotted key, in the order of the sections."""
-    return [f"{name}.{key}" for name in Config.model_fields for key in _fields_of(name)]
+    return [key for section in Config.model_fields for key in _keys_below([section])]
+
+
+def _keys_below(path: list[str]) -> list[str]:
+    fields = _fields_of(path)
+    return [
+        key
+        for name in fields
+        for key in (_keys_below([*path, name]) if _fields_of([*path, name]) else [".".join([*path, name])])
+    ]
 
 
 def _validate(plain: dict) -> Config:
@@ -108,25 +118,36 @@ def _typed(plain: dict) -> tuple[Config | None, list[str], list[str]]:
         return Config.model_validate(plain), [], []
     except ValidationError as error:
         items = error.errors()
-    rest = {name: dict(section) if isinstance(section, dict) else section for name, section in plain.items()}
+    rest = copy.deepcopy(plain)
     for item in items:
-        section, *key = (str(part) for part in item["loc"][:2])
-        if not key:
-            rest.pop(section, None)
-        elif item["type"] == "missing":
-            rest.setdefault(section, {})[key[0]] = "missing"
-        elif isinstance(rest.get(section), dict):
-            rest[section].pop(key[0], None)
+        *above, key = _key_of(item)
+        section = rest
+        for name in above:
+            section = section.setdefault(name, {}) if isinstance(section, dict) else {}
+        if item["type"] == "missing" and above:
+            section[key] = "missing"
+        elif isinstance(section, dict):
+            section.pop(key, None)
     try:
         config = Config.model_validate(rest)
     except ValidationError:
         config = None
-    return config, [_sentence(item, plain) for item in items], [".".join(map(str, item["loc"][:2])) for item in items]
+    return config, [_sentence(item, plain) for item in items], [".".join(_key_of(item)) for item in items]
 
 
-def _with(config: Config, key: str, value: Any) -> Config:
-    section, name = key.split(".")
-    return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+def _key_of(item: Any) -> list[str]:
+    """The key that a pydantic error is about: its place, without what is inside of a value."""
+    path = [str(part) for part in item["loc"]]
+    depth = 1
+    while depth < len(path) and _fields_of(path[:depth]):
+        depth += 1
+    return path[:depth]
+
+
+def _with(section: Any, key: str, value: Any) -> Any:
+    """Return the section, or the whole config, with another value under a dotted key."""
+    name, _, rest = key.partition(".")
+    return section.model_copy(update={name: _with(getattr(section, name), rest, value) if rest else value})
 
 
 def _sentence(item: Any, plain: dict) -> str:
@@ -134,7 +155,7 @@ def _sentence(item: Any, plain: dict) -> str:
     path = [str(part) for part in item["loc"]]
     key, kind, got = ".".join(path), item["type"], item["input"]
     if kind == "extra_forbidden":
-        siblings = list(Config.model_fields) if len(path) == 1 else list(_fields_of(path[0]))
+        siblings = list(Config.model_fields) if len(path) == 1 else list(_fields_of(path[:-1]))
         close = difflib.get_close_matches(path[-1], siblings, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{key}={got!r}: unknown key; {hint}known: {', '.join(siblings)}"
@@ -149,19 +170,28 @@ def _sentence(item: Any, plain: dict) -> str:
 
 
 def _description(path: list[str]) -> str:
-    return _fields_of(path[0])[path[1]].description or path[1]
+    return _fields_of(path[:-1])[path[-1]].description or path[-1]
 
 
-def _fields_of(section: str) -> dict[str, FieldInfo]:
-    """Return the fields of a section, by the keys that a file has for them."""
-    fields = Config.model_fields[section].annotation
-    assert isinstance(fields, type) and issubclass(fields, Section), section
+def _fields_of(path: list[str]) -> dict[str, FieldInfo]:
+    """Return the fields of a section, by the keys that a file has for them; {} for a key that is no section.
+
+    path: the section's name, and that of one within it.
+    """
+    fields: Any = Config
+    for name in path:
+        found = {field.alias or key: field for key, field in fields.model_fields.items()}.get(name)
+        fields = found.annotation if found is not None else None
+        if not (isinstance(fields, type) and issubclass(fields, Section)):
+            return {}
     return {field.alias or name: field for name, field in fields.model_fields.items()}
 
 
 def _get(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def _one_line(error: Exception) -> str:

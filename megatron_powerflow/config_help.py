@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_powerflow.config import Config
+from megatron_powerflow.config import Config, Section
 from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.config_rules import CONDITIONAL
 from megatron_powerflow.errors import UserError
@@ -41,9 +41,16 @@ class KeyHelp:
 def keys() -> Iterator[KeyHelp]:
     """Yield every key, in the order of the sections."""
     for section, outer in Config.model_fields.items():
-        for name, field in _section(outer).model_fields.items():
-            key = f"{section}.{field.alias or name}"
-            yield KeyHelp(key, _type(field.annotation, field), _default(field), field.description or "", _presets(key))
+        yield from _keys_of(section, outer.annotation)
+
+
+def _keys_of(section: str, fields: Any) -> Iterator[KeyHelp]:
+    for name, field in fields.model_fields.items():
+        key = f"{section}.{field.alias or name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _keys_of(key, field.annotation)
+            continue
+        yield KeyHelp(key, _type(field.annotation, field), _default(field), field.description or "", _presets(key))
 
 
 def explain(name: str) -> list[KeyHelp]:
@@ -55,10 +62,6 @@ def explain(name: str) -> list[KeyHelp]:
         close += [key for key in names if key.endswith(f".{name}") and key not in close]
         raise UserError(f"{name}: no such key" + (f"; did you mean {', '.join(close)}?" if close else ""))
     return matching
-
-
-def _section(field: FieldInfo) -> Any:
-    return field.annotation
 
 
 def _default(field: FieldInfo) -> str:

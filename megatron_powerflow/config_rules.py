@@ -45,6 +45,18 @@ def _has_engine(c: Config) -> bool:
     return c.rollout.replay is None
 
 
+def _has_servers(c: Config) -> bool:
+    return _has_engine(c) and c.rollout.engine == "vllm"
+
+
+def _starts_servers(c: Config) -> bool:
+    return _has_servers(c) and c.rollout.vllm.start is not None
+
+
+def _served_dtype(c: Config) -> str:
+    return "float32" if c.precision.dtype == "fp32" else "bfloat16"
+
+
 def _ratio(c: Config) -> str:
     """w of Eq. 10 is 1 where the policy that trains has sampled, and is not left out where another one has.
 
@@ -67,6 +79,10 @@ def _estimate(c: Config) -> str:
 
 def _for_flow_rl(value: Any, otherwise: Any) -> Callable[[Config], Any]:
     return lambda c: value if c.objective.preset == "flow_rl" else otherwise
+
+
+NO_SERVERS = "rollout.engine is not vllm, or rollout.replay trains without an engine"
+NOT_STARTED = "rollout.vllm.start is not given: no server is started"
 
 
 # Keys whose default depends on another key: (key, its default or a function that gives it, when it applies, why not).
@@ -100,6 +116,20 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("evaluation.prompts", None, _has_engine, "rollout.replay trains without an engine"),
     ("evaluation.num_prompts", None, lambda c: c.evaluation.prompts is not None, "evaluation.prompts is not given"),
     ("evaluation.num_responses", 4, lambda c: c.evaluation.prompts is not None, "evaluation.prompts is not given"),
+    ("rollout.vllm.urls", None, _has_servers, NO_SERVERS),
+    ("rollout.vllm.start", None, _has_servers, NO_SERVERS),
+    ("rollout.vllm.transport", "folder", _has_servers, NO_SERVERS),
+    ("rollout.vllm.weights", None, _has_servers, NO_SERVERS),
+    ("rollout.vllm.max_requests", 16, _has_servers, NO_SERVERS),
+    ("rollout.vllm.answer_seconds", 1800.0, _has_servers, NO_SERVERS),
+    ("rollout.vllm.wait_seconds", 900.0, _has_servers, NO_SERVERS),
+    ("rollout.vllm.sleeps", False, _starts_servers, NOT_STARTED),
+    ("rollout.vllm.tp", 1, _starts_servers, NOT_STARTED),
+    ("rollout.vllm.dtype", _served_dtype, _starts_servers, NOT_STARTED),
+    ("rollout.vllm.memory", lambda c: 0.4 if c.rollout.vllm.sleeps else 0.9, _starts_servers, NOT_STARTED),
+    ("rollout.vllm.port", 8200, _starts_servers, NOT_STARTED),
+    ("rollout.vllm.python", None, _starts_servers, NOT_STARTED),
+    ("rollout.vllm.arguments", None, _starts_servers, NOT_STARTED),
     ("run.stop_at_alpha", None, _powers, "the target of this objective.preset is no power of the base model"),
     ("metrics.wandb_project", "megatron_powerflow", lambda c: c.metrics.wandb != "off", "metrics.wandb=off"),
 )
@@ -113,6 +143,7 @@ def contradictions(config: Config) -> list[str]:
         violations.append("parallel.sequence_parallel=true has no effect because parallel.tp=1; remove it")
     if rollout.save and rollout.replay is not None:
         violations.append("rollout.save=true has no effect because rollout.replay is given; remove it")
+    violations += _about_servers(config)
     by_group = objective.log_z or f"the advantage of objective.preset={objective.preset}"
     alone = objective.learns_log_z or isinstance(objective.form, EntropyMinimum)
     if not alone and rollout.responses_per_prompt == 1:
@@ -164,6 +195,33 @@ def contradictions(config: Config) -> list[str]:
         )
     if any(not 0 <= beta < 1 for beta in optimizer.betas):
         violations.append(f"optimizer.betas={optimizer.betas}: each must be in [0, 1)")
+    return violations
+
+
+def _about_servers(config: Config) -> list[str]:
+    """What is wrong with the servers that sample, and with sampling ahead."""
+    rollout, servers = config.rollout, config.rollout.vllm
+    if not _has_servers(config):
+        return [
+            f"rollout.{key} has no effect because rollout.engine is not vllm: the live weights cannot sample and train "
+            "at a time; remove it"
+            for key in ("steps_ahead", "in_flight_updates")
+            if getattr(rollout, key)
+        ]
+    violations = []
+    if (servers.urls is None) == (servers.start is None):
+        both = "both are given" if servers.urls else "neither is given"
+        violations.append(f"rollout.engine=vllm: either rollout.vllm.urls or rollout.vllm.start is needed; {both}")
+    if rollout.in_flight_updates and not rollout.steps_ahead:
+        violations.append(
+            "rollout.in_flight_updates=true has no effect because rollout.steps_ahead=0: nothing is under way when the "
+            "weights change; remove it"
+        )
+    if servers.sleeps and rollout.steps_ahead:
+        violations.append(
+            f"rollout.vllm.sleeps=true with rollout.steps_ahead={rollout.steps_ahead}: a server that sleeps while this "
+            "one trains answers nothing; remove one of them"
+        )
     return violations
 
 

@@ -75,6 +75,8 @@ class Rollout:
     response_token_ids: tuple[int, ...]
     rollout_log_probs: tuple[float, ...]
     finish_reason: FinishReason
+    # (step, start, end): tokens start, ..., end - 1 were written by the weights after so many steps; (): of this step
+    weight_versions: tuple[tuple[int, int, int], ...] = ()
 
 
 class Piece(NamedTuple):

@@ -152,6 +152,7 @@ class RunOutput:
             values["grad_norm"] = sum(finite) / len(finite)  # mean over the step's updates
         values |= {"lr": result.lr, "num_skipped": float(progress.num_skipped)}
         values |= throughput(self._clock.take(), values["num_prompt_tokens"], values["num_response_tokens"])
+        values |= self._session.engine.metrics()
         peak = torch.tensor([peak_memory_bytes()])
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.control)
         values["peak_memory_bytes"] = float(peak)

@@ -7,6 +7,8 @@ Left out: the step itself, from prompts to the update (`training/step.py`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from megatron_powerflow.checkpoint.keeping import Keeping
 from megatron_powerflow.checkpoint.saving import Saver
 from megatron_powerflow.checkpoint.state import RunProgress
 from megatron_powerflow.data.prompts import PromptStream
+from megatron_powerflow.errors import RequeueRequested
 from megatron_powerflow.hf.live_weights import export_to_hf
 from megatron_powerflow.metrics.provenance import note_launch
 from megatron_powerflow.model.precision import require_fp8_support
@@ -25,10 +28,12 @@ from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import initialized
 from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.parallel.together import on_main
+from megatron_powerflow.records import Prompt
 from megatron_powerflow.run_end import RunEnd
 from megatron_powerflow.run_events import RunEvents, begin
 from megatron_powerflow.run_folder import run_folder, take_run_folder
 from megatron_powerflow.run_output import RunOutput, announced
+from megatron_powerflow.serving.pool import NoServer
 from megatron_powerflow.training.plan import Plan, write_config
 from megatron_powerflow.training.session import Session, build_session, from_whole_checkpoint
 from megatron_powerflow.training.skipped import refuse_endless_skipping
@@ -56,10 +61,12 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "", en
         begin(events, groups)
         plan = from_whole_checkpoint(plan, groups, console)
         with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
-            session = build_session(plan, groups)
+            session = build_session(plan, groups, console.print)
             end.loaded(session.trainable.chunks)
+            session.engine.show_life(end.pulse.beat)
         on_main(lambda: note_start(plan, groups, command, session.progress.step), groups)
         with (
+            closing(session.engine),
             RunOutput(plan, session, console, events, end.pulse) as output,
             saver_of(plan, groups, console, events) as saver,
         ):
@@ -111,9 +118,13 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal,
     for step in range(progress.step, config.run.num_steps):
         if output.alarmed() or output.reached():
             break
-        output.evaluate_if_due(step)
-        prompts = stream.take(config.rollout.prompts_per_step)
-        result = run_step(plan, session, prompts, step, phase=output.phase, progress=output.rollout_progress)
+        with saved_without_servers(session, saver, progress):
+            output.evaluate_if_due(step)
+            prompts = stream.take(config.rollout.prompts_per_step)
+            coming = prompts_ahead(plan, stream, step)
+            result = run_step(
+                plan, session, prompts, step, coming=coming, phase=output.phase, progress=output.rollout_progress
+            )
         progress = advance(progress, stream, skipped=result.skipped)
         output.write(step, result, progress)
         if saver.is_pending:
@@ -129,6 +140,26 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal,
             raise stop.ending(step + 1)
     output.evaluate_if_due(progress.step)
     return progress
+
+
+def prompts_ahead(plan: Plan, stream: PromptStream, step: int) -> list[list[Prompt]]:
+    """Return the prompts of the steps behind `step` whose responses are drawn while it trains."""
+    rollout = plan.config.rollout
+    num_ahead = min(rollout.steps_ahead, plan.config.run.num_steps - step - 1)
+    size = rollout.prompts_per_step
+    return [stream.coming(size, behind=size * later) for later in range(num_ahead)]
+
+
+@contextmanager
+def saved_without_servers(session: Session, saver: Saver, progress: RunProgress) -> Iterator[None]:
+    """Save the run as it was before this step where no server could be asked in it, and ask to be requeued."""
+    try:
+        yield
+    except NoServer as error:
+        if progress.step > session.progress.step:
+            saver.save(session.trainable, progress, wait=True)
+        text = f"{error}; the run is saved after step {progress.step}, and the same command continues it"
+        raise RequeueRequested(text, by="no server") from None
 
 
 def saver_of(plan: Plan, groups: Groups, console: Console, events: RunEvents) -> Saver:

@@ -18,6 +18,7 @@ from megatron_powerflow.cli.models import evaluate, export, generate, score
 from megatron_powerflow.cli.proofs import prove
 from megatron_powerflow.cli.reports import curves, goodput, report
 from megatron_powerflow.cli.runs import check, outcome, stop, train
+from megatron_powerflow.cli.servers import serve, vllm_args
 
 end_spawned_with_parent()  # in a process that Megatron starts for its checkpoints
 app = typer.Typer(
@@ -49,6 +50,8 @@ app.command()(check)
 app.command()(prove)
 app.command()(preflight)
 app.command(name="config")(explain_config)
+app.command(name="vllm-args")(vllm_args)
+app.command()(serve)
 for command in (recipes, env, prepare, score, generate, evaluate, export, curves, report, goodput, stop, outcome):
     app.command()(command)
 

@@ -222,6 +222,10 @@ class PromptStream:
         self.position += count
         return taken
 
+    def coming(self, count: int, *, behind: int = 0) -> list[Prompt]:
+        """Returns `count` prompts without moving the cursor: those behind the next `behind` ones."""
+        return [self._at(self.position + behind + offset) for offset in range(count)]
+
     def _at(self, position: int) -> Prompt:
         epoch, index = divmod(position, len(self._prompts))
         return self._prompts[self._order(epoch)[index]]

@@ -205,7 +205,7 @@ def export_to_hf(
 
         planned_files: list[PlannedFile] = []
         if groups.edp_rank == 0:
-            planned_files = _planned_files(chunks, architecture, family, groups, max_shard_bytes)
+            planned_files = planned_files_of(chunks, architecture, family, groups, max_shard_bytes)
             writer = ShardWriter(target.partial, planned_files)
             for name, tensor in hf_tensors(chunks, architecture, family, groups):
                 if failure is None:  # after a failure only the gathers go on, for the ranks that wait in them
@@ -233,7 +233,7 @@ def _write_companions(companions: Path, folder: Path, dtype: str, more: Mapping[
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _planned_files(
+def planned_files_of(
     chunks: Sequence[Chunk], architecture: Architecture, family: Family, groups: Groups, max_shard_bytes: int
 ) -> list[PlannedFile]:
     """Plan the files that this rank writes the tensors of `hf_tensors` to, in the order in which those are yielded."""

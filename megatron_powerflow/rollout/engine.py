@@ -1,6 +1,6 @@
 """What must an engine be able to do? Draw responses from the policy's current weights.
 
-One engine exists so far, in-process (`megatron_engine.py`).
+Two exist: in-process, with the live weights (`megatron_engine.py`), and over vLLM servers (`serving/engine.py`).
 """
 
 from __future__ import annotations
@@ -26,4 +26,27 @@ class Engine(Protocol):
         list on every tensor- and pipeline-parallel rank of the replica. Collective over those ranks, and over the
         replicas that share experts, where one without prompts takes part with an empty list.
         """
+        ...
+
+    def begin(self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> None:
+        """Draw responses that `generate` is asked for later, in the background, by the weights as they are now.
+
+        Nothing, for an engine that cannot: `generate` draws them then. Collective, as `generate` is.
+        """
+        ...
+
+    def new_weights(self, step: int) -> None:
+        """Note that the policy's weights are now those after `step` steps."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return metrics of the last step, by name; they count on the main rank."""
+        ...
+
+    def show_life(self, beat: Callable[[], None]) -> None:
+        """Call `beat` now and then while it works, where no pass through the model shows that."""
+        ...
+
+    def close(self) -> None:
+        """End what it does in the background."""
         ...

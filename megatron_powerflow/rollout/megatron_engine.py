@@ -16,7 +16,7 @@ and when attention grows past `max_length`, so one graph per (rows, max_length) 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,6 +84,22 @@ class MegatronEngine:
         order = {slot: index for index, (slot, _) in enumerate(prompts)}
         rollouts = [rollout for batch in batches for rollout in batch.rollouts]
         return sorted(rollouts, key=lambda rollout: (order[rollout.slot], rollout.response_index))
+
+    def begin(self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> None:
+        """Do nothing: the live weights sample or train, one at a time."""
+
+    def new_weights(self, step: int) -> None:
+        """Do nothing: it samples with the weights themselves."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return nothing beside what rollouts say themselves."""
+        return {}
+
+    def show_life(self, beat: Callable[[], None]) -> None:
+        """Do nothing: each pass through the model shows it."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
     def _decode_batches(self, prompts: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> list[DecodeBatch]:
         """Make up to pp decode batches, which share evenly the groups that may have rows at a time.

@@ -96,7 +96,7 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout], *, step: int, vocab_
     ordered = sorted(rollouts, key=lambda rollout: (rollout.slot, rollout.response_index))
     groups = [list(members) for _, members in groupby(ordered, key=lambda rollout: rollout.slot)]
     assert groups and len({len(group) for group in groups}) == 1, "whole groups of one size"
-    body = "".join(json.dumps(_group_line(group), ensure_ascii=False) + "\n" for group in groups).encode()
+    body = "".join(json.dumps(group_line(group), ensure_ascii=False) + "\n" for group in groups).encode()
     header = Header(
         format=FORMAT,
         step=step,
@@ -144,7 +144,7 @@ def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
     if hashlib.sha256(body).hexdigest() != header.sha256:
         raise UserError(f"{path}: damaged: its content does not have the checksum it was written with; sample it again")
     try:
-        rollouts = [rollout for line in body.decode().split("\n") if line for rollout in _rollouts_of(json.loads(line))]
+        rollouts = [rollout for line in body.decode().split("\n") if line for rollout in rollouts_of(json.loads(line))]
         tokens = [token for rollout in rollouts for token in rollout.prompt.token_ids + rollout.response_token_ids]
         outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -155,7 +155,7 @@ def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
     expected = [(slot, i) for slot in range(header.num_prompts) for i in range(header.responses_per_prompt)]
     if counted != expected:
         raise UserError(f"{path}: its groups are not the {len(expected)} rollouts that its first line says")
-    if broken := next((r for r in rollouts if _is_broken(r)), None):
+    if broken := next((r for r in rollouts if is_broken(r)), None):
         raise UserError(
             f"{path}: slot {broken.slot}, response {broken.response_index}: must have tokens, and a log-prob of at "
             "most 0 for each of them"
@@ -204,13 +204,13 @@ def _mismatches(header: Header, step: int, wanted: ReplayRequirements) -> list[s
     return found
 
 
-def _is_broken(rollout: Rollout) -> bool:
+def is_broken(rollout: Rollout) -> bool:
     log_probs = rollout.rollout_log_probs
     in_order = all(isinstance(value, float | int) and value <= 1e-4 for value in log_probs)
     return not (rollout.response_token_ids and len(log_probs) == len(rollout.response_token_ids) and in_order)
 
 
-def _group_line(group: Sequence[Rollout]) -> dict[str, Any]:
+def group_line(group: Sequence[Rollout]) -> dict[str, Any]:
     assert all(rollout.prompt == group[0].prompt for rollout in group)
     return {
         "slot": group[0].slot,
@@ -227,7 +227,7 @@ def _group_line(group: Sequence[Rollout]) -> dict[str, Any]:
     }
 
 
-def _rollouts_of(line: dict[str, Any]) -> list[Rollout]:
+def rollouts_of(line: dict[str, Any]) -> list[Rollout]:
     values = line["prompt"]
     prompt = Prompt(**{**values, "token_ids": tuple(values["token_ids"])})
     return [

@@ -43,6 +43,7 @@ from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Prompt
 from megatron_powerflow.redaction import holds_secret
 from megatron_powerflow.rollout.rollout_files import ReplayRequirements, find_rollouts, replay_violations
+from megatron_powerflow.serving.checks import server_violations
 from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
 from megatron_powerflow.training.resources import resource_violations, saving_line
@@ -91,6 +92,11 @@ class Plan:
         return objective_of(self.config, self.on_policy)
 
     @property
+    def serves(self) -> bool:
+        """Whether vLLM servers sample."""
+        return self.config.rollout.engine == "vllm" and self.replay_from is None
+
+    @property
     def run_folder(self) -> Path:
         return Path(self.config.run.output_dir)
 
@@ -136,7 +142,7 @@ def make_plan(
     is_there = Path(hf_folder).is_dir()  # else that was said
     tokenizer = _collect(violations, lambda: load(conversation_of(config, today))) if is_there else None
     size = num_parameters(model[0]) if model else None
-    violations += _export_violations(config, start) + resource_violations(config, size)
+    violations += _export_violations(config, start) + resource_violations(config, size) + server_violations(config)
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
         architecture, family = model

@@ -26,6 +26,7 @@ CHANGEABLE = frozenset(
     {"run.name", "run.num_steps", "run.export", "run.stop_on_alarm", "run.stop_at_alpha"}
     | {"run.stop_before", "run.hang_seconds", "run.deterministic"}
     | {"model.reference", "model.recompute", "model.recompute_modules", "rollout.max_concurrent_rows", "rollout.save"}
+    | {"rollout.engine", "rollout.vllm", "rollout.steps_ahead", "rollout.in_flight_updates"}
     | {"optimizer.lr", "optimizer.log_z_lr", "optimizer.min_lr", "optimizer.lr_decay", "optimizer.warmup_steps"}
     | {"optimizer.clip_grad", "optimizer.distributed", "optimizer.max_skipped_steps"}
     | {"alarm", "parallel", "checkpoint", "evaluation", "metrics"}

@@ -1,4 +1,4 @@
-"""How likely are rollouts under the frozen base?
+"""How likely are rollouts under the frozen base, or, token by token, under the policy?
 
 They may be of any number. This is for looking at a policy, not for training it.
 
@@ -14,12 +14,15 @@ import numpy as np
 import torch
 
 from megatron_powerflow.data.packing import AnnotatedRollout, pack
+from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.parallel.batching import padded_rows
 from megatron_powerflow.parallel.collectives import last_stage_rows
-from megatron_powerflow.records import Prompt, Rollout
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.records import MicroBatch, Prompt, Rollout
+from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.micro_batches import padded_multiple
 from megatron_powerflow.training.plan import Plan
-from megatron_powerflow.training.score import score_reference, scored_batches
+from megatron_powerflow.training.score import score, score_reference, scored_batches
 from megatron_powerflow.training.session import Session
 
 FILLER = Rollout(Prompt("", 0, (0,)), -1, 0, (0,), (0.0,), "eos")  # scored and thrown away: replicas have equal shares
@@ -31,7 +34,57 @@ def reference_sequence_log_probs(rollouts: Sequence[Rollout], plan: Plan, sessio
     It is the sum over the response's tokens, at rollout.temperature. rollouts: all of them, alike on every rank.
     Collective over the run.
     """
-    groups, config = session.groups, plan.config
+    groups = session.groups
+    batches, share = _packed(rollouts, plan, groups)
+    scored = score_reference(session.reference, batches, session.scorer)
+    rows = None
+    if groups.is_last_stage:
+        sums = [
+            torch.stack([batch.rollout_index.double(), batch.ref_log_probs.double().sum(dim=1)], dim=1)
+            for batch in scored_batches(scored)
+        ]
+        rows = torch.cat(sums).cpu()
+    table = last_stage_rows(rows, share, 2, groups).numpy()
+    return table[table[:, 0].argsort(), 1][: len(rollouts)]
+
+
+def policy_token_log_probs(
+    rollouts: Sequence[Rollout], plan: Plan, groups: Groups, chunks: Sequence[PolicyModel], scorer: Scorer
+) -> tuple[tuple[float, ...], ...]:
+    """Return the log-prob of each token of each response under the policy, nats, on every rank.
+
+    chunks: the policy's. rollouts: all of them, alike on every rank. Collective over the run.
+    """
+    batches, share = _packed(rollouts, plan, groups)
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    scored = score(chunks, batches, scorer)
+    for chunk, was_training in zip(chunks, training, strict=True):
+        chunk.train(was_training)
+    longest = max(len(rollout.response_token_ids) for rollout in rollouts)
+    rows = None
+    if groups.is_last_stage:
+        rows = torch.full((share, 1 + longest), torch.nan, dtype=torch.float64)
+        place = 0
+        for batch, values in zip(batches, scored, strict=True):
+            assert values is not None, "on the last stage"
+            for index, mask, own in zip(batch.rollout_index, batch.loss_mask, values, strict=True):
+                chosen = own[mask].double().cpu()
+                rows[place, 0] = float(index)
+                rows[place, 1 : 1 + len(chosen)] = chosen[:longest]
+                place += 1
+    table = last_stage_rows(rows, share, 1 + longest, groups).numpy()
+    table = table[table[:, 0].argsort(), 1:][: len(rollouts)]
+    return tuple(
+        tuple(row[: len(rollout.response_token_ids)].tolist()) for row, rollout in zip(table, rollouts, strict=True)
+    )
+
+
+def _packed(rollouts: Sequence[Rollout], plan: Plan, groups: Groups) -> tuple[list[MicroBatch], int]:
+    """Return this rank's share of any number of rollouts as micro-batches, each a group of its own by its place, and
+    how many rollouts the share has, fillers among them."""
+    config = plan.config
     size = padded_rows(config, plan.layout)
     unit = size * (plan.layout.pp if plan.layout.vpp else 1)  # interleaved stages take turns of pp micro-batches
     share = -(-len(rollouts) // (groups.dp_size * unit)) * unit
@@ -48,13 +101,4 @@ def reference_sequence_log_probs(rollouts: Sequence[Rollout], plan: Plan, sessio
         cp_rank=groups.cp_rank,
         cp_size=groups.cp_size,
     )
-    scored = score_reference(session.reference, batches, session.scorer)
-    rows = None
-    if groups.is_last_stage:
-        sums = [
-            torch.stack([batch.rollout_index.double(), batch.ref_log_probs.double().sum(dim=1)], dim=1)
-            for batch in scored_batches(scored)
-        ]
-        rows = torch.cat(sums).cpu()
-    table = last_stage_rows(rows, share, 2, groups).numpy()
-    return table[table[:, 0].argsort(), 1][: len(rollouts)]
+    return batches, share

@@ -27,7 +27,7 @@ from megatron_powerflow.training.optimizer import OptimizerStep, set_learning_ra
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.score import score_reference
 from megatron_powerflow.training.session import Session
-from megatron_powerflow.training.step_rollouts import step_rollouts
+from megatron_powerflow.training.step_rollouts import begin_rollouts, step_rollouts
 from megatron_powerflow.training.update import calibrate_head, update
 
 Phase = Callable[[str], AbstractContextManager]  # a phase of the step by its name, for whoever shows or times them
@@ -65,13 +65,15 @@ def run_step(
     prompts: Sequence[Prompt],
     step: int,
     *,
+    coming: Sequence[Sequence[Prompt]] = (),
     phase: Phase = nullcontext,
     progress: ProgressCallback | None = None,
 ) -> StepResult:
     """Run one step, from its prompts to its last update. Collective over the run.
 
-    prompts: of the whole step, alike on every rank. step: counted from 0. Raises UserError where saved rollouts are
-    damaged or cannot be written, or where the first numbers of this start cannot be trusted.
+    prompts: of the whole step, alike on every rank. step: counted from 0. coming: the prompts of the steps behind it
+    whose responses are drawn while this one trains. Raises UserError where saved rollouts are damaged or cannot be
+    written, or where the first numbers of this start cannot be trusted.
     """
     first_of_start = step == session.progress.step
     if first_of_start:
@@ -79,10 +81,14 @@ def run_step(
             require_scores_of_base(plan, session, prompts)
     with phase("rollout"):
         rollouts = step_rollouts(plan, session, prompts, sampling_of_step(plan, step), progress)
+        for later, its_prompts in enumerate(coming, start=step + 1):
+            begin_rollouts(plan, session, its_prompts, sampling_of_step(plan, later))
         give_back(session.groups.device)
         updates = pack_updates(rollouts, plan, session)
     inspect = inspection(plan.config, prompts) if first_of_start else None
-    return replace(learn(plan, session, updates, step, phase=phase, inspect=inspect), rollouts=tuple(rollouts))
+    result = learn(plan, session, updates, step, phase=phase, inspect=inspect)
+    session.engine.new_weights(step + 1)
+    return replace(result, rollouts=tuple(rollouts))
 
 
 def learn(

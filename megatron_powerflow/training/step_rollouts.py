@@ -41,13 +41,27 @@ def step_rollouts(
     if plan.replay_from is not None:
         return _share(read_rollouts(step_file(plan.replay_from, step), plan.architecture.vocab_size), plan, groups)
     own_file = step_file(plan.run_folder / ROLLOUTS_NAME, step)
-    if plan.config.rollout.save and broadcast_object(groups.is_main and _holds(own_file, prompts, plan), groups):
+    saved = (
+        plan.config.rollout.save and not plan.serves
+    )  # servers' answers are in hand as they come (serving/ledger.py)
+    if saved and broadcast_object(groups.is_main and _holds(own_file, prompts, plan), groups):
         return _share(read_rollouts(own_file, plan.architecture.vocab_size), plan, groups)
-    share = plan.share_of(prompts, groups.dp_rank)[groups.cp_rank :: groups.cp_size]
-    rollouts = over_samplers(session.engine.generate(share, sampling, progress) if share else [], groups)
+    share = _share_to_sample(prompts, plan, groups)
+    asked = share or plan.serves  # of servers all ask together
+    rollouts = over_samplers(session.engine.generate(share, sampling, progress) if asked else [], groups)
     if plan.config.rollout.save:
         _save(own_file, to_main(rollouts, groups), plan, groups, step)
     return rollouts
+
+
+def begin_rollouts(plan: Plan, session: Session, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
+    """Have the engine draw a later step's rollouts while this one trains. Collective over the run."""
+    session.engine.begin(_share_to_sample(prompts, plan, session.groups), sampling)
+
+
+def _share_to_sample(prompts: Sequence[Prompt], plan: Plan, groups: Groups) -> list[tuple[int, Prompt]]:
+    """The (slot, prompt) pairs of this sampler: of its replica's share, as a context-parallel rank divides it."""
+    return plan.share_of(prompts, groups.dp_rank)[groups.cp_rank :: groups.cp_size]
 
 
 def _share(rollouts: Sequence[Rollout], plan: Plan, groups: Groups) -> list[Rollout]:

@@ -1,0 +1,99 @@
+"""With which command does a vLLM server serve a run? `powerflow vllm-args CONFIG` prints it, `powerflow serve` runs it.
+
+Everything that would change what is sampled is set: the dtype (vLLM turns fp32 into bf16 by default), log-probs of the
+distribution that was sampled, no sampling defaults out of the model's folder, the longest text.
+
+Left out: starting it (`supervisor.py`). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_powerflow.config import Config
+from megatron_powerflow.serving.pool import MODEL
+
+ON_SERVER = Path(__file__).parent / "on_server"
+SERVER = "vllm.entrypoints.openai.api_server"  # the command `vllm` is broken in builds for CPUs
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # the routes that change weights
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+# Arguments that `command_of` gives; a second value for one of them would decide in silence.
+OURS = (
+    "--model",
+    "--served-model-name",
+    "--host",
+    "--port",
+    "--max-model-len",
+    "--dtype",
+    "--tensor-parallel-size",
+    "--gpu-memory-utilization",
+    "--logprobs-mode",
+    "--generation-config",
+    "--enable-scale-out",
+    "--worker-extension-cls",
+    "--weight-transfer-config",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
+    "--enable-sleep-mode",
+    "--skip-tokenizer-init",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCommand:
+    """A server's command. environment: variables beside those that are there."""
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+
+    @property
+    def text(self) -> str:
+        """The command as a shell takes it."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.arguments)])
+
+
+def command_of(config: Config, model_folder: Path, *, port: int, host: str = "0.0.0.0") -> ServerCommand:
+    """Return the command of a server for a run. model_folder: config and tokenizer are read there, and weights, which
+    the run's own replace before anything is sampled."""
+    rollout, servers = config.rollout, config.rollout.vllm
+    dtype = servers.dtype or ("float32" if config.precision.dtype == "fp32" else "bfloat16")
+    arguments = [
+        servers.python or sys.executable,
+        *("-m", SERVER),
+        *("--model", str(model_folder)),
+        *("--served-model-name", MODEL),
+        *("--host", host, "--port", str(port)),
+        *("--dtype", dtype),
+        *("--max-model-len", str(rollout.max_prompt_tokens + rollout.max_response_tokens)),
+        *("--tensor-parallel-size", str(servers.tp or 1)),
+        *("--gpu-memory-utilization", f"{servers.memory or 0.9:g}"),
+        *("--logprobs-mode", "processed_logprobs"),
+        *("--generation-config", "vllm"),
+        "--enable-scale-out",
+        "--enable-prefix-caching",
+        *("--worker-extension-cls", "powerflow_on_server.Weights"),
+        *("--weight-transfer-config", json.dumps({"backend": "powerflow_folder"})),
+        *(["--enable-sleep-mode"] if servers.sleeps else []),
+        *(servers.arguments or ()),
+    ]
+    return ServerCommand(tuple(arguments), {**ENVIRONMENT, "PYTHONPATH": str(ON_SERVER)})
+
+
+def argument_violations(arguments: Sequence[str]) -> list[str]:
+    """Return what is wrong with rollout.vllm.arguments, a sentence each."""
+    names = [text.partition("=")[0] for text in arguments]
+    return [
+        f"rollout.vllm.arguments holds {name}, which this program sets itself, as the run needs it; remove it"
+        for name in dict.fromkeys(names)
+        if name in OURS
+    ]

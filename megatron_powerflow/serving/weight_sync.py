@@ -1,0 +1,77 @@
+"""How does one server get a version of the weights, and when does it count as having it? When it has proved it.
+
+    pause, start_weight_update, update_weights, finish_weight_update, reset_prefix_cache, resume; then the proof
+
+Only HTTP: any process that has the manifest can do it, in the middle of a step too, as for a server that was started
+anew. A response that was under way goes on with the new weights: its cache is thrown away and computed again, so that
+every later token is drawn from the new policy's own distribution.
+
+A server whose update failed has layers in an unknown state: it stays paused, and is to be started anew.
+
+Left out: writing the files (`weight_writer.py`), what is proved (`proof.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from megatron_powerflow.serving.manifest import Manifest
+from megatron_powerflow.serving.proof import Proof, prove
+from megatron_powerflow.serving.server import Refused, Server, ServerError
+
+QUICK_SECONDS = 120.0  # for calls that only set something
+
+
+class UpdateFailed(ServerError):
+    """A server did not take the weights; it must be started anew before it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """What an update of one server came to. seconds: of the update, without the proof; as_changes: only changed bytes
+    were read."""
+
+    proof: Proof
+    seconds: float
+    as_changes: bool
+
+
+def bring(server: Server, manifest: Manifest, *, seconds: float) -> Sync:
+    """Give a server this version of the weights, unless it has it, and prove it.
+
+    seconds: that loading may take. Raises ServerError where the server could not be spoken to, UpdateFailed where it
+    did not take the weights, NotProved where it has them and computes something else.
+    """
+    began = time.monotonic()
+    has = server.weight_version()
+    only_changes = bool(manifest.changes) and has == manifest.changes[-1].base
+    if has != manifest.version:
+        try:
+            _update(server, manifest, only_changes=only_changes, seconds=seconds)
+        except Refused as error:
+            raise UpdateFailed(
+                f"{error}: it is to be started anew, with the command of `powerflow vllm-args`"
+            ) from None
+    took = time.monotonic() - began
+    return Sync(prove(server, manifest, seconds=seconds), took, only_changes)
+
+
+def _update(server: Server, manifest: Manifest, *, only_changes: bool, seconds: float) -> None:
+    update = {
+        "names": sorted(manifest.checksums),
+        "version": manifest.version,
+        "folder": "" if only_changes else manifest.folder,
+        "changes": [one.folder for one in (manifest.changes[-1:] if only_changes else manifest.changes)],
+        "base": manifest.changes[-1].base if only_changes else "",
+        "keep": manifest.keeps_copy,
+    }
+    server.post("/pause?mode=keep", seconds=QUICK_SECONDS)
+    server.post("/init_weight_transfer_engine", {"init_info": {}}, seconds=QUICK_SECONDS)
+    server.post("/start_weight_update", seconds=QUICK_SECONDS)
+    server.post("/update_weights", {"update_info": update}, seconds=seconds)
+    server.post("/finish_weight_update", {"weight_version": manifest.version}, seconds=seconds)
+    reply = server.post("/reset_prefix_cache?reset_running_requests=true", seconds=QUICK_SECONDS)
+    if not (isinstance(reply, dict) and reply.get("success") is True):
+        raise Refused(f"{server.url}: its prefix cache, which is the old weights', could not be emptied: {reply}")
+    server.post("/resume", seconds=QUICK_SECONDS)
