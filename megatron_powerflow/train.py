@@ -35,6 +35,7 @@ from megatron_powerflow.run_folder import run_folder, take_run_folder
 from megatron_powerflow.run_output import RunOutput, announced
 from megatron_powerflow.serving.pool import NoServer
 from megatron_powerflow.training.plan import Plan, write_config
+from megatron_powerflow.training.served_rollouts import with_servers
 from megatron_powerflow.training.session import Session, build_session, from_whole_checkpoint
 from megatron_powerflow.training.skipped import refuse_endless_skipping
 from megatron_powerflow.training.step import run_step
@@ -61,7 +62,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "", en
         begin(events, groups)
         plan = from_whole_checkpoint(plan, groups, console)
         with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
-            session = build_session(plan, groups, console.print)
+            session = with_servers(plan, build_session(plan, groups), console.print)
             end.loaded(session.trainable.chunks)
             session.engine.show_life(end.pulse.beat)
         on_main(lambda: note_start(plan, groups, command, session.progress.step), groups)

@@ -14,10 +14,14 @@ from pathlib import Path
 from megatron_powerflow.checkpoint.folder import (
     CHECKPOINTS_NAME,
     CONFIG_NAME,
+    IN_HAND_NAME,
     INPUTS_NAME,
     LATEST_NAME,
+    LEDGER_NAME,
     LOCK_NAME,
+    SERVERS_NAME,
     STOP_NAME,
+    WEIGHTS_NAME,
 )
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.goodput import EVENTS_NAME
@@ -41,6 +45,8 @@ FIRST_FILES = (
     INPUTS_NAME,
     CONFIG_NAME,
 )
+SERVED = (LEDGER_NAME, IN_HAND_NAME, WEIGHTS_NAME)  # folders of ours; what servers answered outlives a start
+FILE_OF_A_SERVER = re.compile(r"[A-Za-z0-9_.-]{1,200}-\d{1,5}\.(json|restart|log)")
 PICTURES = ("curves.png", "before_after.png")  # report/ draws them
 
 
@@ -78,9 +84,10 @@ def holds_a_step(folder: Path) -> bool:
 def not_ours(folder: Path) -> list[str]:
     """Return the names of what is in a folder beside the first files of a start and its lock."""
     a_run = holds_a_run(folder)
-    ours = {*FIRST_FILES, "wandb", "tensorboard"} if a_run else {*earliest_files(folder)}
+    ours = {*FIRST_FILES, *SERVED, "wandb", "tensorboard"} if a_run else {*earliest_files(folder)}
     ours |= {*CUT_OFF_BY_0_1_0} if a_run else {CUT_OFF_BY_0_1_0[0]}
     ours |= {HEARTBEATS_NAME} if len(_heartbeats(folder)) == _num_files(folder / HEARTBEATS_NAME) else set()
+    ours |= {SERVERS_NAME} if _holds_servers_only(folder / SERVERS_NAME) else set()
     cut_off = FIRST_FILES if a_run else (CONFIG_NAME, OUTCOME_NAME)
     return sorted(
         path.name
@@ -120,6 +127,13 @@ def _heartbeats(folder: Path) -> list[Path]:
         return []
     starts = [path for path in beats.iterdir() if re.fullmatch(r"[0-9a-f]{32}", path.name)]
     return [path for path in starts if path.is_dir() and not path.is_symlink()]
+
+
+def _holds_servers_only(folder: Path) -> bool:
+    """Whether the folder has only what `powerflow serve` writes: servers may be there before the run is."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    return all(FILE_OF_A_SERVER.fullmatch(meant_by(path.name) or path.name) for path in folder.iterdir())
 
 
 def _num_files(folder: Path) -> int:

@@ -26,6 +26,8 @@ INPUTS_NAME = "inputs.json"  # what a run began with: see training/inputs.py
 EXPORT_NAME = "hf_export"
 LOCK_NAME = "run.lock"  # whose the folder is at the moment
 STOP_NAME = "stop"  # touch RUN/stop: the run saves at the end of its step and exits with 75
+# Of runs whose rollouts vLLM servers draw (`serving/`): who they are, who answered what, answers, weights on their way.
+SERVERS_NAME, LEDGER_NAME, IN_HAND_NAME, WEIGHTS_NAME = "servers", "ledger", "in_hand", "weights"
 
 
 def checkpoint_name(step: int) -> str:

@@ -14,11 +14,11 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_powerflow.checkpoint.folder import SERVERS_NAME
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.serving.server import require_url
 from megatron_powerflow.whole_files import ordinary, write_file
 
-SERVERS_NAME = "servers"
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}-\d{1,5}")
 MAX_BYTES = 10_000
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_powerflow.checkpoint.folder import WEIGHTS_NAME
 from megatron_powerflow.config import Config
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.serving.command_line import argument_violations
@@ -63,4 +64,4 @@ def _environment_violations(python: str | None) -> list[str]:
 
 def weights_folder(config: Config) -> Path:
     """Return the folder that the weights for the servers are written to."""
-    return Path(config.rollout.vllm.weights or Path(config.run.output_dir) / "weights")
+    return Path(config.rollout.vllm.weights or Path(config.run.output_dir) / WEIGHTS_NAME)

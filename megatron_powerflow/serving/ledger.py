@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_powerflow.checkpoint.folder import IN_HAND_NAME, LEDGER_NAME
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.journal import append_lines, cut_back, notes_of, read_journal
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.rollout_files import group_line, is_broken, rollouts_of
 from megatron_powerflow.serving.answers import Answer, request_of
 
-LEDGER_NAME, IN_HAND_NAME = "ledger", "in_hand"
 IN_HAND_FILE = re.compile(r"step_(\d{6,})\.sampler_\d{5,}\.jsonl")
 SHOWN = 5
 

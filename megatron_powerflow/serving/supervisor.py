@@ -17,10 +17,10 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_powerflow.checkpoint.folder import SERVERS_NAME
 from megatron_powerflow.children import die_with_parent
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.serving.announcements import (
-    SERVERS_NAME,
     Announcement,
     remove_announcement,
     restart_is_asked,

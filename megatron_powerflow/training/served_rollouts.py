@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_powerflow.metrics.alarm_words import SAMPLER_GAP
-from megatron_powerflow.model.policy_model import PolicyModel
-from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import broadcast_object
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.serving.announcements import ask_restart, read_announcements
@@ -22,29 +20,24 @@ from megatron_powerflow.serving.manifest import Manifest, Probe
 from megatron_powerflow.serving.pool import Pool, PoolSettings
 from megatron_powerflow.serving.server import require_url
 from megatron_powerflow.serving.weight_writer import WeightWriter
-from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.score_rollouts import policy_token_log_probs
+from megatron_powerflow.training.session import Session
 
 PROBE_PROMPTS, PROBE_TOKENS = 8, 96
 SYNC_SECONDS = 1200.0  # that a server may take to load a version of the weights
 
 
-def build_vllm_engine(
-    plan: Plan,
-    groups: Groups,
-    chunks: Sequence[PolicyModel],
-    scorer: Scorer,
-    *,
-    run_id: str,
-    first_step: int,
-    say: Callable[[str], None],
-) -> VllmEngine:
-    """Build the engine of a run's servers. Its threads run until `close`. Collective over the run.
+def with_servers(plan: Plan, session: Session, say: Callable[[str], None]) -> Session:
+    """Return the session with the engine of the run's servers, where it has any. Collective over the run.
 
-    run_id: names this run's weights. first_step: how many steps have made the policy. say: for people, on ranks that
-    speak to servers. Raises OSError where the ledger cannot be written.
+    The engine's threads run until its `close`. say: for people, on ranks that speak to servers. Raises OSError where
+    the ledger cannot be written.
     """
+    if not plan.serves:
+        return session
+    groups, chunks, progress = session.groups, session.trainable.chunks, session.progress
+    scorer = replace(session.scorer, temperature=1.0)  # of the probe: what a server says of given tokens has none
     config, servers = plan.config, plan.config.rollout.vllm
     writer = WeightWriter(
         weights_folder(config),
@@ -57,10 +50,10 @@ def build_vllm_engine(
     texts = probe_texts(plan.prompts)
     bound = config.alarm.sampler_gap or SAMPLER_GAP[config.precision.dtype]
     # of this start alone: what a start before it gave a server may have been another course of the run
-    run_id = broadcast_object(f"{run_id}-{uuid.uuid4().hex[:8]}", groups)
+    run_id = broadcast_object(f"{progress.wandb_run_id}-{uuid.uuid4().hex[:8]}", groups)
 
     def publish(step: int) -> Manifest:
-        log_probs = policy_token_log_probs(texts, plan, groups, chunks, replace(scorer, temperature=1.0))
+        log_probs = policy_token_log_probs(texts, plan, groups, chunks, scorer)
         token_ids = tuple(text.prompt.token_ids + text.response_token_ids for text in texts)
         return writer.write(f"{run_id}/{step}", step, Probe(token_ids, log_probs, bound))
 
@@ -70,7 +63,7 @@ def build_vllm_engine(
     pool = ledger = None
     if asks(groups):
         ledger = Ledger(plan.run_folder, groups.sampler_rank, vocab_size=plan.architecture.vocab_size)
-        ledger.begin(first_step)
+        ledger.begin(progress.step)
         pool = Pool(
             lambda: addresses_of(plan),
             PoolSettings(
@@ -84,11 +77,11 @@ def build_vllm_engine(
             say=say,
         )
     engine = VllmEngine(
-        groups, pool, ledger, settings, publish=publish, forget=writer.forget_older, first_step=first_step
+        groups, pool, ledger, settings, publish=publish, forget=writer.forget_older, first_step=progress.step
     )
     if pool is not None:
         pool.open()
-    return engine
+    return replace(session, engine=engine)
 
 
 def addresses_of(plan: Plan) -> list[str]:

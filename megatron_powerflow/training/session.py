@@ -7,7 +7,6 @@ parameters over, and a checkpoint, if there is one to continue, is loaded last.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -26,7 +25,6 @@ from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.optimizer import build_trainable
 from megatron_powerflow.training.plan import Plan, check_replay
 from megatron_powerflow.training.policy import build_engine, build_policy, copy_policy
-from megatron_powerflow.training.served_rollouts import build_vllm_engine
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,8 @@ def from_whole_checkpoint(plan: Plan, groups: Groups, console: Console) -> Plan:
     return replace(plan, resume=replace(plan.resume, checkpoint=checkpoint))
 
 
-def build_session(plan: Plan, groups: Groups, say: Callable[[str], None] = print) -> Session:
-    """Collective over all ranks. Loads the checkpoint to continue from, if the plan names one.
-
-    say: for people, where an engine has something to say of servers.
-    """
+def build_session(plan: Plan, groups: Groups) -> Session:
+    """Collective over all ranks. Loads the checkpoint to continue from, if the plan names one."""
     config, architecture = plan.config, plan.architecture
     model = config.model.model_copy(update={"hf_path": str(plan.model_folder)})
     chunks = build_policy(architecture, plan.family, plan.layout, model, config.precision, groups)
@@ -89,12 +84,6 @@ def build_session(plan: Plan, groups: Groups, say: Callable[[str], None] = print
     if plan.resume_from is not None:
         progress = storage.load(plan.resume_from, trainable, groups)
         require_finite(chunks, plan.family, groups, plan.resume_from)
+    engine = build_engine(chunks, architecture, plan.layout, config, groups)
     scorer = Scorer(groups, architecture.vocab_size, config.rollout.temperature, plan.layout.sequence_parallel)
-    engine: Engine
-    if config.rollout.engine == "vllm" and config.rollout.replay is None:
-        engine = build_vllm_engine(
-            plan, groups, chunks, scorer, run_id=progress.wandb_run_id, first_step=progress.step, say=say
-        )
-    else:
-        engine = build_engine(chunks, architecture, plan.layout, config, groups)
     return Session(groups, trainable, reference, engine, scorer, progress)

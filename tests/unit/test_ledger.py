@@ -1,0 +1,96 @@
+"""Every prompt is answered once, whatever breaks off in between: groups in hand, and the ledger of who answered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.records import Prompt, Rollout, SamplingParams
+from megatron_powerflow.serving.answers import Answer
+from megatron_powerflow.serving.ledger import Ledger, ledger_report
+
+PROMPTS = [(slot, Prompt(f"q{slot}", slot, (1, 2, slot))) for slot in range(3)]
+
+
+def sampling(step: int, **changes) -> SamplingParams:
+    return replace(SamplingParams(2, 4, 1.0, frozenset({9}), seed=1, step=step), **changes)
+
+
+def group(slot: int, prompt: Prompt) -> list[Rollout]:
+    return [Rollout(prompt, slot, index, (3, 9), (-0.25, -1.5), "eos", ((0, 0, 2),)) for index in range(2)]
+
+
+def take(ledger: Ledger, slot: int, step: int, server: str = "http://a:1") -> None:
+    rollouts = group(slot, PROMPTS[slot][1])
+    ledger.take(Answer(slot, tuple(rollouts), ()), rollouts, sampling(step), server)
+
+
+@pytest.fixture
+def ledger(tmp_path) -> Ledger:
+    ledger = Ledger(tmp_path, 0, vocab_size=10)
+    ledger.begin(0)
+    return ledger
+
+
+def test_what_was_answered_is_found_again_and_not_asked_again(ledger, tmp_path):
+    take(ledger, 0, 5)
+    take(ledger, 2, 5)
+    again = Ledger(tmp_path, 0, vocab_size=10)  # the run was killed, and goes on at step 5
+    again.begin(5)
+    found = again.found(PROMPTS, sampling(5))
+    assert found == {0: tuple(group(0, PROMPTS[0][1])), 2: tuple(group(2, PROMPTS[2][1]))}
+    take(again, 1, 5)
+    for step in range(5):
+        for slot in range(3):
+            take(again, slot, step)
+    assert ledger_report(tmp_path, num_steps=6, prompts_per_step=3)[0].startswith("ledger: 18 prompts of 6 steps")
+
+
+def test_another_number_of_samplers_finds_it_too(ledger, tmp_path):
+    take(ledger, 1, 0)
+    other = Ledger(tmp_path, 7, vocab_size=10)
+    assert other.found(PROMPTS[1:], sampling(0)).keys() == {1}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 2}, {"temperature": 0.5}, {"max_response_tokens": 5}, {"stop_token_ids": frozenset({8})}]
+)
+def test_what_was_asked_otherwise_is_asked_anew(ledger, changed):
+    take(ledger, 0, 0)
+    assert not ledger.found(PROMPTS, sampling(0, **changed))
+    assert ledger.found(PROMPTS, sampling(0)).keys() == {0}
+
+
+def test_another_prompt_in_the_same_slot_is_asked(ledger):
+    take(ledger, 0, 0)
+    assert not ledger.found([(0, Prompt("other", 4, (1, 2, 4)))], sampling(0))
+
+
+def test_a_torn_or_hostile_line_is_asked_again(ledger, tmp_path):
+    take(ledger, 0, 0)
+    take(ledger, 1, 0)
+    path = next((tmp_path / "in_hand").glob("step_000000.*"))
+    first, second = path.read_text().splitlines()
+    path.write_text(first[:-30] + "\n" + second.replace("[3, 9]", "[3, 99]") + "\n" + "[]\n{}\nnull\n")
+    assert not ledger.found(PROMPTS, sampling(0)), "torn, and a token outside the vocabulary"
+
+
+def test_groups_go_when_a_checkpoint_holds_their_step_and_other_files_stay(ledger, tmp_path):
+    for step in (3, 4):
+        take(ledger, 0, step)
+    (tmp_path / "in_hand" / "step_000003.notes.jsonl").write_text("a user's")
+    ledger.forget(4)
+    left = sorted(path.name for path in (tmp_path / "in_hand").iterdir())
+    assert left == ["step_000003.notes.jsonl", "step_000004.sampler_00000.jsonl"]
+
+
+def test_a_prompt_that_was_answered_twice_or_never_is_named(ledger, tmp_path):
+    take(ledger, 0, 0)
+    take(ledger, 0, 0)
+    take(ledger, 2, 0)
+    with pytest.raises(UserError) as error:
+        ledger_report(tmp_path, num_steps=1, prompts_per_step=3)
+    assert "1 prompts were answered twice: step 0 slot 0" in str(error.value)
+    assert "1 prompts were never answered: step 0 slot 1" in str(error.value)
