@@ -159,7 +159,7 @@ def forward_passes_of_an_update(config) -> tuple[int, int]:
 
     with opened_session(config) as (plan, session):
         share = plan.share_of(plan.prompts[: config.rollout.prompts_per_step], 0)
-        updates = pack_updates(session.engine.generate(share, sampling_of_step(plan, 0)), plan, session)
+        updates = pack_updates(session.engine.generate(share, sampling_of_step(plan, 0)), plan, session, 0)
         calls = []
         session.trainable.chunks[0].register_forward_hook(lambda *_: calls.append(1))
         learn(plan, session, updates, 0)
