@@ -84,7 +84,7 @@ def run_step(
         for later, its_prompts in enumerate(coming, start=step + 1):
             begin_rollouts(plan, session, its_prompts, sampling_of_step(plan, later))
         give_back(session.groups.device)
-        updates = pack_updates(rollouts, plan, session)
+        updates = pack_updates(rollouts, plan, session, step)
     inspect = inspection(plan.config, prompts) if first_of_start else None
     result = learn(plan, session, updates, step, phase=phase, inspect=inspect)
     session.engine.new_weights(step + 1)
@@ -120,7 +120,7 @@ def learn(
             session.scorer,
             objective,
             config.optimizer,
-            on_policy=plan.on_policy,
+            sampled_by=plan.sampled_by,
             inspect=inspect,
         )
         give_back(session.groups.device)
