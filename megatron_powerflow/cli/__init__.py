@@ -17,7 +17,7 @@ from megatron_powerflow.cli.leaving import run_and_leave
 from megatron_powerflow.cli.models import evaluate, export, generate, score
 from megatron_powerflow.cli.proofs import prove
 from megatron_powerflow.cli.reports import curves, goodput, report
-from megatron_powerflow.cli.runs import check, outcome, stop, train
+from megatron_powerflow.cli.runs import check, inspect, outcome, stop, train
 from megatron_powerflow.cli.servers import serve, vllm_args
 
 end_spawned_with_parent()  # in a process that Megatron starts for its checkpoints
@@ -52,7 +52,21 @@ app.command()(preflight)
 app.command(name="config")(explain_config)
 app.command(name="vllm-args")(vllm_args)
 app.command()(serve)
-for command in (recipes, env, prepare, score, generate, evaluate, export, curves, report, goodput, stop, outcome):
+for command in (
+    recipes,
+    env,
+    prepare,
+    score,
+    generate,
+    evaluate,
+    export,
+    curves,
+    report,
+    goodput,
+    stop,
+    outcome,
+    inspect,
+):
     app.command()(command)
 
 

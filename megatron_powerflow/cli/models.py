@@ -46,6 +46,16 @@ def score(
     score_file(opened, data, out, launch, make_console())
 
 
+class Engine(StrEnum):
+    """Who draws responses: this process, or the vLLM servers of rollout.vllm.urls."""
+
+    megatron = "megatron"
+    vllm = "vllm"
+
+
+ENGINE_HELP = "who samples: this command, or vLLM servers: rollout.vllm.urls=[http://host:port]"
+
+
 class Decoding(StrEnum):
     """How `generate` draws responses."""
 
@@ -67,6 +77,7 @@ def generate(
     blocks: Annotated[int | None, typer.Option(min=1, help="power_sampling: growing limits (default 16)")] = None,
     moves: Annotated[int | None, typer.Option(min=0, help="power_sampling: moves in each block (default 10)")] = None,
     target_words: Annotated[int | None, typer.Option(min=1, help="verbalized: length to ask for")] = None,
+    engine: Annotated[Engine, typer.Option(help=ENGINE_HELP)] = Engine.megatron,
     overrides: Overrides = None,
 ) -> None:
     """Sample responses through the engine that training uses.
@@ -80,19 +91,22 @@ def generate(
         {"--target-words": target_words}, decoding is not Decoding.verbalized, f"--decoding {decoding.value}"
     )
     refuse_options({"--greedy": greedy or None}, decoding is Decoding.power_sampling, "--decoding power_sampling")
+    sampled = decoding is Decoding.sample
+    refuse_options({"--engine": engine is Engine.vllm or None}, not sampled, f"--decoding {decoding.value}")
     if alpha is not None and not (0 < alpha < math.inf):
         raise UserError(f"--alpha {alpha}: a power is a number above 0")
     launch = read_launch()
     prepare_imports()
     from megatron_powerflow.commands.generate import generate_file
-    from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_named
+    from megatron_powerflow.commands.open_model import GENERATE_KEYS, SERVER_KEYS, open_named
     from megatron_powerflow.commands.power_sampling import POWER_SAMPLING_KEYS, power_sample_file
     from megatron_powerflow.commands.verbalized import VerbalizedSampling, verbalize_file
     from megatron_powerflow.rollout.power_sampling import PowerSampling
 
     console = make_console()
     allowed = POWER_SAMPLING_KEYS if decoding is Decoding.power_sampling else GENERATE_KEYS
-    opened = open_named(model, overrides or (), allowed, launch, data={"--prompts": [prompts]})
+    allowed = (*allowed, *SERVER_KEYS) if engine is Engine.vllm else allowed
+    opened = open_named(model, overrides or (), allowed, launch, engine=engine.value, data={"--prompts": [prompts]})
     if decoding is Decoding.power_sampling:
         recipe = PowerSampling(
             alpha=4.0 if alpha is None else alpha,
@@ -124,6 +138,7 @@ def evaluate(
     judge_url: Annotated[str | None, typer.Option(help="http(s)://host/v1 of an OpenAI-compatible judge")] = None,
     judge_model: Annotated[str | None, typer.Option(help="the judge's name there")] = None,
     judge_key_file: Annotated[Path | None, typer.Option(help="file that holds the judge's API key")] = None,
+    engine: Annotated[Engine, typer.Option(help=ENGINE_HELP)] = Engine.megatron,
     overrides: Overrides = None,
 ) -> None:
     """Answer questions and count the right answers: avg, pass@k, majority, lengths; continued when it was killed.
@@ -133,7 +148,7 @@ def evaluate(
     """
     launch = read_launch()
     prepare_imports()
-    from megatron_powerflow.commands.open_model import GENERATE_KEYS, open_named
+    from megatron_powerflow.commands.open_model import GENERATE_KEYS, SERVER_KEYS, open_named
     from megatron_powerflow.evaluation.evaluate import EvaluationRequest
     from megatron_powerflow.evaluation.evaluate import evaluate as run
     from megatron_powerflow.evaluation.judge import make_judge
@@ -148,8 +163,15 @@ def evaluate(
         diversity=diversity,
         judge=make_judge(judge_url, judge_model, judge_key_file),
     )
+    allowed = (*GENERATE_KEYS, *SERVER_KEYS) if engine is Engine.vllm else GENERATE_KEYS
     opened = open_named(
-        model, overrides or (), GENERATE_KEYS, launch, reference=reference, data={"--data": request.data}
+        model,
+        overrides or (),
+        allowed,
+        launch,
+        reference=reference,
+        engine=engine.value,
+        data={"--data": request.data},
     )
     run(opened, request, out, launch, make_console(), command=typed_command())
 

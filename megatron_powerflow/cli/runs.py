@@ -181,3 +181,27 @@ def _done(run: Path) -> str:
     measure = ["powerflow", "evaluate", "--model", str(run), "--data", A_BENCHMARK, "--out", str(run / "evaluation")]
     look = ["powerflow", "report", str(run), "--out", str(run / "report")]
     return "\n".join([*lines, f"  measure it   {shlex.join(measure)}", f"  look at it   {shlex.join(look)}"])
+
+
+def inspect(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Say whether every prompt of a run's finished steps was answered once, and by whom: what its ledger holds.
+
+    For runs whose rollouts vLLM servers draw. Exit code 2 where a prompt was answered twice or never.
+
+    Example: powerflow inspect runs/served
+    """
+    from megatron_powerflow.checkpoint.folder import CONFIG_NAME
+    from megatron_powerflow.config_file import load_recorded_config
+    from megatron_powerflow.journal import read_journal
+    from megatron_powerflow.metrics.writers import FILE_NAME
+    from megatron_powerflow.serving.ledger import has_ledger, ledger_report
+
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(f"{folder}: no run's folder: {CONFIG_NAME} is not there")
+    if not has_ledger(folder):
+        raise UserError(f"{folder}: no ledger there: its rollouts were not drawn by vLLM servers")
+    config = load_recorded_config(folder / CONFIG_NAME)
+    steps = [line.get("step") for line in read_journal(folder / FILE_NAME).lines]
+    num_steps = max((step for step in steps if type(step) is int), default=-1) + 1
+    for line in ledger_report(folder, num_steps=num_steps, prompts_per_step=config.rollout.prompts_per_step):
+        print(line)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_powerflow.commands.open_model import OpenModel, engine_of, load_chunks, say_notices
+from megatron_powerflow.commands.open_model import OpenModel, sampling_engine, say_notices
 from megatron_powerflow.commands.rounds import BY_GENERATE, ROUND_ROWS, output_refusals, write_rounds
 from megatron_powerflow.data.prompts import Rewrite, load_prompts
 from megatron_powerflow.data.tokenizer import Tokenizer
@@ -42,8 +42,10 @@ def generate_file(
     loaded_prompts = load_generation_prompts(opened, prompts, launch, console)
     temperature = 0.0 if greedy else opened.config.rollout.temperature
     sampling = sampling_of_answers(opened, responses_per_prompt=num_responses, temperature=temperature)
-    with initialized(opened.layout, launch, seed=opened.config.run.seed) as groups:
-        engine = engine_of(opened, load_chunks(opened, groups), groups)
+    with (
+        initialized(opened.layout, launch, seed=opened.config.run.seed) as groups,
+        sampling_engine(opened, groups, loaded_prompts, out, console) as engine,
+    ):
         reports = groups.pp_rank == 0 and groups.tp_rank == 0
 
         def one_round(round_prompts: Sequence[tuple[int, Prompt]]) -> list[tuple[int, dict]] | None:

@@ -8,7 +8,9 @@ Left out: what is done with the model (`score.py`, `generate.py`, `export.py`, .
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +40,19 @@ from megatron_powerflow.model.precision import require_fp8_support
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.launch import Launch
 from megatron_powerflow.parallel.layout import Layout, inference_layout
+from megatron_powerflow.parallel.together import on_main
+from megatron_powerflow.records import Prompt
+from megatron_powerflow.rollout.engine import Engine
 from megatron_powerflow.rollout.megatron_engine import MegatronEngine
+from megatron_powerflow.serving.checks import server_violations
+from megatron_powerflow.serving.pool import NoServer
+from megatron_powerflow.targets import require
+from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.inputs import read_inputs
 from megatron_powerflow.training.policy import build_engine, build_policy
+from megatron_powerflow.training.served_rollouts import ServedModel, served_engine
 
+WEIGHTS_SUFFIX = ".weights"
 COMMON_KEYS = (
     *(f"parallel.{key}" for key in ("tp", "pp", "ep", "sequence_parallel")),
     "precision.dtype",
@@ -62,6 +73,7 @@ GENERATE_KEYS = (
     "prompts.too_long",
     "run.seed",
 )
+SERVER_KEYS = tuple(f"rollout.vllm.{key}" for key in ("urls", "max_requests", "answer_seconds", "wait_seconds"))
 
 
 OF_THE_RUN = (
@@ -94,6 +106,7 @@ def open_named(
     launch: Launch,
     *,
     reference: bool = False,
+    engine: str = "megatron",
     data: Mapping[str, Sequence[str]] | None = None,
 ) -> OpenModel:
     """Open a model by a path or by a name on the hub, and fetch what of it and of `data` lies on the hub.
@@ -113,7 +126,9 @@ def open_named(
         recorded = began.revisions if began else {}
 
     def opened(located: LocalPaths) -> OpenModel:
-        return open_model(model, overrides, allowed, launch.world_size, reference=reference, located=located)
+        return open_model(
+            model, overrides, allowed, launch.world_size, reference=reference, engine=engine, located=located
+        )
 
     return opened(locate(wanted, launch, recorded=lambda: recorded, check=opened))
 
@@ -125,12 +140,13 @@ def open_model(
     world_size: int,
     *,
     reference: bool = False,
+    engine: str = "megatron",
     located: LocalPaths = NO_DOWNLOADS,
 ) -> OpenModel:
     """Open an HF folder, a run's folder (its latest checkpoint), a checkpoint or a converted one.
 
     Numbers default to what the folder says: the run's precision, temperature and lengths, or config.json's dtype.
-    reference: open the base model that the run started from, with the run's numbers. located: what `locate`
+    reference: open the base model that the run started from, with the run's numbers. engine: who is to sample. located: what `locate`
     returned; by default every name is a path. Raises UserError with every violation.
     """
     foreign = [item for item in overrides if "=" in item and item.split("=", 1)[0] not in allowed]
@@ -163,10 +179,11 @@ def open_model(
         "precision": {key: value for key, value in precision.items() if value is not None},
         "parallel": {"micro_batch_size": 4},
         "prompts": {"path": "unused"},
-        "rollout": rollout,
+        "rollout": rollout | {"engine": engine},
         "run": {"output_dir": "unused"},
     }
     config = parse_config(values, overrides)
+    require(server_violations(config))
     require_fp8_support(config.precision, architecture, config.parallel)
     layout = inference_layout(config.parallel, architecture, world_size)
     tokenizer = load_tokenizer(hf_folder)
@@ -180,8 +197,49 @@ def say_notices(opened: OpenModel, launch: Launch, console: Console) -> None:
             console.print(f"notice: {notice}")
 
 
+@contextmanager
+def sampling_engine(
+    opened: OpenModel, groups: Groups, prompts: Sequence[Prompt], out: Path, console: Console
+) -> Iterator[Engine]:
+    """Load the model, and yield the engine of training over it, or over the vLLM servers of rollout.vllm.urls.
+
+    Servers get the model's weights first, by the folder OUT.weights, which is gone at the end, and prove them by the
+    first prompts. prompts: all that are to be answered. Collective.
+    """
+    chunks, config = load_chunks(opened, groups), opened.config
+    if config.rollout.engine != "vllm":
+        yield engine_of(opened, chunks, groups)
+        return
+    weights = out.with_name(out.name + WEIGHTS_SUFFIX)
+    on_main(lambda: _make_empty(weights), groups)
+    model = ServedModel(config, opened.layout, opened.architecture, opened.family, chunks, weights)
+    vocab_size, tp_split = opened.architecture.vocab_size, opened.layout.sequence_parallel
+    scorer = Scorer(groups, vocab_size, config.rollout.temperature, tp_split)
+    engine = served_engine(model, groups, prompts, scorer, run_id="answers", say=console.print)
+    try:
+        with closing(engine):
+            yield engine
+    except NoServer as error:
+        raise UserError(
+            f"{error}; start one with the command of `powerflow vllm-args`, and this command again"
+        ) from None
+    finally:
+        if groups.is_main:
+            shutil.rmtree(weights, ignore_errors=True)
+
+
+def _make_empty(folder: Path) -> None:
+    """Make a folder. Raises UserError where something of that name is there: it is not ours to remove."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{folder} is there already: of a command that is answering into the same --out, or was killed; remove it"
+        ) from None
+
+
 def engine_of(opened: OpenModel, chunks: Sequence[PolicyModel], groups: Groups) -> MegatronEngine:
-    """Return the engine of training over these chunks."""
+    """Return the in-process engine of training over these chunks."""
     return build_engine(chunks, opened.architecture, opened.layout, opened.config, groups)
 
 

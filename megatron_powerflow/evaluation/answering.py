@@ -14,13 +14,20 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_powerflow.commands.generate import prompts_per_round, sampling_of_answers
-from megatron_powerflow.commands.open_model import OpenModel, engine_of, load_chunks
+from megatron_powerflow.commands.open_model import OpenModel, sampling_engine
 from megatron_powerflow.commands.rounds import blocks, progress_bar
 from megatron_powerflow.data.answers import extract_answer, grade
 from megatron_powerflow.data.prompts import first_violations, prompt_token_ids, readable_text
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.evaluation.questions import Question
-from megatron_powerflow.evaluation.responses import Key, Line, append_responses, check_settings, open_responses
+from megatron_powerflow.evaluation.responses import (
+    RESPONSES_NAME,
+    Key,
+    Line,
+    append_responses,
+    check_settings,
+    open_responses,
+)
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.initialize import initialized
 from megatron_powerflow.parallel.launch import Launch
@@ -83,8 +90,11 @@ def answer_questions(
             return
         if num_done and groups.is_main:
             console.print(f"continuing after {num_done} of {len(asked)} questions")
-        engine = engine_of(opened, load_chunks(opened, groups), groups)
-        with progress_bar(console, groups.is_main) as bar:
+        prompts_asked = [prompt for _, _, prompt in asked]
+        with (
+            sampling_engine(opened, groups, prompts_asked, out / RESPONSES_NAME, console) as engine,
+            progress_bar(console, groups.is_main) as bar,
+        ):
             task = bar.add_task("evaluating", total=len(asked), completed=num_done)
             for block in blocks(asked[num_done:], per_round):
                 share, first = block[groups.dp_rank :: groups.dp_size], block[0][0]

@@ -20,7 +20,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,6 @@ from megatron_powerflow.serving.answers import Answer, request_of
 
 IN_HAND_FILE = re.compile(r"step_(\d{6,})\.sampler_\d{5,}\.jsonl")
 SHOWN = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A group in hand. weights: the steps after which its weights were, one or several."""
-
-    rollouts: tuple[Rollout, ...]
 
 
 class Ledger:
@@ -119,7 +111,7 @@ def _digest(slot: int, prompt: Prompt, sampling: SamplingParams) -> str:
 
 
 def _note(step: int, group: Sequence[Rollout], server: str, *, in_hand: bool) -> dict[str, Any]:
-    weights = sorted({span[0] for rollout in group for span in rollout.weight_versions})
+    weights = sorted({step for rollout in group for step, _, _ in rollout.weight_versions or ((step, 0, 0),)})
     return {
         "step": step,
         "slot": group[0].slot,

@@ -13,11 +13,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from megatron_powerflow.config import Config
 from megatron_powerflow.data.packing import AnnotatedRollout, pack
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.parallel.batching import padded_rows
 from megatron_powerflow.parallel.collectives import last_stage_rows
 from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.records import MicroBatch, Prompt, Rollout
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.micro_batches import padded_multiple
@@ -35,7 +37,7 @@ def reference_sequence_log_probs(rollouts: Sequence[Rollout], plan: Plan, sessio
     Collective over the run.
     """
     groups = session.groups
-    batches, share = _packed(rollouts, plan, groups)
+    batches, share = _packed(rollouts, plan.config, plan.layout, groups)
     scored = score_reference(session.reference, batches, session.scorer)
     rows = None
     if groups.is_last_stage:
@@ -49,13 +51,18 @@ def reference_sequence_log_probs(rollouts: Sequence[Rollout], plan: Plan, sessio
 
 
 def policy_token_log_probs(
-    rollouts: Sequence[Rollout], plan: Plan, groups: Groups, chunks: Sequence[PolicyModel], scorer: Scorer
+    rollouts: Sequence[Rollout],
+    config: Config,
+    layout: Layout,
+    groups: Groups,
+    chunks: Sequence[PolicyModel],
+    scorer: Scorer,
 ) -> tuple[tuple[float, ...], ...]:
     """Return the log-prob of each token of each response under the policy, nats, on every rank.
 
     chunks: the policy's. rollouts: all of them, alike on every rank. Collective over the run.
     """
-    batches, share = _packed(rollouts, plan, groups)
+    batches, share = _packed(rollouts, config, layout, groups)
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -81,12 +88,13 @@ def policy_token_log_probs(
     )
 
 
-def _packed(rollouts: Sequence[Rollout], plan: Plan, groups: Groups) -> tuple[list[MicroBatch], int]:
+def _packed(
+    rollouts: Sequence[Rollout], config: Config, layout: Layout, groups: Groups
+) -> tuple[list[MicroBatch], int]:
     """Return this rank's share of any number of rollouts as micro-batches, each a group of its own by its place, and
     how many rollouts the share has, fillers among them."""
-    config = plan.config
-    size = padded_rows(config, plan.layout)
-    unit = size * (plan.layout.pp if plan.layout.vpp else 1)  # interleaved stages take turns of pp micro-batches
+    size = padded_rows(config, layout)
+    unit = size * (layout.pp if layout.vpp else 1)  # interleaved stages take turns of pp micro-batches
     share = -(-len(rollouts) // (groups.dp_size * unit)) * unit
     filled = [*rollouts, *[FILLER] * (share * groups.dp_size - len(rollouts))]
     numbered = [replace(rollout, slot=number, response_index=0) for number, rollout in enumerate(filled)]
@@ -95,8 +103,8 @@ def _packed(rollouts: Sequence[Rollout], plan: Plan, groups: Groups) -> tuple[li
         micro_batch_size=size,
         responses_per_prompt=1,
         drop_truncated=False,
-        multiple=padded_multiple(plan.layout, config.precision, groups.device),
-        uniform=plan.layout.vpp is not None,
+        multiple=padded_multiple(layout, config.precision, groups.device),
+        uniform=layout.vpp is not None,
         device=groups.device,
         cp_rank=groups.cp_rank,
         cp_size=groups.cp_size,

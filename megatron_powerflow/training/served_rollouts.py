@@ -1,4 +1,7 @@
-"""How does a run come to its vLLM servers? The engine over them, built from a plan: pool, ledger, weights, probe.
+"""How does a policy come to vLLM servers? The engine over them, built from chunks: pool, weights, probe, ledger.
+
+    with_servers    of a run: with the ledger of its folder
+    served_engine   of any policy, for `powerflow generate` and `evaluate`
 
 Left out: the engine itself (`serving/engine.py`), who starts servers (`serving/supervisor.py`).
 """
@@ -7,25 +10,46 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from megatron_powerflow.architecture import Architecture
+from megatron_powerflow.checkpoint.folder import latest_checkpoint
+from megatron_powerflow.config import Config
+from megatron_powerflow.hf.family import Family
 from megatron_powerflow.metrics.alarm_words import SAMPLER_GAP
+from megatron_powerflow.model.policy_model import PolicyModel
+from megatron_powerflow.parallel.groups import Groups
+from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.parallel.together import broadcast_object
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.serving.announcements import ask_restart, read_announcements
 from megatron_powerflow.serving.checks import weights_folder
 from megatron_powerflow.serving.engine import VllmEngine, VllmSettings, asks
 from megatron_powerflow.serving.ledger import Ledger
-from megatron_powerflow.serving.manifest import Manifest, Probe
+from megatron_powerflow.serving.manifest import Manifest, Probe, version_of
 from megatron_powerflow.serving.pool import Pool, PoolSettings
 from megatron_powerflow.serving.server import require_url
 from megatron_powerflow.serving.weight_writer import WeightWriter
+from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.score_rollouts import policy_token_log_probs
 from megatron_powerflow.training.session import Session
 
 PROBE_PROMPTS, PROBE_TOKENS = 8, 96
 SYNC_SECONDS = 1200.0  # that a server may take to load a version of the weights
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A policy on this rank, as far as servers need it. weights: the folder that its versions are written to."""
+
+    config: Config
+    layout: Layout
+    architecture: Architecture
+    family: Family
+    chunks: Sequence[PolicyModel]
+    weights: Path
 
 
 def with_servers(plan: Plan, session: Session, say: Callable[[str], None]) -> Session:
@@ -36,74 +60,95 @@ def with_servers(plan: Plan, session: Session, say: Callable[[str], None]) -> Se
     """
     if not plan.serves:
         return session
-    groups, chunks, progress = session.groups, session.trainable.chunks, session.progress
-    scorer = replace(session.scorer, temperature=1.0)  # of the probe: what a server says of given tokens has none
-    config, servers = plan.config, plan.config.rollout.vllm
-    writer = WeightWriter(
-        weights_folder(config),
-        chunks,
-        plan.architecture,
-        plan.family,
-        groups,
-        as_changes=servers.transport == "changes",
-    )
-    texts = probe_texts(plan.prompts)
-    bound = config.alarm.sampler_gap or SAMPLER_GAP[config.precision.dtype]
-    # of this start alone: what a start before it gave a server may have been another course of the run
-    run_id = broadcast_object(f"{progress.wandb_run_id}-{uuid.uuid4().hex[:8]}", groups)
-
-    def publish(step: int) -> Manifest:
-        log_probs = policy_token_log_probs(texts, plan, groups, chunks, scorer)
-        token_ids = tuple(text.prompt.token_ids + text.response_token_ids for text in texts)
-        return writer.write(f"{run_id}/{step}", step, Probe(token_ids, log_probs, bound))
-
-    settings = VllmSettings(
-        run_id, config.rollout.steps_ahead, config.rollout.in_flight_updates, sync_seconds=SYNC_SECONDS
-    )
-    pool = ledger = None
+    groups, step, ledger = session.groups, session.progress.step, None
     if asks(groups):
         ledger = Ledger(plan.run_folder, groups.sampler_rank, vocab_size=plan.architecture.vocab_size)
-        ledger.begin(progress.step)
-        pool = Pool(
-            lambda: addresses_of(plan),
-            PoolSettings(
-                plan.architecture.vocab_size,
-                servers.max_requests or 1,
-                servers.answer_seconds or SYNC_SECONDS,
-                servers.wait_seconds or SYNC_SECONDS,
-            ),
-            bring_up=lambda server: engine.bring_up(server),
-            restart=lambda url: ask_restart(plan.run_folder, url) if groups.is_main else False,
-            say=say,
-        )
-    engine = VllmEngine(
-        groups, pool, ledger, settings, publish=publish, forget=writer.forget_older, first_step=progress.step
+        ledger.begin(step)
+        if (checkpoint := latest_checkpoint(plan.run_folder)) is not None and groups.is_main:
+            ledger.forget(int(checkpoint.name.removeprefix("step_")))
+    chunks, folder = session.trainable.chunks, weights_folder(plan.config)
+    model = ServedModel(plan.config, plan.layout, plan.architecture, plan.family, chunks, folder)
+    engine = served_engine(
+        model,
+        groups,
+        plan.prompts,
+        session.scorer,
+        run_id=session.progress.wandb_run_id,
+        first_step=step,
+        ledger=ledger,
+        say=say,
     )
-    if pool is not None:
-        pool.open()
     return replace(session, engine=engine)
 
 
-def addresses_of(plan: Plan) -> list[str]:
-    """Return the addresses of the run's servers: those of its config, or those that have announced themselves."""
-    urls = plan.config.rollout.vllm.urls
+def served_engine(
+    model: ServedModel,
+    groups: Groups,
+    prompts: Sequence[Prompt],
+    scorer: Scorer,
+    *,
+    run_id: str,
+    first_step: int = 0,
+    ledger: Ledger | None = None,
+    say: Callable[[str], None],
+) -> VllmEngine:
+    """Build the engine of a policy's servers, and begin to look for them. Collective over all ranks.
+
+    prompts: the first ones prove the weights. scorer: of training. run_id: names the weights. first_step: how many
+    steps have made them. ledger: on the ranks that ask, of a run.
+    """
+    config, servers = model.config, model.config.rollout.vllm
+    as_changes = servers.transport == "changes"
+    writer = WeightWriter(model.weights, model.chunks, model.architecture, model.family, groups, as_changes=as_changes)
+    texts, bound = probe_texts(prompts), config.alarm.sampler_gap or SAMPLER_GAP[config.precision.dtype]
+    of_texts = replace(scorer, temperature=1.0)  # what a server says of given tokens knows no temperature
+    # of this start alone: what a start before it gave a server may have been another course of the run
+    run_id = broadcast_object(f"{run_id}-{uuid.uuid4().hex[:8]}", groups)
+
+    def publish(step: int) -> Manifest:
+        log_probs = policy_token_log_probs(texts, config, model.layout, groups, model.chunks, of_texts)
+        token_ids = tuple(text.prompt.token_ids + text.response_token_ids for text in texts)
+        return writer.write(version_of(run_id, step), step, Probe(token_ids, log_probs, bound))
+
+    lag, mixed = config.rollout.steps_ahead, config.rollout.in_flight_updates
+    settings, run = VllmSettings(run_id, lag, mixed, sync_seconds=SYNC_SECONDS), Path(config.run.output_dir)
+    pool = None
+    if asks(groups):
+        pool = Pool(
+            lambda: addresses_of(config),
+            _pool_settings(config, model.architecture.vocab_size),
+            bring_up=lambda server: engine.bring_up(server),
+            restart=lambda url: groups.is_main and ask_restart(run, url),
+            say=say,
+        )
+    engine = VllmEngine(
+        groups, pool, ledger, settings, publish=publish, forget=writer.forget_older, first_step=first_step
+    )
+    if pool is not None:
+        pool.open()
+    return engine
+
+
+def _pool_settings(config: Config, vocab_size: int) -> PoolSettings:
+    servers = config.rollout.vllm
+    assert servers.max_requests and servers.answer_seconds and servers.wait_seconds, "config_rules.py fills them in"
+    return PoolSettings(vocab_size, servers.max_requests, servers.answer_seconds, servers.wait_seconds)
+
+
+def addresses_of(config: Config) -> list[str]:
+    """Return the addresses of the servers: those of the config, or those that have announced themselves."""
+    urls = config.rollout.vllm.urls
     if urls is not None:
         return [require_url(url) for url in urls]
-    return [announcement.url for announcement in read_announcements(plan.run_folder).values()]
+    return [announcement.url for announcement in read_announcements(Path(config.run.output_dir)).values()]
 
 
 def probe_texts(prompts: Sequence[Prompt]) -> list[Rollout]:
     """Return the texts that a server's weights are proved by: the first prompts, each from its second token on a
-    response to its first."""
-    long_enough = [prompt for prompt in prompts if len(prompt.token_ids) > 1][:PROBE_PROMPTS]
-    return [
-        Rollout(
-            replace(prompt, token_ids=prompt.token_ids[:1]),
-            slot,
-            0,
-            (rest := prompt.token_ids[1:PROBE_TOKENS]),
-            (0.0,) * len(rest),
-            "length",
-        )
-        for slot, prompt in enumerate(long_enough)
-    ]
+    response to its first. Of a prompt with one token alone that token is taken twice."""
+    texts = []
+    for slot, prompt in enumerate(prompts[:PROBE_PROMPTS]):
+        tokens = prompt.token_ids if len(prompt.token_ids) > 1 else prompt.token_ids * 2
+        rest = tokens[1:PROBE_TOKENS]
+        texts.append(Rollout(replace(prompt, token_ids=tokens[:1]), slot, 0, rest, (0.0,) * len(rest), "length"))
+    return texts

@@ -60,7 +60,7 @@ def who_sampled(config: Config, *, own: bool) -> SampledBy:
     own: those that the step starts with, sampled or replayed from a run of this very config.
     """
     if own:
-        return SampledBy.OWN
+        return SampledBy.OLDER if config.rollout.steps_ahead else SampledBy.OWN
     return SampledBy.SAVED if config.objective.sampler_ratio == "none" else SampledBy.ANOTHER
 
 
