@@ -146,8 +146,8 @@ def open_model(
     """Open an HF folder, a run's folder (its latest checkpoint), a checkpoint or a converted one.
 
     Numbers default to what the folder says: the run's precision, temperature and lengths, or config.json's dtype.
-    reference: open the base model that the run started from, with the run's numbers. engine: who is to sample. located: what `locate`
-    returned; by default every name is a path. Raises UserError with every violation.
+    reference: open the base model that the run started from, with the run's numbers. engine: who is to sample. located:
+    what `locate` returned; by default every name is a path. Raises UserError with every violation.
     """
     foreign = [item for item in overrides if "=" in item and item.split("=", 1)[0] not in allowed]
     if foreign:

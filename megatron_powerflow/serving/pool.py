@@ -179,21 +179,20 @@ class Pool:
             self._changed.notify_all()
 
     def lose(self, url: str, why: str, *, for_good: bool) -> None:
-        """Ask a server no more. for_good: until it was started anew."""
+        """Ask a server no more. for_good: until it was started anew. The first reason is the one that is told."""
+        why = why[:SHOWN_TROUBLE]
         with self._changed:
             member = self._members[url]
-            was, member.trouble = member.trouble, why[:SHOWN_TROUBLE]
+            is_news = not member.trouble
+            member.trouble, asks_restart = member.trouble or why, for_good and not member.for_good
             member.for_good = member.for_good or for_good
-            if not self._up():
+            if not any(not other.trouble for other in self._members.values()):
                 self._lost_since = self._lost_since or time.monotonic()
-        member.server.drop()
-        if for_good:
+        member.server.drop()  # what else it was asked goes to another one
+        if asks_restart:
             self._restart(url)
-        if not was:
-            self._say(f"vLLM server {url} is left out: {why[:SHOWN_TROUBLE]}")
-
-    def _up(self) -> list[_Member]:
-        return [member for member in self._members.values() if not member.trouble]
+        if is_news or asks_restart:
+            self._say(f"vLLM server {url} is left out: {why}")
 
     def _take(self, member: _Member) -> Ask | None:
         """Wait for a prompt that this server may answer; None when the pool closes."""
@@ -257,10 +256,8 @@ class Pool:
     def _look_at(self, member: _Member) -> None:
         healthy = member.server.is_healthy()
         member.missed = 0 if healthy else member.missed + 1
-        if member.missed >= HEALTH_TRIES:
-            member.server.drop()  # whoever waits for it, as for weights that it is given
-            if not member.trouble:
-                self.lose(member.server.url, "does not answer /health: it hangs or is gone", for_good=False)
+        if member.missed >= HEALTH_TRIES:  # also where somebody waits for it to take weights
+            self.lose(member.server.url, "does not answer /health: it hangs or is gone", for_good=False)
         if not member.trouble:
             return
         if not healthy or self._held:

@@ -115,6 +115,10 @@ def test_a_key_without_effect_is_an_error(overrides, reason):
     assert reason in line
 
 
+SERVED = ["rollout.engine=vllm", "rollout.vllm.urls=[http://a:1]"]
+STARTED = ["rollout.engine=vllm", "rollout.vllm.start=1"]
+# Where one of the two is given the other is not: the case begins with the other one alone.
+EITHER = {"rollout.vllm.urls": STARTED[:1], "rollout.vllm.start": SERVED[:1]}
 # key: (settings where it applies, its default there, a value that is welcome there, settings where it does not apply,
 # the reason). No settings in the fourth place: it applies everywhere.
 CASES = {
@@ -146,14 +150,48 @@ CASES = {
     "evaluation.prompts": ([], None, "p", ["rollout.replay=x"], "trains without an engine"),
     "evaluation.num_prompts": (["evaluation.prompts=p"], None, 5, [], "evaluation.prompts is not given"),
     "evaluation.num_responses": (["evaluation.prompts=p"], 4, 1, [], "evaluation.prompts is not given"),
+    "rollout.vllm.urls": (STARTED, None, ["http://a:1"], [], "rollout.engine is not vllm"),
+    "rollout.vllm.start": (SERVED, None, 2, [], "rollout.engine is not vllm"),
+    "rollout.vllm.transport": (SERVED, "folder", "changes", [], "rollout.engine is not vllm"),
+    "rollout.vllm.weights": (SERVED, None, "w", [], "rollout.engine is not vllm"),
+    "rollout.vllm.max_requests": (SERVED, 16, 3, [], "rollout.engine is not vllm"),
+    "rollout.vllm.answer_seconds": (SERVED, 1800.0, 5.0, [], "rollout.engine is not vllm"),
+    "rollout.vllm.wait_seconds": (SERVED, 900.0, 5.0, [], "rollout.engine is not vllm"),
+    "rollout.vllm.sleeps": (STARTED, False, True, SERVED, "no server is started"),
+    "rollout.vllm.tp": (STARTED, 1, 2, SERVED, "no server is started"),
+    "rollout.vllm.dtype": (STARTED, "bfloat16", "float32", SERVED, "no server is started"),
+    "rollout.vllm.memory": (STARTED, 0.9, 0.5, SERVED, "no server is started"),
+    "rollout.vllm.port": (STARTED, 8200, 9000, SERVED, "no server is started"),
+    "rollout.vllm.python": (STARTED, None, "p", SERVED, "no server is started"),
+    "rollout.vllm.arguments": (STARTED, None, ["--x"], SERVED, "no server is started"),
     "run.stop_at_alpha": ([], None, 2.0, ["objective.preset=tb_token_target"], "is no power of the base model"),
     "metrics.wandb_project": ([], "megatron_powerflow", "x", ["metrics.wandb=off"], "metrics.wandb=off"),
 }
 
 
 def value_of(config: Config, key: str):
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    value = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.engine=vllm"], "neither is given"),
+        ([*SERVED, "rollout.vllm.start=2"], "both are given"),
+        (["rollout.steps_ahead=1"], "rollout.steps_ahead has no effect because rollout.engine is not vllm"),
+        ([*SERVED, "rollout.in_flight_updates=true"], "because rollout.steps_ahead=0"),
+        ([*STARTED, "rollout.vllm.sleeps=true", "rollout.steps_ahead=1"], "answers nothing"),
+        ([*SERVED, "rollout.vllm.dtpye=x"], "unknown key; did you mean dtype? known: urls, start"),
+        ([*SERVED, "rollout.vllm.max_requests=0"], "rollout.vllm.max_requests=0: must be greater than or equal to 1"),
+        (["rollout.vllm=3"], "rollout.vllm=3"),
+        (["rollout.vllm.urls=http://a:1", "rollout.engine=vllm"], "rollout.vllm.urls='http://a:1'"),
+    ],
+)
+def test_what_contradicts_itself_about_servers_is_said_in_one_line(overrides, words):
+    assert any(words in line for line in violations(*overrides)), violations(*overrides)
 
 
 def test_every_conditional_key_has_its_case():
@@ -164,7 +202,7 @@ def test_every_conditional_key_has_its_case():
 def test_a_conditional_key_has_its_default_where_it_applies_and_is_refused_elsewhere(key):
     where, default, welcome, elsewhere, reason = CASES[key]
     assert value_of(parse_config(MINIMAL, where), key) == default
-    assert value_of(parse_config(MINIMAL, [*where, f"{key}={welcome}"]), key) == welcome
+    assert value_of(parse_config(MINIMAL, [*EITHER.get(key, where), f"{key}={welcome}"]), key) == welcome
     if elsewhere is None:
         return
     assert value_of(parse_config(MINIMAL, elsewhere), key) is None
