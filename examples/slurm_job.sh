@@ -6,13 +6,16 @@
 #                                  repository mounted where it lies. Without: the programs of the nodes
 #   --launcher torchrun|srun       one torchrun per node (default), or one task of srun per GPU
 #   --preflight SECONDS|off        for which a node may be late when the nodes are tried before (default 120)
+#   --servers NODES                the last so many nodes of the job run vLLM servers that sample, one for each
+#                                  rollout.vllm.tp GPUs (one on a node without GPUs); the others train. colocated:
+#                                  on the GPUs of every node, asleep while it trains
 #
 # How it ends: 0 the run is finished; 2 refused, and said why: not put back; put back into the queue when it was asked to
 # stop and has saved, when a node is at fault at the pre-flight (without that node), and when it failed behind a new
 # checkpoint, as it does when a rank hangs or is killed. Whoever fails twice at one checkpoint is not put back again.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
-image='' mounts='' launcher=torchrun preflight=120
+image='' mounts='' launcher=torchrun preflight=120 servers=${servers:-0}
 while [[ "${1:-}" == --* ]]; do
     value=${2:-}
     case $1=$value in
@@ -21,8 +24,9 @@ while [[ "${1:-}" == --* ]]; do
         --mounts=?*) mounts=$value ;;
         --launcher=torchrun | --launcher=srun) launcher=$value ;;
         --preflight=off | --preflight=[1-9]*) preflight=$value ;;
+        --servers=0 | --servers=colocated | --servers=[1-9] | --servers=[1-9][0-9]) servers=$value ;;
         *) echo "error: $1 $value is no option of this script: --recipe NAME|FILE.yaml, --image IMAGE, --mounts FROM:TO,...," \
-            "--launcher torchrun|srun and --preflight SECONDS|off are" >&2; exit 2 ;;
+            "--launcher torchrun|srun, --preflight SECONDS|off and --servers NODES|colocated are" >&2; exit 2 ;;
     esac
     shift 2
 done
@@ -46,8 +50,24 @@ powerflow() { "${inside[@]}" "$python" -m megatron_powerflow.cli "$@"; }
 # One process per GPU; on nodes without GPUs one per node.
 per_node=${SLURM_GPUS_ON_NODE:-1}
 [ "$per_node" -gt 0 ] 2>/dev/null || per_node=1
-world_size=$(( SLURM_JOB_NUM_NODES * per_node ))
-per_gpu=(srun --ntasks="$world_size" --ntasks-per-node="$per_node" --cpu-bind=none "${container[@]}")
+serving=0 trainers=$SLURM_JOB_NUM_NODES first_server_node=0  # how many nodes do what
+if [ "$servers" = colocated ]; then
+    serving=$SLURM_JOB_NUM_NODES
+elif [ "$servers" -gt 0 ]; then
+    serving=$servers trainers=$(( SLURM_JOB_NUM_NODES - servers )) first_server_node=$(( SLURM_JOB_NUM_NODES - servers ))
+fi
+[ "$trainers" -gt 0 ] || { echo "error: --servers $servers of $SLURM_JOB_NUM_NODES nodes leaves none to train" >&2; exit 2; }
+world_size=$(( trainers * per_node ))
+here=(--nodes="$trainers" --relative=0)  # the nodes that train
+per_gpu=(srun "${here[@]}" --ntasks="$world_size" --ntasks-per-node="$per_node" --cpu-bind=none "${container[@]}")
+set -- ${defaults[@]+"${defaults[@]}"} "$@"  # what is given stands behind them, and counts
+if [ "$serving" -gt 0 ]; then
+    tp=1 per_server_node=1
+    for word in "$@"; do [[ "$word" != rollout.vllm.tp=* ]] || tp=${word#*=}; done
+    [ "${SLURM_GPUS_ON_NODE:-0}" -lt 1 ] 2>/dev/null || per_server_node=$(( per_node / tp ))
+    set -- rollout.engine=vllm "rollout.vllm.start=$(( serving * per_server_node ))" "$@"
+    [ "$servers" != colocated ] || set -- "$@" rollout.vllm.sleeps=true
+fi
 
 # Back into the queue: requeue WHY [NODES to keep out]
 requeue() {
@@ -105,10 +125,17 @@ before=$(powerflow outcome "$config" "$@" --forget)
 [ "$asked" = no ] || requeue "asked to stop before the run began"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800  # seconds between SIGTERM to torchrun and its kill: a step and a save
 
+if [ "$serving" -gt 0 ]; then  # in the background, and started anew by themselves; they end with the job
+    srun --overlap --nodes="$serving" --relative="$first_server_node" --ntasks-per-node="$per_server_node" --cpu-bind=none \
+        "${container[@]}" bash -c 'exec "$0" -m megatron_powerflow.cli serve "$@" --number "$SLURM_LOCALID"' \
+        "$python" "$config" "$@" &
+    server_step=$!
+    trap 'kill "$server_step" 2>/dev/null || true' EXIT
+fi
 if [ "$launcher" = srun ]; then
     "${per_gpu[@]}" --kill-on-bad-exit=1 "$python" -m megatron_powerflow.cli train "$config" "$@" &
 else
-    srun --kill-on-bad-exit=1 --cpu-bind=none "${container[@]}" bash -c '
+    srun "${here[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none "${container[@]}" bash -c '
         exec "$0" -m torch.distributed.run --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$1" \
             --master-addr "$2" --master-port "$3" -m megatron_powerflow.cli train "${@:4}"
     ' "$python" "$per_node" "$MASTER_ADDR" "$MASTER_PORT" "$config" "$@" &

@@ -17,6 +17,7 @@ from megatron_powerflow.config import Config
 from megatron_powerflow.config_file import load_config
 from megatron_powerflow.console import make_console
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.launch import gpus_of
 from megatron_powerflow.parallel.slurm_job import node_name
 from megatron_powerflow.serving.checks import server_violations
 from megatron_powerflow.serving.command_line import ServerCommand, command_of
@@ -67,7 +68,8 @@ def _command(settings: Config, number: int) -> tuple[ServerCommand, int]:
     if violations := server_violations(settings, starts_here=True):
         raise UserError(violations)
     port = (settings.rollout.vllm.port or DEFAULT_PORT) + number
-    return command_of(settings, Path(settings.model.hf_path), port=port), port
+    gpus = gpus_of(number, settings.rollout.vllm.tp or 1)
+    return command_of(settings, Path(settings.model.hf_path), port=port, gpus=gpus), port
 
 
 def _own_address() -> str:

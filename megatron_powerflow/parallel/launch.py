@@ -270,6 +270,29 @@ def gpus_meant(devices: Path = Path("/dev")) -> str | None:
     return f"this machine's {files[0]}" if files else None
 
 
+def gpus_of(number: int, each: int, devices: Path = Path("/dev")) -> str | None:
+    """Return the GPUs of the server with this number on its machine, as CUDA_VISIBLE_DEVICES has them: `each` of those
+    that are visible, the first server the first ones. None on a machine without GPUs.
+
+    Raises UserError where there are not so many.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        found = [path.name.removeprefix("nvidia") for path in devices.glob("nvidia[0-9]*")]
+        names = sorted(found, key=int)
+    else:
+        names = [name for name in visible.replace(" ", "").split(",") if re.match(r"\d|GPU-|MIG-", name)]
+    if not names:
+        return None
+    mine = names[number * each : (number + 1) * each]
+    if len(mine) < each:
+        raise UserError(
+            f"rollout.vllm.tp={each}: server {number} of this machine needs GPU {number * each} to "
+            f"{(number + 1) * each - 1}, and {len(names)} are visible; start fewer servers here"
+        )
+    return ",".join(mine)
+
+
 def environment_secrets() -> list[str]:
     """The values of the environment's keys, tokens and passwords, by the variables' names (WANDB_API_KEY, HF_TOKEN).
 

@@ -39,6 +39,10 @@ class Engine(Protocol):
         """Note that the policy's weights are now those after `step` steps."""
         ...
 
+    def rest(self) -> None:
+        """Give back what it holds of the trainer's devices, until the next `generate`. Collective."""
+        ...
+
     def metrics(self) -> dict[str, float]:
         """Return metrics of the last step, by name; they count on the main rank."""
         ...

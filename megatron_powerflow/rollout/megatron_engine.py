@@ -91,6 +91,9 @@ class MegatronEngine:
     def new_weights(self, step: int) -> None:
         """Do nothing: it samples with the weights themselves."""
 
+    def rest(self) -> None:
+        """Do nothing: its cache goes with each `generate`."""
+
     def metrics(self) -> dict[str, float]:
         """Return nothing beside what rollouts say themselves."""
         return {}

@@ -9,6 +9,7 @@ Left out: starting it (`supervisor.py`). Imports no torch.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from pathlib import Path
 from megatron_powerflow.config import Config
 from megatron_powerflow.serving.pool import MODEL
 
-ON_SERVER = Path(__file__).parent / "on_server"
+PATHS = (str(Path(__file__).parent / "on_server"),)  # that a server's Python looks into beside its own
+WORKER = "powerflow_on_server.Weights"
 SERVER = "vllm.entrypoints.openai.api_server"  # the command `vllm` is broken in builds for CPUs
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the routes that change weights
@@ -62,9 +64,14 @@ class ServerCommand:
         return " ".join([*variables, shlex.join(self.arguments)])
 
 
-def command_of(config: Config, model_folder: Path, *, port: int, host: str = "0.0.0.0") -> ServerCommand:
-    """Return the command of a server for a run. model_folder: config and tokenizer are read there, and weights, which
-    the run's own replace before anything is sampled."""
+def command_of(
+    config: Config, model_folder: Path, *, port: int, host: str = "0.0.0.0", gpus: str | None = None
+) -> ServerCommand:
+    """Return the command of a server for a run.
+
+    model_folder: config and tokenizer are read there, and weights, which the run's own replace before anything is
+    sampled. gpus: the machine's that are its own, as CUDA_VISIBLE_DEVICES has them; None: whatever it finds.
+    """
     rollout, servers = config.rollout, config.rollout.vllm
     dtype = servers.dtype or ("float32" if config.precision.dtype == "fp32" else "bfloat16")
     arguments = [
@@ -81,12 +88,13 @@ def command_of(config: Config, model_folder: Path, *, port: int, host: str = "0.
         *("--generation-config", "vllm"),
         "--enable-scale-out",
         "--enable-prefix-caching",
-        *("--worker-extension-cls", "powerflow_on_server.Weights"),
+        *("--worker-extension-cls", WORKER),
         *("--weight-transfer-config", json.dumps({"backend": "powerflow_folder"})),
         *(["--enable-sleep-mode"] if servers.sleeps else []),
         *(servers.arguments or ()),
     ]
-    return ServerCommand(tuple(arguments), {**ENVIRONMENT, "PYTHONPATH": str(ON_SERVER)})
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(PATHS)}
+    return ServerCommand(tuple(arguments), environment | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus is not None else {}))
 
 
 def argument_violations(arguments: Sequence[str]) -> list[str]:

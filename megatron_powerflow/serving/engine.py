@@ -32,7 +32,7 @@ from megatron_powerflow.serving.ledger import Ledger
 from megatron_powerflow.serving.manifest import Manifest, step_of
 from megatron_powerflow.serving.pool import Ask, NoServer, Pool, UnwantedVersion
 from megatron_powerflow.serving.server import Server, ServerError, Unreachable
-from megatron_powerflow.serving.weight_sync import Sync, bring
+from megatron_powerflow.serving.weight_sync import Sync, bring, sleep, wake
 
 POLL_SECONDS = 0.02  # between two meetings of the ranks while they wait, at first; up to SLOW_POLL_SECONDS
 SLOW_POLL_SECONDS = 0.5
@@ -68,6 +68,7 @@ class VllmSettings:
     lag: int
     mixed: bool
     sync_seconds: float
+    sleeps: bool = False
 
 
 class VllmEngine:
@@ -218,10 +219,7 @@ class VllmEngine:
         manifest, pool = self.manifest, self._pool
         servers = pool.known()
         with pool.bringing, ThreadPoolExecutor(max(len(servers), 1)) as executor:
-            tries = {
-                server.url: executor.submit(bring, server, manifest, seconds=self._settings.sync_seconds)
-                for server in servers
-            }
+            tries = {server.url: executor.submit(self._bring, server, manifest) for server in servers}
             while wait(tries.values(), timeout=SLOW_POLL_SECONDS).not_done:
                 self.beat()
         synced = {}
@@ -235,6 +233,11 @@ class VllmEngine:
                 raise error
         return synced
 
+    def _bring(self, server: Server, manifest: Manifest) -> Sync:
+        if self._settings.sleeps:
+            wake(server)
+        return bring(server, manifest, seconds=self._settings.sync_seconds)
+
     def bring_up(self, server: Server) -> None:
         """Let a server take part that was lost or came later: what a pool asks for, in its own thread.
 
@@ -244,7 +247,7 @@ class VllmEngine:
         if manifest is None:
             raise Unreachable("waits for the first weights")
         if self._groups.is_main:
-            bring(server, manifest, seconds=self._settings.sync_seconds)
+            self._bring(server, manifest)
         elif (version := server.weight_version()) != manifest.version:
             raise Unreachable(f"has the weights {version!r}; {manifest.version!r} are wanted")
 
@@ -307,6 +310,21 @@ class VllmEngine:
             parts = {rank: data for rank in ranks_of_sampler(groups) if rank != groups.rank}
         received = exchange(parts, groups)
         return rollouts if self._pool is not None else [rollout for part in received for rollout in from_bytes(part)]
+
+    def rest(self) -> None:
+        """Put the servers to sleep where they share the trainer's GPUs. Collective over the run."""
+        if not self._settings.sleeps:
+            return
+        self._hold()
+        failure = None
+        if self._groups.is_main:
+            assert self._pool is not None
+            servers = self._pool.known()
+            failure = attempt(lambda: [sleep(server) for server in servers], ServerError)
+        raise_together(
+            failure, lambda text: f"a vLLM server that shares the GPUs does not sleep ({text})", self._groups
+        )
+        self.manifest = None  # they wake up for the next weights
 
     def metrics(self) -> dict[str, float]:
         """Return what the update of the servers before the last step came to, on the main rank; {} elsewhere."""

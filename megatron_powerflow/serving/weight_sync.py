@@ -75,3 +75,18 @@ def _update(server: Server, manifest: Manifest, *, only_changes: bool, seconds: 
     if not (isinstance(reply, dict) and reply.get("success") is True):
         raise Refused(f"{server.url}: its prefix cache, which is the old weights', could not be emptied: {reply}")
     server.post("/resume", seconds=QUICK_SECONDS)
+
+
+def sleep(server: Server) -> None:
+    """Have a server give back its GPUs' memory: its cache, and its weights, which it keeps in host memory.
+
+    Raises ServerError. vLLM on CPUs answers, and gives nothing back.
+    """
+    server.post("/sleep?level=1", seconds=QUICK_SECONDS)
+
+
+def wake(server: Server) -> None:
+    """Have a server take back what it needs, if it sleeps. Raises ServerError."""
+    reply = server.get("/is_sleeping", seconds=QUICK_SECONDS)
+    if isinstance(reply, dict) and reply.get("is_sleeping"):
+        server.post("/wake_up", seconds=QUICK_SECONDS)

@@ -111,7 +111,8 @@ def served_engine(
         return writer.write(version_of(run_id, step), step, Probe(token_ids, log_probs, bound))
 
     lag, mixed = config.rollout.steps_ahead, config.rollout.in_flight_updates
-    settings, run = VllmSettings(run_id, lag, mixed, sync_seconds=SYNC_SECONDS), Path(config.run.output_dir)
+    settings = VllmSettings(run_id, lag, mixed, sync_seconds=SYNC_SECONDS, sleeps=bool(servers.sleeps))
+    run = Path(config.run.output_dir)
     pool = None
     if asks(groups):
         pool = Pool(

@@ -83,6 +83,7 @@ def run_step(
         rollouts = step_rollouts(plan, session, prompts, sampling_of_step(plan, step), progress)
         for later, its_prompts in enumerate(coming, start=step + 1):
             begin_rollouts(plan, session, its_prompts, sampling_of_step(plan, later))
+        session.engine.rest()
         give_back(session.groups.device)
         updates = pack_updates(rollouts, plan, session, step)
     inspect = inspection(plan.config, prompts) if first_of_start else None

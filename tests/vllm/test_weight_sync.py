@@ -1,0 +1,63 @@
+"""After every update the servers have the trainer's weights, and a server that has not is found by name."""
+
+from __future__ import annotations
+
+import pytest
+
+GAP = 1e-3  # nats per token, the bound of fp32
+
+
+@pytest.fixture(scope="module")
+def served(shared_job):
+    shared_job.serve(faulty=True)
+    return shared_job
+
+
+@pytest.fixture(autouse=True)
+def healthy(served):
+    served.fault_file.write_text("")
+    yield
+    served.fault_file.write_text("")
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
+@pytest.mark.parametrize("transport", ["folder", "changes"])
+def test_ten_steps_with_a_proof_after_each(served, tmp_path, layout, transport):
+    run = tmp_path / "run"
+    sizes = {f"parallel.{name}": size for name, size in layout.items()}
+    changes = {"rollout.vllm.urls": [served.url()], **NO_START, "run.num_steps": 10, "run.output_dir": str(run)}
+    found = served.train(num_processes=2, **changes, **sizes, **{"rollout.vllm.transport": transport})
+    assert found.returncode == 0, found.stdout + found.stderr
+    from megatron_powerflow.journal import read_journal
+
+    lines = read_journal(run / "metrics.jsonl").lines
+    assert len(lines) == 10
+    assert all(line["sync_gap_mean"] < GAP and line["sync_gap_max"] < GAP for line in lines), lines
+    assert all(line["sampler_gap_mean"] < GAP for line in lines)
+    assert all(line["num_servers"] == 1 for line in lines)
+    print("gaps", [line["sync_gap_mean"] for line in lines], "bytes", [line["sync_bytes"] for line in lines])
+    if transport == "changes":
+        assert all(line["sync_share"] < 0.9 for line in lines[1:])
+
+
+NO_START = {f"rollout.vllm.{key}": None for key in ("start", "python", "arguments", "port")}
+WORDS = {
+    "tied_head": ["lm_head.weight (tied)", "layers that compute with something else"],
+    "stale": ["never loaded:", "model.embed_tokens.weight"],
+    "dropped": ["never loaded: model.layers.1.self_attn.o_proj.weight;"],
+    "transposed": ["with other numbers than were sent:", "model.layers.1.self_attn.o_proj.weight"],
+}
+
+
+@pytest.mark.parametrize("fault", WORDS)
+def test_a_server_with_other_weights_stops_the_run_and_the_fault_is_named(served, tmp_path, fault):
+    run = tmp_path / "run"
+    changes = {"rollout.vllm.urls": [served.url()], **NO_START, "run.output_dir": str(run), "run.num_steps": 2}
+    served.fault_file.write_text(fault)
+    found = served.train(**changes)
+    text = found.stdout + found.stderr
+    assert found.returncode == 2, text
+    assert f"vLLM server {served.url()} does not have the weights of step 0" in text, text
+    assert all(word in " ".join(text.split()) for word in WORDS[fault]), text
+    assert "Traceback" not in text
+    assert not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text(), "nothing was trained"
