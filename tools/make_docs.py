@@ -13,6 +13,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,10 @@ PROBES = (
     "optimizer.updates_per_rollout=2",
     "rollout.replay=RUN",
 )
-ENABLERS = {  # a setting with which a key has an effect that it has not by itself
+SERVERS = "rollout.engine=vllm rollout.vllm.start=1"
+ENABLERS = {  # settings with which a key has an effect that it has not by itself
+    **{key: SERVERS for key, *_ in CONDITIONAL if key.startswith("rollout.vllm.")},
+    "rollout.vllm.start": "rollout.engine=vllm rollout.vllm.urls=[http://HOST:8200]",
     "objective.psi_exempt_tasks": "objective.psi=-0.5",
     "objective.log_z_detach": "objective.log_z=mlp",
     "objective.reward_scale": "objective.task_reward=boxed",
@@ -147,14 +151,13 @@ def _conditional(name: str, rule: tuple) -> tuple[str, list[str]]:
 
 def _resolved(name: str, setting: str | None) -> Any:
     """The value that a key gets when nothing but `setting` is given; None where it has no effect."""
-    section, key = name.split(".")
-    config = _config(*([setting] if setting else []))
-    return None if config is None else getattr(getattr(config, section), key)
+    config = _config(*(setting.split() if setting else []))
+    return None if config is None else attrgetter(name)(config)
 
 
 def _applies(rule: tuple, preset: str, enabler: str | None) -> bool:
     """Whether a key has an effect with this preset, given what else it needs."""
-    more = [enabler] if enabler and not enabler.startswith("objective.preset=") else []
+    more = enabler.split() if enabler and not enabler.startswith("objective.preset=") else []
     config = _config(f"objective.preset={preset}", *more)
     return config is not None and rule[2](config)
 
@@ -377,7 +380,7 @@ def _cell(text: str) -> str:
 def _in_code(text: str) -> str:
     """Keys and what is typed stand in code."""
     sections = "|".join(Config.model_fields)
-    text = re.sub(rf"(?<![`\w./])((?:{sections})\.[a-z_]+(?:=[\w-]+(?:\.\w+)*)?)(?![\w`/])", r"`\1`", text)
+    text = re.sub(rf"(?<![`\w./])((?:{sections})(?:\.[a-z_]+){{1,2}}(?:=[\w-]+(?:\.\w+)*)?)(?![\w`/])", r"`\1`", text)
     return re.sub(r"(?<![`\w])(\\boxed\{\})(?!`)", r"`\1`", text)
 
 

@@ -198,6 +198,11 @@ def cpu_environment() -> dict[str, str]:
     return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def environment_with(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return this process's environment with other variables, for a program that it starts."""
+    return {**os.environ, **variables}
+
+
 def agent_holds_store() -> bool:
     """Whether an agent of torchrun's holds torch's store at that address, instead of rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -50,6 +50,17 @@ class SyncReport:
     gap_max: float
     num_servers: int
 
+    def metrics(self) -> dict[str, float]:
+        """Return it by the names of metrics.jsonl."""
+        return {
+            "sync_seconds": self.seconds,
+            "sync_bytes": float(self.num_bytes),
+            "sync_share": self.num_bytes / self.whole_bytes,
+            "sync_gap_mean": self.gap_mean,
+            "sync_gap_max": self.gap_max,
+            "num_servers": float(self.num_servers),
+        }
+
 
 @dataclass
 class _Work:
@@ -316,29 +327,21 @@ class VllmEngine:
         if not self._settings.sleeps:
             return
         self._hold()
-        failure = None
-        if self._groups.is_main:
-            assert self._pool is not None
-            servers = self._pool.known()
-            failure = attempt(lambda: [sleep(server) for server in servers], ServerError)
+        failure = attempt(self._put_to_sleep, ServerError) if self._groups.is_main else None
         raise_together(
-            failure, lambda text: f"a vLLM server that shares the GPUs does not sleep ({text})", self._groups
+            failure, lambda text: f"a vLLM server on the trainer's GPUs does not sleep ({text})", self._groups
         )
         self.manifest = None  # they wake up for the next weights
+
+    def _put_to_sleep(self) -> None:
+        assert self._pool is not None
+        for server in self._pool.known():
+            sleep(server)
 
     def metrics(self) -> dict[str, float]:
         """Return what the update of the servers before the last step came to, on the main rank; {} elsewhere."""
         report, self.last_sync = self.last_sync, None
-        if report is None:
-            return {}
-        return {
-            "sync_seconds": report.seconds,
-            "sync_bytes": float(report.num_bytes),
-            "sync_share": report.num_bytes / report.whole_bytes,
-            "sync_gap_mean": report.gap_mean,
-            "sync_gap_max": report.gap_max,
-            "num_servers": float(report.num_servers),
-        }
+        return {} if report is None else report.metrics()
 
     def close(self) -> None:
         """End the threads."""

@@ -111,7 +111,8 @@ def _digest(slot: int, prompt: Prompt, sampling: SamplingParams) -> str:
 
 
 def _note(step: int, group: Sequence[Rollout], server: str, *, in_hand: bool) -> dict[str, Any]:
-    weights = sorted({step for rollout in group for step, _, _ in rollout.weight_versions or ((step, 0, 0),)})
+    of_step = ((step, 0, 0),)  # a response without versions is by the weights of its step
+    weights = sorted({version for rollout in group for version, _, _ in rollout.weight_versions or of_step})
     return {
         "step": step,
         "slot": group[0].slot,

@@ -20,6 +20,7 @@ from pathlib import Path
 from megatron_powerflow.checkpoint.folder import SERVERS_NAME
 from megatron_powerflow.children import die_with_parent
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.launch import environment_with
 from megatron_powerflow.serving.announcements import (
     Announcement,
     remove_announcement,
@@ -76,7 +77,7 @@ class Supervisor:
         with self._log.open("ab") as log:
             process = subprocess.Popen(
                 self._command.arguments,
-                env={**os.environ, **self._command.environment},
+                env=environment_with(self._command.environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -29,6 +29,7 @@ from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
 from megatron_powerflow.metrics.throughput import throughput
 from megatron_powerflow.objective.presets import PRESETS
 from megatron_powerflow.records import ROLLOUT_COLUMNS
+from megatron_powerflow.serving.engine import SyncReport
 from tests.conftest import REPOSITORY
 from tests.documents import Command, anchors, blocks, commands, links, pages, prose, spans
 from tools import make_docs
@@ -352,6 +353,7 @@ def test_every_number_of_a_step_is_described_and_none_is_made_up():
     found |= throughput(dict.fromkeys(phases, 1.0), 1.0, 1.0).keys()
     found |= {"step", "lr", "grad_norm", "num_skipped", "peak_memory_bytes", "alarm"}  # run_output.py
     found |= {f"alarm_{name}" for name in ALARMS}
+    found |= SyncReport(1.0, 1, 2, 0.0, 0.0, 1).metrics().keys()
     assert set().union(*documented("metrics.jsonl").values()) == found
 
 

@@ -37,7 +37,7 @@ class Job:
         self.fault_file = folder / "fault"
         self.fault_file.write_text("")
         self.prompts = folder / "prompts.jsonl"
-        lines = [{"id": f"p{index}", "token_ids": [5 + index, 7, 9 + 2 * index, 11]} for index in range(24)]
+        lines = [{"id": f"p{index}", "prompt_token_ids": [5 + index, 7, 9 + 2 * index, 11]} for index in range(24)]
         self.prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.port = free_port()
         self._processes: dict[int, subprocess.Popen] = {}

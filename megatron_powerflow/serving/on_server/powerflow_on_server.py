@@ -10,7 +10,7 @@ importing the file registers the transport, which --weight-transfer-config then 
 
 Upstream's newest documentation has a transport over a disk, which vLLM 0.32 has not; it can replace this one.
 
-Left out: who writes the folders (`serving/weight_files.py`), the sequence of calls (`serving/weight_sync.py`).
+Left out: who writes the folders (`serving/weight_writer.py`), the sequence of calls (`serving/weight_sync.py`).
 """
 
 from __future__ import annotations
