@@ -54,6 +54,9 @@ class ModelSection(Section):
     reference: Literal["resident", "swap"] = Field(
         "resident", description="second copy on the device, or one set of weights swapped with host memory"
     )
+    reference_store: str | None = Field(
+        None, description="folder, shared by runs, where the reference's log-probs are kept and found: none by default"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="activations computed again in the backward pass, to save memory: none, those of recompute_modules "

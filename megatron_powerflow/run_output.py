@@ -151,6 +151,9 @@ class RunOutput:
         if finite:
             values["grad_norm"] = sum(finite) / len(finite)  # mean over the step's updates
         values |= {"lr": result.lr, "num_skipped": float(progress.num_skipped)}
+        values["reference_passes"] = float(result.reference.passes)
+        if result.reference.known_share is not None:
+            values["reference_known"] = result.reference.known_share
         values |= throughput(self._clock.take(), values["num_prompt_tokens"], values["num_response_tokens"])
         peak = torch.tensor([peak_memory_bytes()])
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.control)

@@ -36,7 +36,7 @@ def small_config(config: Config, small: Layout, folder: Path) -> Config:
     sizes = {name: getattr(small, name) for name in ("tp", "pp", "vpp", "cp", "ep")}
     sizes["layers_per_chunk"] = small.layers and list(small.layers)
     values["parallel"] = config.parallel.model_dump() | sizes | _batching(config, small)
-    values["model"] = config.model.model_dump() | {"hf_path": str(folder / "model")}
+    values["model"] = config.model.model_dump() | {"hf_path": str(folder / "model"), "reference_store": None}
     values["optimizer"]["distributed"] = config.optimizer.distributed
     values["run"]["output_dir"] = str(folder / "run_layout")
     return parse_config(_said(values), source=SOURCE)

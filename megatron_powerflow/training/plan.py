@@ -45,6 +45,7 @@ from megatron_powerflow.redaction import holds_secret
 from megatron_powerflow.rollout.rollout_files import ReplayRequirements, find_rollouts, replay_violations
 from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
+from megatron_powerflow.training.reference_base import kept_scores_lines, kept_scores_violations
 from megatron_powerflow.training.resources import resource_violations, saving_line
 from megatron_powerflow.training.resume import Change, Resume, find_resume
 from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
@@ -137,6 +138,7 @@ def make_plan(
     tokenizer = _collect(violations, lambda: load(conversation_of(config, today))) if is_there else None
     size = num_parameters(model[0]) if model else None
     violations += _export_violations(config, start) + resource_violations(config, size)
+    violations += kept_scores_violations(config)
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
         architecture, family = model
@@ -213,6 +215,7 @@ def describe(plan: Plan) -> str:
             f"objective {config.objective.preset}, alpha {config.objective.alpha}, log Z' {config.objective.log_z}",
             *([f"replays   {plan.replay_from}, no engine"] if plan.replay_from else []),
             weight_line(config, plan.on_policy),
+            *kept_scores_lines(config, architecture, plan.inputs.digests.get("weights")),
             *_fp8_lines(config, plan.layout),
             *temperature_lines(config),
             batching_line(config, plan.layout),

@@ -25,7 +25,14 @@ from megatron_powerflow.whole_files import own_file
 CHANGEABLE = frozenset(
     {"run.name", "run.num_steps", "run.export", "run.stop_on_alarm", "run.stop_at_alpha"}
     | {"run.stop_before", "run.hang_seconds", "run.deterministic"}
-    | {"model.reference", "model.recompute", "model.recompute_modules", "rollout.max_concurrent_rows", "rollout.save"}
+    | {
+        "model.reference",
+        "model.reference_store",
+        "model.recompute",
+        "model.recompute_modules",
+        "rollout.max_concurrent_rows",
+        "rollout.save",
+    }
     | {"optimizer.lr", "optimizer.log_z_lr", "optimizer.min_lr", "optimizer.lr_decay", "optimizer.warmup_steps"}
     | {"optimizer.clip_grad", "optimizer.distributed", "optimizer.max_skipped_steps"}
     | {"alarm", "parallel", "checkpoint", "evaluation", "metrics"}

@@ -22,6 +22,7 @@ from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import on_main
 from megatron_powerflow.rollout.engine import Engine
 from megatron_powerflow.training.forward_step import Scorer
+from megatron_powerflow.training.known_scores import KnownScores, open_store
 from megatron_powerflow.training.optimizer import build_trainable
 from megatron_powerflow.training.plan import Plan, check_replay
 from megatron_powerflow.training.policy import build_engine, build_policy, copy_policy
@@ -37,6 +38,7 @@ class Session:
     engine: Engine
     scorer: Scorer
     progress: RunProgress
+    known_scores: KnownScores | None = None  # of model.reference_store
 
 
 def from_whole_checkpoint(plan: Plan, groups: Groups, console: Console) -> Plan:
@@ -66,6 +68,7 @@ def build_session(plan: Plan, groups: Groups) -> Session:
     config, architecture = plan.config, plan.architecture
     model = config.model.model_copy(update={"hf_path": str(plan.model_folder)})
     chunks = build_policy(architecture, plan.family, plan.layout, model, config.precision, groups)
+    known_scores = open_store(plan, chunks, groups)
     reference: Reference
     if config.model.reference == "swap":
         reference = SwapReference(chunks)
@@ -86,4 +89,4 @@ def build_session(plan: Plan, groups: Groups) -> Session:
         require_finite(chunks, plan.family, groups, plan.resume_from)
     engine = build_engine(chunks, architecture, plan.layout, config, groups)
     scorer = Scorer(groups, architecture.vocab_size, config.rollout.temperature, plan.layout.sequence_parallel)
-    return Session(groups, trainable, reference, engine, scorer, progress)
+    return Session(groups, trainable, reference, engine, scorer, progress, known_scores)

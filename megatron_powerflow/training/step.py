@@ -21,11 +21,11 @@ from megatron_powerflow.records import MicroBatch, Prompt, Rollout, SamplingPara
 from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.rollout.sampling_params import sampling_params
 from megatron_powerflow.training.first_batch import Inspect, inspection, require_scores_of_base
+from megatron_powerflow.training.known_scores import ReferenceCount, score_updates
 from megatron_powerflow.training.micro_batches import pack_updates
 from megatron_powerflow.training.objective_of_step import objective_of_step
 from megatron_powerflow.training.optimizer import OptimizerStep, set_learning_rates
 from megatron_powerflow.training.plan import Plan
-from megatron_powerflow.training.score import score_reference
 from megatron_powerflow.training.session import Session
 from megatron_powerflow.training.step_rollouts import step_rollouts
 from megatron_powerflow.training.update import calibrate_head, update
@@ -38,7 +38,8 @@ class StepResult:
     """What a step gives beside the changed weights.
 
     rows: [B, len(ROLLOUT_COLUMNS)] fp64, one per rollout of the step, by rollout_index, on every rank. lr: the policy's
-    learning rate. alpha: the power that the step aimed at, None where the objective knows none. log_z_start: the value
+    learning rate. alpha: the power that the step aimed at, None where the objective knows none. reference: passes of
+    the reference that the step took. log_z_start: the value
     that a learned log Z' was given at step 0, nats; None in all other steps. rollouts: of this replica, alike on all
     its ranks; () from `learn`.
     """
@@ -47,6 +48,7 @@ class StepResult:
     optimizer_steps: tuple[OptimizerStep, ...]
     lr: float
     alpha: float | None
+    reference: ReferenceCount
     log_z_start: float | None = None
     rollouts: tuple[Rollout, ...] = ()
 
@@ -101,7 +103,7 @@ def learn(
     """
     config, objective = plan.config, objective_of_step(plan.objective, step)
     with phase("reference"):
-        scored = [score_reference(session.reference, batches, session.scorer) for batches in updates]
+        scored, count = score_updates(session.reference, updates, session.scorer, session.known_scores)
         give_back(session.groups.device)
     log_z_start = None
     if step == 0 and isinstance(objective, BalanceObjective) and objective.learns_log_z:
@@ -118,7 +120,7 @@ def learn(
             inspect=inspect,
         )
         give_back(session.groups.device)
-    return StepResult(updated.rows, updated.optimizer_steps, lr, objective.alpha, log_z_start)
+    return StepResult(updated.rows, updated.optimizer_steps, lr, objective.alpha, count, log_z_start)
 
 
 def sampling_of_step(plan: Plan, step: int) -> SamplingParams:
