@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.reference_store.index import INDEX_SUFFIX, VALUES_SUFFIX, read_entries
+from megatron_powerflow.reference_store.index import VALUES_SUFFIX, index_files, read_entries
 from megatron_powerflow.whole_files import is_partial_of, ordinary, write_file
 
 STORE_NAME = "store.json"
@@ -100,7 +100,7 @@ def count_store(folder: Path) -> tuple[list[BaseCount], list[str]]:
     """
     seen: dict[bytes, dict[bytes, tuple[int, int]]] = {}
     notes = []
-    for path in sorted(folder.glob(f"*{INDEX_SUFFIX}")):
+    for path in index_files(folder):
         damaged = 0
         try:
             for entry in read_entries(path):

@@ -13,6 +13,7 @@ Left out: whose the files are and who writes them (`store.py`). Imports no torch
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -24,11 +25,17 @@ import numpy as np
 from megatron_powerflow.whole_files import ordinary
 
 INDEX_SUFFIX, VALUES_SUFFIX = ".index", ".values"
+NAME = re.compile(r"[0-9a-f]{32}")
 ENTRY = struct.Struct("<32s32sQIII")
 ENTRY_BYTES = ENTRY.size + 4
 ENTRIES_AT_A_TIME = 2**14  # 1.4 MB
 VALUE = np.dtype("<f4")
 MAX_LOG_PROB = 1e-4  # a sum of probabilities may round to a little over 1
+
+
+def index_files(folder: Path) -> list[Path]:
+    """Return the indexes of a store, by name; another file of that ending is not the store's."""
+    return sorted(path for path in folder.glob(f"*{INDEX_SUFFIX}") if NAME.fullmatch(path.stem))
 
 
 @dataclass(frozen=True, slots=True)

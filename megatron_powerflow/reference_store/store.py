@@ -30,6 +30,7 @@ from megatron_powerflow.reference_store.index import (
     VALUES_SUFFIX,
     Entry,
     append,
+    index_files,
     read_entries,
     read_values,
     storable,
@@ -64,7 +65,7 @@ class ReferenceStore:
 
     def refresh(self) -> None:
         """Read what has been appended to the indexes since the last look. A damaged entry is named in a warning."""
-        for path in sorted(self._folder.glob(f"*{INDEX_SUFFIX}")):
+        for path in index_files(self._folder):
             name = path.name.removesuffix(INDEX_SUFFIX)
             first = self._num_read.get(name, 0)
             try:

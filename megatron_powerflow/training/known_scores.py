@@ -134,7 +134,8 @@ def _names(batches: Sequence[MicroBatch], arithmetic: str, groups: Groups) -> li
         return names
     row = torch.from_numpy(np.frombuffer(b"".join(names), np.int64).copy())[None]
     rows = every_row(row, torch.tensor([groups.dp_rank]), groups).numpy().reshape(groups.dp_size, len(names), -1)
-    return [hashlib.sha256(rows[:, number].tobytes()).digest() for number in range(len(names))]
+    own = rows[groups.dp_rank]  # the others' passes of this number have another name
+    return [hashlib.sha256(own[n].tobytes() + rows[:, n].tobytes()).digest() for n in range(len(names))]
 
 
 def _digest_of(batch: MicroBatch, arithmetic: str) -> bytes:
