@@ -145,6 +145,9 @@ class RolloutSection(Section):
     )
     max_concurrent_rows: PositiveInt = Field(256, description="responses decoded at a time on one rank")
     save: bool = Field(False, description="keep each step's rollouts in RUN/rollouts")
+    buffer_steps: NonNegativeInt = Field(
+        0, description="a step trains on the rollouts of the last so many steps, too; needs save"
+    )
     replay: str | None = Field(None, description="train on the rollouts that another run saved; no engine")
 
     @field_validator("top_p", "top_k")

@@ -108,7 +108,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
 def contradictions(config: Config) -> list[str]:
     """What is wrong with values that are each right by themselves: a sentence each."""
     rollout, objective, optimizer = config.rollout, config.objective, config.optimizer
-    violations = []
+    violations = _buffer(config)
     if config.parallel.sequence_parallel and config.parallel.tp == 1:
         violations.append("parallel.sequence_parallel=true has no effect because parallel.tp=1; remove it")
     if rollout.save and rollout.replay is not None:
@@ -164,6 +164,27 @@ def contradictions(config: Config) -> list[str]:
         )
     if any(not 0 <= beta < 1 for beta in optimizer.betas):
         violations.append(f"optimizer.betas={optimizer.betas}: each must be in [0, 1)")
+    return violations
+
+
+def _buffer(config: Config) -> list[str]:
+    """Why a step cannot train on the rollouts of the steps before."""
+    rollout, violations = config.rollout, list[str]()
+    if not rollout.buffer_steps:
+        return violations
+    asked = f"rollout.buffer_steps={rollout.buffer_steps}"
+    if rollout.replay is not None:
+        violations.append(f"{asked} with rollout.replay: a replay takes each step's rollouts alone; remove one of them")
+    elif not rollout.save:
+        violations.append(
+            f"{asked} with rollout.save=false: a run that goes on reads the last steps' rollouts from its folder; set "
+            "rollout.save=true"
+        )
+    if not isinstance(config.objective.form, Balance):
+        violations.append(
+            f"{asked} with objective.preset={config.objective.preset}: its gradient is a mean over responses of the "
+            "policy as it is, and older ones would bias it; remove the key or choose a trajectory balance"
+        )
     return violations
 
 

@@ -75,6 +75,8 @@ class Rollout:
     response_token_ids: tuple[int, ...]
     rollout_log_probs: tuple[float, ...]
     finish_reason: FinishReason
+    # by the frozen reference, once scored, as long as response_token_ids; on the last stage, with rollout.buffer_steps
+    ref_log_probs: tuple[float, ...] = ()
 
 
 class Piece(NamedTuple):

@@ -66,6 +66,8 @@ def config_differences(config: Config) -> list[str]:
         texts.append(f"Adam's eps {optimizer.eps:g} as {EPS:g}")
     if rollout.replay is not None:
         texts.append("replayed rollouts as rollouts of the small model")
+    if rollout.buffer_steps:
+        texts.append("each step's own rollouts alone")
     if _alpha(config) != config.objective.alpha:
         texts.append(f"alpha {config.objective.alpha:g} as {_alpha(config):g}, for at 1 the loss begins at 0")
     if config.objective.alpha_warmup_steps:

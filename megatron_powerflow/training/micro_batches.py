@@ -66,6 +66,14 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
     Groups stay whole within an update. rollouts: this replica's share; packed, groups change replicas for the sake of
     balance. Collective over the run.
     """
+    return pack_rollouts(rollouts, plan, session)[0]
+
+
+def pack_rollouts(
+    rollouts: Sequence[Rollout], plan: Plan, session: Session
+) -> tuple[list[list[MicroBatch]], list[Rollout]]:
+    """Return what `pack_updates` does, and the rollouts that this replica has in its micro-batches, by slot, then
+    response."""
     config, groups = plan.config, session.groups
     arguments: Packing = {
         "responses_per_prompt": config.rollout.responses_per_prompt,
@@ -79,7 +87,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
         return _pack_streams(rollouts, plan, groups, arguments)
     annotated = annotate(rollouts, config.objective, plan.tokenizer)
     size = len(annotated) // config.optimizer.updates_per_rollout
-    return [
+    updates = [
         pack(
             annotated[start : start + size],
             micro_batch_size=config.parallel.micro_batch_size,
@@ -88,11 +96,12 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
         )
         for start in range(0, len(annotated), size)
     ]
+    return updates, list(rollouts)
 
 
 def _pack_streams(
     rollouts: Sequence[Rollout], plan: Plan, groups: Groups, arguments: Packing
-) -> list[list[MicroBatch]]:
+) -> tuple[list[list[MicroBatch]], list[Rollout]]:
     """Plan the packed micro-batches of all ranks by the lengths of all rollouts, and pack those of this rank."""
     config = plan.config
     rule, flops = bin_rule(plan.layout, config), flop_count(plan.architecture)
@@ -110,12 +119,13 @@ def _pack_streams(
     parts: list[list[Rollout]] = [[] for _ in range(groups.dp_size)]
     for rollout in rollouts:
         parts[replica_of[rollout.slot]].append(rollout)
-    mine = annotate(to_replicas(parts, groups), config.objective, plan.tokenizer)
-    annotated = {(item.slot, item.response_index): item for item in mine}
-    return [
+    mine = to_replicas(parts, groups)
+    annotated = {(item.slot, item.response_index): item for item in annotate(mine, config.objective, plan.tokenizer)}
+    updates = [
         pack_streams([[annotated[name] for name in bin] for bin in bins], rule, whole_groups=together, **arguments)
         for bins, together in planned
     ]
+    return updates, mine
 
 
 def _every_length(rollouts: Sequence[Rollout], groups: Groups) -> list[list[int]]:

@@ -46,6 +46,7 @@ WHY_NOT = {
     "prompts": "the run's place in its prompts counts those that this setting makes",
     "rollout": "the responses so far were drawn with it",
     "rollout.prompts_per_step": "a step is this many prompts, and the run's place in its prompts is counted in them",
+    "rollout.buffer_steps": "the steps so far were trained on the rollouts of another number of steps",
     "rollout.replay": "the steps so far were of another source of rollouts",
     "objective": "it says what the run is trained towards, and the steps so far went elsewhere",
     "objective.log_z": "another log Z' has other state, which this run's checkpoints do not hold",

@@ -7,7 +7,7 @@ parameters over, and a checkpoint, if there is one to continue, is loaded last.
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 
@@ -20,6 +20,7 @@ from megatron_powerflow.model.reference import Reference, ResidentReference, Swa
 from megatron_powerflow.objective.presets import LEARNED_LOG_Z
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import on_main
+from megatron_powerflow.records import Rollout
 from megatron_powerflow.rollout.engine import Engine
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.known_scores import KnownScores, open_store
@@ -39,6 +40,8 @@ class Session:
     scorer: Scorer
     progress: RunProgress
     known_scores: KnownScores | None = None  # of model.reference_store
+    # of the last rollout.buffer_steps steps, by step: what this replica has scored of them; see rollout_buffer.py
+    buffer: dict[int, list[Rollout]] = field(default_factory=dict)
 
 
 def from_whole_checkpoint(plan: Plan, groups: Groups, console: Console) -> Plan:

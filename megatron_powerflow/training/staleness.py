@@ -53,6 +53,7 @@ def _trains(config: Config) -> dict:
         "objective": objective,
         "optimizer": config.optimizer.model_dump(exclude={"distributed", "max_skipped_steps"}),
         "seed": config.run.seed,  # of the log Z' head
+        "buffer_steps": config.rollout.buffer_steps,
         "num_steps": config.run.num_steps if config.optimizer.lr_decay != "constant" else None,
     }
 
@@ -71,6 +72,11 @@ def objective_of(config: Config, on_policy: bool) -> ObjectiveSection:
 def weight_line(config: Config, on_policy: bool) -> str:
     """Return the line of `powerflow check` that says what w is, or that it is dropped."""
     objective, several = config.objective, config.optimizer.updates_per_rollout > 1
+    if config.rollout.buffer_steps:
+        return (
+            f"weight    w is of the policy at the start of the step, ratio {objective.ratio}; the rollouts of the "
+            f"last {config.rollout.buffer_steps} steps, by earlier policies, weigh as much as the step's own"
+        )
     if on_policy and not several:
         return "weight    w = 1: each update is of rollouts by the policy that it trains"
     why = "the later updates of a step are of rollouts by the policy before them"
