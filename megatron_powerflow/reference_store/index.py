@@ -12,6 +12,7 @@ Left out: whose the files are and who writes them (`store.py`). Imports no torch
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import struct
@@ -29,6 +30,7 @@ NAME = re.compile(r"[0-9a-f]{32}")
 ENTRY = struct.Struct("<32s32sQIII")
 ENTRY_BYTES = ENTRY.size + 4
 ENTRIES_AT_A_TIME = 2**14  # 1.4 MB
+MAX_INDEX_BYTES = 2**30  # 12 million passes of one start of one process; a larger file is nothing of ours
 VALUE = np.dtype("<f4")
 MAX_LOG_PROB = 1e-4  # a sum of probabilities may round to a little over 1
 
@@ -65,6 +67,8 @@ def entry_of(content: bytes) -> Entry | None:
 
 def read_entries(path: Path, first: int = 0) -> Iterator[Entry | None]:
     """Yield the whole entries of an index from number `first` on; None for each that is damaged. Raises OSError."""
+    if ordinary(path).stat().st_size > MAX_INDEX_BYTES:
+        raise OSError(errno.EFBIG, f"more than {MAX_INDEX_BYTES:,} bytes", str(path))
     with ordinary(path).open("rb") as file:
         file.seek(first * ENTRY_BYTES)
         while block := file.read(ENTRIES_AT_A_TIME * ENTRY_BYTES):

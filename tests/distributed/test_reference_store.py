@@ -195,7 +195,7 @@ def described(config: Path, *overrides: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_check_says_what_the_store_holds_of_this_base(gloo, tiny_model, tmp_path):
+def test_a_check_says_what_the_store_holds_and_runs_that_sample_share_their_first_step(gloo, tiny_model, tmp_path):
     config, store = write_config(tmp_path, tiny_model("llama")), f"model.reference_store={tmp_path / 'store'}"
     assert "which is made when training starts" in described(config, store)
     assert not (tmp_path / "store").exists()
@@ -204,5 +204,7 @@ def test_a_check_says_what_the_store_holds_of_this_base(gloo, tiny_model, tmp_pa
     assert "holds 16 responses of 8 passes of this base" in described(config, store, elsewhere)
     assert "holds 0 responses" in described(config, store, elsewhere, "rollout.temperature=0.5")
     assert "holds 0 responses" in described(config, store, elsewhere, f"model.hf_path={tiny_model('qwen3')}")
+    gloo.run(1, run_training, config, store, "evaluation.samples=0", elsewhere, "objective.alpha=2")
+    assert [line["reference_known"] for line in lines_of(tmp_path / "other")] == [1, 0], "the base's own responses"
     with pytest.raises(UserError, match="lie in one another"):
         described(config, f"model.reference_store={tmp_path / 'saved' / 'store'}")

@@ -165,7 +165,9 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_loses_nothing(folder):
 
 def test_what_lies_in_a_store_and_is_not_ours_is_passed_over(folder, tmp_path):
     filled(folder, 1)
-    pipe, device, gone, below, text = (folder / f"{digit * 32}.index" for digit in "abcde")
+    pipe, device, gone, below, text, endless = (folder / f"{digit * 32}.index" for digit in "abcdef")
+    with endless.open("wb") as file:
+        file.truncate(2**40)  # without a byte of it on the disk
     os.mkfifo(pipe)
     device.symlink_to("/dev/zero")
     gone.symlink_to(tmp_path / "nothing")
@@ -175,10 +177,12 @@ def test_what_lies_in_a_store_and_is_not_ours_is_passed_over(folder, tmp_path):
     with pytest.warns(RuntimeWarning) as caught:
         store = ReferenceStore(folder, BASE)
     assert found(store, 1)
-    assert {str(each.message).partition(":")[0] for each in caught} == {str(gone), str(below), str(text)}
+    assert {str(each.message).partition(":")[0] for each in caught} == {str(gone), str(below), str(text), str(endless)}
     (count,), notes = count_store(folder)
     assert count.num_passes == 1
-    assert {note.partition(":")[0] for note in notes} == {str(path) for path in (pipe, device, gone, below, text)}
+    assert {note.partition(":")[0] for note in notes} == {
+        str(path) for path in (pipe, device, gone, below, text, endless)
+    }
     assert text.read_text().startswith("notes of mine")
 
 
