@@ -176,17 +176,20 @@ run_training(Path(sys.argv[1]), *sys.argv[2:])
 @pytest.mark.slow
 def test_a_run_killed_while_it_wrote_its_scores_goes_on_and_ends_bit_equal(gloo, tiny_model, tmp_path):
     config = write_config(tmp_path, tiny_model("llama"))
-    arguments = ["evaluation.samples=0", f"model.reference_store={tmp_path / 'store'}"]
-    arguments += [f"run.output_dir={tmp_path / 'run'}", "rollout.save=true"]
+    common = ["evaluation.samples=0", "rollout.save=true", "rollout.buffer_steps=1"]
+    common += ["checkpoint.interval=1", "checkpoint.asynchronous=false"]
+    arguments = [*common, f"model.reference_store={tmp_path / 'store'}", f"run.output_dir={tmp_path / 'run'}"]
     killed = subprocess.run([sys.executable, "-c", KILLED, config, *arguments], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     gloo.run(1, run_training, config, *arguments)
-    gloo.run(1, run_training, config, "evaluation.samples=0", f"run.output_dir={tmp_path / 'fresh'}")
+    gloo.run(1, run_training, config, *common, f"run.output_dir={tmp_path / 'fresh'}")
     assert proof_of(tmp_path / "run") == proof_of(tmp_path / "fresh")
     assert numbers_of(tmp_path / "run") == numbers_of(tmp_path / "fresh")
-    # of step 1 one entry of 88 bytes came onto the disk, and a part of the next
-    assert [line["reference_passes"] for line in lines_of(tmp_path / "run")] == [0, 7]
-    assert [line["reference_known"] for line in lines_of(tmp_path / "run")] == [1, 1 / 8]
+    # step 1 trains on the rollouts of step 0, too, whose scores are all found; of its own one entry of 88 bytes came
+    # onto the disk, and a part of the next
+    assert [line["reference_passes"] for line in lines_of(tmp_path / "run")] == [8, 7]
+    assert [line["reference_known"] for line in lines_of(tmp_path / "run")] == [0, 1 / 8]
+    assert lines_of(tmp_path / "run")[1]["num_rollouts_trained"] == 32
 
 
 def described(config: Path, *overrides: str) -> str:
