@@ -54,6 +54,9 @@ class ModelSection(Section):
     reference: Literal["resident", "swap"] = Field(
         "resident", description="second copy on the device, or one set of weights swapped with host memory"
     )
+    reference_store: str | None = Field(
+        None, description="folder, shared by runs, where the reference's log-probs are kept and found: none by default"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="activations computed again in the backward pass, to save memory: none, those of recompute_modules "
@@ -192,6 +195,9 @@ class RolloutSection(Section):
     )
     max_concurrent_rows: PositiveInt = Field(256, description="responses decoded at a time on one rank")
     save: bool = Field(False, description="keep each step's rollouts in RUN/rollouts")
+    buffer_steps: NonNegativeInt = Field(
+        0, description="a step trains on the rollouts of the last so many steps, too; needs save"
+    )
     replay: str | None = Field(None, description="train on the rollouts that another run saved; no engine")
 
     @field_validator("top_p", "top_k")

@@ -145,7 +145,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
 def contradictions(config: Config) -> list[str]:
     """What is wrong with values that are each right by themselves: a sentence each."""
     rollout, objective, optimizer = config.rollout, config.objective, config.optimizer
-    violations = []
+    violations = _buffer(config)
     if config.parallel.sequence_parallel and config.parallel.tp == 1:
         violations.append("parallel.sequence_parallel=true has no effect because parallel.tp=1; remove it")
     if rollout.save and rollout.replay is not None:
@@ -242,6 +242,27 @@ def _weights_without_terms(config: Config) -> list[str]:
         violations.append(
             f"objective.sampler_ratio=token with objective.ratio={objective.ratio}: a surrogate of whole responses has "
             "no terms of tokens; set objective.ratio=token, or objective.sampler_ratio to 'seq' or 'seq_mean'"
+        )
+    return violations
+
+
+def _buffer(config: Config) -> list[str]:
+    """Why a step cannot train on the rollouts of the steps before."""
+    rollout, violations = config.rollout, list[str]()
+    if not rollout.buffer_steps:
+        return violations
+    asked = f"rollout.buffer_steps={rollout.buffer_steps}"
+    if rollout.replay is not None:
+        violations.append(f"{asked} with rollout.replay: a replay takes each step's rollouts alone; remove one of them")
+    elif not rollout.save:
+        violations.append(
+            f"{asked} with rollout.save=false: a run that goes on reads the last steps' rollouts from its folder; set "
+            "rollout.save=true"
+        )
+    if not isinstance(config.objective.form, Balance):
+        violations.append(
+            f"{asked} with objective.preset={config.objective.preset}: its gradient is a mean over responses of the "
+            "policy as it is, and older ones would bias it; remove the key or choose a trajectory balance"
         )
     return violations
 

@@ -79,6 +79,8 @@ class Rollout:
     # (step, start, end): response tokens start, ..., end - 1 are by the weights that this step of this run started
     # with, spans in order and without holes; (): all by those of the step that trains on them
     weight_versions: tuple[tuple[int, int, int], ...] = ()
+    # by the frozen reference, once scored, as long as response_token_ids; on the last stage, with rollout.buffer_steps
+    ref_log_probs: tuple[float, ...] = ()
 
 
 class Piece(NamedTuple):

@@ -22,13 +22,13 @@ from megatron_powerflow.metrics.alarm import ALARMS, has_diverged, raised_alarms
 from megatron_powerflow.metrics.alarm_words import ADVICE, alarms_that_end_run, thresholds_of
 from megatron_powerflow.metrics.change import change_table, changes_of
 from megatron_powerflow.metrics.realised_alpha import alpha_reached
-from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
+from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts, reduce_trained
 from megatron_powerflow.metrics.step_log import EVALUATIONS_NAME, SAMPLES_NAME, StepLog, read_step_log
 from megatron_powerflow.metrics.throughput import PhaseClock, peak_memory_bytes, throughput
 from megatron_powerflow.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter
 from megatron_powerflow.parallel.pulse import Pulse
 from megatron_powerflow.parallel.together import any_rank, on_main
-from megatron_powerflow.records import Purpose, SamplingParams, StepMetrics
+from megatron_powerflow.records import ROLLOUT_COLUMNS, Purpose, SamplingParams, StepMetrics
 from megatron_powerflow.report.change_picture import CHANGE_NAME, draw_change
 from megatron_powerflow.report.curves import CURVES_NAME, draw_curves
 from megatron_powerflow.rollout.sampling_params import sampling_params
@@ -149,11 +149,19 @@ class RunOutput:
             has_lag=self._plan.sampled_by is SampledBy.OLDER,
         )
         values = reduce_rollouts(result.rows.numpy(), target)
+        trained = result.rows if result.trained_rows is None else result.trained_rows
+        if result.trained_rows is not None:
+            values |= reduce_trained(trained.numpy(), target)
         finite = [taken.grad_norm for taken in result.optimizer_steps if taken.applied]
         if finite:
             values["grad_norm"] = sum(finite) / len(finite)  # mean over the step's updates
         values |= {"lr": result.lr, "num_skipped": float(progress.num_skipped)}
-        values |= throughput(self._clock.take(), values["num_prompt_tokens"], values["num_response_tokens"])
+        values["reference_passes"] = float(result.reference.passes)
+        if result.reference.known_share is not None:
+            values["reference_known"] = result.reference.known_share
+        values |= throughput(
+            self._clock.take(), values["num_prompt_tokens"], values["num_response_tokens"], num_tokens_of(trained)
+        )
         values |= self._session.engine.metrics()
         peak = torch.tensor([peak_memory_bytes()])
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.control)
@@ -271,6 +279,12 @@ class RunOutput:
 
     def _append(self, name: str, step: int, lines: Sequence[dict]) -> None:
         on_main(lambda: self._logs[name].append(step, lines), self._session.groups)
+
+
+def num_tokens_of(rows: torch.Tensor) -> float:
+    """Return the tokens of prompts and responses together. rows: [B, len(ROLLOUT_COLUMNS)]."""
+    columns = [ROLLOUT_COLUMNS.index(name) for name in ("num_prompt_tokens", "num_response_tokens")]
+    return float(rows[:, columns].sum())
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""What does a model's folder hold? Step, layout, config and every tensor; of a Hugging Face folder too.
+"""What does a model's folder hold? Step, layout, config and every tensor; of a Hugging Face folder too. And
+what a store of reference scores holds.
 
 python tools/inspect_checkpoint.py runs/local
 """
@@ -16,7 +17,9 @@ from megatron_powerflow.parallel.launch import read_launch
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Hugging Face folder, run folder, checkpoint or converted one")],
+    folder: Annotated[
+        Path, typer.Argument(help="Hugging Face folder, run folder, checkpoint, converted one or model.reference_store")
+    ],
     step: Annotated[int | None, typer.Option(help="of a run folder; default: its latest")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:

@@ -99,6 +99,15 @@ def loaded_proof(trainable: Trainable, groups: Groups) -> Proof:
     return proof_of(sum(everyone, Sums()), optimizer_step(trainable, groups))
 
 
+def weights_sum(chunks: Sequence, groups: Groups) -> str:
+    """What the weights are at the moment, in the sum of `contents.py`: 16 digits, alike under every layout. Collective;
+    the same on every rank."""
+    state = {f"model{index}": _model_state(chunk) for index, chunk in enumerate(chunks)}
+    everyone: list[Sums] = [Sums()] * groups.world_size
+    dist.all_gather_object(everyone, sums_of(pieces_of(state)), group=groups.control)
+    return f"{sum(everyone, Sums()).weights:016x}"
+
+
 def proof_of(sums: Sums, optimizer_step: int) -> Proof:
     """What is written of the sums over all ranks."""
     return Proof(

@@ -1,4 +1,4 @@
-"""What does a model's folder hold? Its headers and indexes only: no tensor is read.
+"""What does a model's folder hold, or a store of reference scores? Headers and indexes only: no tensor is read.
 
 Left out: whether it is whole and right (`model_folders.py`, `compare.py`): a folder that is not can be looked at too.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_powerflow.converter.torch_dist import TorchDistFolder
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.config import read_json
 from megatron_powerflow.hf.files import FLOATS, SafetensorsFolder
+from megatron_powerflow.reference_store.folder import count_store, is_store
 
 ITEM_BYTES = {**dict(FLOATS.values()), "float64": 8, "int64": 8, "int32": 4, "uint8": 1}
 
@@ -24,11 +26,14 @@ ITEM_BYTES = {**dict(FLOATS.values()), "float64": 8, "int64": 8, "int32": 4, "ui
 def inspect(folder: Path, step: int | None = None) -> dict[str, Any]:
     """Return kind, path, step, layout, training, config, num_files, num_bytes and tensors of a model's folder.
 
-    tensors: name -> shape, dtype, num_bytes. Only a run's checkpoint has step, layout and training. Raises UserError
-    where there is no model, or an index that would run code.
+    tensors: name -> shape, dtype, num_bytes. Only a run's checkpoint has step, layout and training. Of a store of
+    reference scores: kind, path, num_bytes, bases and notes. Raises UserError where there is neither, or an index that
+    would run code.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    if is_store(folder):
+        return _of_store(folder)
     checkpoint = find_checkpoint(folder, step)
     if checkpoint is None:
         if step is not None:
@@ -63,6 +68,17 @@ def inspect(folder: Path, step: int | None = None) -> dict[str, Any]:
     }
 
 
+def _of_store(folder: Path) -> dict[str, Any]:
+    counts, notes = count_store(folder)
+    return {
+        "kind": "store of reference scores",
+        "path": str(folder),
+        "num_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        "bases": [asdict(count) for count in counts],
+        "notes": notes,
+    }
+
+
 def _entry(kind: str, path: Path, hf_folder: Path, tensors: dict, files: list[Path]) -> dict[str, Any]:
     return {
         "kind": kind,
@@ -85,6 +101,8 @@ def _by_number(name: str) -> list:
 def describe(summary: dict[str, Any]) -> str:
     """Describe what `inspect` returned for people: a few lines, then one for each tensor."""
     lines = [f"{summary['kind']}: {summary['path']}"]
+    if "bases" in summary:
+        return "\n".join([*lines, *_lines_of_store(summary)])
     if "step" in summary:
         layout = ", ".join(f"{name}={value}" for name, value in summary["layout"].items())
         lines += [f"step {summary['step']}, saved under {layout}", f"trained from {summary['training']['hf_path']}"]
@@ -96,3 +114,16 @@ def describe(summary: dict[str, Any]) -> str:
         shape = " x ".join(map(str, entry["shape"])) or "1"
         lines.append(f"  {name:{width}}  {entry['dtype']:9}  {shape:24}  {entry['num_bytes'] / 1e6:12.3f} MB")
     return "\n".join(lines)
+
+
+def _lines_of_store(summary: dict[str, Any]) -> list[str]:
+    """Describe each base in two lines, and what is damaged. What the folder says of a base is shown as JSON."""
+    lines = [f"{len(summary['bases'])} base(s), {summary['num_bytes'] / 1e6:.3f} MB"]
+    for count in summary["bases"]:
+        lines.append(
+            f"base {count['base'][:16]}: {count['num_responses']:,} responses of {count['num_passes']:,} passes, "
+            f"{count['num_tokens']:,} response tokens"
+        )
+        about = {name: count["about"].get(name) for name in ("hf_path", "temperature", "precision")}
+        lines.append(f"  {json.dumps(about)}")
+    return lines + [f"notice: {note}" for note in summary["notes"]]

@@ -1,11 +1,12 @@
 """How do rollouts become one flat array of bytes, and rollouts again? Unpadded, and a prompt once for its responses.
 
-    head       [3] int64                 number of prompts p, of rollouts r, of bytes of text
+    head       [4] int64                 number of prompts p, of rollouts r, of bytes of text, of scores
     prompts    [p, 4] int64              slot, index, number of tokens, number of rollouts that follow each other
     responses  [r, 4] int64              response_index, number of tokens, 1 where it is cut at the limit, spans
     spans      [sum of spans, 3] int64   weight_versions of all responses
     tokens     [sum of both] int32       of all prompts, then of all responses
     log-probs  [sum of responses] fp32
+    scores     [sum of responses] fp32   by the reference; none where the rollouts have none
     text       JSON in ASCII             id, answer, task and text of each prompt
 
 What comes back is equal to what went in: log-probs are fp32 wherever they come from (`rollout/sampling.py`).
@@ -39,14 +40,17 @@ def to_bytes(rollouts: Sequence[Rollout]) -> np.ndarray:
     ]
     texts = [(prompt.id, prompt.answer, prompt.task, prompt.text) for (_, prompt), _ in runs]
     text = np.frombuffer(json.dumps(texts).encode("ascii"), np.uint8)
+    scores = _flat((rollout.ref_log_probs for rollout in rollouts), np.float32)
+    assert len(scores) in (0, sum(len(rollout.response_token_ids) for rollout in rollouts)), "of all, or of none"
     parts = [
-        np.array([len(runs), len(rollouts), len(text)], np.int64),
+        np.array([len(runs), len(rollouts), len(text), len(scores)], np.int64),
         np.array(prompts, np.int64),
         np.array(responses, np.int64),
         np.array([span for rollout in rollouts for span in rollout.weight_versions], np.int64),
         _flat((prompt.token_ids for (_, prompt), _ in runs), np.int32),
         _flat((rollout.response_token_ids for rollout in rollouts), np.int32),
         _flat((rollout.rollout_log_probs for rollout in rollouts), np.float32),
+        scores,
         text,
     ]
     return np.concatenate([part.ravel().view(np.uint8) for part in parts])
@@ -54,7 +58,7 @@ def to_bytes(rollouts: Sequence[Rollout]) -> np.ndarray:
 
 def from_bytes(data: np.ndarray) -> list[Rollout]:
     """Returns the rollouts that `to_bytes` made `data` of, in their order. Rollouts of a run share their prompt."""
-    (num_prompts, num_rollouts, num_text), data = _taken(data, 3, np.int64)
+    (num_prompts, num_rollouts, num_text, num_scores), data = _taken(data, 4, np.int64)
     prompt_numbers, data = _taken(data, 4 * num_prompts, np.int64)
     response_numbers, data = _taken(data, 4 * num_rollouts, np.int64)
     prompt_numbers, response_numbers = prompt_numbers.reshape(-1, 4), response_numbers.reshape(-1, 4)
@@ -62,7 +66,8 @@ def from_bytes(data: np.ndarray) -> list[Rollout]:
     prompt_tokens, data = _taken(data, prompt_numbers[:, 2].sum(), np.int32)
     num_tokens = response_numbers[:, 1].sum()
     tokens, data = _taken(data, num_tokens, np.int32)
-    log_probs, text = _taken(data, num_tokens, np.float32)
+    log_probs, data = _taken(data, num_tokens, np.float32)
+    scores, text = _taken(data, num_scores, np.float32)
     assert len(text) == num_text
     prompts = [
         Prompt(id_, index, token_ids, answer, task, text_)
@@ -75,13 +80,23 @@ def from_bytes(data: np.ndarray) -> list[Rollout]:
     ]
     runs = zip(prompt_numbers[:, 0].tolist(), prompts, prompt_numbers[:, 3].tolist(), strict=True)
     return [
-        Rollout(prompt, slot, response_index, response, its_log_probs, "length" if is_cut else "eos", versions)
-        for (slot, prompt), (response_index, _, is_cut, _), response, its_log_probs, versions in zip(
+        Rollout(
+            prompt,
+            slot,
+            response_index,
+            response,
+            its_log_probs,
+            "length" if is_cut else "eos",
+            weight_versions=versions,
+            ref_log_probs=its_scores,
+        )
+        for (slot, prompt), (response_index, _, is_cut, _), response, its_log_probs, versions, its_scores in zip(
             ((slot, prompt) for slot, prompt, size in runs for _ in range(size)),
             response_numbers.tolist(),
             _split(tokens, response_numbers[:, 1]),
             _split(log_probs, response_numbers[:, 1]),
             _split_spans(spans, response_numbers[:, 3]),
+            _split(scores, response_numbers[:, 1]) if num_scores else [()] * int(num_rollouts),
             strict=True,
         )
     ]

@@ -72,6 +72,20 @@ def _by_what_sampled(every: dict[str, np.ndarray]) -> np.ndarray:
     return np.where(every["lag_max"] == 0, every["old_sequence_log_prob"], every["rollout_sequence_log_prob"])
 
 
+def reduce_trained(rows: np.ndarray, settings: ReductionSettings) -> dict[str, float]:
+    """Returns the metrics of the objective over all that a step trained on, where that is more than its own rollouts.
+
+    rows: as in `reduce_rollouts`, of the rollouts of all steps. num_rollouts_trained counts them.
+    """
+    every = {name: rows[:, column] for column, name in enumerate(ROLLOUT_COLUMNS)}
+    kept = {name: column[every["kept"] > 0] for name, column in every.items()}
+    values = {"num_rollouts_trained": float(len(rows)), "num_rollouts_kept": every["kept"].sum()}
+    if len(kept["kept"]):
+        kept["prompt"] = kept["rollout_index"] // settings.responses_per_prompt
+        values |= _objective_metrics(kept, settings)
+    return {name: float(value) for name, value in values.items() if np.isfinite(value)}
+
+
 def _rollout_metrics(every: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:
     """Returns the metrics of all sampled responses, dropped ones included."""
     lengths, num_tokens = every["num_response_tokens"], every["num_response_tokens"].sum()

@@ -35,10 +35,13 @@ class PhaseClock:
         return taken
 
 
-def throughput(seconds: dict[str, float], num_prompt_tokens: float, num_response_tokens: float) -> dict[str, float]:
+def throughput(
+    seconds: dict[str, float], num_prompt_tokens: float, num_response_tokens: float, num_trained_tokens: float
+) -> dict[str, float]:
     """Returns the seconds of each phase, and tokens per second over all ranks.
 
-    The rollout phase counts response tokens, the others all tokens. tokens_per_second: response tokens over the seconds
+    The rollout phase counts response tokens, the reference all of the step's tokens, the update all that it trains on,
+    those of earlier steps included. tokens_per_second: response tokens over the seconds
     of all phases.
     """
     total = sum(seconds.values())
@@ -47,7 +50,7 @@ def throughput(seconds: dict[str, float], num_prompt_tokens: float, num_response
     tokens = {
         "rollout": num_response_tokens,
         "reference": num_prompt_tokens + num_response_tokens,
-        "update": num_prompt_tokens + num_response_tokens,
+        "update": num_trained_tokens,
     }
     for phase, count in tokens.items():
         if seconds.get(phase):

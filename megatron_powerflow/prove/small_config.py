@@ -36,7 +36,7 @@ def small_config(config: Config, small: Layout, folder: Path) -> Config:
     sizes = {name: getattr(small, name) for name in ("tp", "pp", "vpp", "cp", "ep")}
     sizes["layers_per_chunk"] = small.layers and list(small.layers)
     values["parallel"] = config.parallel.model_dump() | sizes | _batching(config, small)
-    values["model"] = config.model.model_dump() | {"hf_path": str(folder / "model")}
+    values["model"] = config.model.model_dump() | {"hf_path": str(folder / "model"), "reference_store": None}
     values["optimizer"]["distributed"] = config.optimizer.distributed
     values["run"]["output_dir"] = str(folder / "run_layout")
     return parse_config(_said(values), source=SOURCE)
@@ -66,6 +66,8 @@ def config_differences(config: Config) -> list[str]:
         texts.append(f"Adam's eps {optimizer.eps:g} as {EPS:g}")
     if rollout.replay is not None:
         texts.append("replayed rollouts as rollouts of the small model")
+    if rollout.buffer_steps:
+        texts.append("each step's own rollouts alone")
     if _alpha(config) != config.objective.alpha:
         texts.append(f"alpha {config.objective.alpha:g} as {_alpha(config):g}, for at 1 the loss begins at 0")
     if config.objective.alpha_warmup_steps:

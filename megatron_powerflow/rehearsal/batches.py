@@ -33,7 +33,8 @@ def num_micro_batches(job: Job) -> int:
 
 def _rollouts_of_rank(job: Job) -> int:
     config = job.config
-    rollouts = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    steps = config.rollout.buffer_steps + 1
+    rollouts = config.rollout.prompts_per_step * config.rollout.responses_per_prompt * steps
     return rollouts // config.optimizer.updates_per_rollout // job.layout.dp
 
 

@@ -67,6 +67,7 @@ def step_time(job: Job, ranks: Sequence[RankMemory], device: Device) -> StepTime
     config, layout = job.config, job.layout
     rollouts = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
     forward = flop_count(job.architecture)(job.longest) * rollouts
+    steps = config.rollout.buffer_steps + 1  # whose rollouts a step trains on; the reference scores its own
     prefill = flop_count(job.architecture)(config.rollout.max_prompt_tokens) * config.rollout.prompts_per_step
     passes = 4 if config.model.recompute == "full" else 3
     rate = device.flops(config.precision.dtype) * MATRIX_SHARE * layout.world_size
@@ -74,12 +75,12 @@ def step_time(job: Job, ranks: Sequence[RankMemory], device: Device) -> StepTime
     idle = (layout.pp - 1) / (layout.num_chunks * count + layout.pp - 1)
     rollout, bound_by = _rollout(job, ranks, device)
     rollout += prefill / rate
-    reference = forward / rate / (1 - idle) + _sent(job, ranks, device, "reference scores")
-    update = passes * forward / rate / (1 - idle) + _sent(job, ranks, device, "update")
+    reference = forward / rate / (1 - idle) + _sent(job, ranks, device, "reference scores") / steps
+    update = passes * steps * forward / rate / (1 - idle) + _sent(job, ranks, device, "update")
     optimizer = _optimizer(job, ranks, device) * config.optimizer.updates_per_rollout
     flops = (
         prefill
-        + (1 + passes) * forward
+        + (1 + passes * steps) * forward
         + 2 * active_weights(job.architecture) * rollouts * config.rollout.max_response_tokens
     )
     total = rollout + reference + update + optimizer

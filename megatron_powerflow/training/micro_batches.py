@@ -68,6 +68,14 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session, step
     Groups stay whole within an update. rollouts: this replica's share; packed, groups change replicas for the sake of
     balance. step: the one that trains on them, counted from 0. Collective over the run.
     """
+    return pack_rollouts(rollouts, plan, session, step)[0]
+
+
+def pack_rollouts(
+    rollouts: Sequence[Rollout], plan: Plan, session: Session, step: int
+) -> tuple[list[list[MicroBatch]], list[Rollout]]:
+    """Return what `pack_updates` does, and the rollouts that this replica has in its micro-batches, by slot, then
+    response."""
     config, groups = plan.config, session.groups
     arguments: Packing = {
         "responses_per_prompt": config.rollout.responses_per_prompt,
@@ -81,7 +89,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session, step
         return _pack_streams(rollouts, plan, groups, arguments, step)
     annotated = _annotated(rollouts, plan, step)
     size = len(annotated) // config.optimizer.updates_per_rollout
-    return [
+    updates = [
         pack(
             annotated[start : start + size],
             micro_batch_size=config.parallel.micro_batch_size,
@@ -90,11 +98,12 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session, step
         )
         for start in range(0, len(annotated), size)
     ]
+    return updates, list(rollouts)
 
 
 def _pack_streams(
     rollouts: Sequence[Rollout], plan: Plan, groups: Groups, arguments: Packing, step: int
-) -> list[list[MicroBatch]]:
+) -> tuple[list[list[MicroBatch]], list[Rollout]]:
     """Plan the packed micro-batches of all ranks by the lengths of all rollouts, and pack those of this rank."""
     config = plan.config
     rule, flops = bin_rule(plan.layout, config), flop_count(plan.architecture)
@@ -112,12 +121,13 @@ def _pack_streams(
     parts: list[list[Rollout]] = [[] for _ in range(groups.dp_size)]
     for rollout in rollouts:
         parts[replica_of[rollout.slot]].append(rollout)
-    mine = _annotated(to_replicas(parts, groups), plan, step)
-    annotated = {(item.slot, item.response_index): item for item in mine}
-    return [
+    mine = to_replicas(parts, groups)
+    annotated = {(item.slot, item.response_index): item for item in _annotated(mine, plan, step)}
+    updates = [
         pack_streams([[annotated[name] for name in bin] for bin in bins], rule, whole_groups=together, **arguments)
         for bins, together in planned
     ]
+    return updates, mine
 
 
 def _annotated(rollouts: Sequence[Rollout], plan: Plan, step: int) -> list[AnnotatedRollout]:

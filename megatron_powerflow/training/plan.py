@@ -46,7 +46,8 @@ from megatron_powerflow.rollout.rollout_files import ReplayRequirements, find_ro
 from megatron_powerflow.serving.checks import server_violations
 from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
-from megatron_powerflow.training.resources import resource_violations, saving_line
+from megatron_powerflow.training.reference_base import kept_scores_lines, kept_scores_violations
+from megatron_powerflow.training.resources import buffer_violations, resource_violations, saving_line
 from megatron_powerflow.training.resume import Change, Resume, find_resume
 from megatron_powerflow.training.staleness import (
     SampledBy,
@@ -149,7 +150,8 @@ def make_plan(
     is_there = Path(hf_folder).is_dir()  # else that was said
     tokenizer = _collect(violations, lambda: load(conversation_of(config, today))) if is_there else None
     size = num_parameters(model[0]) if model else None
-    violations += _export_violations(config, start) + resource_violations(config, size) + server_violations(config)
+    violations += _folder_violations(config, start, resume_from) + resource_violations(config, size)
+    violations += server_violations(config)
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
         architecture, family = model
@@ -231,6 +233,7 @@ def describe(plan: Plan) -> str:
             f"objective {config.objective.preset}, alpha {config.objective.alpha}, log Z' {config.objective.log_z}",
             *([f"replays   {plan.replay_from}, no engine"] if plan.replay_from else []),
             *weight_lines(config, plan.sampled_by),
+            *kept_scores_lines(config, architecture, plan.inputs.digests.get("weights")),
             *_fp8_lines(config, plan.layout),
             *temperature_lines(config),
             batching_line(config, plan.layout),
@@ -407,10 +410,15 @@ def model_violations(config: Config, architecture: Architecture) -> list[str]:
     ]
 
 
+def first_step_of(resume_from: Path | None) -> int:
+    """The number of steps that a checkpoint is behind; 0 without one."""
+    return int(resume_from.name.removeprefix("step_")) if resume_from else 0
+
+
 def check_replay(config: Config, replay: str, architecture: Architecture, resume_from: Path | None) -> Path:
     """The folder of saved rollouts. Raises UserError unless it holds every step still to do, as this run wants."""
     rollout, folder = config.rollout, find_rollouts(replay)
-    first = int(resume_from.name.removeprefix("step_")) if resume_from else 0
+    first = first_step_of(resume_from)
     wanted = ReplayRequirements(
         num_prompts=rollout.prompts_per_step,
         responses_per_prompt=rollout.responses_per_prompt,
@@ -422,6 +430,12 @@ def check_replay(config: Config, replay: str, architecture: Architecture, resume
     if violations := replay_violations(folder, range(first, config.run.num_steps), wanted):
         raise UserError(violations)
     return folder
+
+
+def _folder_violations(config: Config, start: Path, resume_from: Path | None) -> list[str]:
+    """Why the run's export may not be written, its reference scores not be kept, or its buffer not be filled."""
+    buffer = buffer_violations(config, first_step_of(resume_from))
+    return _export_violations(config, start) + kept_scores_violations(config) + buffer
 
 
 def _export_violations(config: Config, start: Path) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_powerflow.checkpoint.folder import checkpoints_of
 from megatron_powerflow.config import Config
 from megatron_powerflow.parallel.device_sums import determinism_violations
+from megatron_powerflow.rollout.rollout_files import ROLLOUTS_NAME, step_file
 from megatron_powerflow.time_limit import seconds_until_stop
 
 CHECKPOINT_BYTES = 14  # a parameter: bf16 weights, their fp32 masters and Adam's two moments
@@ -58,6 +59,19 @@ def resource_violations(config: Config, num_parameters: int | None) -> list[str]
             f"{_size(free)} are free there; set checkpoint.keep, raise checkpoint.interval, or write elsewhere"
         )
     return violations
+
+
+def buffer_violations(config: Config, first_step: int) -> list[str]:
+    """Return why a run that goes on before `first_step` has not the rollouts of the steps that it trains on again."""
+    folder = Path(config.run.output_dir) / ROLLOUTS_NAME
+    steps = range(max(0, first_step - config.rollout.buffer_steps), first_step)
+    missing = [path for step in steps if not (path := step_file(folder, step)).is_file()]
+    if not missing:
+        return []
+    return [
+        f"rollout.buffer_steps={config.rollout.buffer_steps}: {', '.join(map(str, missing))}: not there, and step "
+        f"{first_step} trains on those rollouts too; put them back, or continue from another checkpoint"
+    ]
 
 
 def _size(num_bytes: int) -> str:

@@ -25,8 +25,18 @@ from megatron_powerflow.whole_files import own_file
 CHANGEABLE = frozenset(
     {"run.name", "run.num_steps", "run.export", "run.stop_on_alarm", "run.stop_at_alpha"}
     | {"run.stop_before", "run.hang_seconds", "run.deterministic"}
-    | {"model.reference", "model.recompute", "model.recompute_modules", "rollout.max_concurrent_rows", "rollout.save"}
-    | {"rollout.engine", "rollout.vllm", "rollout.steps_ahead", "rollout.in_flight_updates"}
+    | {
+        "model.reference",
+        "model.reference_store",
+        "model.recompute",
+        "model.recompute_modules",
+        "rollout.max_concurrent_rows",
+        "rollout.save",
+        "rollout.engine",
+        "rollout.vllm",
+        "rollout.steps_ahead",
+        "rollout.in_flight_updates",
+    }
     | {"optimizer.lr", "optimizer.log_z_lr", "optimizer.min_lr", "optimizer.lr_decay", "optimizer.warmup_steps"}
     | {"optimizer.clip_grad", "optimizer.distributed", "optimizer.max_skipped_steps"}
     | {"alarm", "parallel", "checkpoint", "evaluation", "metrics"}
@@ -40,6 +50,7 @@ WHY_NOT = {
     "prompts": "the run's place in its prompts counts those that this setting makes",
     "rollout": "the responses so far were drawn with it",
     "rollout.prompts_per_step": "a step is this many prompts, and the run's place in its prompts is counted in them",
+    "rollout.buffer_steps": "the steps so far were trained on the rollouts of another number of steps",
     "rollout.replay": "the steps so far were of another source of rollouts",
     "objective": "it says what the run is trained towards, and the steps so far went elsewhere",
     "objective.log_z": "another log Z' has other state, which this run's checkpoints do not hold",

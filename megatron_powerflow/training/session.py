@@ -7,7 +7,7 @@ parameters over, and a checkpoint, if there is one to continue, is loaded last.
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 
@@ -20,8 +20,10 @@ from megatron_powerflow.model.reference import Reference, ResidentReference, Swa
 from megatron_powerflow.objective.presets import LEARNED_LOG_Z
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import on_main
+from megatron_powerflow.records import Rollout
 from megatron_powerflow.rollout.engine import Engine
 from megatron_powerflow.training.forward_step import Scorer
+from megatron_powerflow.training.known_scores import KnownScores, open_store
 from megatron_powerflow.training.optimizer import build_trainable
 from megatron_powerflow.training.plan import Plan, check_replay
 from megatron_powerflow.training.policy import build_engine, build_policy, copy_policy
@@ -37,6 +39,9 @@ class Session:
     engine: Engine
     scorer: Scorer
     progress: RunProgress
+    known_scores: KnownScores | None = None  # of model.reference_store
+    # of the last rollout.buffer_steps steps, by step: what this replica has scored of them; see rollout_buffer.py
+    buffer: dict[int, list[Rollout]] = field(default_factory=dict)
 
 
 def from_whole_checkpoint(plan: Plan, groups: Groups, console: Console) -> Plan:
@@ -66,6 +71,7 @@ def build_session(plan: Plan, groups: Groups) -> Session:
     config, architecture = plan.config, plan.architecture
     model = config.model.model_copy(update={"hf_path": str(plan.model_folder)})
     chunks = build_policy(architecture, plan.family, plan.layout, model, config.precision, groups)
+    known_scores = open_store(plan, chunks, groups)
     reference: Reference
     if config.model.reference == "swap":
         reference = SwapReference(chunks)
@@ -86,4 +92,4 @@ def build_session(plan: Plan, groups: Groups) -> Session:
         require_finite(chunks, plan.family, groups, plan.resume_from)
     engine = build_engine(chunks, architecture, plan.layout, config, groups)
     scorer = Scorer(groups, architecture.vocab_size, config.rollout.temperature, plan.layout.sequence_parallel)
-    return Session(groups, trainable, reference, engine, scorer, progress)
+    return Session(groups, trainable, reference, engine, scorer, progress, known_scores)

@@ -60,7 +60,8 @@ def who_sampled(config: Config, *, own: bool) -> SampledBy:
     own: those that the step starts with, sampled or replayed from a run of this very config.
     """
     if own:
-        return SampledBy.OLDER if config.rollout.steps_ahead else SampledBy.OWN
+        is_older = config.rollout.steps_ahead or config.rollout.buffer_steps
+        return SampledBy.OLDER if is_older else SampledBy.OWN
     return SampledBy.SAVED if config.objective.sampler_ratio == "none" else SampledBy.ANOTHER
 
 
@@ -108,6 +109,7 @@ def _trains(config: Config) -> dict:
         "objective": objective,
         "optimizer": config.optimizer.model_dump(exclude={"distributed", "max_skipped_steps"}),
         "seed": config.run.seed,  # of the log Z' head
+        "buffer_steps": config.rollout.buffer_steps,
         "num_steps": config.run.num_steps if config.optimizer.lr_decay != "constant" else None,
     }
 
@@ -132,6 +134,11 @@ def weight_lines(config: Config, sampled_by: SampledBy) -> list[str]:
 
 def _weight_words(config: Config, sampled_by: SampledBy) -> str:
     objective, several = config.objective, config.optimizer.updates_per_rollout > 1
+    if config.rollout.buffer_steps:
+        return (
+            f"w is of the policy at the start of the step, ratio {objective.ratio}; the rollouts of the last "
+            f"{config.rollout.buffer_steps} steps, by earlier policies, weigh as much as the step's own"
+        )
     if sampled_by is SampledBy.OWN and not several:
         return "w = 1: each update is of rollouts by the policy that it trains"
     if sampled_by.old_is_scored and not several:

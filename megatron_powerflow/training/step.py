@@ -21,11 +21,12 @@ from megatron_powerflow.records import MicroBatch, Prompt, Rollout, SamplingPara
 from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.rollout.sampling_params import sampling_params
 from megatron_powerflow.training.first_batch import Inspect, inspection, require_scores_of_base
+from megatron_powerflow.training.known_scores import ReferenceCount, score_updates
 from megatron_powerflow.training.micro_batches import pack_updates
 from megatron_powerflow.training.objective_of_step import objective_of_step
 from megatron_powerflow.training.optimizer import OptimizerStep, set_learning_rates
 from megatron_powerflow.training.plan import Plan
-from megatron_powerflow.training.score import score_reference
+from megatron_powerflow.training.rollout_buffer import num_steps_trained, own_rows, scored_with_buffer
 from megatron_powerflow.training.session import Session
 from megatron_powerflow.training.step_rollouts import begin_rollouts, step_rollouts
 from megatron_powerflow.training.update import calibrate_head, update
@@ -38,17 +39,21 @@ class StepResult:
     """What a step gives beside the changed weights.
 
     rows: [B, len(ROLLOUT_COLUMNS)] fp64, one per rollout of the step, by rollout_index, on every rank. lr: the policy's
-    learning rate. alpha: the power that the step aimed at, None where the objective knows none. log_z_start: the value
+    learning rate. alpha: the power that the step aimed at, None where the objective knows none. reference: passes of
+    the reference that the step took. log_z_start: the value
     that a learned log Z' was given at step 0, nats; None in all other steps. rollouts: of this replica, alike on all
-    its ranks; () from `learn`.
+    its ranks; () from `learn`. trained_rows: with rollout.buffer_steps the rows of all that the step trained on, as
+    `rows`, which are of its own rollouts alone.
     """
 
     rows: Tensor
     optimizer_steps: tuple[OptimizerStep, ...]
     lr: float
     alpha: float | None
+    reference: ReferenceCount
     log_z_start: float | None = None
     rollouts: tuple[Rollout, ...] = ()
+    trained_rows: Tensor | None = None
 
     @property
     def skipped(self) -> bool:
@@ -85,11 +90,32 @@ def run_step(
             begin_rollouts(plan, session, its_prompts, sampling_of_step(plan, later))
         session.engine.rest()
         give_back(session.groups.device)
-        updates = pack_updates(rollouts, plan, session, step)
+        updates = [] if plan.config.rollout.buffer_steps else pack_updates(rollouts, plan, session, step)
     inspect = inspection(plan.config, prompts) if first_of_start else None
-    result = learn(plan, session, updates, step, phase=phase, inspect=inspect)
+    if plan.config.rollout.buffer_steps:
+        result = _learn_with_buffer(plan, session, rollouts, step, phase=phase, inspect=inspect)
+    else:
+        result = learn(plan, session, updates, step, phase=phase, inspect=inspect)
     session.engine.new_weights(step + 1)
     return replace(result, rollouts=tuple(rollouts))
+
+
+def _learn_with_buffer(
+    plan: Plan, session: Session, rollouts: Sequence[Rollout], step: int, *, phase: Phase, inspect: Inspect | None
+) -> StepResult:
+    """Run the rest of a step that trains on the rollouts of the steps before, too. Collective over the run."""
+    num_steps, size = num_steps_trained(plan, step), plan.config.rollout.responses_per_prompt
+
+    def inspect_own(table: Tensor) -> None:
+        if inspect is not None:
+            inspect(own_rows(table, num_steps, size))
+
+    with phase("reference"):
+        scored, count = scored_with_buffer(plan, session, rollouts, step)
+        give_back(session.groups.device)
+    result = train_on(plan, session, scored, count, step, phase=phase, inspect=inspect_own)
+    own = own_rows(result.rows, num_steps, size)
+    return replace(result, rows=own, rollouts=tuple(rollouts), trained_rows=result.rows)
 
 
 def learn(
@@ -106,10 +132,27 @@ def learn(
     updates: from `pack_updates`, this rank's micro-batches of each update. step: counted from 0. inspect: as `update`
     takes it.
     """
-    config, objective = plan.config, objective_of_step(plan.objective, step)
     with phase("reference"):
-        scored = [score_reference(session.reference, batches, session.scorer) for batches in updates]
+        scored, count = score_updates(session.reference, updates, session.scorer, session.known_scores)
         give_back(session.groups.device)
+    return train_on(plan, session, scored, count, step, phase=phase, inspect=inspect)
+
+
+def train_on(
+    plan: Plan,
+    session: Session,
+    scored: Sequence[Sequence[MicroBatch]],
+    count: ReferenceCount,
+    step: int,
+    *,
+    phase: Phase,
+    inspect: Inspect | None,
+) -> StepResult:
+    """Make the updates of a step whose micro-batches are scored. Collective over the run; arguments are `learn`'s.
+
+    count: of the reference's passes, for the result.
+    """
+    config, objective = plan.config, objective_of_step(plan.objective, step)
     log_z_start = None
     if step == 0 and isinstance(objective, BalanceObjective) and objective.learns_log_z:
         log_z_start = calibrate_head(session.trainable, scored, objective, session.scorer)
@@ -125,7 +168,7 @@ def learn(
             inspect=inspect,
         )
         give_back(session.groups.device)
-    return StepResult(updated.rows, updated.optimizer_steps, lr, objective.alpha, log_z_start)
+    return StepResult(updated.rows, updated.optimizer_steps, lr, objective.alpha, count, log_z_start)
 
 
 def sampling_of_step(plan: Plan, step: int) -> SamplingParams:

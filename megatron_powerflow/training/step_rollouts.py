@@ -64,6 +64,16 @@ def _share_to_sample(prompts: Sequence[Prompt], plan: Plan, groups: Groups) -> l
     return plan.share_of(prompts, groups.dp_rank)[groups.cp_rank :: groups.cp_size]
 
 
+def saved_rollouts(plan: Plan, groups: Groups, step: int) -> list[Rollout]:
+    """Return this replica's share of the rollouts that this run saved at an earlier step, alike on all its ranks.
+
+    Raises UserError where the file is damaged or not there.
+    """
+    return _share(
+        read_rollouts(step_file(plan.run_folder / ROLLOUTS_NAME, step), plan.architecture.vocab_size), plan, groups
+    )
+
+
 def _share(rollouts: Sequence[Rollout], plan: Plan, groups: Groups) -> list[Rollout]:
     """Return those of the slots that `Plan.share_of` gives this data-parallel rank."""
     slots = {slot for slot, _ in plan.share_of(range(plan.config.rollout.prompts_per_step), groups.dp_rank)}

@@ -261,6 +261,9 @@ def test_0_and_false_stay_where_they_are_given():
         (["objective.preset=grpo", "rollout.responses_per_prompt=1"], "needs at least 2 responses"),
         (["optimizer.betas=[0.9,1.0]"], "each must be in [0, 1)"),
         (["rollout.replay=x", "rollout.save=true"], "rollout.save=true has no effect"),
+        (["rollout.buffer_steps=1"], "rollout.save=false"),
+        (["rollout.buffer_steps=1", "rollout.replay=x"], "a replay takes each step's rollouts alone"),
+        (["rollout.buffer_steps=1", "rollout.save=true", "objective.preset=grpo"], "older ones would bias it"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(overrides, words):

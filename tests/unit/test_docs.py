@@ -25,7 +25,7 @@ from megatron_powerflow.config_file import config_keys, load_config, parse_confi
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.metrics.alarm import ALARMS
 from megatron_powerflow.metrics.counts import QuestionCounts, mean_over_tasks, summarize_tasks
-from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
+from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts, reduce_trained
 from megatron_powerflow.metrics.throughput import throughput
 from megatron_powerflow.objective.presets import PRESETS
 from megatron_powerflow.records import ROLLOUT_COLUMNS
@@ -349,9 +349,11 @@ def test_every_number_of_a_step_is_described_and_none_is_made_up():
             8, 100, alpha=2.0, has_tilt=preset == "balance", energy_per_token=True, has_lag=True
         )
         found |= reduce_rollouts(rollout_table(6, 8, preset), settings).keys()
+        found |= reduce_trained(rollout_table(6, 8, preset), settings).keys()
     phases = ("rollout", "reference", "update", "checkpoint", "evaluation", "samples")
-    found |= throughput(dict.fromkeys(phases, 1.0), 1.0, 1.0).keys()
+    found |= throughput(dict.fromkeys(phases, 1.0), 1.0, 1.0, 1.0).keys()
     found |= {"step", "lr", "grad_norm", "num_skipped", "peak_memory_bytes", "alarm"}  # run_output.py
+    found |= {"reference_passes", "reference_known"}
     found |= {f"alarm_{name}" for name in ALARMS}
     found |= SyncReport(1.0, 1, 2, 0.0, 0.0, 1).metrics().keys()
     assert set().union(*documented("metrics.jsonl").values()) == found

@@ -28,7 +28,7 @@ FLOORS = (
         "time_limit",
         "whole_files",
     ),
-    ("config", "journal", "outcome", "random_streams", "targets"),
+    ("config", "journal", "outcome", "random_streams", "reference_store", "targets"),
     ("config_rules", "config_text", "data", "metrics", "parallel", "recipes"),
     ("config_file", "environment", "hf", "model", "preflight", "report"),
     ("checkpoint", "config_help", "hub", "rollout"),

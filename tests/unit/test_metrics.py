@@ -160,11 +160,11 @@ def test_the_order_of_rows_does_not_matter():
 
 
 def test_throughput_by_hand():
-    values = throughput({"rollout": 2.0, "reference": 1.0, "update": 2.0}, 50, 100)
+    values = throughput({"rollout": 2.0, "reference": 1.0, "update": 2.0}, 50, 100, 450)
     assert values["tokens_per_second"] == 20
     assert values["rollout_tokens_per_second"] == 50
     assert values["reference_tokens_per_second"] == 150
-    assert values["update_tokens_per_second"] == 75
+    assert values["update_tokens_per_second"] == 225, "those of earlier steps are trained on, too"
     assert values["step_seconds"] == 5
 
 

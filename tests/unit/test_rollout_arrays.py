@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -26,8 +28,8 @@ PROMPTS = st.builds(
 
 @st.composite
 def lists_of_rollouts(draw) -> list[Rollout]:
-    """Any number of prompts, each with any number of responses of any lengths."""
-    rollouts = []
+    """Any number of prompts, each with any number of responses of any lengths; all of them scored, or none."""
+    rollouts, scored = [], draw(st.booleans())
     for prompt in draw(st.lists(PROMPTS, max_size=3)):
         slot = draw(INT64)
         for _ in range(draw(st.integers(0, 3))):
@@ -35,7 +37,9 @@ def lists_of_rollouts(draw) -> list[Rollout]:
             log_probs = st.lists(st.floats(width=32, allow_nan=False), min_size=len(response), max_size=len(response))
             reason = draw(st.sampled_from(["eos", "length"]))
             spans = tuple(draw(st.lists(st.tuples(INT64, INT64, INT64), max_size=3)))
-            rollouts.append(Rollout(prompt, slot, draw(INT64), tuple(response), tuple(draw(log_probs)), reason, spans))
+            scores = tuple(draw(log_probs)) if scored else ()
+            own = tuple(draw(log_probs))
+            rollouts.append(Rollout(prompt, slot, draw(INT64), tuple(response), own, reason, spans, scores))
     return rollouts
 
 
@@ -48,13 +52,18 @@ def test_what_comes_back_is_what_went_in(rollouts):
 
 
 def test_a_prompt_travels_once_and_nothing_is_padded():
-    """512 prompt tokens of 4 bytes, 1 and 4,096 response tokens of 8; the rest is 32 bytes a rollout, 32 a prompt."""
+    """512 prompt tokens of 4 bytes, 1 and 4,096 response tokens of 8; the rest is 32 bytes a rollout, 32 a prompt.
+
+    With the reference's scores there are 4 bytes more a response token.
+    """
     prompt = Prompt("p", 0, (7,) * 512, text="w" * 100)
     rollouts = [Rollout(prompt, 3, i, (5,) * size, (-0.5,) * size, "eos") for i, size in enumerate((1, 4096))]
     data = to_bytes(rollouts)
     text = len('[["p", null, null, ""]]') + 100
     assert data.dtype == np.uint8
-    assert len(data) == 24 + 32 + 2 * 32 + 4 * 512 + 8 * 4097 + text
+    assert len(data) == 32 + 32 + 2 * 32 + 4 * 512 + 8 * 4097 + text
+    scored = [replace(rollout, ref_log_probs=rollout.rollout_log_probs) for rollout in rollouts]
+    assert len(to_bytes(scored)) == len(data) + 4 * 4097
     first, second = from_bytes(data)
     assert first.prompt is second.prompt
 
