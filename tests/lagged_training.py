@@ -91,8 +91,9 @@ def draw(ways: Tensor, groups_per_prompt: int, group_size: int, generator: torch
     group = torch.arange(num_prompts * groups_per_prompt).repeat_interleave(group_size)
     prompt = group % num_prompts
     way = torch.randint(num_ways, prompt.shape, generator=generator)
-    chances = ways[way, prompt].sum(dim=-1).exp()  # [B, 63]
-    response = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+    sums = ways.sum(dim=-1).exp().cumsum(dim=-1)[way, prompt]  # [B, 63], up to 1
+    places = torch.rand(len(group), 1, generator=generator, dtype=torch.float64)
+    response = torch.searchsorted(sums, places * sums[:, -1:]).squeeze(1)
     return Batch(prompt, response, group, ways[way, prompt, response])
 
 
@@ -233,8 +234,8 @@ class Training:
     """lr: Adam's; it falls to 0 over the steps as a cosine. tied: prefixes share rows of the table (`TIED`), so the
     optimum is out of reach; the start is then the mean of the base's rows."""
 
-    steps: int = 600
-    lr: float = 0.05
+    steps: int = 800
+    lr: float = 0.07
     groups_per_prompt: int = 4
     group_size: int = 8
     seed: int = 0
