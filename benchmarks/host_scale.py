@@ -44,6 +44,7 @@ from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.records import MicroBatch, Prompt, Rollout
 from megatron_powerflow.training.micro_batches import bin_rule, pack_updates
 from megatron_powerflow.training.rewards import annotate
+from megatron_powerflow.training.staleness import SampledBy
 from tests.architectures import make_architecture
 
 GROUP = 16
@@ -80,7 +81,9 @@ def plan_of(num_rollouts: int, replicas: int, tokens: int) -> SimpleNamespace:
         }
     )
     tokenizer = SimpleNamespace(decode=lambda token_ids: "")
-    return SimpleNamespace(config=config, layout=layout, architecture=ARCHITECTURE, tokenizer=tokenizer)
+    return SimpleNamespace(
+        config=config, layout=layout, architecture=ARCHITECTURE, tokenizer=tokenizer, sampled_by=SampledBy.OWN
+    )
 
 
 def groups_of(rank: int, replicas: int, world) -> SimpleNamespace:
@@ -155,7 +158,7 @@ def measure(way: str, rollouts: list[Rollout], plan: SimpleNamespace, groups: Si
         if way == "before":
             updates = old_pack_updates(rollouts, plan, groups)
         else:
-            updates = pack_updates(rollouts, plan, SimpleNamespace(groups=groups))
+            updates = pack_updates(rollouts, plan, SimpleNamespace(groups=groups), 0)
     return (time.process_time() - start, sum(sizes)), updates
 
 

@@ -87,7 +87,7 @@ def batches_of(way: str, rollouts: list, plan, session) -> list:
     from megatron_powerflow.training.rewards import annotate
 
     if way != "random order":
-        (batches,) = pack_updates(rollouts, plan, session)
+        (batches,) = pack_updates(rollouts, plan, session, 0)
         return batches
     annotated = annotate(rollouts, plan.config.objective, plan.tokenizer)
     size = plan.config.parallel.micro_batch_size

@@ -68,7 +68,7 @@ def one_step(rollouts: list, plan, session) -> tuple[int, float]:
     from megatron_powerflow.training.micro_batches import pack_updates
     from megatron_powerflow.training.step import learn
 
-    updates = pack_updates(rollouts, plan, session)
+    updates = pack_updates(rollouts, plan, session, 0)
     result = learn(plan, session, updates, step=1)  # no first step, whose calibration would be timed too
     return len(updates[0]), float(result.rows[:, ROLLOUT_COLUMNS.index("loss_term")].mean())
 

@@ -47,7 +47,7 @@ class OurStep:
         clock = Clock()
         sampling = replace(sampling_of_step(plan, self.step), stop_token_ids=frozenset())
         rollouts = session.engine.generate(list(enumerate(plan.prompts)), sampling)
-        updates = pack_updates(rollouts, plan, session)
+        updates = pack_updates(rollouts, plan, session, 0)
         clock.note("rollout")
         result = learn(plan, session, updates, self.step, phase=clock.phase)
         self.step += 1

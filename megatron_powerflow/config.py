@@ -188,6 +188,14 @@ class ObjectiveSection(Section):
     )
     clip: Literal["two_sided", "upper"] | None = Field(None, description="sides on which it is clipped; default both")
     clip_epsilon: PositiveFloat | None = Field(None, description="w is clipped to 1 +- this; default 0.2")
+    sampler_ratio: Ratio = Field(
+        "none",
+        description="weight v of (trainer at the start of the step) / (sampler), which multiplies w: none, of the "
+        "sequence, of its token mean, per token (rivals)",
+    )
+    sampler_ratio_cap: Annotated[float, Field(ge=1, allow_inf_nan=False), AfterValidator(_held_by_fp32)] | None = Field(
+        None, description="v is at most this; default 2"
+    )
     truncated: Literal["keep", "drop"] = Field("keep", description="responses cut at the length limit")
 
     @property

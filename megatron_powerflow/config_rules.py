@@ -50,11 +50,17 @@ def _ratio(c: Config) -> str:
 
     A balance takes the whole sequence's ratio, which is Eq. 10's: over long responses it stands at a side of the clip,
     which still says the direction, where the mean over tokens would be 1 in all but name. A surrogate has no gradient
-    outside of its clip and takes each token's (GRPO, arXiv 2402.03300). one_shot_em has nothing to weigh.
+    outside of its clip and takes each token's (GRPO, arXiv 2402.03300). one_shot_em has nothing to weigh. With
+    objective.sampler_ratio the old policy is the trainer at the start of the step, whoever sampled.
     """
-    if isinstance(c.objective.form, EntropyMinimum) or (c.optimizer.updates_per_rollout == 1 and _has_engine(c)):
+    starts_as_old = _has_engine(c) or _weighs_sampler(c)
+    if isinstance(c.objective.form, EntropyMinimum) or (c.optimizer.updates_per_rollout == 1 and starts_as_old):
         return "none"
     return "seq" if _balances(c) else "token"
+
+
+def _weighs_sampler(c: Config) -> bool:
+    return c.objective.sampler_ratio != "none"
 
 
 def _pads(c: Config) -> bool:  # or may
@@ -87,6 +93,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("objective.ratio", _ratio, lambda c: True, ""),
     ("objective.clip", "two_sided", lambda c: c.objective.ratio != "none", "objective.ratio=none"),
     ("objective.clip_epsilon", 0.2, lambda c: c.objective.ratio != "none", "objective.ratio=none"),
+    ("objective.sampler_ratio_cap", 2.0, _weighs_sampler, "objective.sampler_ratio=none"),
     ("optimizer.log_z_lr", 0.5, lambda c: c.objective.learns_log_z, "objective.log_z is not learned"),
     ("optimizer.min_lr", 0.0, lambda c: c.optimizer.lr_decay != "constant", "optimizer.lr_decay=constant"),
     ("model.recompute_modules", None, lambda c: c.model.recompute == "selective", "model.recompute is not selective"),
@@ -120,13 +127,7 @@ def contradictions(config: Config) -> list[str]:
             f"rollout.responses_per_prompt=1 with {by_group}: it is a mean over the group and needs at least 2 "
             "responses; raise it" + (" or choose objective.log_z=mlp" if objective.log_z else "")
         )
-    if objective.ratio == "token" and isinstance(objective.form, Balance):
-        violations.append(
-            f"objective.ratio=token with objective.preset={objective.preset}: a residual belongs to a whole response; "
-            "must be one of 'none', 'seq', 'seq_mean'"
-        )
-    if objective.ratio != "none" and isinstance(objective.form, EntropyMinimum):
-        violations.append(f"objective.ratio={objective.ratio} with one_shot_em: it has no reward to weigh; remove it")
+    violations += _weights_without_terms(config)
     if rollout.prompts_per_step % optimizer.updates_per_rollout:
         violations.append(
             f"optimizer.updates_per_rollout={optimizer.updates_per_rollout} does not divide "
@@ -164,6 +165,26 @@ def contradictions(config: Config) -> list[str]:
         )
     if any(not 0 <= beta < 1 for beta in optimizer.betas):
         violations.append(f"optimizer.betas={optimizer.betas}: each must be in [0, 1)")
+    return violations
+
+
+def _weights_without_terms(config: Config) -> list[str]:
+    """Why the terms of the loss cannot be weighted as objective.ratio and objective.sampler_ratio say."""
+    objective, violations = config.objective, []
+    for name, ratio in (("ratio", objective.ratio), ("sampler_ratio", objective.sampler_ratio)):
+        if ratio == "token" and isinstance(objective.form, Balance):
+            violations.append(
+                f"objective.{name}=token with objective.preset={objective.preset}: a residual belongs to a whole "
+                "response; must be one of 'none', 'seq', 'seq_mean'"
+            )
+        if ratio != "none" and isinstance(objective.form, EntropyMinimum):
+            violations.append(f"objective.{name}={ratio} with one_shot_em: it has no reward to weigh; remove it")
+    of_response = isinstance(objective.form, PolicyGradient) and objective.ratio in ("seq", "seq_mean")
+    if objective.sampler_ratio == "token" and of_response:
+        violations.append(
+            f"objective.sampler_ratio=token with objective.ratio={objective.ratio}: a surrogate of whole responses has "
+            "no terms of tokens; set objective.ratio=token, or objective.sampler_ratio to 'seq' or 'seq_mean'"
+        )
     return violations
 
 

@@ -65,7 +65,8 @@ class Rollout:
     """A prompt with one sampled response.
 
     Example: prompt of 12 tokens, response (318, 257, 2), finish_reason "eos", slot 5, response_index 1,
-    rollout_log_probs of 3 numbers, all <= 0, natural logarithm, at the sampling temperature.
+    rollout_log_probs of 3 numbers, all <= 0, natural logarithm, at the sampling temperature. weight_versions
+    ((6, 0, 2), (7, 2, 3)): the first two tokens are by the weights that step 6 started with, the third by step 7's.
     """
 
     prompt: Prompt
@@ -75,6 +76,9 @@ class Rollout:
     response_token_ids: tuple[int, ...]
     rollout_log_probs: tuple[float, ...]
     finish_reason: FinishReason
+    # (step, start, end): response tokens start, ..., end - 1 are by the weights that this step of this run started
+    # with, spans in order and without holes; (): all by those of the step that trains on them
+    weight_versions: tuple[tuple[int, int, int], ...] = ()
 
 
 class Piece(NamedTuple):
@@ -148,6 +152,7 @@ class MicroBatch:
     truncated: Tensor  # [b] bool, cut at max_response_tokens: no EOS
     kept: Tensor  # [b] bool, False: takes part in nothing (objective.truncated=drop)
     annotations: Tensor  # [b, len(ANNOTATION_COLUMNS)] fp32: only for the metrics; NaN: does not exist
+    lag: Tensor  # [b, len(LAG_COLUMNS)] fp32: only for the metrics; NaN: not by weights of this run
     responses: ChosenTokens  # of this rank, where loss_mask is True
     prompts: ChosenTokens  # of this rank, where prompt_mask is True
     stream: Stream | None = None  # None: the rows as they are, padding and all
@@ -160,9 +165,9 @@ class ScoredBatch(MicroBatch):
     made."""
 
     ref_log_probs: Tensor  # [b, s] fp32, 0 where masked, by the frozen reference
-    # [b, s] fp32, 0 where masked, by the policy that sampled; None: that is the policy as it is
+    # [b, s] fp32, 0 where masked, by the trainer at the start of the step; None: that is the policy as it is
     old_log_probs: Tensor | None = None
-    old_from_sampler: bool = False  # old_log_probs are the saved sampler's: another policy's, which none can score here
+    old_from_sampler: bool = False  # they are the saved sampler's in its place, another policy's (SampledBy.SAVED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,13 +197,17 @@ def extended(batch: MicroBatch, kind: type[Batch], **late: object) -> Batch:
 # the share of its 4-grams that it has had before, and, of its group as a whole, distinct 2- and 3-grams / all of them.
 ANNOTATION_COLUMNS = ("boxed", "correct", "repeated_share", "distinct_2", "distinct_3")
 
+# Steps from the weights that wrote a token to the step that trains on it, as sum over the response's tokens and as the
+# largest; and how many weights have written the response.
+LAG_COLUMNS = ("lag_sum", "lag_max", "num_versions")
+
 # One row per rollout: the columns that every metric of a step is computed from. NaN: does not exist.
 ROLLOUT_COLUMNS = (
     "rollout_index",
     "num_prompt_tokens",
     "num_response_tokens",
     "sequence_log_prob",  # by the policy as this update finds it
-    "old_sequence_log_prob",  # by the policy that sampled: the trainer's scorer; of replayed rollouts the saved ones
+    "old_sequence_log_prob",  # by the trainer at the start of the step; of SampledBy.SAVED the saved ones
     "ref_sequence_log_prob",
     "rollout_sequence_log_prob",
     "loss_term",  # what the loss is the mean of
@@ -207,15 +216,24 @@ ROLLOUT_COLUMNS = (
     "reward",
     "residual",  # of the balance; NaN for the rivals
     "advantage",  # of the rivals; NaN for the balance
-    "weight",  # clipped
-    "ratio",  # before clipping
+    "weight",  # of the loss: w v m, of rivals v
+    "ratio",  # w before clipping
     "clipped",  # 0 or 1, or the share of clipped tokens
     "kept",
     "truncated",
-    # of one policy, so staleness apart; NaN where the policy that sampled is not here to be scored
+    "sampler_weight",  # v, of tokens the mean; NaN without objective.sampler_ratio
+    "sampler_truncated",  # 0 or 1, or the share of truncated tokens
+    "importance",  # w v; NaN where the config has neither
+    # trainer at the start of the step against sampler, of the same weights; NaN where they are others
     "sampler_gap_sum",  # |scorer - sampler| over the tokens
     "sampler_gap_max",
+    "sampler_gap_kl_sum",  # exp(d) - d - 1 over the tokens, d = scorer - sampler
     "token_ratio_sum",  # exp(scorer - sampler) over the tokens
+    # the same where the sampler had other weights; NaN where it had the same, or only its own log-probs are there
+    "staleness_sum",
+    "staleness_max",
+    "staleness_kl_sum",
+    *LAG_COLUMNS,
     "max_log_prob",
     "loop_tokens",  # of the longest repetition, a loop where it is long enough (metrics/loops.py); NaN without one
     "loop_nats",  # a token, once in it

@@ -36,6 +36,7 @@ from megatron_powerflow.run_events import RunEvents
 from megatron_powerflow.training.in_training_evaluation import evaluate_held_out
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.session import Session
+from megatron_powerflow.training.staleness import SampledBy
 from megatron_powerflow.training.step import StepResult
 
 # Every evaluation of a run draws with the uniforms of this step: what differs between two of them is the policy.
@@ -145,6 +146,7 @@ class RunOutput:
             has_tilt=config.objective.form.tilts,
             energy_per_token=config.objective.form.per_length,
             learns_log_z=config.objective.learns_log_z,
+            has_lag=self._plan.sampled_by is SampledBy.OLDER,
         )
         values = reduce_rollouts(result.rows.numpy(), target)
         finite = [taken.grad_norm for taken in result.optimizer_steps if taken.applied]

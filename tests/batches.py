@@ -47,6 +47,7 @@ def scored_batch(ref: Responses, *, kind=ScoredBatch, **fields):
         "responses": chosen_tokens((places >= first - 1) & (places < last - 1), None),
         "prompts": chosen_tokens((places < first).expand(size, -1), None),
         "annotations": torch.full((size, len(ANNOTATION_COLUMNS)), torch.nan),
+        "lag": torch.tensor([[0.0, 0.0, 1.0]] * size),
         "ref_log_probs": ref_log_probs,
     }
     given = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in fields.items()}

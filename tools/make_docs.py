@@ -49,6 +49,7 @@ ENABLERS = {  # a setting with which a key has an effect that it has not by itse
     "objective.kl_coefficient": "objective.preset=grpo",
     "objective.clip": "objective.ratio=seq",
     "objective.clip_epsilon": "objective.ratio=seq",
+    "objective.sampler_ratio_cap": "objective.sampler_ratio=seq",
     "optimizer.log_z_lr": "objective.log_z=mlp",
     "optimizer.min_lr": "optimizer.lr_decay=cosine",
     "precision.fp8_recipe": "precision.dtype=fp8",

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from megatron_powerflow.data.bins import BinRule
 from megatron_powerflow.former_names import former_names_of
-from megatron_powerflow.records import ANNOTATION_COLUMNS, ChosenTokens, MicroBatch, Piece, Rollout, Stream
+from megatron_powerflow.records import (
+    ANNOTATION_COLUMNS,
+    LAG_COLUMNS,
+    ChosenTokens,
+    MicroBatch,
+    Piece,
+    Rollout,
+    Stream,
+)
 
 if not TYPE_CHECKING:  # names of 0.1.0, until 0.3
     __getattr__ = former_names_of(__name__)
@@ -32,12 +40,14 @@ class AnnotatedRollout:
     """Joins a rollout and the numbers that follow from its text.
 
     psi: the format penalty, <= 0. reward: the task's. annotations: ANNOTATION_COLUMNS, for the metrics; NaN: unknown.
+    lag: LAG_COLUMNS, by default of the weights that train.
     """
 
     rollout: Rollout
     psi: float = 0.0
     reward: float = 0.0
     annotations: tuple[float, ...] = (math.nan,) * len(ANNOTATION_COLUMNS)
+    lag: tuple[float, ...] = (0.0, 0.0, 1.0)
 
     @property
     def slot(self) -> int:
@@ -257,6 +267,7 @@ def _micro_batch(
         truncated=truncated,
         kept=kept,
         annotations=annotations.reshape(size, len(ANNOTATION_COLUMNS)),
+        lag=torch.tensor([item.lag for item in annotated], dtype=torch.float32).reshape(size, len(LAG_COLUMNS)),
         responses=chosen_tokens(loss_mask, stream),
         prompts=chosen_tokens(prompt_mask, stream),
         stream=stream,

@@ -2,7 +2,8 @@
 
     head       [3] int64                 number of prompts p, of rollouts r, of bytes of text
     prompts    [p, 4] int64              slot, index, number of tokens, number of rollouts that follow each other
-    responses  [r, 3] int64              response_index, number of tokens, 1 where it is cut at the limit
+    responses  [r, 4] int64              response_index, number of tokens, 1 where it is cut at the limit, spans
+    spans      [sum of spans, 3] int64   weight_versions of all responses
     tokens     [sum of both] int32       of all prompts, then of all responses
     log-probs  [sum of responses] fp32
     text       JSON in ASCII             id, answer, task and text of each prompt
@@ -32,13 +33,17 @@ def to_bytes(rollouts: Sequence[Rollout]) -> np.ndarray:
     assert all(len(rollout.rollout_log_probs) == len(rollout.response_token_ids) for rollout in rollouts)
     runs = [(key, len(list(run))) for key, run in groupby(rollouts, key=lambda rollout: (rollout.slot, rollout.prompt))]
     prompts = [(slot, prompt.index, len(prompt.token_ids), size) for (slot, prompt), size in runs]
-    responses = [(r.response_index, len(r.response_token_ids), r.finish_reason == "length") for r in rollouts]
+    responses = [
+        (r.response_index, len(r.response_token_ids), r.finish_reason == "length", len(r.weight_versions))
+        for r in rollouts
+    ]
     texts = [(prompt.id, prompt.answer, prompt.task, prompt.text) for (_, prompt), _ in runs]
     text = np.frombuffer(json.dumps(texts).encode("ascii"), np.uint8)
     parts = [
         np.array([len(runs), len(rollouts), len(text)], np.int64),
         np.array(prompts, np.int64),
         np.array(responses, np.int64),
+        np.array([span for rollout in rollouts for span in rollout.weight_versions], np.int64),
         _flat((prompt.token_ids for (_, prompt), _ in runs), np.int32),
         _flat((rollout.response_token_ids for rollout in rollouts), np.int32),
         _flat((rollout.rollout_log_probs for rollout in rollouts), np.float32),
@@ -51,8 +56,9 @@ def from_bytes(data: np.ndarray) -> list[Rollout]:
     """Returns the rollouts that `to_bytes` made `data` of, in their order. Rollouts of a run share their prompt."""
     (num_prompts, num_rollouts, num_text), data = _taken(data, 3, np.int64)
     prompt_numbers, data = _taken(data, 4 * num_prompts, np.int64)
-    response_numbers, data = _taken(data, 3 * num_rollouts, np.int64)
-    prompt_numbers, response_numbers = prompt_numbers.reshape(-1, 4), response_numbers.reshape(-1, 3)
+    response_numbers, data = _taken(data, 4 * num_rollouts, np.int64)
+    prompt_numbers, response_numbers = prompt_numbers.reshape(-1, 4), response_numbers.reshape(-1, 4)
+    spans, data = _taken(data, 3 * response_numbers[:, 3].sum(), np.int64)
     prompt_tokens, data = _taken(data, prompt_numbers[:, 2].sum(), np.int32)
     num_tokens = response_numbers[:, 1].sum()
     tokens, data = _taken(data, num_tokens, np.int32)
@@ -69,12 +75,13 @@ def from_bytes(data: np.ndarray) -> list[Rollout]:
     ]
     runs = zip(prompt_numbers[:, 0].tolist(), prompts, prompt_numbers[:, 3].tolist(), strict=True)
     return [
-        Rollout(prompt, slot, response_index, response, its_log_probs, "length" if is_cut else "eos")
-        for (slot, prompt), (response_index, _, is_cut), response, its_log_probs in zip(
+        Rollout(prompt, slot, response_index, response, its_log_probs, "length" if is_cut else "eos", versions)
+        for (slot, prompt), (response_index, _, is_cut, _), response, its_log_probs, versions in zip(
             ((slot, prompt) for slot, prompt, size in runs for _ in range(size)),
             response_numbers.tolist(),
             _split(tokens, response_numbers[:, 1]),
             _split(log_probs, response_numbers[:, 1]),
+            _split_spans(spans, response_numbers[:, 3]),
             strict=True,
         )
     ]
@@ -93,4 +100,10 @@ def _taken(data: np.ndarray, count: int, dtype: type) -> tuple[np.ndarray, np.nd
 def _split(values: np.ndarray, sizes: np.ndarray) -> list[tuple]:
     """Returns the values in pieces of these sizes, as Python's own numbers."""
     numbers, ends = values.tolist(), np.cumsum(sizes).tolist()
+    return [tuple(numbers[end - size : end]) for end, size in zip(ends, sizes.tolist(), strict=True)]
+
+
+def _split_spans(values: np.ndarray, sizes: np.ndarray) -> list[tuple[tuple[int, int, int], ...]]:
+    """Returns the spans, three numbers each, in pieces of so many spans."""
+    numbers, ends = [tuple(span) for span in values.reshape(-1, 3).tolist()], np.cumsum(sizes).tolist()
     return [tuple(numbers[end - size : end]) for end, size in zip(ends, sizes.tolist(), strict=True)]

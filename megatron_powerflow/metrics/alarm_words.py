@@ -19,7 +19,8 @@ ADVICE = {
     "loss": "The policy diverges: start anew in another run.output_dir with a lower optimizer.lr; `powerflow export` "
     "writes an earlier checkpoint",
     "sampler_gap": "Sampler and scorer disagree on the same weights: look at precision and at the engine before "
-    "trusting this run",
+    "trusting this run. Of a server a tensor may not have arrived; a gap that its dtype explains is weighed by "
+    "objective.sampler_ratio, with alarm.sampler_gap above it",
     "nothing_kept": "Raise rollout.max_response_tokens, or set objective.truncated=keep",
 }
 

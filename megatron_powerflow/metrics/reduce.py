@@ -38,6 +38,7 @@ class ReductionSettings:
     has_tilt: bool = False  # the objective's fixed point is p_base^alpha exp(-lambda |y|)
     energy_per_token: bool = False  # psi and the task's reward count once a token, not once a response
     learns_log_z: bool = True  # log Z' comes from a head; False: from the group itself, or there is none
+    has_lag: bool = False  # rollouts may be by earlier weights of this run
 
 
 def reduce_rollouts(rows: np.ndarray, settings: ReductionSettings) -> dict[str, float]:
@@ -48,6 +49,7 @@ def reduce_rollouts(rows: np.ndarray, settings: ReductionSettings) -> dict[str, 
     FloatingPointError when a log-prob is above 0: the numbers of such a step mean nothing.
     """
     every = {name: rows[:, column] for column, name in enumerate(ROLLOUT_COLUMNS)}
+    every["sampled_sequence_log_prob"] = _by_what_sampled(every)
     highest = every["max_log_prob"].max(initial=-np.inf)
     if highest > MAX_LOG_PROB:
         raise FloatingPointError(f"a token has log-prob {highest:.4g}; probabilities end at 1, the scorer is broken")
@@ -62,11 +64,20 @@ def reduce_rollouts(rows: np.ndarray, settings: ReductionSettings) -> dict[str, 
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
 
 
+def _by_what_sampled(every: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns [B] the log-prob of each response under the policy that sampled it.
+
+    It is the trainer's at the start of the step where that has the sampler's weights, else the sampler's own.
+    """
+    return np.where(every["lag_max"] == 0, every["old_sequence_log_prob"], every["rollout_sequence_log_prob"])
+
+
 def _rollout_metrics(every: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:
     """Returns the metrics of all sampled responses, dropped ones included."""
     lengths, num_tokens = every["num_response_tokens"], every["num_response_tokens"].sum()
-    old, ref = every["old_sequence_log_prob"], every["ref_sequence_log_prob"]
-    gap = np.where(np.isnan(every["sampler_gap_sum"]), np.nan, old - every["rollout_sequence_log_prob"])
+    old, sampled = every["old_sequence_log_prob"], every["sampled_sequence_log_prob"]
+    ref = every["ref_sequence_log_prob"]
+    same_weights = every["lag_max"] == 0
     against_sampler = every["sequence_log_prob"] - every["rollout_sequence_log_prob"]
     sequence_ratio = np.exp(np.clip(against_sampler, -50.0, 50.0))
     return {
@@ -88,19 +99,53 @@ def _rollout_metrics(every: dict[str, np.ndarray], settings: ReductionSettings) 
         # over the rollouts whose prompt has an answer
         "accuracy": _mean(every["correct"]),
         # over response tokens of all rollouts; entropy and KL are of the policy that sampled: its samples estimate them
-        "policy_entropy": -old.sum() / num_tokens,  # nats per token
+        "policy_entropy": -sampled.sum() / num_tokens,  # nats per token
         "ref_log_prob_mean": ref.sum() / num_tokens,
-        "kl_per_token": (old - ref).sum() / num_tokens,
-        "sampler_gap_mean": every["sampler_gap_sum"].sum() / num_tokens,  # |scorer - sampler| per token
-        "sampler_gap_max": every["sampler_gap_max"].max(),
-        "token_ratio_mean": every["token_ratio_sum"].sum() / num_tokens,  # scorer / sampler; 1 when they agree
+        "kl_per_token": (sampled - ref).sum() / num_tokens,
         # over all rollouts
-        "kl_per_response": (old - ref).mean(),  # KL(policy || base)
-        "sampler_gap_sequence_mean": np.abs(gap).mean(),  # |S_old - S_sampler|, what a sequence weight would feel
+        "kl_per_response": (sampled - ref).mean(),  # KL(policy || base)
+        # over the rollouts whose sampler had the weights that the step starts with; and over those where it had not
+        **_apart(every, "sampler_gap", same_weights),
+        "token_ratio_mean": _per_token(every, "token_ratio_sum", same_weights),  # scorer / sampler; 1 when they agree
+        **_apart(every, "staleness", ~same_weights),
+        **(_lag_metrics(every) if settings.has_lag else {}),
+        # over all rollouts
         "stale_nats_mean": np.abs(every["sequence_log_prob"] - old).mean(),  # |S - S_old|: how far training has moved
         # exp(S - S_sampler): sampler gap and staleness together
         "sequence_ratio_mean": sequence_ratio.mean(),
-        "effective_sample_share": sequence_ratio.sum() ** 2 / (len(lengths) * (sequence_ratio**2).sum()),
+        "effective_sample_share": _effective_share(sequence_ratio),
+    }
+
+
+def _apart(every: dict[str, np.ndarray], name: str, rollouts: np.ndarray) -> dict[str, float]:
+    """Returns how far the trainer at the start of the step is from the sampler; NaN where nobody can say.
+
+    name: of the columns, sampler_gap or staleness. rollouts: [B] bool, those that have these columns.
+    """
+    apart = np.abs(every["old_sequence_log_prob"] - every["rollout_sequence_log_prob"])
+    apart = np.where(np.isnan(every[f"{name}_sum"]), np.nan, apart)[rollouts]
+    return {
+        f"{name}_mean": _per_token(every, f"{name}_sum", rollouts),  # |scorer - sampler|
+        f"{name}_max": every[f"{name}_max"][rollouts].max(initial=-np.inf),
+        f"{name}_kl": _per_token(every, f"{name}_kl_sum", rollouts),  # KL(sampler || trainer)
+        # over these rollouts: |S_old - S_sampler|, what a sequence weight would feel
+        f"{name}_sequence_mean": apart.mean() if len(apart) else np.nan,
+        f"{name}_sequence_max": apart.max(initial=-np.inf),
+    }
+
+
+def _per_token(every: dict[str, np.ndarray], column: str, rollouts: np.ndarray) -> float:
+    """Returns the sum of a column over these rollouts / their response tokens; NaN without any."""
+    num_tokens = every["num_response_tokens"][rollouts].sum()
+    return every[column][rollouts].sum() / num_tokens if num_tokens else np.nan
+
+
+def _lag_metrics(every: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns how many steps old the weights are that wrote the responses."""
+    return {
+        "lag_mean": every["lag_sum"].sum() / every["num_response_tokens"].sum(),  # over response tokens
+        "lag_max": every["lag_max"].max(),
+        "mixed_versions": (every["num_versions"] > 1).mean(),  # over rollouts
     }
 
 
@@ -125,6 +170,10 @@ def _objective_metrics(kept: dict[str, np.ndarray], settings: ReductionSettings)
         "weight_mean": weight.mean(),
         "ratio_mean": kept["ratio"].mean(),
         "clip_fraction": kept["clipped"].mean(),
+        "importance_effective_share": _effective_share(kept["importance"]),  # of w v
+        "sampler_weight_mean": kept["sampler_weight"].mean(),  # v
+        "sampler_weight_effective_share": _effective_share(kept["sampler_weight"]),
+        "sampler_truncated_fraction": kept["sampler_truncated"].mean(),
         "psi_mean": kept["psi"].mean(),
         "reward_mean": kept["reward"].mean(),
         "advantage_std": kept["advantage"].std(),
@@ -150,7 +199,8 @@ def _realised_metrics(kept: dict[str, np.ndarray], settings: ReductionSettings) 
     if settings.alpha is not None:
         added = energy_per_token(kept, settings.alpha)
         added = added * counted if settings.energy_per_token else added
-    return realised_alpha(kept["old_sequence_log_prob"], kept["ref_sequence_log_prob"], counted, kept["prompt"], added)
+    sampled, ref = kept["sampled_sequence_log_prob"], kept["ref_sequence_log_prob"]
+    return realised_alpha(sampled, ref, counted, kept["prompt"], added)
 
 
 def _trap_metrics(every: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:
@@ -158,7 +208,7 @@ def _trap_metrics(every: dict[str, np.ndarray], settings: ReductionSettings) -> 
     assert settings.alpha is not None, "the tilt is one of p_base^alpha"
     return trap_metrics(
         every,
-        every["old_sequence_log_prob"],
+        every["sampled_sequence_log_prob"],
         responses_per_prompt=settings.responses_per_prompt,
         max_response_tokens=settings.max_response_tokens,
         alpha=settings.alpha,
@@ -189,7 +239,7 @@ def _inversion_rate(kept: dict[str, np.ndarray], alpha: float) -> float:
     inverted = pairs = 0
     for prompt in np.unique(kept["prompt"]):
         group = kept["prompt"] == prompt
-        policy, power = kept["old_sequence_log_prob"][group], alpha * kept["ref_sequence_log_prob"][group]
+        policy, power = kept["sampled_sequence_log_prob"][group], alpha * kept["ref_sequence_log_prob"][group]
         product = np.sign(policy[:, None] - policy) * np.sign(power[:, None] - power)
         inverted += (product < 0).sum() / 2
         pairs += (product != 0).sum() / 2
@@ -206,6 +256,12 @@ def _covariance_within(first: np.ndarray, second: np.ndarray, prompts: np.ndarra
     centred = [values - (np.bincount(prompt_index, values) / counts)[prompt_index] for values in (first, second)]
     freedom = (counts - 1).sum()
     return (centred[0] * centred[1]).sum() / freedom if freedom else np.nan
+
+
+def _effective_share(weights: np.ndarray) -> float:
+    """Returns the effective sample size of the weights as a share of their number: (sum w)^2 / (B sum w^2)."""
+    squares = (weights**2).sum()
+    return weights.sum() ** 2 / (len(weights) * squares) if squares else np.nan
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """What does one step minimise? One value holds everything that a loss depends on beside the rollouts, resolved.
 
-    BalanceObjective          trajectory balance: form, alpha, who says log Z', the importance weight
+    BalanceObjective          trajectory balance: form, alpha, who says log Z', the weights w and v
     PolicyGradientObjective   a reward's advantage: form, alpha of a reward that is made of log-probs, clip
     EntropyObjective          the entropy itself
 
@@ -31,11 +31,22 @@ class ImportanceRule:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplerRule:
+    """How responses are weighted that another sampler drew than the trainer at the start of the step.
+
+    ratio: what v = min(trainer at the start / sampler, cap) is taken of; "none": v is 1. cap: at least 1.
+    """
+
+    ratio: Ratio
+    cap: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class BalanceObjective:
     """Trajectory balance (Eq. 10, arXiv 2603.18363, and its other normalisations).
 
     alpha: the power of the base model that this step aims at. log_z: who says log Z', a learned head or an estimate of
-    the group. tilt_cap: the residual counts at most so many tokens of a response; None: all.
+    the group. tilt_cap: the residual counts at most so many tokens of a response; None: all. sampler: never per token.
     """
 
     form: Balance
@@ -43,6 +54,7 @@ class BalanceObjective:
     log_z: LogZ
     importance: ImportanceRule
     tilt_cap: int | None = None
+    sampler: SamplerRule = SamplerRule("none")
 
     @property
     def learns_log_z(self) -> bool:
@@ -62,6 +74,7 @@ class PolicyGradientObjective:
     alpha: float | None
     importance: ImportanceRule
     kl_coefficient: float = 0.0
+    sampler: SamplerRule = SamplerRule("none")
 
     @property
     def learns_log_z(self) -> bool:

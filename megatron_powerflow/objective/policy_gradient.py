@@ -54,11 +54,12 @@ def group_advantage(reward: Tensor, group: Tensor, kept: Tensor, *, divide_by_st
 
 class SurrogateTerms(NamedTuple):
     """terms: [B], whose sum / B is the loss. ratio: [B] of the sequence, detached. clipped: [B], 0 or 1, or the share
-    of clipped tokens."""
+    of clipped tokens. importance: [B], detached: v times the clipped ratio, of tokens their mean."""
 
     terms: Tensor
     ratio: Tensor
     clipped: Tensor
+    importance: Tensor
 
 
 def surrogate_terms(
@@ -72,6 +73,7 @@ def surrogate_terms(
     score_norm: Norm,
     clip_epsilon: float,
     upper_only: bool = False,
+    sampler_weight: Tensor | None = None,
 ) -> SurrogateTerms:
     """Compute each response's term of the policy-gradient loss, by the kind of `ratio`:
 
@@ -82,14 +84,19 @@ def surrogate_terms(
 
     log_probs, old_log_probs: [B, s], 0 where mask is False; mask: [B, s] bool, True on response tokens; advantage,
     num_tokens: [B]. a is n with score_norm "length", else 1. upper_only: clip(rho) = min(rho, 1 + eps). Only log_probs
-    carries gradient.
+    carries gradient. sampler_weight: v, by which a term is multiplied, [B]; or each token's in the sum of `none` or
+    `token`, [B, s], 1 where masked; None: 1.
     """
+    assert sampler_weight is None or sampler_weight.dim() == 1 or ratio in ("none", "token"), "no sum over tokens"
+    v = torch.ones_like(advantage) if sampler_weight is None else sampler_weight
+    of_response, of_token = (v, torch.ones_like(v)[:, None]) if v.dim() == 1 else (torch.ones_like(advantage), v)
     difference = log_probs - old_log_probs
     sequence_ratio = difference.detach().sum(dim=1).exp()
     divisor = num_tokens if score_norm == "length" else torch.ones_like(advantage)
     if ratio == "none":
-        terms = -advantage * log_probs.sum(dim=1) / divisor
-        return SurrogateTerms(terms, sequence_ratio, torch.zeros_like(sequence_ratio))
+        terms = -advantage * (of_token * log_probs).sum(dim=1) / divisor * of_response
+        mean = torch.where(mask, of_token, 0.0).sum(dim=1) / num_tokens
+        return SurrogateTerms(terms, sequence_ratio, torch.zeros_like(sequence_ratio), mean * of_response)
     low, high = 0.0 if upper_only else 1.0 - clip_epsilon, 1.0 + clip_epsilon
 
     def clipped(rho: Tensor, advantage: Tensor) -> Tensor:
@@ -100,15 +107,17 @@ def surrogate_terms(
 
     if ratio == "seq":
         rho = difference.sum(dim=1).exp()
-        return SurrogateTerms(clipped(rho, advantage) / divisor, sequence_ratio, outside(sequence_ratio))
+        terms, bounded = clipped(rho, advantage) / divisor * v, sequence_ratio.clamp(low, high)
+        return SurrogateTerms(terms, sequence_ratio, outside(sequence_ratio), bounded * v)
     if ratio == "seq_mean":
         rho = (difference.sum(dim=1) / num_tokens).exp()
-        terms = clipped(rho, advantage) * num_tokens / divisor
-        return SurrogateTerms(terms, rho.detach(), outside(rho.detach()))
+        terms = clipped(rho, advantage) * num_tokens / divisor * v
+        return SurrogateTerms(terms, rho.detach(), outside(rho.detach()), rho.detach().clamp(low, high) * v)
     rho = difference.exp()
-    terms = torch.where(mask, clipped(rho, advantage[:, None]), 0.0).sum(dim=1) / divisor
+    terms = torch.where(mask, of_token * clipped(rho, advantage[:, None]), 0.0).sum(dim=1) / divisor * of_response
     share = torch.where(mask, outside(rho.detach()), 0.0).sum(dim=1) / num_tokens
-    return SurrogateTerms(terms, sequence_ratio, share)
+    mean = torch.where(mask, of_token * rho.detach().clamp(low, high), 0.0).sum(dim=1) / num_tokens
+    return SurrogateTerms(terms, sequence_ratio, share, mean * of_response)
 
 
 def kl_terms(log_probs: Tensor, ref_log_probs: Tensor, num_tokens: Tensor) -> Tensor:

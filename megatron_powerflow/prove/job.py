@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from megatron_powerflow.training.staleness import SampledBy
+
 JOB_NAME = "job.json"
 
 
@@ -37,12 +39,12 @@ SAVED = 2  # steps before the checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """folder: absolute. world_size: of the layout. on_policy: the policy that trains has drawn the rollouts, as far as
-    the config says. patience: seconds without any rank's entering a phase until all are given up."""
+    """folder: absolute. world_size: of the layout. sampled_by: who has drawn the rollouts, as far as the config
+    says. patience: seconds without any rank's entering a phase until all are given up."""
 
     folder: Path
     world_size: int
-    on_policy: bool
+    sampled_by: SampledBy
     patience: float
 
     def processes(self, part: Part) -> int:
@@ -71,4 +73,4 @@ class Job:
 def read_job(folder: Path) -> Job:
     """Read FOLDER/job.json, which `Job.write` wrote."""
     values = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
-    return Job(**values | {"folder": Path(values["folder"])})
+    return Job(**values | {"folder": Path(values["folder"]), "sampled_by": SampledBy(values["sampled_by"])})

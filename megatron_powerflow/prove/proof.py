@@ -32,6 +32,7 @@ from megatron_powerflow.prove.small_config import STEPS, alone_config, config_di
 from megatron_powerflow.prove.small_files import write_model, write_prompts
 from megatron_powerflow.prove.small_layout import differences, job_size, require_few, small_layout
 from megatron_powerflow.prove.small_model import model_differences, small_fields
+from megatron_powerflow.training.staleness import who_sampled
 
 SEED = 0  # of the weights and prompts
 
@@ -106,7 +107,8 @@ def prepare(subject: Subject, folder: Path) -> Architecture:
     fields = read_json(subject.hf_folder / "config.json", "the model's config.json")
     wanted = small_fields(fields, subject.model.architecture, subject.model.family, subject.layout, small)
     model = write_model(folder / "model", wanted, seed=SEED)
-    job = Job(folder, small.world_size, config.rollout.replay is None, config.run.hang_seconds)
+    sampled_by = who_sampled(config, own=config.rollout.replay is None)
+    job = Job(folder, small.world_size, sampled_by, config.run.hang_seconds)
     of_layout = small_config(config, small, folder)
     plan_layout(of_layout, model.architecture, small.world_size)  # else the fault is ours, and is told at once
     configs = {Part.ALONE: alone_config(config, small, folder), Part.LAYOUT: of_layout}

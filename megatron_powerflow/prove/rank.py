@@ -66,7 +66,7 @@ def _make_step(step: int, part: Part, job: Job, plan: Plan, session: Session, se
             seen.drawn(rollouts)
         _write(rollouts, plan, session, job, step)
     # as in a run: the rollouts are by the policy that trains, unless the user's config replays others'
-    replayed = replace(plan, replay_from=job.rollouts, on_policy=job.on_policy)
+    replayed = replace(plan, replay_from=job.rollouts, sampled_by=job.sampled_by)
     prompts = _prompts(plan, step)
     if step == 0:
         note("scores the responses")

@@ -85,7 +85,7 @@ class Seen:
         Packed rollouts change replicas, and are scored where they are trained on.
         """
         session, scored = self._session, []
-        for batches in pack_updates(rollouts, self._plan, session):
+        for batches in pack_updates(rollouts, self._plan, session, 0):
             values = score(session.trainable.chunks, batches, session.scorer)
             scored += list(zip(batches, values, strict=True))
         return scored if session.groups.speaks_for_replica else []

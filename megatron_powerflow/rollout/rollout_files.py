@@ -2,8 +2,9 @@
 
     RUN/rollouts/step_000012.jsonl    first line: what the file is (`Header`); then a line per group of one prompt
 
-Log-probs are fp32 numbers written with all their digits: what is read is what was written, to the last bit. A file
-appears under its name when it is complete, and on disk. Nothing in it is executed.
+Log-probs are fp32 numbers written with all their digits: what is read is what was written, to the last bit. A response
+has `weight_versions` only where it was not all by the weights of its step. A file appears under its name when it is
+complete, and on disk. Nothing in it is executed.
 
 Left out: who samples and who trains on them (`training/step_rollouts.py`). Imports no torch.
 """
@@ -160,6 +161,11 @@ def read_rollouts(path: Path, vocab_size: int) -> list[Rollout]:
             f"{path}: slot {broken.slot}, response {broken.response_index}: must have tokens, and a log-prob of at "
             "most 0 for each of them"
         )
+    if broken := next((r for r in rollouts if not spans_hold(r, header.step)), None):
+        raise UserError(
+            f"{path}: slot {broken.slot}, response {broken.response_index}: weight_versions are not spans of all "
+            f"of its tokens, by weights of step {header.step} or earlier ones; sample them again"
+        )
     return rollouts
 
 
@@ -210,6 +216,20 @@ def _is_broken(rollout: Rollout) -> bool:
     return not (rollout.response_token_ids and len(log_probs) == len(rollout.response_token_ids) and in_order)
 
 
+def spans_hold(rollout: Rollout, step: int) -> bool:
+    """Whether `weight_versions` are spans of a response's tokens, in order and whole, and of no step behind `step`."""
+    spans, end = rollout.weight_versions, 0
+    if not spans:
+        return True
+    if not all(len(span) == 3 and all(type(number) is int for number in span) for span in spans):
+        return False
+    for version, first, behind in spans:
+        if not (0 <= version <= step and first == end < behind):
+            return False
+        end = behind
+    return end == len(rollout.response_token_ids)
+
+
 def _group_line(group: Sequence[Rollout]) -> dict[str, Any]:
     assert all(rollout.prompt == group[0].prompt for rollout in group)
     return {
@@ -221,6 +241,7 @@ def _group_line(group: Sequence[Rollout]) -> dict[str, Any]:
                 "token_ids": rollout.response_token_ids,
                 "log_probs": rollout.rollout_log_probs,
                 "finish_reason": rollout.finish_reason,
+                **({"weight_versions": rollout.weight_versions} if rollout.weight_versions else {}),
             }
             for rollout in group
         ],
@@ -238,6 +259,7 @@ def _rollouts_of(line: dict[str, Any]) -> list[Rollout]:
             response_token_ids=tuple(response["token_ids"]),
             rollout_log_probs=tuple(response["log_probs"]),
             finish_reason=response["finish_reason"],
+            weight_versions=tuple(map(tuple, response.get("weight_versions", ()))),
         )
         for response in line["responses"]
     ]

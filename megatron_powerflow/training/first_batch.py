@@ -64,9 +64,11 @@ def untrustworthy(rows: np.ndarray, config: Config, prompt_ids: Sequence[str]) -
         names = [f"{prompt_ids[index // size]} (response {index % size})" for index in bad]
         violations.append(_no_score(config, names, f"{len(bad)} of {len(rows)} responses"))
     bound = thresholds_of(config).sampler_gap
-    gap = float(columns["sampler_gap_sum"].sum() / columns["num_response_tokens"].sum())
+    same = columns["lag_max"] == 0  # the sampler had the weights that the step starts with
+    num_tokens = columns["num_response_tokens"][same].sum()
+    gap = float(columns["sampler_gap_sum"][same].sum() / num_tokens) if num_tokens else 0.0
     if bound is not None and gap > bound:  # NaN: log-probs of the policy that are not finite; the step is skipped
-        violations.append(_gap(config, gap, bound))
+        violations.append(gap_words(config, gap, bound, engine=config.rollout.engine))
     return violations
 
 
@@ -81,7 +83,8 @@ def _no_score(config: Config, names: Sequence[str], how_many: str) -> str:
     )
 
 
-def _gap(config: Config, gap: float, bound: float) -> str:
+def gap_words(config: Config, gap: float, bound: float, *, engine: str) -> str:
+    """Say that sampler and scorer disagree, and what to do. engine: who sampled; other than megatron, a server."""
     dtype = config.precision.dtype
     by = "alarm.sampler_gap" if config.alarm.sampler_gap is not None else f"the bound of precision.dtype={dtype}"
     look = {
@@ -89,6 +92,12 @@ def _gap(config: Config, gap: float, bound: float) -> str:
         "bf16": "try precision.dtype=fp32, where the bound is " + f"{SAMPLER_GAP['fp32']:g}",
         "fp8": "try precision.dtype=bf16, where the bound is " + f"{SAMPLER_GAP['bf16']:g}",
     }[dtype]
+    if engine != "megatron":
+        look = (
+            "compare the server's weights with the trainer's (a tensor that did not arrive), its dtype with "
+            f"precision.dtype={dtype}, its log-probs with those at temperature {config.rollout.temperature:g}; a gap "
+            "that the dtypes explain is weighed by objective.sampler_ratio"
+        )
     return (
         f"sampler_gap_mean is {gap:.3g} nats per token at the first batch, above {bound:.3g} ({by}): sampler and "
         "scorer disagree on the same weights, so that the responses are not those of the policy that is trained. "

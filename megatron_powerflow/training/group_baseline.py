@@ -17,7 +17,12 @@ from megatron_powerflow.objective.objective import BalanceObjective, Objective, 
 from megatron_powerflow.objective.policy_gradient import group_advantage, power_reward
 from megatron_powerflow.records import EstimatedBatch, MicroBatch, RewardedBatch, ScoredBatch, extended
 from megatron_powerflow.training.forward_step import Scorer
-from megatron_powerflow.training.residual import importance_of, residual_weight, residual_without_log_z
+from megatron_powerflow.training.residual import (
+    importance_of,
+    residual_weight,
+    residual_without_log_z,
+    sampler_weight_of,
+)
 from megatron_powerflow.training.score import score, score_certainty, scored_batches
 
 
@@ -86,7 +91,7 @@ def with_log_z(
     arguments = (
         torch.cat([residual_without_log_z(sequence, batch, objective) for sequence, batch in pairs]),
         torch.cat([batch.group for batch in batches]),
-        torch.cat([importance_of(s, b, objective).weight * residual_weight(b, objective) for s, b in pairs]),
+        torch.cat([_weight_of(sequence, batch, objective) for sequence, batch in pairs]),
         torch.cat([batch.kept for batch in batches]),
     )
     if objective.log_z == "contrastive":
@@ -101,9 +106,20 @@ def with_log_z(
     ]
 
 
+def _weight_of(sequence_log_prob: Tensor, batch: ScoredBatch, objective: BalanceObjective) -> Tensor:
+    """Return the weight w v m of each rollout: [b]."""
+    w, v = importance_of(sequence_log_prob, batch, objective), sampler_weight_of(sequence_log_prob, batch, objective)
+    return w.weight * v.weight * residual_weight(batch, objective)
+
+
 def _with_advantage(
     batches: Sequence[ScoredBatch], rewards: Sequence[Tensor], objective: PolicyGradientObjective
 ) -> list[RewardedBatch]:
+    """Return the micro-batches with advantages over the plain means of their groups.
+
+    A baseline need not be a mean under the policy, since any number that the response has no part in will do: so w and
+    v, which text rewards would need a forward pass for, weigh the terms and not the mean.
+    """
     advantage = group_advantage(
         torch.cat(list(rewards)),
         torch.cat([batch.group for batch in batches]),

@@ -19,11 +19,14 @@ from megatron_powerflow.objective.objective import (
     EntropyObjective,
     Objective,
     PolicyGradientObjective,
+    SamplerRule,
 )
 from megatron_powerflow.objective.policy_gradient import kl_terms, surrogate_terms
+from megatron_powerflow.objective.sampler_weight import SamplerWeight, sampler_token_weight, sampler_weight
 from megatron_powerflow.objective.trajectory_balance import balance_loss, token_spread
 from megatron_powerflow.records import (
     ANNOTATION_COLUMNS,
+    LAG_COLUMNS,
     ROLLOUT_COLUMNS,
     EstimatedBatch,
     RewardedBatch,
@@ -31,7 +34,12 @@ from megatron_powerflow.records import (
 )
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.group_baseline import with_log_z
-from megatron_powerflow.training.residual import importance_of, residual_weight, residual_without_log_z
+from megatron_powerflow.training.residual import (
+    importance_of,
+    residual_weight,
+    residual_without_log_z,
+    sampler_weight_of,
+)
 
 Columns = dict[str, Tensor]
 LOOP_COLUMNS = ("loop_tokens", "loop_nats", "entry_nats")
@@ -89,12 +97,14 @@ def balance(
 ) -> tuple[Tensor, Columns]:
     """Return the trajectory-balance loss of a micro-batch, and columns of its rollouts.
 
-    The loss is w m (log Z' + ...)^2, summed over the micro-batch, over num_kept (Eq. 10, arXiv 2603.18363). log_probs:
-    [b, s] with gradient; log_z: [b], with gradient where a head says it; factor: [b], on the weight w m.
+    The loss is w v m (log Z' + ...)^2, summed over the micro-batch, over num_kept (Eq. 10, arXiv 2603.18363, with v for
+    the sampler's sake). log_probs: [b, s] with gradient; log_z: [b], with gradient where a head says it; factor: [b],
+    on the weight w v m.
     """
     sequence = log_probs.sum(dim=1)
     importance, ratio = importance_of(sequence, batch, objective)
-    weight = importance * residual_weight(batch, objective) * factor
+    v = sampler_weight_of(sequence, batch, objective)
+    weight = importance * v.weight * residual_weight(batch, objective) * factor
     partial = residual_without_log_z(sequence, batch, objective)
     spread: Tensor | float = 0.0
     if objective.form.per_token:
@@ -103,7 +113,7 @@ def balance(
     columns = {"loss_term": terms, "log_z": log_z, "residual": residual, "weight": weight, "ratio": ratio}
     if objective.importance.ratio != "none":
         columns["clipped"] = (importance != ratio).float()
-    return loss, columns
+    return loss, columns | _weights(v, importance * v.weight, objective)
 
 
 def policy_gradient(
@@ -112,10 +122,11 @@ def policy_gradient(
     """Return the policy-gradient loss of a micro-batch, and columns of its rollouts.
 
     The loss is -A S / a or its clipped surrogate (`surrogate_terms`), and the KL term (`kl_terms`), summed over the
-    micro-batch, over num_kept. log_probs: [b, s] with gradient.
+    micro-batch, over num_kept. Neither w nor v weighs the KL term. log_probs: [b, s] with gradient.
     """
     old, rule = batch.old_log_probs if batch.old_log_probs is not None else log_probs.detach(), objective.importance
-    terms, ratio, clipped = surrogate_terms(
+    v, token_weight = _sampler_weights(old, batch, objective.sampler)
+    terms, ratio, clipped, importance = surrogate_terms(
         log_probs,
         old,
         batch.loss_mask,
@@ -125,12 +136,37 @@ def policy_gradient(
         score_norm=objective.form.score_norm,
         clip_epsilon=rule.epsilon,
         upper_only=rule.upper_only,
+        sampler_weight=v.weight if token_weight is None else token_weight,
     )
     terms = _kept_with_kl(terms, log_probs, batch, objective.kl_coefficient)
-    columns = {"loss_term": terms, "advantage": batch.advantage, "ratio": ratio, "weight": torch.ones_like(ratio)}
+    columns = {"loss_term": terms, "advantage": batch.advantage, "ratio": ratio, "weight": v.weight}
     if rule.ratio != "none":
         columns["clipped"] = clipped
-    return terms.sum() / max(num_kept, 1), columns
+    return terms.sum() / max(num_kept, 1), columns | _weights(v, importance, objective)
+
+
+def _sampler_weights(old: Tensor, batch: ScoredBatch, rule: SamplerRule) -> tuple[SamplerWeight, Tensor | None]:
+    """Return v of each response, of tokens their mean, [b]; and v of each token, [b, s], where it is theirs.
+
+    old: [b, s], by the trainer at the start of the step.
+    """
+    num_tokens, sampler = batch.num_response_tokens, batch.rollout_log_probs
+    if rule.ratio != "token":
+        v = sampler_weight(old.sum(dim=1), sampler.sum(dim=1), num_tokens, ratio=rule.ratio, cap=rule.cap)
+        return v, None
+    token_weight, share = sampler_token_weight(old, sampler, batch.loss_mask, num_tokens, cap=rule.cap)
+    mean = torch.where(batch.loss_mask, token_weight, 0.0).sum(dim=1) / num_tokens
+    return SamplerWeight(mean, share), token_weight
+
+
+def _weights(v: SamplerWeight, importance: Tensor, objective: BalanceObjective | PolicyGradientObjective) -> Columns:
+    """Return the columns of v, and of the whole importance weight w v, [b]: each where the config has it."""
+    columns = {}
+    if objective.sampler.ratio != "none":
+        columns = {"sampler_weight": v.weight, "sampler_truncated": v.truncated}
+    if objective.sampler.ratio != "none" or objective.importance.ratio != "none":
+        columns["importance"] = importance
+    return columns
 
 
 def entropy_minimum(
@@ -159,9 +195,7 @@ def common_columns(log_probs: Tensor, batch: ScoredBatch) -> Columns:
     log_probs: [b, s] detached.
     """
     old = log_probs if batch.old_log_probs is None else batch.old_log_probs
-    difference = torch.where(batch.loss_mask, old - batch.rollout_log_probs, 0.0)
-    if batch.old_from_sampler:
-        difference = torch.full_like(difference, torch.nan)
+    lag = dict(zip(LAG_COLUMNS, batch.lag.unbind(dim=1), strict=True))
     return {
         "rollout_index": batch.rollout_index,
         "num_prompt_tokens": batch.prompt_mask.sum(dim=1),
@@ -174,12 +208,31 @@ def common_columns(log_probs: Tensor, batch: ScoredBatch) -> Columns:
         "reward": batch.reward,
         "kept": batch.kept,
         "truncated": batch.truncated,
-        "sampler_gap_sum": difference.abs().sum(dim=1),
-        "sampler_gap_max": difference.abs().amax(dim=1),
-        "token_ratio_sum": torch.where(batch.loss_mask, difference.exp(), torch.zeros_like(difference)).sum(dim=1),
+        **lag,
+        **_apart(old, batch, lag["lag_max"] == 0),
         "max_log_prob": torch.where(batch.loss_mask, log_probs, -torch.inf).amax(dim=1),
         **dict(zip(ANNOTATION_COLUMNS, batch.annotations.unbind(dim=1), strict=True)),
     }
+
+
+def _apart(old: Tensor, batch: ScoredBatch, same_weights: Tensor) -> Columns:
+    """Return how far the trainer at the start of the step is from the sampler, as a gap or as staleness.
+
+    Where both have the same weights it is the gap of their kernels; else the step between the weights is in it as well,
+    and it stands in other columns. old: [b, s], by the trainer at the start. same_weights: [b] bool.
+    """
+    difference = torch.where(batch.loss_mask, old - batch.rollout_log_probs, 0.0)
+    if batch.old_from_sampler:
+        difference = torch.full_like(difference, torch.nan)
+    numbers = {
+        "sum": difference.abs().sum(dim=1),
+        "max": difference.abs().amax(dim=1),
+        "kl_sum": (difference.exp() - difference - 1.0).sum(dim=1),  # k3: KL(sampler || trainer)
+    }
+    ratios = torch.where(batch.loss_mask, difference.exp(), torch.zeros_like(difference)).sum(dim=1)
+    gap = {f"sampler_gap_{name}": torch.where(same_weights, value, torch.nan) for name, value in numbers.items()}
+    staleness = {f"staleness_{name}": torch.where(same_weights, torch.nan, value) for name, value in numbers.items()}
+    return gap | staleness | {"token_ratio_sum": torch.where(same_weights, ratios, torch.nan)}
 
 
 def with_loops(rows: Tensor, batches: Sequence[ScoredBatch]) -> Tensor:

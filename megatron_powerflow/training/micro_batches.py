@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TypedDict
 
@@ -14,7 +15,7 @@ import torch
 
 from megatron_powerflow.config import Config, PrecisionSection
 from megatron_powerflow.data.bins import BinRule, flop_count, groups_fit, plan_update
-from megatron_powerflow.data.packing import pack, pack_streams
+from megatron_powerflow.data.packing import AnnotatedRollout, pack, pack_streams
 from megatron_powerflow.model.length_step import length_step
 from megatron_powerflow.objective.presets import Balance
 from megatron_powerflow.parallel.batching import fewest_micro_batches, token_budget
@@ -26,6 +27,7 @@ from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.rewards import annotate
 from megatron_powerflow.training.rollout_exchange import to_replicas
 from megatron_powerflow.training.session import Session
+from megatron_powerflow.training.staleness import lag_of
 
 
 def bin_rule(layout: Layout, config: Config) -> BinRule:
@@ -60,11 +62,11 @@ class Packing(TypedDict):
     cp_size: int
 
 
-def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> list[list[MicroBatch]]:
+def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session, step: int) -> list[list[MicroBatch]]:
     """Return the step's rollouts as micro-batches of this rank, one list per optimizer update.
 
     Groups stay whole within an update. rollouts: this replica's share; packed, groups change replicas for the sake of
-    balance. Collective over the run.
+    balance. step: the one that trains on them, counted from 0. Collective over the run.
     """
     config, groups = plan.config, session.groups
     arguments: Packing = {
@@ -76,8 +78,8 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
         "cp_size": groups.cp_size,
     }
     if config.parallel.micro_batch_size is None:
-        return _pack_streams(rollouts, plan, groups, arguments)
-    annotated = annotate(rollouts, config.objective, plan.tokenizer)
+        return _pack_streams(rollouts, plan, groups, arguments, step)
+    annotated = _annotated(rollouts, plan, step)
     size = len(annotated) // config.optimizer.updates_per_rollout
     return [
         pack(
@@ -91,7 +93,7 @@ def pack_updates(rollouts: Sequence[Rollout], plan: Plan, session: Session) -> l
 
 
 def _pack_streams(
-    rollouts: Sequence[Rollout], plan: Plan, groups: Groups, arguments: Packing
+    rollouts: Sequence[Rollout], plan: Plan, groups: Groups, arguments: Packing, step: int
 ) -> list[list[MicroBatch]]:
     """Plan the packed micro-batches of all ranks by the lengths of all rollouts, and pack those of this rank."""
     config = plan.config
@@ -110,12 +112,18 @@ def _pack_streams(
     parts: list[list[Rollout]] = [[] for _ in range(groups.dp_size)]
     for rollout in rollouts:
         parts[replica_of[rollout.slot]].append(rollout)
-    mine = annotate(to_replicas(parts, groups), config.objective, plan.tokenizer)
+    mine = _annotated(to_replicas(parts, groups), plan, step)
     annotated = {(item.slot, item.response_index): item for item in mine}
     return [
         pack_streams([[annotated[name] for name in bin] for bin in bins], rule, whole_groups=together, **arguments)
         for bins, together in planned
     ]
+
+
+def _annotated(rollouts: Sequence[Rollout], plan: Plan, step: int) -> list[AnnotatedRollout]:
+    """Return the rollouts with what follows from their text, and the lag of the weights that wrote them."""
+    annotated = annotate(rollouts, plan.config.objective, plan.tokenizer)
+    return [replace(item, lag=lag_of(item.rollout, step, plan.sampled_by)) for item in annotated]
 
 
 def _every_length(rollouts: Sequence[Rollout], groups: Groups) -> list[list[int]]:

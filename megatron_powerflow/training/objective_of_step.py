@@ -9,6 +9,7 @@ from megatron_powerflow.objective.objective import (
     ImportanceRule,
     Objective,
     PolicyGradientObjective,
+    SamplerRule,
 )
 from megatron_powerflow.objective.presets import Balance, PolicyGradient
 
@@ -21,9 +22,11 @@ def objective_of_step(section: ObjectiveSection, step: int) -> Objective:
     form, alpha = section.form, alpha_of_step(section, step)
     if isinstance(form, Balance):
         assert alpha is not None and section.log_z is not None
-        return BalanceObjective(form, alpha, section.log_z, importance_rule(section), section.tilt_cap)
+        importance, sampler = importance_rule(section), sampler_rule(section)
+        return BalanceObjective(form, alpha, section.log_z, importance, section.tilt_cap, sampler)
     if isinstance(form, PolicyGradient):
-        return PolicyGradientObjective(form, alpha, importance_rule(section), section.kl_coefficient or 0.0)
+        importance, sampler = importance_rule(section), sampler_rule(section)
+        return PolicyGradientObjective(form, alpha, importance, section.kl_coefficient or 0.0, sampler)
     return EntropyObjective(section.kl_coefficient or 0.0)
 
 
@@ -41,3 +44,8 @@ def alpha_of_step(section: ObjectiveSection, step: int) -> float | None:
 def importance_rule(section: ObjectiveSection) -> ImportanceRule:
     """Return the rule that objective.ratio, objective.clip_epsilon and objective.clip make."""
     return ImportanceRule(section.ratio or "none", section.clip_epsilon or 0.0, section.clip == "upper")
+
+
+def sampler_rule(section: ObjectiveSection) -> SamplerRule:
+    """Return the rule that objective.sampler_ratio and objective.sampler_ratio_cap make."""
+    return SamplerRule(section.sampler_ratio, section.sampler_ratio_cap or 1.0)

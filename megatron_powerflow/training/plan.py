@@ -47,7 +47,14 @@ from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
 from megatron_powerflow.training.resources import resource_violations, saving_line
 from megatron_powerflow.training.resume import Change, Resume, find_resume
-from megatron_powerflow.training.staleness import is_own_run, objective_of, temperature_lines, weight_line
+from megatron_powerflow.training.staleness import (
+    SampledBy,
+    is_own_run,
+    objective_of,
+    temperature_lines,
+    weight_lines,
+    who_sampled,
+)
 from megatron_powerflow.whole_files import write_file
 
 T = TypeVar("T")
@@ -59,7 +66,7 @@ class Plan:
 
     resume: the checkpoint it continues, if any, and how; overridden: keys that may have changed all the same;
     replay_from: the folder of step files it trains on instead of sampling, or None; located: where the config's names
-    on the hub are; on_policy: a step's rollouts are by the policy that it trains, sampled, or replayed from a run of
+    on the hub are; sampled_by: whose weights drew a step's rollouts, OWN also where they are replayed from a run of
     this very config. notices: what a user should know before it starts.
     """
 
@@ -76,7 +83,7 @@ class Plan:
     replay_from: Path | None
     inputs: Inputs
     located: LocalPaths = NO_DOWNLOADS
-    on_policy: bool = True
+    sampled_by: SampledBy = SampledBy.OWN
     notices: tuple[str, ...] = ()
     overridden: tuple[str, ...] = ()
 
@@ -88,7 +95,7 @@ class Plan:
     @property
     def objective(self) -> ObjectiveSection:
         """As it is trained: see `staleness.objective_of`."""
-        return objective_of(self.config, self.on_policy)
+        return objective_of(self.config, self.sampled_by)
 
     @property
     def run_folder(self) -> Path:
@@ -167,10 +174,15 @@ def make_plan(
         resume=_with_changed_content(resume, before, inputs, overridden),
         replay_from=replay_from,
         located=located,
-        on_policy=replay_from is None or is_own_run(config, replay_from, revisions=located.revisions),
+        sampled_by=_who_sampled(config, located, replay_from),
         notices=(*notices, *tokenizer.notices, *resume.notices),
         overridden=tuple(overridden),
     )
+
+
+def _who_sampled(config: Config, located: LocalPaths, replay_from: Path | None) -> SampledBy:
+    own = replay_from is None or is_own_run(config, replay_from, revisions=located.revisions)
+    return who_sampled(config, own=own)
 
 
 def _prompt_files(
@@ -212,7 +224,7 @@ def describe(plan: Plan) -> str:
             f"{rollouts} rollouts, {config.optimizer.updates_per_rollout} update(s)",
             f"objective {config.objective.preset}, alpha {config.objective.alpha}, log Z' {config.objective.log_z}",
             *([f"replays   {plan.replay_from}, no engine"] if plan.replay_from else []),
-            weight_line(config, plan.on_policy),
+            *weight_lines(config, plan.sampled_by),
             *_fp8_lines(config, plan.layout),
             *temperature_lines(config),
             batching_line(config, plan.layout),

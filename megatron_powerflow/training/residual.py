@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_powerflow.objective.objective import BalanceObjective
+from megatron_powerflow.objective.sampler_weight import SamplerWeight, sampler_weight
 from megatron_powerflow.objective.trajectory_balance import Weight, importance_weight, partial_residual
 from megatron_powerflow.records import ScoredBatch
 
@@ -47,10 +48,9 @@ def residual_weight(batch: ScoredBatch, objective: BalanceObjective) -> Tensor:
 def importance_of(sequence_log_prob: Tensor, batch: ScoredBatch, objective: BalanceObjective) -> Weight:
     """Return the importance weight w of each rollout and its ratio before clipping, each [b].
 
-    sequence_log_prob: [b], by the policy. The old policy is the current one where no other was scored.
+    sequence_log_prob: [b], by the policy.
     """
-    old = batch.old_log_probs.sum(dim=1) if batch.old_log_probs is not None else sequence_log_prob.detach()
-    rule = objective.importance
+    old, rule = old_sequence_log_prob(sequence_log_prob, batch), objective.importance
     return importance_weight(
         sequence_log_prob,
         old,
@@ -59,3 +59,21 @@ def importance_of(sequence_log_prob: Tensor, batch: ScoredBatch, objective: Bala
         clip_epsilon=rule.epsilon,
         upper_only=rule.upper_only,
     )
+
+
+def sampler_weight_of(sequence_log_prob: Tensor, batch: ScoredBatch, objective: BalanceObjective) -> SamplerWeight:
+    """Return the weight v of each rollout for its sampler's sake, and whether it was truncated, each [b].
+
+    sequence_log_prob: [b], by the policy.
+    """
+    old, rule = old_sequence_log_prob(sequence_log_prob, batch), objective.sampler
+    sampler, num_tokens = batch.rollout_log_probs.sum(dim=1), batch.num_response_tokens
+    return sampler_weight(old, sampler, num_tokens, ratio=rule.ratio, cap=rule.cap)
+
+
+def old_sequence_log_prob(sequence_log_prob: Tensor, batch: ScoredBatch) -> Tensor:
+    """Return S_old of each rollout: [b], detached.
+
+    sequence_log_prob: [b], by the policy, which is the old one where no other was scored.
+    """
+    return batch.old_log_probs.sum(dim=1) if batch.old_log_probs is not None else sequence_log_prob.detach()

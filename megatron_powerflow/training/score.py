@@ -52,9 +52,9 @@ def score_reference(reference: Reference, batches: Sequence[MicroBatch], scorer:
 
 
 def score_old(chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scorer: Scorer) -> list[MicroBatch]:
-    """Return the micro-batches with `old_log_probs`, on the last stage: by the policy that sampled.
+    """Return the micro-batches with `old_log_probs`, on the last stage: by the policy as it is.
 
-    Call it before the first update of that policy. Collective, as `run_forward` is.
+    Call it before the first update of the step. Collective, as `run_forward` is.
     """
     scored = score(chunks, batches, scorer)
     return [
@@ -66,7 +66,7 @@ def score_old(chunks: Sequence[PolicyModel], batches: Sequence[MicroBatch], scor
 def with_saved_old(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Return the micro-batches of replayed rollouts with the saved log-probs of their sampler as `old_log_probs`.
 
-    The policy that sampled is gone and cannot be scored.
+    They stand in the place of what the trainer at the start of the step says (`SampledBy.SAVED`).
     """
     return [
         replace(batch, old_log_probs=batch.rollout_log_probs, old_from_sampler=True)

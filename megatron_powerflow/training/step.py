@@ -80,7 +80,7 @@ def run_step(
     with phase("rollout"):
         rollouts = step_rollouts(plan, session, prompts, sampling_of_step(plan, step), progress)
         give_back(session.groups.device)
-        updates = pack_updates(rollouts, plan, session)
+        updates = pack_updates(rollouts, plan, session, step)
     inspect = inspection(plan.config, prompts) if first_of_start else None
     return replace(learn(plan, session, updates, step, phase=phase, inspect=inspect), rollouts=tuple(rollouts))
 
@@ -114,7 +114,7 @@ def learn(
             session.scorer,
             objective,
             config.optimizer,
-            on_policy=plan.on_policy,
+            sampled_by=plan.sampled_by,
             inspect=inspect,
         )
         give_back(session.groups.device)

@@ -28,6 +28,7 @@ from megatron_powerflow.training.loss import micro_batch_loss, with_loops
 from megatron_powerflow.training.optimizer import OptimizerStep, step_optimizers
 from megatron_powerflow.training.residual import residual_weight, residual_without_log_z
 from megatron_powerflow.training.score import score_old, scored_batches, with_saved_old
+from megatron_powerflow.training.staleness import SampledBy
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,24 @@ def update(
     objective: Objective,
     section: OptimizerSection,
     *,
-    on_policy: bool = True,
+    sampled_by: SampledBy = SampledBy.OWN,
     inspect: Callable[[Tensor], None] | None = None,
 ) -> UpdateResult:
     """Make one optimizer update for each element of `updates`. Collective over the run.
 
-    updates: of each, this rank's micro-batches, scored by the reference, which together hold whole groups. on_policy:
-    the policy as it is now sampled the rollouts; False: another one did, of which the saved log-probs are left.
-    inspect: is given the rows of the first update before anything moves, alike on every rank, and may raise.
+    updates: of each, this rank's micro-batches, scored by the reference, which together hold whole groups. sampled_by:
+    says what `old_log_probs` are to be. inspect: is given the rows of the first update before anything moves, alike on
+    every rank, and may raise.
     """
     groups = scorer.groups
-    sampled_by = [list(batches) for batches in updates]
-    if on_policy:  # the first update's forward pass is of the policy that sampled; the later ones find it changed
-        sampled_by[1:] = [score_old(trainable.chunks, batches, scorer) for batches in sampled_by[1:]]
+    with_old = [list(batches) for batches in updates]
+    if sampled_by.old_is_scored:  # the first update's forward pass is of the old policy; the later ones find it changed
+        with_old[1:] = [score_old(trainable.chunks, batches, scorer) for batches in with_old[1:]]
     else:
-        sampled_by = [with_saved_old(batches) for batches in sampled_by]
+        with_old = [with_saved_old(batches) for batches in with_old]
     tables: list[Tensor] = []
     optimizer_steps = []
-    for batches in sampled_by:
+    for batches in with_old:
         num_kept = _num_kept(batches, groups)
         batches = with_group_baseline(trainable.chunks, batches, scorer, objective)
         trainable.zero_grad()
@@ -161,7 +162,7 @@ def _centre_head(trainable: Trainable, updates: Sequence[Sequence[MicroBatch]], 
 
 
 def _mean_weight(table: Tensor) -> float:
-    """Return the mean of the loss's weight w m over the kept rollouts of all ranks; 0 when none was kept."""
+    """Return the mean of the loss's weight w v m over the kept rollouts of all ranks; 0 when none was kept."""
     weight, kept = (table[:, ROLLOUT_COLUMNS.index(name)] for name in ("weight", "kept"))
     return float(weight[kept > 0].sum() / (kept > 0).sum().clamp(min=1))
 

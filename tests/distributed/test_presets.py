@@ -104,7 +104,7 @@ def certainties(config):
 
     with opened_session(config) as (plan, session):
         rollouts = session.engine.generate(plan.share_of(plan.prompts[:4], 0), sampling_of_step(plan, 0))
-        (batches,) = pack_updates(rollouts, plan, session)
+        (batches,) = pack_updates(rollouts, plan, session, 0)
         ours = score_certainty(session.trainable.chunks, batches, session.scorer)
     by_index = {}
     for batch, values in zip(batches, ours, strict=True):

@@ -65,7 +65,7 @@ def step_and_calls(config):
     with opened_session(config) as (plan, session):
         prompts = plan.share_of(plan.prompts[: config.rollout.prompts_per_step], session.groups.sampler_rank)
         rollouts = session.engine.generate(prompts, sampling_of_step(plan, 0))
-        updates = pack_updates(rollouts, plan, session)
+        updates = pack_updates(rollouts, plan, session, 0)
         calls: dict[str, int] = {}
         for chunk in session.trainable.chunks:
             for layer in chunk.decoder.layers:

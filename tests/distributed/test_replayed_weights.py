@@ -1,6 +1,7 @@
 """Rollouts of another policy, trained on: the weights are those of a computation that knows nothing of ours.
 
-Plain transformers and torch.optim.AdamW on the saved files; w is made of the log-probs that were saved.
+Plain transformers and torch.optim.AdamW on the saved files. Without objective.sampler_ratio w is made of the log-probs
+that were saved; with it w is of the weights that a step starts with, and v leads from the saved log-probs to these.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ run: {{num_steps: 5, output_dir: {folder / "sampled"}}}
     return folder / "config.yaml"
 
 
-def by_itself(start, rollouts_folder, preset: str):
-    """(weights before, after, share of sequence ratios outside the clip) of STEPS x UPDATES updates."""
+def by_itself(start, rollouts_folder, preset: str, sampler_ratio: str = "none", cap: float = 1.0):
+    """(weights before, after, share of sequence ratios outside of the clip, of v above the cap) of all updates."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -48,10 +49,25 @@ def by_itself(start, rollouts_folder, preset: str):
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
         return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
 
-    outside = []
+    def v_of(old, sampler):
+        """Of a response, [] or of its tokens, [n]; a mean or a sum of the differences, or each of them."""
+        difference = old - sampler
+        if sampler_ratio != "token":
+            difference = difference.sum() if sampler_ratio == "seq" else difference.mean()
+        truncated.append(float((difference.exp() > cap).double().mean()))
+        return difference.exp().clamp(max=cap)
+
+    outside, truncated = [], []
     for step in range(STEPS):
         lines = (rollouts_folder / f"step_{step:06d}.jsonl").read_text().splitlines()[1:]
         groups = [json.loads(line) for line in lines]
+        if sampler_ratio != "none":  # S_old takes the place of what was saved, and v is of both
+            for group in groups:
+                for r in group["responses"]:
+                    with torch.no_grad():
+                        old = token_log_probs(policy, group["prompt"]["token_ids"], r["token_ids"])
+                    r["v"] = v_of(old, torch.tensor(r["log_probs"]).double())
+                    r["log_probs"] = old.tolist()
         size = len(groups) // UPDATES
         for part in (groups[i : i + size] for i in range(0, len(groups), size)):
             terms = []
@@ -62,24 +78,36 @@ def by_itself(start, rollouts_folder, preset: str):
                     ref = [token_log_probs(reference, group["prompt"]["token_ids"], y).sum() for y, _ in pairs]
                 own = torch.stack([values.sum() for values in log_probs])
                 n = torch.tensor([float(len(y)) for y, _ in pairs])
+                v = [r.get("v", torch.ones(()).double()) for r in group["responses"]]
                 ratio = (own.detach() - torch.stack([old.sum() for _, old in pairs])).exp()
                 outside += ((ratio - 1).abs() > EPSILON).tolist()
                 s = (own - ALPHA * torch.stack(ref)) / n
                 if preset == "la_tb":
-                    w = ratio.clamp(1 - EPSILON, 1 + EPSILON)
+                    w = ratio.clamp(1 - EPSILON, 1 + EPSILON) * torch.stack(v)
                     log_z = -(w * s.detach()).sum() / w.sum()
                     terms += list(w * (log_z + s) ** 2)
                 else:
                     advantage = -s.detach() + s.detach().mean()
-                    for values, (_, old), a in zip(log_probs, pairs, advantage, strict=True):
+                    for values, (_, old), a, v_t in zip(log_probs, pairs, advantage, v, strict=True):
                         rho = (values - old).exp()
-                        terms.append(-torch.minimum(rho * a, rho.clamp(1 - EPSILON, 1 + EPSILON) * a).sum())
+                        terms.append(-(v_t * torch.minimum(rho * a, rho.clamp(1 - EPSILON, 1 + EPSILON) * a)).sum())
             optimizer.zero_grad()
             (sum(terms) / len(terms)).backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP_GRAD)
             optimizer.step()
     after = {name: value.detach() for name, value in policy.named_parameters()}
-    return before, after, sum(outside) / len(outside)
+    return before, after, sum(outside) / len(outside), sum(truncated) / max(len(truncated), 1)
+
+
+def relative_difference(export, before, after) -> float:
+    """How far the exported weights are from those computed here, as a share of their change."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ours = dict(AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).named_parameters())
+    change = torch.cat([(after[name] - before[name]).flatten() for name in after])
+    difference = torch.cat([(ours[name].detach().double() - after[name]).flatten() for name in after])
+    return float(difference.norm() / change.norm())
 
 
 @pytest.fixture(scope="module")
@@ -94,20 +122,13 @@ def sampled(gloo, tiny_model, tmp_path_factory):
 def test_a_replay_of_rollouts_5_steps_old_gives_the_weights_of_an_independent_computation(
     gloo, sampled, tmp_path, preset, record_property
 ):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     run = sampled.parent / "sampled"
     overrides = [f"model.hf_path={run / 'hf_export'}", f"rollout.replay={run}", f"objective.preset={preset}"]
     overrides += [f"run.num_steps={STEPS}", f"optimizer.updates_per_rollout={UPDATES}", f"optimizer.lr={LR}"]
     overrides += ["objective.log_z=group"] if preset == "la_tb" else []
     gloo.run(2, run_training, sampled, *overrides, f"run.output_dir={tmp_path / 'replay'}", "parallel.pp=2")
-    before, after, outside = by_itself(run / "hf_export", run / "rollouts", preset)
-    export = tmp_path / "replay" / "hf_export"
-    ours = dict(AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).named_parameters())
-    change = torch.cat([(after[name] - before[name]).flatten() for name in after])
-    difference = torch.cat([(ours[name].detach().double() - after[name]).flatten() for name in after])
-    relative = float(difference.norm() / change.norm())
+    before, after, outside, _ = by_itself(run / "hf_export", run / "rollouts", preset)
+    relative = relative_difference(tmp_path / "replay" / "hf_export", before, after)
     record_property("relative", relative)
     print(f"\n{preset}: difference / change {relative:.1e}; sequence ratios outside of the clip {outside:.2f}")
     assert relative < 1e-4
@@ -115,6 +136,37 @@ def test_a_replay_of_rollouts_5_steps_old_gives_the_weights_of_an_independent_co
     (first, *_) = [json.loads(line) for line in (tmp_path / "replay" / "metrics.jsonl").read_text().splitlines()]
     assert first["effective_sample_share"] < 0.99
     assert "sampler_gap_mean" not in first  # of a policy that is gone
+    assert "staleness_mean" not in first  # and has not been compared with any
+
+
+@pytest.mark.parametrize(
+    ("preset", "sampler_ratio", "cap", "layout"),
+    [
+        ("la_tb", "seq", 1.5, ["parallel.pp=2"]),
+        ("la_tb", "seq_mean", 1.02, ["parallel.tp=2"]),
+        ("rl_token", "token", 1.2, []),  # dp=2
+    ],
+)
+def test_the_weight_of_the_sampler_gives_the_weights_of_an_independent_computation(
+    gloo, sampled, tmp_path, preset, sampler_ratio, cap, layout, record_property
+):
+    """In each layout the same numbers, S_old of the second update scored before the first."""
+    run = sampled.parent / "sampled"
+    overrides = [f"model.hf_path={run / 'hf_export'}", f"rollout.replay={run}", f"objective.preset={preset}", *layout]
+    overrides += [f"run.num_steps={STEPS}", f"optimizer.updates_per_rollout={UPDATES}", f"optimizer.lr={LR}"]
+    overrides += [f"objective.sampler_ratio={sampler_ratio}", f"objective.sampler_ratio_cap={cap}"]
+    gloo.run(2, run_training, sampled, *overrides, f"run.output_dir={tmp_path / 'replay'}")
+    before, after, _, truncated = by_itself(run / "hf_export", run / "rollouts", preset, sampler_ratio, cap)
+    relative = relative_difference(tmp_path / "replay" / "hf_export", before, after)
+    record_property("relative", relative)
+    print(f"\n{preset}, {sampler_ratio}: difference / change {relative:.1e}; v above its cap {truncated:.2f}")
+    assert relative < 1e-4
+    assert 0.05 < truncated < 0.95
+    (first, *_) = [json.loads(line) for line in (tmp_path / "replay" / "metrics.jsonl").read_text().splitlines()]
+    assert first["sampler_weight_mean"] <= cap
+    assert 0 < first["importance_effective_share"] < 1
+    assert first["staleness_sequence_mean"] > 0.01
+    assert not any(name.startswith(("sampler_gap", "lag_")) for name in first)
 
 
 def test_the_run_itself_replayed_has_weight_1_whatever_the_ratio(gloo, sampled, tmp_path):

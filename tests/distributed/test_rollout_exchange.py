@@ -107,7 +107,7 @@ def micro_batches_of_rank(case: str):
         mine = [rollout for rollout in every() if rollout.slot % each // (each // 4) == groups.dp_rank]
         return [
             [plain(batch) for batch in batches]
-            for batches in pack_updates(mine, planned(case, 4), SimpleNamespace(groups=groups))
+            for batches in pack_updates(mine, planned(case, 4), SimpleNamespace(groups=groups), 0)
         ]
 
 

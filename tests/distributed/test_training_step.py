@@ -141,12 +141,14 @@ def test_other_norms_windows_and_caps_have_the_same_gradients_in_every_layout(
             assert grad_norms == pytest.approx(alone[1], rel=1e-4), layout
 
 
-def test_whole_groups_need_no_forward_pass_of_their_own(gloo, tiny_model, prompts, tmp_path):
-    """Packed with room for groups, log Z' comes out of the loss's own pass; with less room out of one before it."""
+@pytest.mark.parametrize("weighed", [[], ["objective.sampler_ratio=seq"]])
+def test_whole_groups_need_no_forward_pass_of_their_own(gloo, tiny_model, prompts, tmp_path, weighed):
+    """Packed with room for groups, log Z' comes out of the loss's own pass; with less room out of one before it. The
+    weight v of a step's only update comes out of it, too."""
     folder, common = tiny_model("qwen2"), ["objective.log_z=group", PACKED[0]]
     for budget, passes in ((60, 1), (28, 2)):
         config = config_for(
-            folder, prompts, tmp_path / str(budget), *common, f"parallel.max_tokens_per_micro_batch={budget}"
+            folder, prompts, tmp_path / str(budget), *common, f"parallel.max_tokens_per_micro_batch={budget}", *weighed
         )
         ((counted, num_batches),) = gloo.run(1, forward_passes_of_an_update, config)
         assert counted == passes * num_batches
@@ -159,7 +161,7 @@ def forward_passes_of_an_update(config) -> tuple[int, int]:
 
     with opened_session(config) as (plan, session):
         share = plan.share_of(plan.prompts[: config.rollout.prompts_per_step], 0)
-        updates = pack_updates(session.engine.generate(share, sampling_of_step(plan, 0)), plan, session)
+        updates = pack_updates(session.engine.generate(share, sampling_of_step(plan, 0)), plan, session, 0)
         calls = []
         session.trainable.chunks[0].register_forward_hook(lambda *_: calls.append(1))
         learn(plan, session, updates, 0)

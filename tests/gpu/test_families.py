@@ -96,7 +96,7 @@ def grad_norm(rollouts, plan, session) -> float:
     from megatron_powerflow.training.micro_batches import pack_updates
     from megatron_powerflow.training.step import learn
 
-    return learn(plan, session, pack_updates(rollouts, plan, session), 0).optimizer_steps[0].grad_norm
+    return learn(plan, session, pack_updates(rollouts, plan, session, 0), 0).optimizer_steps[0].grad_norm
 
 
 @pytest.mark.parametrize("shape", ["usual", "other"])

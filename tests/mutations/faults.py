@@ -153,7 +153,22 @@ _POLICY_GRADIENT = (
         'divisor = num_tokens if score_norm != "length"',
         "the score's norm the other way",
     ),
-    ("terms = -advantage * log_probs.sum(dim=1)", "terms = advantage * log_probs.sum(dim=1)", "uphill"),
+    ("terms = -advantage * (of_token", "terms = advantage * (of_token", "uphill"),
+    ("(of_token * log_probs).sum(dim=1) / divisor * of_response", "log_probs.sum(dim=1) / divisor", "no v without w"),
+    ("/ divisor * v, sequence_ratio", "/ divisor, sequence_ratio", "no v beside w of the sequence"),
+    ("* num_tokens / divisor * v", "* num_tokens / divisor", "no v beside w of the mean"),
+    (
+        "torch.where(mask, of_token * clipped(rho, advantage[:, None]), 0.0)",
+        "torch.where(mask, clipped(rho, advantage[:, None]), 0.0)",
+        "no v of a token",
+    ),
+    (".sum(dim=1) / divisor * of_response\n    share", ".sum(dim=1) / divisor\n    share", "no v beside tokens' w"),
+    (
+        "outside(sequence_ratio), bounded * v",
+        "outside(sequence_ratio), sequence_ratio * v",
+        "w not clipped, of the sequence",
+    ),
+    ("of_token * rho.detach().clamp(low, high)", "of_token * rho.detach()", "w not clipped, of tokens"),
     ("low, high = 0.0 if upper_only else 1.0 - clip_epsilon", "low, high = 1.0 - clip_epsilon", "clip: upper is both"),
     ("return -torch.minimum(rho * advantage", "return -torch.maximum(rho * advantage", "the clip protects nothing"),
     ("((rho < low) | (rho > high))", "(rho > high)", "only one side counted as clipped"),
@@ -164,8 +179,8 @@ _POLICY_GRADIENT = (
         "seq_mean's gradient smaller by n",
     ),
     (
-        "torch.where(mask, clipped(rho, advantage[:, None]), 0.0)",
-        "clipped(rho, advantage[:, None])",
+        "torch.where(mask, of_token * clipped(rho, advantage[:, None]), 0.0)",
+        "(of_token * clipped(rho, advantage[:, None]))",
         "padding in the surrogate's value",
     ),
     (
@@ -232,17 +247,23 @@ _RESIDUAL = (
     ("batch.old_log_probs.sum(dim=1) if", "batch.rollout_log_probs.sum(dim=1) if", "the sampler for the scorer"),
     ("clip_epsilon=rule.epsilon", "clip_epsilon=0.2", "clip_epsilon has no effect"),
     ("upper_only=rule.upper_only", "upper_only=False", "clip: upper has no effect"),
-    ("ratio=rule.ratio", 'ratio="seq"', "ratio has no effect"),
+    ("ratio=rule.ratio,\n", 'ratio="seq",\n', "ratio has no effect"),
+    ("ratio=rule.ratio, cap", 'ratio="seq", cap', "sampler_ratio has no effect"),
+    ("cap=rule.cap", "cap=2.0", "sampler_ratio_cap has no effect"),
+    ("batch), objective.sampler", "batch), objective.importance", "the rule of w for v"),
+    ("sampler_weight(old, sampler,", "sampler_weight(sequence_log_prob, sampler,", "v of the policy as it is"),
+    ("sampler, num_tokens = batch.rollout_log_probs", "sampler, num_tokens = batch.ref_log_probs", "the base sampled"),
 )
 
 _GROUP_BASELINE = (
     ("objective.learns_log_z or all(", "objective.learns_log_z or any(", "an estimate of cut groups"),
     (
-        "importance_of(s, b, objective).weight *",
-        "importance_of(s, b, objective).ratio *",
+        "return w.weight *",
+        "return w.ratio *",
         "unclipped weights in the mean",
     ),
-    (".weight * residual_weight(b, objective)", ".weight", "m not in the group's mean"),
+    ("v.weight * residual_weight(batch, objective)", "v.weight", "m not in the group's mean"),
+    ("w.weight * v.weight", "w.weight", "v not in the group's mean"),
     ("pairs = [(log_probs.sum(dim=1), batch)", "pairs = [(log_probs.mean(dim=1), batch)", "S is a mean"),
     ('{"group": group_log_z, "loo": loo_log_z}', '{"group": group_log_z, "loo": group_log_z}', "loo is group"),
     (
@@ -256,8 +277,8 @@ _GROUP_BASELINE = (
         "dropped ones in the advantage",
     ),
     (
-        "torch.cat([batch.group for batch in batches]),\n        torch.cat([importance",
-        "torch.cat([torch.zeros_like(batch.group) for batch in batches]),\n        torch.cat([importance",
+        "torch.cat([batch.group for batch in batches]),\n        torch.cat([_weight_of",
+        "torch.cat([torch.zeros_like(batch.group) for batch in batches]),\n        torch.cat([_weight_of",
         "one group for all",
     ),
     ("log_z=own_log_z, weight_factor=own_factor", "log_z=own_factor, weight_factor=own_log_z", "swapped"),
@@ -286,13 +307,29 @@ _GROUP_BASELINE = (
 )
 
 _LOSS = (
-    ("weight = importance * residual_weight(batch, objective) * factor", "weight = importance * factor", "m is 1"),
+    ("v.weight * residual_weight(batch, objective) * factor", "v.weight * factor", "m is 1"),
+    ("importance * v.weight * residual", "importance * residual", "no v in a balance"),
+    ("_weights(v, importance * v.weight", "_weights(v, v.weight", "the whole weight without w"),
     (
-        "weight = importance * residual_weight(batch, objective) * factor",
-        "weight = importance * residual_weight(batch, objective)",
+        "old.sum(dim=1), sampler.sum(dim=1), num_tokens, ratio",
+        "sampler.sum(dim=1), old.sum(dim=1), num_tokens, ratio",
+        "v",
+    ),
+    ("v.weight if token_weight is None else token_weight", "v.weight", "tokens have the weight of their response"),
+    ("torch.where(batch.loss_mask, token_weight, 0.0).sum", "token_weight.sum", "padding in the mean of v"),
+    ("**_apart(old, batch", "**_apart(log_probs, batch", "training in the gap"),
+    ('lag["lag_max"] == 0', 'lag["lag_sum"] >= 0', "other weights in the gap"),
+    (
+        '"kl_sum": (difference.exp() - difference - 1.0)',
+        '"kl_sum": ((-difference).exp() + difference - 1.0)',
+        "the KL the other way",
+    ),
+    (
+        "residual_weight(batch, objective) * factor",
+        "residual_weight(batch, objective)",
         "no contrastive factor",
     ),
-    ("weight = importance * residual", "weight = ratio * residual", "the weight is not clipped"),
+    ("weight = importance * v", "weight = ratio * v", "the weight is not clipped"),
     (
         "batch.ref_log_probs, batch.loss_mask, objective.alpha)",
         "batch.ref_log_probs, batch.loss_mask, 1.0)",
@@ -330,8 +367,8 @@ _LOSS = (
     ("old = log_probs if batch.old_log_probs is None else batch.old_log_probs", "old = log_probs", "no old policy"),
     (
         "torch.where(batch.loss_mask, old - batch.rollout_log_probs, 0.0)",
-        "log_probs - batch.rollout_log_probs",
-        "staleness in the sampler gap",
+        "old - batch.rollout_log_probs + 1.0",
+        "a step apart everywhere",
     ),
     ("if batch.old_from_sampler:", "if not batch.old_from_sampler:", "whose sampler gap exists"),
     (
@@ -403,15 +440,18 @@ _OBJECTIVE_OF_STEP = (
     ("1.0 + (section.alpha - 1.0) *", "section.alpha *", "alpha rises from 0"),
     ('section.clip == "upper"', 'section.clip != "upper"', "the two clips change places"),
     (
-        "section.log_z, importance_rule(section), section.tilt_cap)",
-        "section.log_z, importance_rule(section), None)",
+        "section.log_z, importance, section.tilt_cap, sampler)",
+        "section.log_z, importance, None, sampler)",
         "tilt_cap has no effect",
     ),
     (
-        "importance_rule(section), section.kl_coefficient or 0.0)",
-        "importance_rule(section), 0.0)",
+        "importance, section.kl_coefficient or 0.0, sampler)",
+        "importance, 0.0, sampler)",
         "kl_coefficient has no effect",
     ),
+    ("section.sampler_ratio_cap or 1.0", "2.0", "sampler_ratio_cap has no effect"),
+    ("section.tilt_cap, sampler)", "section.tilt_cap)", "sampler_ratio has no effect on a balance"),
+    ("section.kl_coefficient or 0.0, sampler)", "section.kl_coefficient or 0.0)", "nor on a rival"),
     ("EntropyObjective(section.kl_coefficient or 0.0)", "EntropyObjective()", "nor on one-shot EM"),
     ("section.clip_epsilon or 0.0", "0.2", "clip_epsilon has no effect"),
     ('section.ratio or "none"', '"none"', "ratio has no effect"),
@@ -448,18 +488,36 @@ _LEARNING_RATE = (
 
 _REDUCE = (
     (
-        '"policy_entropy": -old.sum()',
+        '"policy_entropy": -sampled.sum()',
         '"policy_entropy": -every["sequence_log_prob"].sum()',
         "the policy an update later",
     ),
     ('"ref_log_prob_mean": ref.sum() / num_tokens', '"ref_log_prob_mean": ref.mean()', "per response, not per token"),
-    ('"kl_per_token": (old - ref)', '"kl_per_token": (ref - old)', "sign of the KL"),
-    ('"kl_per_response": (old - ref).mean()', '"kl_per_response": (old - ref).sum() / num_tokens', "per token"),
+    ('"kl_per_token": (sampled - ref)', '"kl_per_token": (ref - sampled)', "sign of the KL"),
+    ('"kl_per_response": (sampled - ref).mean()', '"kl_per_response": (sampled - ref).sum() / num_tokens', "per token"),
+    (
+        'every["lag_max"] == 0, every["old',
+        'every["lag_max"] >= 0, every["old',
+        "entropy of weights that did not sample",
+    ),
+    ('"staleness", ~same_weights', '"staleness", same_weights', "no staleness of older weights"),
+    (
+        '"lag_mean": every["lag_sum"].sum() / every["num_response_tokens"].sum()',
+        '"lag_mean": every["lag_sum"].mean()',
+        "per response",
+    ),
+    ('(every["num_versions"] > 1).mean()', '(every["num_versions"] >= 1).mean()', "every response is mixed"),
+    ("weights.sum() ** 2 / (len(weights) * squares)", "weights.sum() ** 2 / squares", "a number, not a share"),
+    ('_effective_share(kept["importance"])', '_effective_share(kept["sampler_weight"])', "no w in the whole weight"),
     ("np.quantile(lengths, 0.95)", "np.quantile(lengths, 0.5)", "the median length"),
-    ('every["token_ratio_sum"].sum() / num_tokens', 'every["token_ratio_sum"].mean()', "per response"),
-    ("(len(lengths) * (sequence_ratio**2).sum())", "(sequence_ratio**2).sum()", "a number, not a share"),
+    ("every[column][rollouts].sum() / num_tokens", "every[column][rollouts].mean()", "per response"),
+    ('every["num_response_tokens"][rollouts].sum()', 'every["num_response_tokens"].sum()', "tokens of other weights"),
     ('against_sampler = every["sequence_log_prob"]', "against_sampler = old", "no staleness in the ratio"),
-    ("np.abs(gap).mean()", "gap.mean()", "gaps cancel"),
+    (
+        'np.abs(every["old_sequence_log_prob"] - every["rollout_sequence_log_prob"])',
+        '(every["old_sequence_log_prob"] - every["rollout_sequence_log_prob"])',
+        "gaps cancel",
+    ),
     ('np.abs(every["sequence_log_prob"] - old).mean()', '(every["sequence_log_prob"] - old).mean()', "moves cancel"),
     ('column[every["kept"] > 0]', 'column[every["kept"] >= 0]', "dropped ones in the objective"),
     ('kept["rollout_index"] // settings', 'kept["rollout_index"] % settings', "who belongs to which prompt"),
@@ -470,7 +528,11 @@ _REDUCE = (
     ("1.0 - (estimate - head).var() / variance", "1.0 - (estimate - head).var()", "not a share of the variance"),
     ("inverted += (product < 0)", "inverted += (product > 0)", "the agreeing pairs"),
     ("pairs += (product != 0)", "pairs += (product == product)", "ties are pairs"),
-    ('policy, power = kept["old_sequence_log_prob"]', 'policy, power = kept["sequence_log_prob"]', "an update later"),
+    (
+        'policy, power = kept["sampled_sequence_log_prob"]',
+        'policy, power = kept["sequence_log_prob"]',
+        "an update later",
+    ),
     ("freedom = (counts - 1).sum()", "freedom = counts.sum()", "n for n - 1"),
     ('{"alpha": alpha, "inversion_rate"', '{"inversion_rate"', "a metric vanishes"),
     ('        "reward_mean": kept["reward"].mean(),\n', "", "a metric vanishes"),
@@ -638,7 +700,7 @@ _CONFIG_RULES = (
         "pairs learn log Z'",
     ),
     ('return "seq" if _balances(c) else "token"', 'return "seq"', "GRPO's ratio is of the sequence"),
-    ("updates_per_rollout == 1 and _has_engine(c)", "updates_per_rollout == 1", "replayed rollouts are not weighed"),
+    ("updates_per_rollout == 1 and starts_as_old", "updates_per_rollout == 1", "replayed rollouts are not weighed"),
     ('"objective.alpha", _for_flow_rl(1.0, 4.0)', '"objective.alpha", _for_flow_rl(1.0, 2.0)', "alpha's default"),
     ('"objective.psi", 0.0', '"objective.psi", -0.5', "psi's default"),
     ('"objective.psi_exempt_tasks", ["creative"]', '"objective.psi_exempt_tasks", []', "a default"),
@@ -696,7 +758,9 @@ _CONFIG_RULES = (
     ("1 < stop_at <= alpha", "1 < stop_at < alpha", "alpha itself is refused"),
     ("optimizer.min_lr > optimizer.lr", "optimizer.min_lr < optimizer.lr", "a floor above the peak"),
     ("0 <= beta < 1 for", "0 <= beta <= 1 for", "a beta of 1"),
-    ('objective.ratio == "token" and isinstance', 'objective.ratio == "seq_mean" and isinstance', "who is refused"),
+    ('if ratio == "token" and isinstance', 'if ratio == "seq_mean" and isinstance', "who is refused"),
+    ('objective.sampler_ratio == "token" and of_response', "of_response", "who is refused"),
+    ("_has_engine(c) or _weighs_sampler(c)", "_has_engine(c)", "w and v both lead from the sampler"),
 )
 
 _CONFIG_FILE = (
@@ -731,7 +795,8 @@ _FIRST_BATCH = (
     ("bound is not None and gap", "gap", "replayed rollouts"),
     ('[~np.isfinite(columns["ref', '[np.isfinite(columns["ref', "which responses"),
     ("prompt_ids[index // size]", "prompt_ids[index % size]", "which prompt"),
-    ('/ columns["num_response_tokens"].sum()', "/ len(rows)", "the mean over tokens"),
+    ("[same].sum() / num_tokens", "[same].sum() / len(rows)", "the mean over tokens"),
+    ('columns["num_response_tokens"][same].sum()', 'columns["num_response_tokens"].sum()', "tokens of other weights"),
 )
 
 _REDACTION = (
@@ -1099,6 +1164,48 @@ _PROVE = (
     ),
 )
 
+_SAMPLER_WEIGHT = (
+    (
+        "(old_sequence_log_prob - rollout_sequence_log_prob).detach()",
+        "(rollout_sequence_log_prob - old_sequence_log_prob).detach()",
+        "v upside down",
+    ),
+    (
+        "(old_sequence_log_prob - rollout_sequence_log_prob).detach()",
+        "(old_sequence_log_prob - rollout_sequence_log_prob)",
+        "a gradient through v",
+    ),
+    ("difference = difference / num_tokens", "difference = difference * 1", "the whole ratio for its mean"),
+    ("SamplerWeight(untruncated.clamp(max=cap), (un", "SamplerWeight(untruncated, (un", "no truncation"),
+    (
+        "SamplerWeight(untruncated.clamp(max=cap), (un",
+        "SamplerWeight(untruncated.clamp(1 / cap, cap), (un",
+        "from below",
+    ),
+    ("(untruncated > cap).to(difference.dtype)", "(untruncated < cap).to(difference.dtype)", "who is truncated"),
+    (
+        "torch.where(mask, old_log_probs - rollout_log_probs, 0.0)",
+        "(old_log_probs - rollout_log_probs)",
+        "padding has a weight",
+    ),
+    ("0.0).detach().exp()", "0.0).exp()", "a gradient through the weights of tokens"),
+    ("SamplerWeight(untruncated.clamp(max=cap), share", "SamplerWeight(untruncated, share", "tokens are not truncated"),
+    ("(untruncated > cap).sum(dim=1) / num_tokens", "(untruncated > cap).double().mean(dim=1)", "padding in the share"),
+)
+
+_STALENESS = (
+    (
+        'if config.objective.sampler_ratio == "none" else',
+        'if config.objective.sampler_ratio != "none" else',
+        "who is old",
+    ),
+    ("return self is not SampledBy.SAVED", "return self is not SampledBy.ANOTHER", "who is scored"),
+    ("self in (SampledBy.OWN, SampledBy.OLDER)", "self is not SampledBy.SAVED", "another run's steps are counted"),
+    ("(step - version, end - start)", "(step - version, 1)", "the lag of spans, not of tokens"),
+    ("(step - version, end - start)", "(version, end - start)", "steps from 0"),
+    ("len({version for version, _, _ in", "len([version for version, _, _ in", "spans, not versions"),
+)
+
 _BY_FILE = {
     "journal.py": _JOURNAL,
     "metrics/goodput.py": _GOODPUT,
@@ -1111,6 +1218,8 @@ _BY_FILE = {
     "objective/objective.py": (
         ("return self.log_z in LEARNED_LOG_Z", "return self.log_z not in LEARNED_LOG_Z", "who learns log Z'"),
     ),
+    "objective/sampler_weight.py": _SAMPLER_WEIGHT,
+    "training/staleness.py": _STALENESS,
     "training/residual.py": _RESIDUAL,
     "training/group_baseline.py": _GROUP_BASELINE,
     "training/loss.py": _LOSS,
@@ -1158,6 +1267,8 @@ GUARDS = {
     "objective/trajectory_balance.py": ("trajectory_balance", "laws"),
     "objective/log_z_estimate.py": ("trajectory_balance", "laws"),
     "objective/policy_gradient.py": ("policy_gradient", "laws"),
+    "objective/sampler_weight.py": ("sampler_weight",),
+    "training/staleness.py": ("staleness",),
     "objective/presets.py": ("objective_of_step",),
     "objective/objective.py": ("objective_of_step",),
     "training/residual.py": ("loss", "group_baseline"),

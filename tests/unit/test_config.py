@@ -132,6 +132,7 @@ CASES = {
     "objective.ratio": ([], "none", "seq", None, ""),
     "objective.clip": (["objective.ratio=seq"], "two_sided", "upper", [], "objective.ratio=none"),
     "objective.clip_epsilon": (["objective.ratio=seq"], 0.2, 0.3, [], "objective.ratio=none"),
+    "objective.sampler_ratio_cap": (["objective.sampler_ratio=seq"], 2.0, 1.0, [], "objective.sampler_ratio=none"),
     "optimizer.log_z_lr": (["objective.log_z=scalar"], 0.5, 0.1, ["objective.log_z=loo"], "log_z is not learned"),
     "optimizer.min_lr": (["optimizer.lr_decay=linear"], 0.0, 1e-7, [], "optimizer.lr_decay=constant"),
     "model.recompute_modules": (["model.recompute=selective"], None, ["mlp"], [], "model.recompute is not selective"),
@@ -212,6 +213,13 @@ def test_0_and_false_stay_where_they_are_given():
         (["optimizer.lr_decay=linear", "optimizer.min_lr=1e-5"], "min_lr=1e-05 is above optimizer.lr=1e-06"),
         (["objective.ratio=token"], "a residual belongs to a whole response"),
         (["objective.preset=one_shot_em", "objective.ratio=seq"], "it has no reward to weigh"),
+        (["objective.sampler_ratio=token"], "objective.sampler_ratio=token with objective.preset=la_tb: a residual"),
+        (["objective.preset=tb_token_step", "objective.sampler_ratio=token"], "belongs to a whole response"),
+        (["objective.preset=one_shot_em", "objective.sampler_ratio=seq_mean"], "objective.sampler_ratio=seq_mean with"),
+        (
+            ["objective.preset=grpo", "objective.ratio=seq", "objective.sampler_ratio=token"],
+            "a surrogate of whole responses has no terms of tokens",
+        ),
         (["objective.preset=grpo", "rollout.responses_per_prompt=1"], "needs at least 2 responses"),
         (["optimizer.betas=[0.9,1.0]"], "each must be in [0, 1)"),
         (["rollout.replay=x", "rollout.save=true"], "rollout.save=true has no effect"),
@@ -231,12 +239,23 @@ def test_values_that_contradict_each_other_are_refused(overrides, words):
         ["optimizer.lr_decay=linear", "optimizer.min_lr=1e-6"],
         ["objective.ratio=seq_mean"],
         ["objective.preset=grpo", "objective.ratio=token"],
+        ["objective.preset=grpo", "objective.sampler_ratio=token"],
+        ["objective.preset=grpo", "objective.ratio=token", "objective.sampler_ratio=token"],
+        ["objective.preset=grpo", "objective.ratio=token", "objective.sampler_ratio=seq"],
+        ["objective.preset=grpo", "objective.ratio=seq", "objective.sampler_ratio=seq_mean"],
+        ["objective.sampler_ratio=seq_mean", "objective.sampler_ratio_cap=1"],
         ["objective.preset=one_shot_em", "rollout.responses_per_prompt=1"],
         ["optimizer.betas=[0.0,0.999]"],
     ],
 )
 def test_their_neighbours_are_accepted(overrides):
     parse_config(MINIMAL, overrides)
+
+
+@pytest.mark.parametrize("cap", ["0.9", "0", "-2", ".inf", ".nan", "1e31"])
+def test_a_cap_below_1_or_without_end_is_refused(cap):
+    (line,) = violations("objective.sampler_ratio=seq", f"objective.sampler_ratio_cap={cap}")
+    assert "objective.sampler_ratio_cap" in line
 
 
 def test_one_response_per_prompt_is_refused_for_group_estimates():
@@ -276,6 +295,8 @@ def test_conditional_defaults_appear_where_they_act():
         ([], "none"),
         (["optimizer.updates_per_rollout=2"], "seq"),
         (["rollout.replay=x"], "seq"),
+        (["rollout.replay=x", "objective.sampler_ratio=seq"], "none"),  # S_old is S, and v does the rest
+        (["rollout.replay=x", "objective.sampler_ratio=seq", "optimizer.updates_per_rollout=2"], "seq"),
         (["rollout.replay=x", "objective.preset=grpo"], "token"),
         (["optimizer.updates_per_rollout=2", "objective.preset=rl_token"], "token"),
         (["optimizer.updates_per_rollout=2", "objective.preset=one_shot_em"], "none"),

@@ -317,6 +317,7 @@ def rollout_table(num_prompts: int, group_size: int, preset: str) -> np.ndarray:
         "sequence_log_prob": policy,
         "old_sequence_log_prob": policy,
         "rollout_sequence_log_prob": policy,
+        "lag_max": (np.arange(count) % 2).astype(float),  # by the weights that train, and by older ones
         "ref_sequence_log_prob": policy * 0.5 - numbers.uniform(0, 3, count),
         "max_log_prob": np.full(count, -0.1),
         "kept": np.ones(count),
@@ -327,6 +328,7 @@ def rollout_table(num_prompts: int, group_size: int, preset: str) -> np.ndarray:
     }
     if preset == "balance":  # at the target itself every prompt's lambda rests on all of its rollouts
         every["old_sequence_log_prob"] = 2.0 * every["ref_sequence_log_prob"] + 0.5 * lengths
+        every["rollout_sequence_log_prob"] = every["old_sequence_log_prob"]
         every["advantage"] = np.full(count, np.nan)
     else:
         every["residual"] = every["log_z"] = np.full(count, np.nan)
@@ -342,7 +344,9 @@ def documented(file: str) -> dict[str, set[str]]:
 def test_every_number_of_a_step_is_described_and_none_is_made_up():
     found: set[str] = set()
     for preset in ("balance", "rival"):
-        settings = ReductionSettings(8, 100, alpha=2.0, has_tilt=preset == "balance", energy_per_token=True)
+        settings = ReductionSettings(
+            8, 100, alpha=2.0, has_tilt=preset == "balance", energy_per_token=True, has_lag=True
+        )
         found |= reduce_rollouts(rollout_table(6, 8, preset), settings).keys()
     phases = ("rollout", "reference", "update", "checkpoint", "evaluation", "samples")
     found |= throughput(dict.fromkeys(phases, 1.0), 1.0, 1.0).keys()

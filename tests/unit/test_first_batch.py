@@ -7,7 +7,7 @@ import pytest
 
 from megatron_powerflow.config_file import parse_config
 from megatron_powerflow.records import ROLLOUT_COLUMNS
-from megatron_powerflow.training.first_batch import untrustworthy
+from megatron_powerflow.training.first_batch import gap_words, untrustworthy
 
 IDS = ["a", "b", "c"]
 
@@ -77,3 +77,30 @@ def test_prompts_whose_base_scores_are_not_finite_are_named():
 
 def test_both_are_said_at_once():
     assert len(untrustworthy(rows(1.0, ref_sequence_log_prob=np.full(6, np.nan)), config(), IDS)) == 2
+
+
+def test_older_weights_are_no_gap():
+    """Of six responses four are by other weights; the gap is that of the two others."""
+    lag = np.array([0.0, 1, 2, 0, np.nan, 1])
+    columns = {"lag_max": lag, "sampler_gap_sum": np.where(lag == 0, 1.0, np.nan)}  # .1 a token
+    assert untrustworthy(rows(**columns), config(), IDS) == []
+    (text,) = untrustworthy(rows(**columns), config("alarm.sampler_gap=0.09"), IDS)
+    assert "sampler_gap_mean is 0.1 nats" in text
+    nobody = {"lag_max": np.ones(6), "sampler_gap_sum": np.full(6, np.nan)}
+    assert untrustworthy(rows(**nobody), config(), IDS) == []
+
+
+def test_of_a_server_the_words_are_others():
+    own = gap_words(config(), 0.31, 0.15, engine="megatron")
+    server = gap_words(config("rollout.temperature=0.7"), 0.31, 0.15, engine="vllm")
+    assert "precision.dtype=fp32" in own
+    assert "server" not in own
+    for words in (
+        "a tensor that did not arrive",
+        "precision.dtype=bf16",
+        "at temperature 0.7",
+        "objective.sampler_ratio",
+    ):
+        assert words in server
+    for text in (own, server):
+        assert text.endswith("If this gap is known and meant, set alarm.sampler_gap above it")

@@ -18,6 +18,7 @@ from megatron_powerflow.objective.objective import (
     EntropyObjective,
     ImportanceRule,
     PolicyGradientObjective,
+    SamplerRule,
 )
 from megatron_powerflow.objective.presets import PRESETS, LogZ
 from megatron_powerflow.records import EstimatedBatch, RewardedBatch
@@ -36,8 +37,8 @@ def two(first: dict | None = None, second: dict | None = None, **both):
     return [scored_batch(REF, **one), scored_batch([(-4,)], **other)]
 
 
-def objective(log_z: LogZ, preset: str = "la_tb", rule: ImportanceRule = NO_WEIGHT):
-    return BalanceObjective(PRESETS[preset], 2.0, log_z, rule)
+def objective(log_z: LogZ, preset: str = "la_tb", rule: ImportanceRule = NO_WEIGHT, **changes):
+    return BalanceObjective(PRESETS[preset], 2.0, log_z, rule, **changes)
 
 
 def estimates(which: BalanceObjective, batches=None) -> tuple[list[float], list[float]]:
@@ -63,6 +64,19 @@ def test_the_mean_is_weighted_by_the_clipped_weight():
     expected = -(0.8 * 4) / 1.8, -(3 * w + 7) / (w + 1)
     assert estimates(objective("group", rule=rule), batches)[0] == pytest.approx([expected[0]] * 2 + [expected[1]] * 2)
     assert estimates(objective("loo", rule=rule), batches)[0] == pytest.approx([-4, 0, -7, -3])
+
+
+def test_the_mean_is_weighted_by_the_weight_of_the_sampler():
+    """S - S_sampler = 0, log .5 | log 3, 0, a cap of 2: v = 1, .5 | 2, 1, with S of the pass that was made for it."""
+    half, three = math.log(0.5), math.log(3)
+    sampler = {"rollout_log_probs": rows(((-1, -2, -3), (-1, -3 - half), (-1 - three,)))}
+    batches = two(sampler, {"rollout_log_probs": rows([(-1,)])})
+    rule = SamplerRule("seq", 2.0)
+    expected = -(0.5 * 4) / 1.5, -(2 * 3 + 7) / 3
+    which = objective("group", sampler=rule)
+    assert estimates(which, batches)[0] == pytest.approx([expected[0]] * 2 + [expected[1]] * 2)
+    assert estimates(objective("loo", sampler=rule), batches)[0] == pytest.approx([-4, 0, -7, -3])
+    assert estimates(objective("contrastive", sampler=rule), batches)[1] == pytest.approx([1.5, 1.5, 3, 3])
 
 
 def test_the_mean_is_weighted_by_the_length_where_the_loss_is():

@@ -26,6 +26,7 @@ from megatron_powerflow.objective.objective import (
     EntropyObjective,
     ImportanceRule,
     PolicyGradientObjective,
+    SamplerRule,
 )
 from megatron_powerflow.objective.presets import PRESETS, LogZ
 from megatron_powerflow.records import ROLLOUT_COLUMNS, EstimatedBatch, RewardedBatch
@@ -268,7 +269,12 @@ def test_the_columns_of_a_rollout_by_hand():
         "truncated": [0, 1, 0],
         "sampler_gap_sum": [0.2, 0.5, 1],
         "sampler_gap_max": [0.2, 0.5, 1],
+        "sampler_gap_kl_sum": [math.exp(0.2) - 1.2, math.exp(0.5) - 1.5, math.e - 2],
         "token_ratio_sum": [2 + math.exp(0.2), 1 + math.exp(0.5), math.exp(1)],
+        **dict.fromkeys(("staleness_sum", "staleness_max", "staleness_kl_sum"), [math.nan] * 3),
+        "lag_sum": [0, 0, 0],
+        "lag_max": [0, 0, 0],
+        "num_versions": [1, 1, 1],
         "max_log_prob": [-1, -1, -1],
         "boxed": [1, 1, 1],
         "correct": [0, 0, 0],
@@ -290,9 +296,124 @@ def test_on_policy_the_old_log_probs_are_those_of_this_pass():
 def test_the_sampler_of_another_run_has_no_gap():
     batch = example(old_log_probs=rows(SAMPLER), rollout_log_probs=rows(SAMPLER), old_from_sampler=True)
     columns = common_columns(rows(POLICY), batch)
-    for name in ("sampler_gap_sum", "sampler_gap_max", "token_ratio_sum"):
+    for name in (*GAPS, *STALENESS):
         assert columns[name].isnan().all()
     assert columns["old_sequence_log_prob"].tolist() == pytest.approx([-6.3, -3.5, -2])
+
+
+GAPS = ("sampler_gap_sum", "sampler_gap_max", "sampler_gap_kl_sum", "token_ratio_sum")
+STALENESS = ("staleness_sum", "staleness_max", "staleness_kl_sum")
+
+
+def test_what_lies_between_other_weights_is_staleness_and_no_gap():
+    """The second response has a token by older weights, the third is by another run's."""
+    lag = [[0.0, 0.0, 1.0], [3.0, 3.0, 2.0], [math.nan] * 3]
+    batch = example(old_log_probs=rows(OLD), rollout_log_probs=rows(SAMPLER), lag=lag)
+    columns = {name: values.tolist() for name, values in common_columns(rows(POLICY), batch).items()}
+    for name, value in zip(GAPS, (0.2, 0.2, math.exp(0.2) - 1.2, 2 + math.exp(0.2)), strict=True):
+        assert columns[name] == pytest.approx([value, math.nan, math.nan], nan_ok=True), name
+    assert columns["staleness_sum"] == pytest.approx([math.nan, 0.5, 1], nan_ok=True)
+    assert columns["staleness_max"] == pytest.approx([math.nan, 0.5, 1], nan_ok=True)
+    assert columns["staleness_kl_sum"] == pytest.approx([math.nan, math.exp(0.5) - 1.5, math.e - 2], nan_ok=True)
+    assert columns["lag_sum"] == pytest.approx([0, 3, math.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "v", "truncated"),
+    [
+        (SamplerRule("seq", 2.0), [math.exp(0.2), math.exp(0.5), 2], [0, 0, 1]),
+        (SamplerRule("seq", 1.5), [math.exp(0.2), 1.5, 1.5], [0, 1, 1]),
+        (SamplerRule("seq_mean", 2.0), [math.exp(0.2 / 3), math.exp(0.25), 2], [0, 0, 1]),
+    ],
+)
+def test_the_weight_of_the_sampler_multiplies_that_of_the_update(rule, v, truncated):
+    """S_old - S_sampler = .2, .5, 1 and w = 1.05, .95, 1; no gradient goes through either."""
+    batch = example(old_log_probs=rows(OLD), rollout_log_probs=rows(SAMPLER))
+    log_probs = rows(POLICY).requires_grad_()
+    which = objective(rule=ImportanceRule("seq", 0.05), sampler=rule)
+    loss, columns = balance(log_probs, LOG_Z, 2 * ONES, batch, which, NUM_KEPT)
+    whole = [a * b for a, b in zip(v, [1.05, 0.95, 1], strict=True)]
+    assert columns["sampler_weight"].tolist() == pytest.approx(v)
+    assert columns["sampler_truncated"].tolist() == truncated
+    assert columns["importance"].tolist() == pytest.approx(whole)
+    assert columns["weight"].tolist() == pytest.approx([2 * weight for weight in whole])
+    assert columns["loss_term"].tolist() == pytest.approx([2 * whole[0] * 4, 2 * whole[1] * 9, 2 * whole[2] * 4])
+    loss.backward()
+    expected = [[-2 * whole[0] / 3] * 3, [2 * 0.75 * whole[1]] * 2, [2 * whole[2]]]
+    assert of_responses(log_probs.grad, batch) == each(expected)
+
+
+def test_of_one_update_the_trainer_at_the_start_is_this_very_pass():
+    """S - S_sampler = .3, -.5, 1 with S detached: no other pass has scored it."""
+    batch, log_probs = example(rollout_log_probs=rows(SAMPLER)), rows(POLICY).requires_grad_()
+    loss, columns = balance(log_probs, LOG_Z, ONES, batch, objective(sampler=SamplerRule("seq", 2.0)), NUM_KEPT)
+    v = [math.exp(0.3), math.exp(-0.5), 2]
+    assert columns["sampler_weight"].tolist() == pytest.approx(v)
+    assert columns["importance"].tolist() == pytest.approx(v)
+    assert columns["ratio"].tolist() == [1, 1, 1]
+    loss.backward()
+    assert of_responses(log_probs.grad, batch) == each([[-v[0] / 3] * 3, [0.75 * v[1]] * 2, [v[2]]])
+
+
+def test_of_saved_log_probs_the_weight_of_the_sampler_is_1():
+    """Old and sampler are one there, and w says it all: the reason why a config that asks for v has S_old scored."""
+    batch = example(old_log_probs=rows(SAMPLER), rollout_log_probs=rows(SAMPLER), old_from_sampler=True)
+    columns = balance(rows(POLICY), LOG_Z, ONES, batch, objective(sampler=SamplerRule("seq", 2.0)), NUM_KEPT)[1]
+    assert columns["sampler_weight"].tolist() == [1, 1, 1]
+
+
+def test_the_groups_own_log_z_is_a_mean_under_the_weight_of_the_sampler():
+    """v = e^.2, e^.5, 2 and s = -1, 4, 3, from the loss's own pass; contrastive: the factor is W / (G - 1)."""
+    batch = example(old_log_probs=rows(OLD), rollout_log_probs=rows(SAMPLER), whole_groups=True)
+    v, s = [math.exp(0.2), math.exp(0.5), 2.0], [-1, 4, 3]
+    mean = sum(a * b for a, b in zip(v, s, strict=True)) / sum(v)
+    rule = SamplerRule("seq", 2.0)
+    _, columns = table_of(rows(POLICY), batch, objective(log_z="group", sampler=rule))
+    assert columns["residual"] == pytest.approx([value - mean for value in s])
+    assert sum(a * b for a, b in zip(columns["weight"], columns["residual"], strict=True)) == pytest.approx(0)
+    _, columns = table_of(rows(POLICY), batch, objective(log_z="contrastive", sampler=rule))
+    assert columns["weight"] == pytest.approx([value * sum(v) / 2 for value in v])
+
+
+@pytest.mark.parametrize("ratio", ["none", "token"])
+def test_a_rivals_tokens_have_weights_of_their_own(ratio):
+    """v by token 1 1 e^.2 | 1 1.5 | 1.5 at a cap of 1.5; A = 1, -2, .5; at ratio 1 the gradient is -A v / (a B)."""
+    old = rows(POLICY)
+    sampler = rows(((-1, -2, -3.2), (-1, -3.5), (-2,)))
+    batch = rewarded(old_log_probs=old, rollout_log_probs=sampler)
+    which = PolicyGradientObjective(
+        PRESETS["grpo"], None, ImportanceRule(ratio, 0.2), sampler=SamplerRule("token", 1.5)
+    )
+    log_probs = rows(POLICY).requires_grad_()
+    loss, columns = policy_gradient(log_probs, batch, which, NUM_KEPT)
+    loss.backward()
+    v = [[1, 1, math.exp(0.2)], [1, 1.5], [1.5]]
+    expected = [[-a * x / (n * 4) for x in row] for a, n, row in zip((1, -2, 0.5), (3, 2, 1), v, strict=True)]
+    assert of_responses(log_probs.grad, batch) == each(expected)
+    means = [(2 + math.exp(0.2)) / 3, 1.25, 1.5]
+    assert columns["weight"].tolist() == columns["sampler_weight"].tolist() == pytest.approx(means)
+    assert columns["importance"].tolist() == pytest.approx(means)
+    assert columns["sampler_truncated"].tolist() == [0, 0.5, 1]
+
+
+def test_the_weight_of_the_sampler_is_not_in_the_kl_term():
+    rule = SamplerRule("seq", 2.0)
+    which = PolicyGradientObjective(PRESETS["grpo"], None, NO_WEIGHT, 0.5, rule)
+    batch = rewarded(old_log_probs=rows(OLD), rollout_log_probs=rows(SAMPLER))
+    columns = policy_gradient(rows(POLICY), batch, which, NUM_KEPT)[1]
+    v = [math.exp(0.2), math.exp(0.5), 2]
+    expected = [2 * v[0] + KL[0] / 2, -4 * v[1] + KL[1] / 2, 0.5 * v[2] + KL[2] / 2]
+    assert columns["loss_term"].tolist() == pytest.approx(expected)
+
+
+def test_weights_that_a_config_does_not_have_are_no_columns():
+    of_balance = balance(rows(POLICY), LOG_Z, ONES, example(), objective(), NUM_KEPT)[1]
+    of_rival = policy_gradient(rows(POLICY), rewarded(), rival(), NUM_KEPT)[1]
+    for columns in (of_balance, of_rival):
+        assert not {"sampler_weight", "sampler_truncated", "importance"} & columns.keys()
+    columns = balance(rows(POLICY), LOG_Z, ONES, example(), objective(rule=ImportanceRule("seq", 0.2)), NUM_KEPT)[1]
+    assert columns["importance"].tolist() == [1, 1, 1]
+    assert "sampler_weight" not in columns
 
 
 def test_a_loop_is_sought_in_the_response_alone():

@@ -29,13 +29,23 @@ COLUMNS = {
     "residual": [0.5, -0.5, 1, 0, -1, 0, 2, 8],
     "advantage": NAN,
     "weight": [1, 1.2, 0.8, 1, 1, 1, 1, 9],
+    "sampler_weight": NAN,
+    "sampler_truncated": NAN,
+    "importance": NAN,
     "ratio": [1, 1.5, 0.5, 1, 1, 1, 1, 9],
     "clipped": [0, 1, 1, 0, 0, 0, 0, 1],
     "kept": [1, 1, 1, 1, 1, 1, 1, 0],
     "truncated": [0, 0, 0, 0, 0, 1, 1, 0],
     "sampler_gap_sum": [0.1, 0, 0.2, 0, 0, 0.5, 0, 0],
     "sampler_gap_max": [0.1, 0, 0.2, 0, 0, 0.3, 0, 0],
+    "sampler_gap_kl_sum": [0.01, 0, 0.02, 0, 0, 0.05, 0, 0],
     "token_ratio_sum": [2.1, 4, 6.2, 8, 10, 19.6, 20, 10],
+    "staleness_sum": NAN,
+    "staleness_max": NAN,
+    "staleness_kl_sum": NAN,
+    "lag_sum": [0] * 8,
+    "lag_max": [0] * 8,
+    "num_versions": [1] * 8,
     "max_log_prob": [-0.1] * 8,
     "loop_tokens": [np.nan, np.nan, np.nan, np.nan, np.nan, 16, 8, np.nan],
     "loop_nats": [np.nan, np.nan, np.nan, np.nan, np.nan, 0.1, 0.2, np.nan],
@@ -63,7 +73,8 @@ OF_RESPONSES = {
     *("truncated_fraction_error", "response_log_length_mean", "response_log_length_error"),
     *("boxed_rate", "accuracy", "repeated_share", "loop_fraction", "distinct_2", "distinct_3"),
     *("policy_entropy", "ref_log_prob_mean", "kl_per_token", "kl_per_response"),
-    *("sampler_gap_mean", "sampler_gap_max", "sampler_gap_sequence_mean", "token_ratio_mean"),
+    *("sampler_gap_mean", "sampler_gap_max", "sampler_gap_kl", "token_ratio_mean"),
+    *("sampler_gap_sequence_mean", "sampler_gap_sequence_max"),
     *("stale_nats_mean", "sequence_ratio_mean", "effective_sample_share"),
     *("alpha_realised", "alpha_realised_low", "alpha_realised_high", "alpha_realised_r2", "lambda_realised"),
 }
@@ -153,6 +164,8 @@ def test_a_step_without_kept_rollouts_has_those_of_its_responses():
         ("sampler_gap_mean", 0.8 / 80),
         ("sampler_gap_max", 0.3),
         ("sampler_gap_sequence_mean", (0.1 + 0.2 + 0.5) / 8),
+        ("sampler_gap_sequence_max", 0.5),
+        ("sampler_gap_kl", 0.08 / 80),
         ("token_ratio_mean", 79.9 / 80),
         ("stale_nats_mean", 4 / 8),
         ("loss", 28 / 7),
@@ -180,6 +193,77 @@ def test_a_step_without_kept_rollouts_has_those_of_its_responses():
 )
 def test_values_by_hand(name, value):
     assert BALANCE[name] == pytest.approx(value)
+
+
+OF_GAPS = {name for name in OF_RESPONSES if name.startswith("sampler_gap")} | {"token_ratio_mean"}
+OF_STALENESS = {f"staleness_{name}" for name in ("mean", "max", "kl", "sequence_mean", "sequence_max")}
+OF_GAP_COLUMNS = ("sampler_gap_sum", "sampler_gap_max", "sampler_gap_kl_sum", "token_ratio_sum")
+# the second prompt's responses by older weights: of 10, 20, 20, 10 tokens; S_old - S_sampler = 0 -.5 0 0
+LAGGED = {
+    **{name: np.where(np.arange(8) < 4, COLUMNS[name], np.nan) for name in OF_GAP_COLUMNS},
+    "staleness_sum": [np.nan] * 4 + [0, 0.9, 0, 0.3],
+    "staleness_max": [np.nan] * 4 + [0, 0.4, 0, 0.2],
+    "staleness_kl_sum": [np.nan] * 4 + [0, 0.12, 0, 0.06],
+    "lag_sum": [0, 0, 0, 0, 10, 30, 40, 10],
+    "lag_max": [0, 0, 0, 0, 1, 2, 2, 1],
+    "num_versions": [1, 1, 1, 1, 1, 2, 1, 1],
+}
+
+
+def test_the_numbers_of_older_weights_by_hand():
+    found = reduce_rollouts(table(**LAGGED), replace(LEARNED, has_lag=True))
+    expected = {
+        "sampler_gap_mean": 0.3 / 20,  # over the 20 tokens of the first prompt
+        "sampler_gap_max": 0.2,
+        "sampler_gap_kl": 0.03 / 20,
+        "sampler_gap_sequence_mean": 0.3 / 4,
+        "sampler_gap_sequence_max": 0.2,
+        "token_ratio_mean": 20.3 / 20,
+        "staleness_mean": 1.2 / 60,
+        "staleness_max": 0.4,
+        "staleness_kl": 0.18 / 60,
+        "staleness_sequence_mean": 0.5 / 4,
+        "staleness_sequence_max": 0.5,
+        "lag_mean": 90 / 80,
+        "lag_max": 2,
+        "mixed_versions": 1 / 8,
+        "policy_entropy": (20 + 62.5) / 80,  # of what sampled: the trainer's of the first four, the sampler's of others
+        "kl_per_token": (25 - 20 + 74 - 62.5) / 80,
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value), name
+    assert found["stale_nats_mean"] == BALANCE["stale_nats_mean"]
+
+
+def test_a_step_by_older_weights_alone_has_no_gap_and_one_by_its_own_no_staleness():
+    everything = OF_GAPS | OF_STALENESS | {"lag_mean", "lag_max", "mixed_versions"}
+    nothing = dict.fromkeys(OF_GAP_COLUMNS, NAN)
+    older = {"staleness_sum": [0.1] * 8, "staleness_max": [0.1] * 8, "staleness_kl_sum": [0.1] * 8, "lag_max": [1] * 8}
+    lagging = replace(LEARNED, has_lag=True)
+    assert everything & reduce_rollouts(table(**nothing, **older), lagging).keys() == everything - OF_GAPS
+    assert everything & BALANCE.keys() == OF_GAPS
+    another = dict.fromkeys(("lag_sum", "lag_max", "num_versions"), NAN)  # another run's, scored by the trainer
+    assert everything & reduce_rollouts(table(**nothing, **older | another), LEARNED).keys() == OF_STALENESS
+    saved = reduce_rollouts(table(**nothing, **another), LEARNED)  # and not scored
+    assert not everything & saved.keys()
+    assert saved["policy_entropy"] == pytest.approx(-sum(COLUMNS["rollout_sequence_log_prob"]) / 80)
+
+
+def test_the_share_of_samples_that_weights_leave_by_hand():
+    """Over the seven that are kept: v = 1 2 1 2 1 1 1, (9)^2 / (7 13); w v = .5 and six 1, (6.5)^2 / (7 6.25)."""
+    columns = {
+        "sampler_weight": [1, 2, 1, 2, 1, 1, 1, 50],
+        "sampler_truncated": [0, 1, 0, 1, 0, 0, 0.5, 1],
+        "importance": [0.5, 1, 1, 1, 1, 1, 1, 50],
+    }
+    found = reduce_rollouts(table(**columns), LEARNED)
+    assert found["sampler_weight_mean"] == pytest.approx(9 / 7)
+    assert found["sampler_weight_effective_share"] == pytest.approx(81 / (7 * 13))
+    assert found["sampler_truncated_fraction"] == pytest.approx(2.5 / 7)
+    assert found["importance_effective_share"] == pytest.approx(6.5**2 / (7 * 6.25))
+    names = {"sampler_weight_mean", "sampler_weight_effective_share", "sampler_truncated_fraction"}
+    assert set(found) - set(BALANCE) == names | {"importance_effective_share"}
+    assert "importance_effective_share" not in reduce_rollouts(table(importance=[0] * 8), LEARNED)
 
 
 def test_the_ratio_to_the_sampler_by_hand():

@@ -10,6 +10,7 @@ from megatron_powerflow.objective.objective import (
     EntropyObjective,
     ImportanceRule,
     PolicyGradientObjective,
+    SamplerRule,
 )
 from megatron_powerflow.objective.presets import PRESETS, Balance, EntropyMinimum, PolicyGradient
 from megatron_powerflow.training.objective_of_step import objective_of_step
@@ -32,12 +33,15 @@ def test_the_keys_of_a_balance():
         PRESETS["flow_rl"], 2.0, "scalar", ImportanceRule("seq_mean", 0.3, upper_only=True), 7
     )
     assert resolved(9, "ratio=seq").importance == ImportanceRule("seq", 0.2, upper_only=False)
+    assert resolved(9, "sampler_ratio=seq").sampler == SamplerRule("seq", 2.0)
+    assert resolved(9, "sampler_ratio=seq_mean", "sampler_ratio_cap=1.5").sampler == SamplerRule("seq_mean", 1.5)
 
 
 def test_the_keys_of_a_rival():
     found = resolved(9, "preset=grpo", "kl_coefficient=0.1", "ratio=token", "clip_epsilon=0.3", "clip=upper")
     assert found == PolicyGradientObjective(PRESETS["grpo"], None, ImportanceRule("token", 0.3, True), 0.1)
     assert resolved(9, "preset=rl_token", "alpha=3").alpha == 3
+    assert resolved(9, "preset=grpo", "sampler_ratio=token", "sampler_ratio_cap=3").sampler == SamplerRule("token", 3.0)
     assert resolved(9, "preset=one_shot_em", "kl_coefficient=0.1") == EntropyObjective(0.1)
     assert resolved(9, "preset=one_shot_em") == EntropyObjective(0.0)
 

@@ -114,7 +114,7 @@ def test_a_prompt_that_comes_twice_in_a_step_makes_two_groups():
 def test_what_the_text_says_goes_with_its_rollout():
     items = [
         AnnotatedRollout(rollout([1], [5, 6]), psi=-0.5, reward=2.0),
-        AnnotatedRollout(rollout([1], [5], index=1), reward=3.0),
+        AnnotatedRollout(rollout([1], [5], index=1), reward=3.0, lag=(4.0, 2.0, 3.0)),
     ]
     (batch,) = pack(
         items, micro_batch_size=2, responses_per_prompt=2, drop_truncated=False, multiple=1, uniform=False, device=CPU
@@ -122,6 +122,7 @@ def test_what_the_text_says_goes_with_its_rollout():
     assert batch.psi.tolist() == [-0.5, 0.0]
     assert batch.reward.tolist() == [2.0, 3.0]
     assert batch.annotations.isnan().all()
+    assert batch.lag.tolist() == [[0, 0, 1], [4, 2, 3]]
 
 
 def test_the_long_ones_come_first_in_a_stream_too():
@@ -241,6 +242,6 @@ def test_streams_are_alike_where_the_pipeline_wants_it_and_a_dummy_has_no_rollou
     assert [batch.stream.num_positions for batch in batches] == [8, 8, 8]
     assert [batch.stream.cu_seqlens.tolist() for batch in batches] == [[0, 7, 8], [0, 2, 8], [0, 8]]
     dummy = batches[-1]
-    assert dummy.tokens.shape[0] == len(dummy.psi) == len(dummy.annotations) == 0
+    assert dummy.tokens.shape[0] == len(dummy.psi) == len(dummy.annotations) == len(dummy.lag) == 0
     assert (dummy.stream.index == -1).all()
     assert [batch.stream.num_positions for batch in streams_of(bins, total=2)] == [8, 2, 2]

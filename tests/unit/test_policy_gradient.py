@@ -59,7 +59,7 @@ NUM_TOKENS = torch.tensor([3, 2])
 def test_on_policy_every_ratio_has_the_gradient_of_reinforce(ratio, score_norm):
     log_probs = LOG_PROBS.clone().requires_grad_()
     advantage = t(0.7, -1.3)
-    terms, ratios, clipped = surrogate_terms(
+    terms, ratios, clipped, _ = surrogate_terms(
         log_probs, LOG_PROBS, MASK, advantage, NUM_TOKENS, ratio=ratio, score_norm=score_norm, clip_epsilon=0.2
     )
     terms.sum().backward()
@@ -76,12 +76,14 @@ def test_the_clip_acts_on_the_side_that_the_advantage_names():
     log_probs = t(0.5, 0.5, -0.5, -0.5)[:, None].requires_grad_()
     advantage, ones = t(1, -1, 1, -1), torch.ones(4, 1, dtype=torch.bool)
     arguments = (log_probs, old, ones, advantage, torch.ones(4))
-    terms, _, clipped = surrogate_terms(*arguments, ratio="token", score_norm="none", clip_epsilon=0.2)
+    terms, _, clipped, _ = surrogate_terms(*arguments, ratio="token", score_norm="none", clip_epsilon=0.2)
     assert terms.tolist() == pytest.approx([-1.2, math.exp(0.5), -math.exp(-0.5), 0.8])
     assert clipped.tolist() == [1, 1, 1, 1]
     terms.sum().backward()
     assert log_probs.grad.flatten().tolist() == pytest.approx([0, math.exp(0.5), -math.exp(-0.5), 0])
-    upper, _, clipped = surrogate_terms(*arguments, ratio="token", score_norm="none", clip_epsilon=0.2, upper_only=True)
+    upper, _, clipped, _ = surrogate_terms(
+        *arguments, ratio="token", score_norm="none", clip_epsilon=0.2, upper_only=True
+    )
     assert upper.tolist() == pytest.approx([-1.2, math.exp(0.5), -math.exp(-0.5), math.exp(-0.5)])
     assert clipped.tolist() == [1, 1, 0, 0]
 
@@ -102,14 +104,14 @@ def test_padding_takes_no_part_in_a_surrogate():
     old = torch.tensor([[-1.0, -1.0, 0.0]], dtype=torch.float64)
     arguments = (old + torch.tensor([[0.1, -0.3, 0.0]]), old, torch.tensor([[True, True, False]]), t(2), t(2))
     settings = {"score_norm": "none", "clip_epsilon": 0.2}
-    terms, _, clipped = surrogate_terms(*arguments, ratio="token", **settings)
+    terms, _, clipped, _ = surrogate_terms(*arguments, ratio="token", **settings)
     assert terms.tolist() == pytest.approx([-2 * (math.exp(0.1) + math.exp(-0.3))])
     assert clipped.tolist() == [0.5]
-    terms, ratio, clipped = surrogate_terms(*arguments, ratio="seq_mean", **settings)
+    terms, ratio, clipped, _ = surrogate_terms(*arguments, ratio="seq_mean", **settings)
     assert ratio.tolist() == pytest.approx([math.exp(-0.1)])
     assert terms.tolist() == pytest.approx([-2 * 2 * math.exp(-0.1)])
     assert clipped.tolist() == [0]
-    terms, _, clipped = surrogate_terms(*arguments, ratio="seq", score_norm="length", clip_epsilon=0.1)
+    terms, _, clipped, _ = surrogate_terms(*arguments, ratio="seq", score_norm="length", clip_epsilon=0.1)
     assert terms.tolist() == pytest.approx([-2 * math.exp(-0.2) / 2])
     assert clipped.tolist() == [1]
 
@@ -132,3 +134,51 @@ def test_the_kl_estimate_is_unbiased():
     pi, reference = t(0.1, 0.2, 0.3, 0.4), t(0.4, 0.3, 0.2, 0.1)
     terms = kl_terms(pi.log()[:, None], reference.log()[:, None], torch.ones(4))
     assert float((pi * terms).sum()) == pytest.approx(float((pi * (pi / reference).log()).sum()))
+
+
+# of tokens: ratios e^.1 e^-.3 | e^.5, clipped at .8 and 1.2; A = 2, -1
+NEW = torch.tensor([[-0.9, -1.3, 0.0], [-0.5, 0.0, 0.0]], dtype=torch.float64)
+OLD = torch.tensor([[-1.0, -1.0, 0.0], [-1.0, 0.0, 0.0]], dtype=torch.float64)
+RESPONSES = torch.tensor([[True, True, False], [True, False, False]])
+
+
+def weighted(ratio: str, sampler_weight, score_norm="none"):
+    arguments = (NEW, OLD, RESPONSES, t(2, -1), torch.tensor([2, 1]))
+    settings = {"ratio": ratio, "score_norm": score_norm, "clip_epsilon": 0.2}
+    return surrogate_terms(*arguments, **settings, sampler_weight=sampler_weight)
+
+
+@pytest.mark.parametrize("ratio", ["none", "seq", "seq_mean", "token"])
+def test_the_weight_of_a_response_multiplies_its_term(ratio):
+    """And is in the whole weight, whose w is the clipped ratio, of tokens their mean."""
+    plain, found = weighted(ratio, None), weighted(ratio, t(0.5, 3))
+    torch.testing.assert_close(found.terms, plain.terms * t(0.5, 3))
+    assert found.ratio.equal(plain.ratio)
+    assert found.clipped.equal(plain.clipped)
+    w = {"none": (1, 1), "seq": (math.exp(-0.2), 1.2), "seq_mean": (math.exp(-0.1), 1.2)}
+    w["token"] = ((math.exp(0.1) + 0.8) / 2, 1.2)
+    assert plain.importance.tolist() == pytest.approx(w[ratio])
+    assert found.importance.tolist() == pytest.approx([0.5 * w[ratio][0], 3 * w[ratio][1]])
+
+
+def test_the_weight_of_a_token_multiplies_its_part_of_the_sum():
+    v = torch.tensor([[0.5, 2.0, 1.0], [1.5, 1.0, 1.0]], dtype=torch.float64)
+    found = weighted("token", v)
+    assert found.terms.tolist() == pytest.approx([-2 * (0.5 * math.exp(0.1) + 2 * math.exp(-0.3)), 1.5 * math.exp(0.5)])
+    assert found.importance.tolist() == pytest.approx([(0.5 * math.exp(0.1) + 2 * 0.8) / 2, 1.5 * 1.2])
+    found = weighted("none", v, "length")
+    assert found.terms.tolist() == pytest.approx([2 * (0.5 * 0.9 + 2 * 1.3) / 2, -1.5 * 0.5])
+    assert found.importance.tolist() == pytest.approx([1.25, 1.5])
+
+
+@pytest.mark.parametrize("ratio", ["seq", "seq_mean"])
+def test_a_surrogate_of_whole_responses_has_no_weights_of_tokens(ratio):
+    with pytest.raises(AssertionError, match="no sum over tokens"):
+        weighted(ratio, torch.ones(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("ratio", ["none", "seq", "seq_mean", "token"])
+def test_a_weight_of_1_changes_no_bit(ratio):
+    plain = weighted(ratio, None, "length")
+    for ones in [t(1, 1), *([torch.ones(2, 3, dtype=torch.float64)] if ratio in ("none", "token") else [])]:
+        assert all(a.equal(b) for a, b in zip(plain, weighted(ratio, ones, "length"), strict=True))

@@ -34,7 +34,8 @@ def lists_of_rollouts(draw) -> list[Rollout]:
             response = draw(st.lists(TOKENS, max_size=6))
             log_probs = st.lists(st.floats(width=32, allow_nan=False), min_size=len(response), max_size=len(response))
             reason = draw(st.sampled_from(["eos", "length"]))
-            rollouts.append(Rollout(prompt, slot, draw(INT64), tuple(response), tuple(draw(log_probs)), reason))
+            spans = tuple(draw(st.lists(st.tuples(INT64, INT64, INT64), max_size=3)))
+            rollouts.append(Rollout(prompt, slot, draw(INT64), tuple(response), tuple(draw(log_probs)), reason, spans))
     return rollouts
 
 
@@ -47,13 +48,13 @@ def test_what_comes_back_is_what_went_in(rollouts):
 
 
 def test_a_prompt_travels_once_and_nothing_is_padded():
-    """512 prompt tokens of 4 bytes, 1 and 4,096 response tokens of 8; the rest is 24 bytes a rollout, 32 a prompt."""
+    """512 prompt tokens of 4 bytes, 1 and 4,096 response tokens of 8; the rest is 32 bytes a rollout, 32 a prompt."""
     prompt = Prompt("p", 0, (7,) * 512, text="w" * 100)
     rollouts = [Rollout(prompt, 3, i, (5,) * size, (-0.5,) * size, "eos") for i, size in enumerate((1, 4096))]
     data = to_bytes(rollouts)
     text = len('[["p", null, null, ""]]') + 100
     assert data.dtype == np.uint8
-    assert len(data) == 24 + 32 + 2 * 24 + 4 * 512 + 8 * 4097 + text
+    assert len(data) == 24 + 32 + 2 * 32 + 4 * 512 + 8 * 4097 + text
     first, second = from_bytes(data)
     assert first.prompt is second.prompt
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,45 @@ def test_what_is_read_is_what_was_written_to_the_last_bit(tmp_path_factory, valu
     write_rollouts(path, rollouts[::-1], step=3, vocab_size=50, temperature=1.0)
     assert read_rollouts(path, vocab_size=50) == rollouts
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def with_versions(*versions) -> list[Rollout]:
+    """The first response of four has these spans."""
+    first, *others = rollouts_of()
+    return [replace(first, weight_versions=versions), *others]
+
+
+def test_the_versions_of_weights_are_saved_where_there_are_any(tmp_path):
+    """Of the others the file is as it was before there were versions."""
+    path = step_file(tmp_path, 3)
+    rollouts = with_versions((1, 0, 1), (3, 1, 2))
+    write_rollouts(path, rollouts, step=3, vocab_size=50, temperature=1.0)
+    assert read_rollouts(path, vocab_size=50) == rollouts
+    assert path.read_text().count("weight_versions") == 1
+    write_rollouts(path, rollouts_of(), step=3, vocab_size=50, temperature=1.0)
+    assert "weight_versions" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [
+        [(4, 0, 2)],  # of a step to come
+        [(-1, 0, 2)],
+        [(1, 0, 1)],  # not all tokens
+        [(1, 0, 3)],
+        [(1, 0, 1), (2, 0, 2)],
+        [(1, 1, 2)],
+        [(1, 0, 0), (1, 0, 2)],
+        [(1, 0)],
+        [(1, 0, 2.0)],
+        [(True, 0, 2)],
+    ],
+)
+def test_versions_that_are_no_spans_of_the_response_are_refused(tmp_path, versions):
+    path = step_file(tmp_path, 3)
+    write_rollouts(path, with_versions(*versions), step=3, vocab_size=50, temperature=1.0)
+    with pytest.raises(UserError, match="slot 0, response 0: weight_versions are not spans"):
+        read_rollouts(path, vocab_size=50)
 
 
 def test_damage_and_a_foreign_vocabulary_are_refused(tmp_path):
