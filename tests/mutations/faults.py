@@ -1203,7 +1203,11 @@ _STALENESS = (
     ("self in (SampledBy.OWN, SampledBy.OLDER)", "self is not SampledBy.SAVED", "another run's steps are counted"),
     ("(step - version, end - start)", "(step - version, 1)", "the lag of spans, not of tokens"),
     ("(step - version, end - start)", "(version, end - start)", "steps from 0"),
-    ("len({version for version, _, _ in", "len([version for version, _, _ in", "spans, not versions"),
+    (
+        "{version for version, _, _ in rollout.weight_versions}",
+        "[version for version, _, _ in rollout.weight_versions]",
+        "spans, not versions",
+    ),
 )
 
 _BY_FILE = {
