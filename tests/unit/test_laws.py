@@ -12,6 +12,7 @@ import torch
 
 from megatron_powerflow.objective.log_z_estimate import group_log_z, loo_log_z
 from megatron_powerflow.objective.policy_gradient import power_reward
+from megatron_powerflow.objective.sampler_weight import sampler_weight
 from megatron_powerflow.objective.trajectory_balance import (
     Norm,
     balance_loss,
@@ -286,3 +287,24 @@ def test_the_upper_clip_leaves_small_ratios_alone():
     upper = importance_weight(*arguments, ratio="seq", clip_epsilon=0.2, upper_only=True).weight
     assert both.tolist() == pytest.approx([0.8, 1.0, 1.2])
     assert upper.tolist() == pytest.approx([2.718281828**-3, 1.0, 1.2])
+
+
+@pytest.mark.parametrize("log_z", [-0.7, 0.4])
+def test_under_any_sampler_the_weight_v_gives_the_expected_gradient_of_the_policys_own_samples(log_z):
+    """sum mu(y) v(y) d delta^2 = sum pi(y) d delta^2 while v = pi / mu is not truncated; at a cap of 1 they differ."""
+    sampler, policy = base_log_probs(seed=1), base_log_probs(seed=2)
+
+    def expected_gradient(probabilities: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        own = policy.clone().requires_grad_()
+        partial = partial_residual(own, BASE, LENGTHS, ZERO, 2.0)
+        terms = balance_loss(partial, torch.full_like(own, log_z), weight, ALL, 1).terms
+        (probabilities * terms).sum().backward()
+        return own.grad
+
+    def v(cap: float) -> torch.Tensor:
+        return sampler_weight(policy, sampler, LENGTHS, ratio="seq", cap=cap).weight
+
+    own_samples = expected_gradient(policy.exp(), torch.ones_like(policy))
+    torch.testing.assert_close(expected_gradient(sampler.exp(), v(1e9)), own_samples, rtol=1e-9, atol=1e-12)
+    assert (expected_gradient(sampler.exp(), v(1.0)) - own_samples).abs().max() > 1e-3
+    assert (expected_gradient(sampler.exp(), torch.ones_like(policy)) - own_samples).abs().max() > 1e-3
