@@ -160,7 +160,7 @@ def test_the_weight_of_the_sampler_gives_the_weights_of_an_independent_computati
     relative = relative_difference(tmp_path / "replay" / "hf_export", before, after)
     record_property("relative", relative)
     print(f"\n{preset}, {sampler_ratio}: difference / change {relative:.1e}; v above its cap {truncated:.2f}")
-    assert relative < 1e-4
+    assert relative < 3e-4  # measured: 3.5e-5 to 7.7e-5; of a cap that is 1 % off 1.1e-2 and more
     assert 0.05 < truncated < 0.95
     (first, *_) = [json.loads(line) for line in (tmp_path / "replay" / "metrics.jsonl").read_text().splitlines()]
     assert first["sampler_weight_mean"] <= cap
