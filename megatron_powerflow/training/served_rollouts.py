@@ -64,8 +64,12 @@ def with_servers(plan: Plan, session: Session, say: Callable[[str], None]) -> Se
     if asks(groups):
         ledger = Ledger(plan.run_folder, groups.sampler_rank, vocab_size=plan.architecture.vocab_size)
         ledger.begin(step)
-        if (checkpoint := latest_checkpoint(plan.run_folder)) is not None and groups.is_main:
-            ledger.forget(int(checkpoint.name.removeprefix("step_")))
+
+    def forget() -> None:
+        """Remove answers that a checkpoint has learnt from; a start may go back behind one that is being written."""
+        if ledger is not None and groups.is_main and (newest := latest_checkpoint(plan.run_folder)) is not None:
+            ledger.forget(int(newest.name.removeprefix("step_")))
+
     chunks, folder = session.trainable.chunks, weights_folder(plan.config)
     model = ServedModel(plan.config, plan.layout, plan.architecture, plan.family, chunks, folder)
     engine = served_engine(
@@ -76,6 +80,7 @@ def with_servers(plan: Plan, session: Session, say: Callable[[str], None]) -> Se
         run_id=session.progress.wandb_run_id,
         first_step=step,
         ledger=ledger,
+        forget=forget,
         say=say,
     )
     return replace(session, engine=engine)
@@ -90,12 +95,13 @@ def served_engine(
     run_id: str,
     first_step: int = 0,
     ledger: Ledger | None = None,
+    forget: Callable[[], None] = lambda: None,
     say: Callable[[str], None],
 ) -> VllmEngine:
     """Build the engine of a policy's servers, and begin to look for them. Collective over all ranks.
 
     prompts: the first ones prove the weights. scorer: of training. run_id: names the weights. first_step: how many
-    steps have made them. ledger: on the ranks that ask, of a run.
+    steps have made them. ledger: on the ranks that ask, of a run. forget: called after each update of the servers.
     """
     config, servers = model.config, model.config.rollout.vllm
     as_changes = servers.transport == "changes"
@@ -110,6 +116,10 @@ def served_engine(
         token_ids = tuple(text.prompt.token_ids + text.response_token_ids for text in texts)
         return writer.write(version_of(run_id, step), step, Probe(token_ids, log_probs, bound))
 
+    def tidy() -> None:
+        writer.forget_older()
+        forget()
+
     lag, mixed = config.rollout.steps_ahead, config.rollout.in_flight_updates
     settings = VllmSettings(run_id, lag, mixed, sync_seconds=SYNC_SECONDS, sleeps=bool(servers.sleeps))
     run = Path(config.run.output_dir)
@@ -122,9 +132,7 @@ def served_engine(
             restart=lambda url: groups.is_main and ask_restart(run, url),
             say=say,
         )
-    engine = VllmEngine(
-        groups, pool, ledger, settings, publish=publish, forget=writer.forget_older, first_step=first_step
-    )
+    engine = VllmEngine(groups, pool, ledger, settings, publish=publish, forget=tidy, first_step=first_step)
     if pool is not None:
         pool.open()
     return engine
