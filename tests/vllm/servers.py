@@ -40,6 +40,7 @@ class Job:
         lines = [{"id": f"p{index}", "prompt_token_ids": [5 + index, 7, 9 + 2 * index, 11]} for index in range(24)]
         self.prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.port = free_port()
+        self.settings: dict[str, Any] = {}  # dotted keys, of every config
         self._processes: dict[int, subprocess.Popen] = {}
 
     def __enter__(self) -> Job:
@@ -73,7 +74,7 @@ class Job:
             "evaluation": {"samples": 0},
             "run": {"output_dir": str(self.run), "num_steps": 3, "export": False},
         }
-        for key, value in changes.items():
+        for key, value in (self.settings | changes).items():
             *above, name = key.split(".")
             section = values
             for part in above:
@@ -88,7 +89,8 @@ class Job:
 
     def serve(self, number: int = 0, *, model: Path | None = None, faulty: bool = False, wait: bool = True) -> None:
         """Start `powerflow serve` for a server of the run, and wait until it answers."""
-        command = [sys.executable, "-m", "megatron_powerflow.cli", "serve", str(self.config())]
+        config = self.config().rename(self.folder / f"serve_{number}.yaml")
+        command = [sys.executable, "-m", "megatron_powerflow.cli", "serve", str(config)]
         command += ["--number", str(number), "--host", "127.0.0.1"]
         environment = {**os.environ, **CPU_SERVER}
         if model is not None:
@@ -116,6 +118,12 @@ class Job:
             assert process.poll() is None, (self.folder / f"serve_{number}.log").read_text()
             assert time.monotonic() - began < START_SECONDS, self.log(number)[-3000:]
             time.sleep(0.5)
+
+    def end(self, number: int) -> None:
+        """End a server and what keeps it."""
+        process = self._processes.pop(number)
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)
 
     def log(self, number: int = 0) -> str:
         """What a server has printed."""
