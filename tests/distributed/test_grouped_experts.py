@@ -129,7 +129,12 @@ run: {{num_steps: 4, output_dir: {tmp_path / "unused"}}}
     return path
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+LONGEST = "tp2_sp_ep2"  # a minute, for what the other two show apart
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.long) if name == LONGEST else name for name in LAYOUTS]
+)
 def test_runs_of_both_kinds_are_one_and_go_on_from_each_others_checkpoints(gloo, config, tmp_path, layout):
     ranks, overrides = LAYOUTS[layout]
     courses = {"separate": ["separate"], "grouped": ["grouped"], "first": ["grouped", "separate"]}

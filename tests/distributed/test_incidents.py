@@ -10,7 +10,7 @@ from tests.distributed.slurm_cluster import SlurmCluster, why_not
 from tests.kill_storm.run import differences
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
-QUICK = ("mistake", "missing_at_preflight")  # the others take minutes, or wait for SLURM's own clocks
+QUICK = ("mistake",)  # the others take minutes, or wait for SLURM's own clocks
 STEPS = 6
 
 
