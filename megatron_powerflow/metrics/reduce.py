@@ -54,9 +54,8 @@ def reduce_rollouts(rows: np.ndarray, settings: ReductionSettings) -> dict[str, 
     if highest > MAX_LOG_PROB:
         raise FloatingPointError(f"a token has log-prob {highest:.4g}; probabilities end at 1, the scorer is broken")
     values = _rollout_metrics(every, settings) | length_statistics(every, settings.responses_per_prompt)
-    kept = {name: column[every["kept"] > 0] for name, column in every.items()}
+    kept = _kept_columns(every, settings)
     if len(kept["kept"]):
-        kept["prompt"] = kept["rollout_index"] // settings.responses_per_prompt
         values |= _objective_metrics(kept, settings)
         values |= _realised_metrics(kept, settings)
         values |= _power_metrics(kept, settings.alpha) if settings.alpha is not None else {}
@@ -78,12 +77,18 @@ def reduce_trained(rows: np.ndarray, settings: ReductionSettings) -> dict[str, f
     rows: as in `reduce_rollouts`, of the rollouts of all steps. num_rollouts_trained counts them.
     """
     every = {name: rows[:, column] for column, name in enumerate(ROLLOUT_COLUMNS)}
-    kept = {name: column[every["kept"] > 0] for name, column in every.items()}
+    kept = _kept_columns(every, settings)
     values = {"num_rollouts_trained": float(len(rows)), "num_rollouts_kept": every["kept"].sum()}
     if len(kept["kept"]):
-        kept["prompt"] = kept["rollout_index"] // settings.responses_per_prompt
         values |= _objective_metrics(kept, settings)
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
+
+
+def _kept_columns(every: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, np.ndarray]:
+    """Returns the columns of the kept rollouts, and which prompt each belongs to."""
+    kept = {name: column[every["kept"] > 0] for name, column in every.items()}
+    kept["prompt"] = kept["rollout_index"] // settings.responses_per_prompt
+    return kept
 
 
 def _rollout_metrics(every: dict[str, np.ndarray], settings: ReductionSettings) -> dict[str, float]:

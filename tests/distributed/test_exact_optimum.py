@@ -8,6 +8,8 @@ mass: objective.truncated=keep). Normalisers by bisection; the trained policy is
     tb_traj, rl_traj                  p_alpha ~ p_base^alpha
     tb_token_target                   ~ p_base^(alpha / n)
 
+With rollout.buffer_steps two thirds of the rollouts are of earlier policies: the optimum is the same.
+
 tb_token_step has no such optimum: its residual belongs to a token, and no policy makes all of them 0.
 """
 
@@ -61,6 +63,14 @@ CASES = {
     **{f"la_tb-{log_z}-2": (2, "la_tb", (f"objective.log_z={log_z}",)) for log_z in ("scalar", "loo", "contrastive")},
     "la_tb-tilt_cap-4": (4, "la_tb", ("objective.log_z=group", "objective.tilt_cap=2")),
     "la_tb-warmup-4": (4, "la_tb", ("objective.log_z=group", "objective.alpha_warmup_steps=100")),
+    **{
+        f"la_tb-buffer-{log_z}-4": (
+            4,
+            "la_tb",
+            (f"objective.log_z={log_z}", "rollout.buffer_steps=2", "rollout.save=true"),
+        )
+        for log_z in ("mlp", "group")
+    },
     "tb_token_score-2": (2, "tb_token_score", ("objective.log_z=group",)),
     "tb_token_target-2": (2, "tb_token_target", ("objective.log_z=group",)),
     **{f"tb_traj-{alpha}": (alpha, "tb_traj", ("objective.log_z=group",)) for alpha in (0.5, 2, 4)},
