@@ -90,12 +90,15 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, F.linear)
 def decode_weight(weight: Tensor, *, packed: bool | None = None) -> DecodeWeight:
     """Make the stand-in of a weight [out, in] on the CPU, in fp32 or bf16, with a new copy of it.
 
-    packed: whether the copy is; None: unless the weight is of fp32 and MKL runs on its own maker's processor.
+    packed: whether the copy is; None: unless the weight is of fp32 and MKL runs on its own maker's processor. A weight
+    on `meta`, where a rehearsal counts bytes, has a copy of as many.
     """
     if packed is None:
         packed = weight.dtype != torch.float32 or not at_home_in_mkl()
     stand_in, turned = weight.as_subclass(DecodeWeight), weight.t().as_subclass(DecodeWeight)
-    if not packed:
+    if weight.is_meta:
+        stand_in.copy = torch.empty_like(weight).t()
+    elif not packed:
         stand_in.copy = transposed_in_memory(weight).t()
     else:
         stand_in.copy = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
@@ -142,8 +145,8 @@ def matrices(chunks: Sequence[PolicyModel]) -> list[nn.Parameter]:
 
 
 def is_copied(weight: Tensor) -> bool:
-    """Whether a product with this weight is faster from a copy: on the CPU, in fp32, and in bf16 where it has that."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    """Whether a product with this weight is faster from a copy: on a CPU in fp32, and in bf16 where it has that."""
+    if weight.is_cuda or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
