@@ -95,6 +95,7 @@ class LiveBytes(TorchDispatchMode):
     def _note(self, tensor: Tensor) -> None:
         if tensor.device.type != self._device_type:
             return
+        held: Tensor | torch.UntypedStorage
         if tensor.is_mkldnn:  # oneDNN's own memory: no storage, and one tensor for each
             held, key, num_bytes = tensor, id(tensor), torch.ops.mkldnn._nbytes(tensor)
         else:
