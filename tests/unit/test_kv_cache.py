@@ -20,8 +20,9 @@ class Chunk:
         self.positions = positions
 
 
-def make_cache() -> KVCache:
-    return KVCache(2, ROWS, GROUPS, (WIDTH, WIDTH), LIMIT, torch.float32, torch.device("cpu"), length_step=1)
+def make_cache(at_once: bool = False) -> KVCache:
+    sizes = (2, ROWS, GROUPS, (WIDTH, WIDTH), LIMIT, torch.float32, torch.device("cpu"))
+    return KVCache(*sizes, length_step=1, at_once=at_once)
 
 
 @pytest.fixture
@@ -29,8 +30,7 @@ def cache(monkeypatch):
     """As on a GPU: room for all, and what the memory holds at first may be NaN."""
     empty = torch.empty
     monkeypatch.setattr(kv_cache.torch, "empty", lambda *size, **kwargs: empty(*size, **kwargs).fill_(torch.nan))
-    monkeypatch.setattr(KVCache, "_room", lambda cache, rows, positions: (cache._max_rows, cache._limit))
-    return make_cache()
+    return make_cache(at_once=True)
 
 
 def prefill(cache: KVCache, rows: list[int], length: int, seed: int) -> None:
