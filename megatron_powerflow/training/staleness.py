@@ -110,7 +110,6 @@ def _trains(config: Config) -> dict:
         "optimizer": config.optimizer.model_dump(exclude={"distributed", "max_skipped_steps"}),
         "seed": config.run.seed,  # of the log Z' head
         "older": (config.rollout.steps_ahead, config.rollout.buffer_steps),  # responses of other weights than a step's
-        "buffer_steps": config.rollout.buffer_steps,
         "num_steps": config.run.num_steps if config.optimizer.lr_decay != "constant" else None,
     }
 
