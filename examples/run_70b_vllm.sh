@@ -11,7 +11,7 @@
 # hand are not asked for again. docs/pages/serving.md says what is proved after every update of the servers' weights.
 #SBATCH --job-name=powerflow-70b-vllm
 #SBATCH --nodes=10
-#SBATCH --ntasks-per-node=8
+#SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:8
 #SBATCH --exclusive
 #SBATCH --time=24:00:00

@@ -9,7 +9,7 @@
 # proved of the servers' weights in docs/pages/serving.md.
 #SBATCH --job-name=powerflow-7b-colocated
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
+#SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:8
 #SBATCH --exclusive
 #SBATCH --time=24:00:00

@@ -21,6 +21,7 @@ from megatron_powerflow.serving.pool import MODEL
 
 PATHS = (str(Path(__file__).parent / "on_server"),)  # that a server's Python looks into beside its own
 WORKER = "powerflow_on_server.Weights"
+LOG_PROBS = "processed_logprobs"  # of the distribution that is sampled, at any temperature
 SERVER = "vllm.entrypoints.openai.api_server"  # the command `vllm` is broken in builds for CPUs
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the routes that change weights
@@ -84,7 +85,7 @@ def command_of(
         *("--max-model-len", str(rollout.max_prompt_tokens + rollout.max_response_tokens)),
         *("--tensor-parallel-size", str(servers.tp or 1)),
         *("--gpu-memory-utilization", f"{servers.memory or 0.9:g}"),
-        *("--logprobs-mode", "processed_logprobs"),
+        *("--logprobs-mode", LOG_PROBS),
         *("--generation-config", "vllm"),
         "--enable-scale-out",
         "--enable-prefix-caching",

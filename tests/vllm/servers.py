@@ -87,8 +87,19 @@ class Job:
         path.write_text(json.dumps(values))  # JSON is YAML
         return path
 
-    def serve(self, number: int = 0, *, model: Path | None = None, faulty: bool = False, wait: bool = True) -> None:
-        """Start `powerflow serve` for a server of the run, and wait until it answers."""
+    def serve(
+        self,
+        number: int = 0,
+        *,
+        model: Path | None = None,
+        faulty: bool = False,
+        raw_log_probs: bool = False,
+        wait: bool = True,
+    ) -> None:
+        """Start `powerflow serve` for a server of the run, and wait until it answers.
+
+        faulty: with `fault_file`. raw_log_probs: with vLLM's own default, which this program would not start.
+        """
         config = self.config().rename(self.folder / f"serve_{number}.yaml")
         command = [sys.executable, "-m", "megatron_powerflow.cli", "serve", str(config)]
         command += ["--number", str(number), "--host", "127.0.0.1"]
@@ -96,9 +107,10 @@ class Job:
         if model is not None:
             command.append(f"model.hf_path={model}")
         if faulty:
-            # the file that servers import is found here first
-            environment["POWERFLOW_TEST_FAULTS"] = str(FAULTS)
-            environment["POWERFLOW_FAULT_FILE"] = str(self.fault_file)
+            environment |= {"POWERFLOW_TEST_FAULTS": str(FAULTS), "POWERFLOW_FAULT_FILE": str(self.fault_file)}
+        if raw_log_probs:
+            environment["POWERFLOW_TEST_RAW"] = "1"
+        if faulty or raw_log_probs:
             command = [sys.executable, "-m", "tests.vllm.faulty_serve", *command[3:]]
         log = (self.folder / f"serve_{number}.log").open("wb")
         self._processes[number] = subprocess.Popen(
