@@ -1,5 +1,5 @@
-"""`sbatch examples/run_70b_vllm.sh` on a real SLURM of two nodes, one of which serves: warned in mid-step, put back into
-the queue, continued; no prompt is answered twice."""
+"""`sbatch examples/run_70b_vllm.sh` on a real SLURM of two nodes, one of which serves: warned in mid-step, put back
+into the queue, continued; no prompt is answered twice."""
 
 from __future__ import annotations
 
