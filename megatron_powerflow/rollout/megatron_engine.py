@@ -14,8 +14,8 @@ Left out:
   which a graph of one decoding pass would save: shapes change only when rows join or leave and when attention grows
   past `max_length`, so one graph per (rows, max_length) would do.
 - Megatron's dynamic engine, which has such graphs (megatron/core/inference of 0.16.1 and 0.19.2). It cannot serve a
-  CPU: `attention.py` asserts flash-attn 2.7.3, and the context is made of CUDA tensors. Nor every layout on a GPU:
-  `dynamic_context.py` takes a stage for one chunk (vp_stage=None). One `sampling_rng` draws for all requests, so that
+  CPU: its transformer/attention.py asserts flash-attn 2.7.3, and the context is made of CUDA tensors. Nor every layout on a GPU:
+  contexts/dynamic_context.py takes a stage for one chunk (vp_stage=None). One `sampling_rng` draws for all requests, so that
   samples depend on who shares the batch; ours are a function of (seed, step, slot, response). 0.16.1 takes log-probs
   of the logits without the temperature (0.19.2 can apply it), logits are gathered over tp and broadcast over the
   pipeline, and a request has one `termination_id` where a model may have several stop tokens.
