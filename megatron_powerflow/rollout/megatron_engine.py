@@ -14,11 +14,12 @@ Left out:
   which a graph of one decoding pass would save: shapes change only when rows join or leave and when attention grows
   past `max_length`, so one graph per (rows, max_length) would do.
 - Megatron's dynamic engine, which has such graphs (megatron/core/inference of 0.16.1 and 0.19.2). It cannot serve a
-  CPU: `attention.py` asserts flash-attn 2.7.3, and the context is made of CUDA tensors. Nor every layout on a GPU:
-  `dynamic_context.py` takes a stage for one chunk (vp_stage=None). One `sampling_rng` draws for all requests, so that
-  samples depend on who shares the batch; ours are a function of (seed, step, slot, response). 0.16.1 takes log-probs
-  of the logits without the temperature (0.19.2 can apply it), logits are gathered over tp and broadcast over the
-  pipeline, and a request has one `termination_id` where a model may have several stop tokens.
+  CPU: megatron/core/transformer/attention.py asserts flash-attn 2.7.3, and contexts/dynamic_context.py makes its state
+  of CUDA tensors. Nor every layout on a GPU: that context takes a stage for one chunk (vp_stage=None). One
+  `sampling_rng` draws for all requests, so that samples depend on who shares the batch; ours are a function of (seed,
+  step, slot, response). 0.16.1 takes log-probs of the logits without the temperature (0.19.2 can apply it), logits are
+  gathered over tp and broadcast over the pipeline, and a request has one `termination_id` where a model may have
+  several stop tokens.
 - Drafts. Tokens of the prompt as a draft would be exact, for a row's uniform numbers draw the same tokens whatever was
   guessed. But a pass over k guesses computes k + 1 tokens a row, and products of 64 rows already run at 96 per cent of
   their rate at 128: on a CPU even guesses that are all right only break even. An earlier response of the same prompt
