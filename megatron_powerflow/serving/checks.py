@@ -62,6 +62,24 @@ def _environment_violations(python: str | None) -> list[str]:
     return []
 
 
+def server_lines(config: Config, num_parameters: int) -> list[str]:
+    """Return the lines of `powerflow check` about servers; [] without any."""
+    servers = config.rollout.vllm
+    if config.rollout.engine != "vllm" or config.rollout.replay is not None:
+        return []
+    who = ", ".join(servers.urls) if servers.urls else f"{servers.start} that `powerflow serve` starts"
+    size = num_parameters * (4 if config.precision.dtype == "fp32" else 2) / 2**30
+    what = ", or the bytes of it that changed," if servers.transport == "changes" else ""
+    lines = [
+        f"servers   {who}; after each step they read the weights, {size:,.2f} GiB{what}",
+        f"          from {weights_folder(config)}, and prove them before they sample",
+    ]
+    if ahead := config.rollout.steps_ahead:
+        mixed = ", and change weights in mid-response" if config.rollout.in_flight_updates else ""
+        lines.append(f"lag       responses are drawn up to {ahead} step(s) ahead{mixed}: docs/pages/lag.md")
+    return lines
+
+
 def weights_folder(config: Config) -> Path:
     """Return the folder that the weights for the servers are written to."""
     return Path(config.rollout.vllm.weights or Path(config.run.output_dir) / WEIGHTS_NAME)

@@ -53,6 +53,7 @@ class _Member:
     for_good: bool = False
     num_open: int = 0
     missed: int = 0
+    is_coming: bool = False
     threads: list[threading.Thread] = field(default_factory=list)
 
 
@@ -260,29 +261,34 @@ class Pool:
             self.lose(member.server.url, "does not answer /health: it hangs or is gone", for_good=False)
         if not member.trouble:
             return
-        if not healthy or self._held:
-            return
+        if healthy and not self._held and not member.is_coming:
+            member.is_coming = True  # in a thread of its own: others are looked after meanwhile
+            threading.Thread(target=self._bring_up_again, args=(member,), name=member.server.url, daemon=True).start()
+
+    def _bring_up_again(self, member: _Member) -> None:
+        """A thread: give a server that was lost, or came later, the wanted weights, and take it in again."""
+        url = member.server.url
         try:
-            self._bring_up_again(member)
+            if not member.for_good or self._is_fresh(member.server):
+                self._bring_up_now(member)
         except Unreachable as error:
             member.trouble = str(error)[:SHOWN_TROUBLE]
         except ServerError as error:
-            self.lose(member.server.url, str(error), for_good=True)
+            self.lose(url, str(error), for_good=True)
+        except BaseException as error:  # weights that are not the trainer's, or a bug: for the main thread
+            self._broken = error
+        finally:
+            member.is_coming = False
 
-    def _bring_up_again(self, member: _Member) -> None:
-        if member.for_good and not self._is_fresh(member.server):
-            return
+    def _bring_up_now(self, member: _Member) -> None:
         with self.bringing:
             if self._held:
                 return
             self._bring_up(member.server)
-        with self._changed:
-            member.trouble, member.for_good = "", False
-            if self._held:  # it may have other weights by now than those that are wanted
-                member.trouble = "found while weights were changed"
-                return
-            self._lost_since = None
-            self._changed.notify_all()
+            with self._changed:
+                member.trouble, member.for_good = "", False
+                self._lost_since = None
+                self._changed.notify_all()
         self._say(f"vLLM server {member.server.url} answers")
 
     def _is_fresh(self, server: Server) -> bool:

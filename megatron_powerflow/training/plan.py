@@ -43,7 +43,7 @@ from megatron_powerflow.parallel.layout import Layout, plan_layout
 from megatron_powerflow.records import Prompt
 from megatron_powerflow.redaction import holds_secret
 from megatron_powerflow.rollout.rollout_files import ReplayRequirements, find_rollouts, replay_violations
-from megatron_powerflow.serving.checks import server_violations
+from megatron_powerflow.serving.checks import server_lines, server_violations
 from megatron_powerflow.targets import export_target
 from megatron_powerflow.training.inputs import Inputs, changes, file_digest, model_digests, prompt_digest, read_inputs
 from megatron_powerflow.training.reference_base import kept_scores_lines, kept_scores_violations
@@ -232,6 +232,7 @@ def describe(plan: Plan) -> str:
             f"{rollouts} rollouts, {config.optimizer.updates_per_rollout} update(s)",
             f"objective {config.objective.preset}, alpha {config.objective.alpha}, log Z' {config.objective.log_z}",
             *([f"replays   {plan.replay_from}, no engine"] if plan.replay_from else []),
+            *server_lines(config, num_parameters(architecture)),
             *weight_lines(config, plan.sampled_by),
             *kept_scores_lines(config, architecture, plan.inputs.digests.get("weights")),
             *_fp8_lines(config, plan.layout),
