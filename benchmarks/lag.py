@@ -163,7 +163,7 @@ def print_cost(alphas: Sequence[float], batches: int, step: int = 20) -> None:
 def _variance(setup: Setup, table: Tensor, ways: Tensor, batches: int) -> float:
     """Of the gradient of a batch: the sum of the variances of its numbers, over the squared length of its mean.
 
-    A learned log Z' is the number at which the mean weighted residual is 0, which half a step of any rate goes towards.
+    A learned log Z' is the number at which the mean weighted residual is 0. The squared length is without bias.
     """
     generator, logits = torch.Generator().manual_seed(0), table.clone().requires_grad_()
     log_z = None
@@ -175,7 +175,8 @@ def _variance(setup: Setup, table: Tensor, ways: Tensor, batches: int) -> float:
         loss, _ = loss_of(setup, PROMPT_LOG_PROBS, token_log_probs(logits), batch, log_z)
         found.append(torch.autograd.grad(loss, logits)[0].flatten())
     gradients = torch.stack(found)
-    return float(gradients.var(dim=0).sum() / gradients.mean(dim=0).square().sum())
+    noise = gradients.var(dim=0).sum()
+    return float(noise / (gradients.mean(dim=0).square().sum() - noise / batches))
 
 
 def _calibrated(setup: Setup, table: Tensor, ways: Tensor) -> Tensor:
