@@ -76,9 +76,9 @@ def ends_of(setup: Setup, targets: Tensor, lag: str, seeds: int, training: Train
     return course_of(setup, targets, lag, seeds, training).end.unflatten(0, (seeds, len(PROMPTS)))
 
 
-def cell(setup: Setup, targets: Tensor, lag: str, steps: int, seeds: int) -> str:
+def cell(setup: Setup, targets: Tensor, lag: str, steps: int, seeds: int, lr: float = Training.lr) -> str:
     """The worst end over the seeds, and the steps from which on all are within .05 and .01; a dash: not all are."""
-    course = course_of(setup, targets, lag, seeds, Training(steps=steps))
+    course = course_of(setup, targets, lag, seeds, Training(steps=steps, lr=lr))
     within = [course.first_within(bound) for bound in (0.05, 0.01)]
     said = ["-" if step is None else str(step) for step in within]
     return f"{course.distances[-1]:.4f} {said[0]} {said[1]}"
@@ -105,8 +105,7 @@ def print_optimum(alphas: Sequence[float], steps: int, seeds: int) -> None:
                 print_row([alpha, log_z, name, *cells])
 
 
-def print_rivals(alphas: Sequence[float], steps: int, seeds: int) -> None:
-    lags = ("0", "1", "4", "16", "frozen")
+def print_rivals(alphas: Sequence[float], steps: int, seeds: int, lags: Sequence[str], lr: float) -> None:
     print_head(["alpha", "preset", "rewards of", "weight", *lags])
     for alpha in alphas:
         for preset in ("la_tb", "rl_traj", "rl_token"):
@@ -115,7 +114,7 @@ def print_rivals(alphas: Sequence[float], steps: int, seeds: int) -> None:
                 for name, weight in RIVAL_WEIGHTS.items():
                     setup = gradient(preset, alpha, weight, rewards_of_sampler=whose == "sampler") if whose else None
                     setup = setup or balance(alpha, "group", weight)
-                    cells = [cell(setup, targets, lag, steps, seeds) for lag in lags]
+                    cells = [cell(setup, targets, lag, steps, seeds, lr) for lag in lags]
                     print_row([alpha, preset, whose, name, *cells])
 
 
@@ -163,7 +162,7 @@ def print_cost(alphas: Sequence[float], batches: int, step: int = 20) -> None:
 def _variance(setup: Setup, table: Tensor, ways: Tensor, batches: int) -> float:
     """Of the gradient of a batch: the sum of the variances of its numbers, over the squared length of its mean.
 
-    A learned log Z' is the number at which the mean weighted residual is 0, which half a step of any rate goes towards.
+    A learned log Z' is the number at which the mean weighted residual is 0. The squared length is without bias.
     """
     generator, logits = torch.Generator().manual_seed(0), table.clone().requires_grad_()
     log_z = None
@@ -175,7 +174,8 @@ def _variance(setup: Setup, table: Tensor, ways: Tensor, batches: int) -> float:
         loss, _ = loss_of(setup, PROMPT_LOG_PROBS, token_log_probs(logits), batch, log_z)
         found.append(torch.autograd.grad(loss, logits)[0].flatten())
     gradients = torch.stack(found)
-    return float(gradients.var(dim=0).sum() / gradients.mean(dim=0).square().sum())
+    noise = gradients.var(dim=0).sum()
+    return float(noise / (gradients.mean(dim=0).square().sum() - noise / batches))
 
 
 def _calibrated(setup: Setup, table: Tensor, ways: Tensor) -> Tensor:
@@ -278,13 +278,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--alphas", type=float, nargs="+", default=(0.5, 2.0, 4.0))
+    parser.add_argument("--lags", nargs="+", default=("0", "1", "4", "16", "frozen"), help="of the rivals")
+    parser.add_argument("--lr", type=float, default=Training.lr, help="of the rivals")
     parser.add_argument("--batches", type=int, default=400, help="that a variance is taken of")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if "optimum" in args.only:
         print_optimum(args.alphas, args.steps, args.seeds)
     if "rivals" in args.only:
-        print_rivals(args.alphas, args.steps, args.seeds)
+        print_rivals(args.alphas, args.steps, args.seeds, args.lags, args.lr)
     if "others" in args.only:
         print_others(args.steps, args.seeds)
     if "cost" in args.only:

@@ -31,6 +31,7 @@ from megatron_powerflow.objective.objective import (
     PolicyGradientObjective,
 )
 from megatron_powerflow.objective.policy_gradient import group_advantage, power_reward, surrogate_terms
+from megatron_powerflow.objective.sampler_weight import sampler_weight
 from megatron_powerflow.objective.trajectory_balance import (
     balance_loss,
     importance_weight,
@@ -119,8 +120,7 @@ def loss_of(setup: Setup, base: Tensor, current: Tensor, batch: Batch, log_z: Te
     n, old = LENGTHS[batch.response], batch.writer_log_probs.sum(dim=1)
     sampler = torch.ones_like(n)
     if setup.sampler_cap is not None:
-        rule = ImportanceRule("seq", setup.sampler_cap - 1.0, upper_only=True)  # truncated from above
-        sampler = _importance(rule, log_probs.sum(dim=1), old, n)
+        sampler = sampler_weight(log_probs.sum(dim=1), old, n, ratio="seq", cap=setup.sampler_cap).weight
     ref = base[batch.prompt, batch.response]
     if isinstance(setup.objective, BalanceObjective):
         return _balance_loss(setup.objective, log_probs, ref, batch, sampler, log_z)

@@ -24,6 +24,7 @@ from megatron_powerflow.checkpoint.folder import CONFIG_NAME
 from megatron_powerflow.config import Config, ObjectiveSection
 from megatron_powerflow.config_file import load_recorded_config
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.objective.presets import EntropyMinimum, PolicyGradient
 from megatron_powerflow.records import Rollout
 from megatron_powerflow.training.inputs import read_inputs
 
@@ -162,7 +163,7 @@ def _sampler_weight_line(config: Config, sampled_by: SampledBy) -> str:
     """Return what v is; "" where there is none and the weights that sampled are those that train."""
     objective, older = config.objective, "the rollouts are by older weights of this run"
     if objective.sampler_ratio == "none":
-        return f"v is DROPPED (objective.sampler_ratio=none), and {older}" if sampled_by is SampledBy.OLDER else ""
+        return _without_sampler_weight(objective) if sampled_by is SampledBy.OLDER else ""
     formula = {
         "seq": "exp(S_old - S_sampler)",
         "seq_mean": "exp((S_old - S_sampler) / n)",
@@ -174,6 +175,23 @@ def _sampler_weight_line(config: Config, sampled_by: SampledBy) -> str:
         SampledBy.ANOTHER: "the replayed rollouts are another policy's",
     }[sampled_by]
     return f"v = min({formula}, {objective.sampler_ratio_cap:g}), S_old scored with a step's first weights: {why}"
+
+
+def _without_sampler_weight(objective: ObjectiveSection) -> str:
+    """Return what becomes of an objective that trains on responses of older weights without v: docs/pages/lag.md."""
+    form, dropped = objective.form, "v is DROPPED (objective.sampler_ratio=none)"
+    if isinstance(form, EntropyMinimum):
+        return "v does not exist: the entropy is lowered where older weights came by; keep the lag small"
+    if isinstance(form, PolicyGradient):
+        if form.powers:
+            return "v is 1: the optimum is the same, whoever sampled"
+        return f"{dropped}: which of its best policies it reaches depends on the lag; set objective.sampler_ratio=token"
+    if form.per_token or objective.reward_advantage or objective.task_reward == "majority":
+        return (
+            f"{dropped}: no policy makes every residual 0 here, so where training ends depends on who sampled; set "
+            "objective.sampler_ratio=seq, or keep the lag small"
+        )
+    return "v is 1: the optimum is the same, whoever sampled"
 
 
 def temperature_lines(config: Config) -> list[str]:

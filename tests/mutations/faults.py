@@ -285,6 +285,11 @@ _GROUP_BASELINE = (
     ("divide_by_std=objective.form.divide_by_std", "divide_by_std=True", "every rival divides by the deviation"),
     ("advantage=own, reward=reward", "advantage=reward, reward=own", "swapped"),
     (
+        "            log_probs.sum(dim=1),\n",
+        "            batch.rollout_log_probs.sum(dim=1),\n",
+        "a reward as old as its response: lag lowers the largest stable rate",
+    ),
+    (
         '"length" if objective.form.per_length else "none"',
         '"none" if objective.form.per_length else "length"',
         "rl_token and rl_traj change places",

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+from benchmarks import lag as benchmark
 from benchmarks.lag import balance, expected_gradient, gradient, largest_curvature
 from megatron_powerflow.objective.log_z_estimate import group_log_z, loo_log_z
 from megatron_powerflow.objective.trajectory_balance import balance_loss, importance_weight, partial_residual
@@ -251,3 +252,18 @@ def test_dropped_responses_leave_lambda_free():
         assert float(log_z[0]) == pytest.approx(tilt)
         balance_loss(partial, log_z, torch.ones_like(ZERO), kept, 1.0).loss.backward()
         assert logits.grad.abs().max() < 1e-9
+
+
+def test_the_benchmark_prints_its_tables(capsys, monkeypatch):
+    """At tiny size; what it measures is not looked at. Without `bounds`, which takes a minute."""
+    sections = ("optimum", "rivals", "others", "cost", "tied")
+    sizes = ("--steps", "3", "--seeds", "1", "--alphas", "2", "--batches", "3")
+    monkeypatch.setattr("sys.argv", ["lag", "--only", *sections, *sizes])
+    threads = torch.get_num_threads()
+    try:
+        benchmark.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = capsys.readouterr().out.splitlines()
+    assert sum(row.startswith("|---") for row in rows) == len(sections)
+    assert sum(row.startswith("| 2.0 | la_tb") for row in rows) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 GAP = 1e-3  # nats per token, the bound of fp32
@@ -42,9 +44,9 @@ def test_ten_steps_with_a_proof_after_each(served, tmp_path, layout, transport):
 
 
 NO_START = {f"rollout.vllm.{key}": None for key in ("start", "python", "arguments", "port")}
-# fault -> (the step whose weights are wrong, words that the error has)
+# fault -> (the last step whose weights may be wrong, words that the error has)
 FAULTS = {
-    # nothing of the base's output layer differs: from the first update on
+    # a server that has the base already is right for a step: nothing of its output layer differs
     "tied_head": (1, ["layers that compute with something else than they were sent: lm_head.weight (tied)"]),
     "stale": (0, ["than were sent:", "model.layers.0.mlp.down_proj.weight"]),
     "dropped": (0, ["never loaded: model.layers.1.self_attn.o_proj.weight"]),
@@ -54,14 +56,18 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_with_other_weights_stops_the_run_and_the_fault_is_named(served, tmp_path, fault):
-    run, (step, words) = tmp_path / "run", FAULTS[fault]
+    run, (last, words) = tmp_path / "run", FAULTS[fault]
     changes = {"rollout.vllm.urls": [served.url()], **NO_START, "run.output_dir": str(run), "run.num_steps": 3}
     served.fault_file.write_text(fault)
     found = served.train(**changes)
     text = " ".join((found.stdout + found.stderr).split())
     assert found.returncode == 2, text
-    assert f"vLLM server {served.url()} does not have the weights of step {step} " in text, text
+    named = re.search(rf"vLLM server {served.url()} does not have the weights of step (\d+) ", text)
+    assert named, text
+    assert int(named[1]) <= last
     assert all(word in text for word in words), text
     assert "Traceback" not in text
     metrics = run / "metrics.jsonl"
-    assert (len(metrics.read_text().splitlines()) if metrics.exists() else 0) == step, "nothing was trained on them"
+    assert (len(metrics.read_text().splitlines()) if metrics.exists() else 0) == int(named[1]), (
+        "nothing was trained on them"
+    )
