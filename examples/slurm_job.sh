@@ -58,7 +58,11 @@ elif [ "$servers" -gt 0 ]; then
 fi
 [ "$trainers" -gt 0 ] || { echo "error: --servers $servers of $SLURM_JOB_NUM_NODES nodes leaves none to train" >&2; exit 2; }
 world_size=$(( trainers * per_node ))
-here=(--nodes="$trainers" --relative=0)  # the nodes that train
+here=() per_node_here=()  # options of srun where only the first nodes train
+if [ "$first_server_node" -gt 0 ]; then
+    here=(--nodes="$trainers" --relative=0)
+    per_node_here=("${here[@]}" --ntasks="$trainers" --ntasks-per-node=1)
+fi
 per_gpu=(srun "${here[@]}" --ntasks="$world_size" --ntasks-per-node="$per_node" --cpu-bind=none "${container[@]}")
 set -- ${defaults[@]+"${defaults[@]}"} "$@"  # what is given stands behind them, and counts
 if [ "$serving" -gt 0 ]; then
@@ -126,8 +130,8 @@ before=$(powerflow outcome "$config" "$@" --forget)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800  # seconds between SIGTERM to torchrun and its kill: a step and a save
 
 if [ "$serving" -gt 0 ]; then  # in the background, and started anew by themselves; they end with the job
-    srun --overlap --nodes="$serving" --relative="$first_server_node" --ntasks-per-node="$per_server_node" --cpu-bind=none \
-        "${container[@]}" bash -c 'exec "$0" -m megatron_powerflow.cli serve "$@" --number "$SLURM_LOCALID"' \
+    srun --overlap --nodes="$serving" --relative="$first_server_node" --ntasks=$(( serving * per_server_node )) \
+        --ntasks-per-node="$per_server_node" --cpu-bind=none "${container[@]}" bash -c 'exec "$0" -m megatron_powerflow.cli serve "$@" --number "$SLURM_LOCALID"' \
         "$python" "$config" "$@" &
     server_step=$!
     trap 'kill "$server_step" 2>/dev/null || true' EXIT
@@ -135,7 +139,7 @@ fi
 if [ "$launcher" = srun ]; then
     "${per_gpu[@]}" --kill-on-bad-exit=1 "$python" -m megatron_powerflow.cli train "$config" "$@" &
 else
-    srun "${here[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none "${container[@]}" bash -c '
+    srun "${per_node_here[@]}" --kill-on-bad-exit=1 --cpu-bind=none "${container[@]}" bash -c '
         exec "$0" -m torch.distributed.run --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$1" \
             --master-addr "$2" --master-port "$3" -m megatron_powerflow.cli train "${@:4}"
     ' "$python" "$per_node" "$MASTER_ADDR" "$MASTER_PORT" "$config" "$@" &

@@ -138,7 +138,7 @@ def make_plan(
     weights: False where the model's folder may be one without weights, as on a login node: then a notice says what was
     not looked at. located: what `fetch_inputs` found. overridden: keys that may differ although the run goes on.
     """
-    violations, notices = _secret_violations(config), list[str]()
+    violations, notices = _secret_violations(config) + server_violations(config), list[str]()
     hf_folder = hf_folder_of(start := located.folder(config.model.hf_path))
     require_ordinary_files(Path(hf_folder))  # before anything of it is read
     model = _collect(violations, lambda: read_architecture(hf_folder, FAMILIES))
@@ -151,7 +151,6 @@ def make_plan(
     tokenizer = _collect(violations, lambda: load(conversation_of(config, today))) if is_there else None
     size = num_parameters(model[0]) if model else None
     violations += _folder_violations(config, start, resume_from) + resource_violations(config, size)
-    violations += server_violations(config)
     layout = stop_token_ids = prompt_file = evaluation_file = replay_from = None
     if model is not None:
         architecture, family = model

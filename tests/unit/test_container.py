@@ -121,6 +121,23 @@ def test_without_an_image_srun_has_no_option_of_containers(settings, tmp_path):
     assert calls[1].startswith("--kill-on-bad-exit=1 --cpu-bind=none bash -c ")
 
 
+def test_a_split_job_trains_on_its_first_nodes_and_serves_on_its_last(settings, tmp_path):
+    more = ["rollout.vllm.python=" + sys.executable, "rollout.prompts_per_step=12"]
+    done, calls = run_script(
+        tmp_path, "--preflight", "off", *settings, *more, script="run_70b_vllm.sh", nodes=5, gpus=4
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12 processes = tp 1 x cp 1 x pp 2 x dp 6" in done.stdout or "refused" in done.stdout, done.stdout
+    serving, training = calls
+    assert serving.startswith(
+        "--overlap --nodes=2 --relative=3 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none bash -c "
+    )
+    assert "cli serve" in serving
+    assert "rollout.vllm.start=2" in serving
+    assert training.startswith("--nodes=3 --relative=0 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 ")
+    assert "rollout.vllm.start=2" in training
+
+
 @pytest.mark.slow
 def test_one_task_of_srun_per_gpu_and_no_preflight_where_that_is_asked_for(settings, tmp_path):
     asked = ("--launcher", "srun", "--preflight", "off")
@@ -141,8 +158,8 @@ def test_one_node_trains_the_7b_with_its_own_recipe(settings, tmp_path):
 
 
 def test_options_that_mean_nothing_are_refused(tmp_path):
-    known = "--recipe NAME|FILE.yaml, --image IMAGE, --mounts FROM:TO,..., --launcher torchrun|srun and "
-    known += "--preflight SECONDS|off are"
+    known = "--recipe NAME|FILE.yaml, --image IMAGE, --mounts FROM:TO,..., --launcher torchrun|srun, "
+    known += "--preflight SECONDS|off and --servers NODES|colocated are"
     for arguments, said in (
         (["--mounts", "/models:/models"], "error: --mounts has no effect without --image"),
         (["--imag", "x"], f"error: --imag x is no option of this script: {known}"),

@@ -23,7 +23,7 @@ NEEDED = {
 def options_of(kind: type) -> list[tuple[str, str]]:
     """(command, option) of all that take such a number."""
     return [
-        (command.callback.__name__, f"--{name.replace('_', '-')}")
+        (command.name or command.callback.__name__, f"--{name.replace('_', '-')}")
         for command in app.registered_commands
         for name, hint in get_type_hints(command.callback, include_extras=True).items()
         if typing.get_origin(hint) is typing.Annotated

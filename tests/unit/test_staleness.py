@@ -102,7 +102,11 @@ def test_check_says_what_becomes_of_the_weight(saved):
         (["sampler_ratio=seq"], SampledBy.OLDER, "its one update", ": the rollouts are by older weights of this run"),
         (["sampler_ratio=seq"], SampledBy.ANOTHER, "w = 1: S_old", ": the replayed rollouts are another policy's"),
         (["preset=grpo", "sampler_ratio=token"], SampledBy.OWN, "w = 1", "min(p_old / p_sampler of each token, 2)"),
-        ([], SampledBy.OLDER, "w = 1: S_old", "v is DROPPED (objective.sampler_ratio=none)"),
+        ([], SampledBy.OLDER, "w = 1: S_old", "v is 1: the optimum is the same, whoever sampled"),
+        (["preset=grpo"], SampledBy.OLDER, "w = 1: S_old", "set objective.sampler_ratio=token"),
+        (["preset=rl_traj"], SampledBy.OLDER, "w = 1: S_old", "v is 1: the optimum is the same"),
+        (["preset=tb_token_step"], SampledBy.OLDER, "w = 1: S_old", "set objective.sampler_ratio=seq"),
+        (["preset=one_shot_em"], SampledBy.OLDER, "w = 1: S_old", "v does not exist"),
     ],
 )
 def test_check_says_what_v_is(overrides, sampled_by, w, v):
