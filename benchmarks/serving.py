@@ -25,7 +25,8 @@ from pathlib import Path
 
 from megatron_powerflow.journal import read_journal
 from megatron_powerflow.records import Prompt, SamplingParams
-from megatron_powerflow.serving.pool import MODEL, Ask, Pool, PoolSettings
+from megatron_powerflow.serving.answers import MODEL
+from megatron_powerflow.serving.pool import Ask, Pool, PoolSettings
 from tests.conftest import SMOLLM2
 from tests.vllm.servers import Job
 

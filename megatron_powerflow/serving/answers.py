@@ -18,6 +18,7 @@ from megatron_powerflow.records import FinishReason, Prompt, Rollout, SamplingPa
 from megatron_powerflow.serving.server import Garbage
 
 ROUTE = "/inference/v1/generate"
+MODEL = "policy"  # what servers call the model, whatever its folder
 LARGEST_SEED = 2**62
 
 

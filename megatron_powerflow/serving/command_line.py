@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_powerflow.config import Config
-from megatron_powerflow.serving.pool import MODEL
+from megatron_powerflow.serving.answers import MODEL
 
 PATHS = (str(Path(__file__).parent / "on_server"),)  # that a server's Python looks into beside its own
 WORKER = "powerflow_on_server.Weights"

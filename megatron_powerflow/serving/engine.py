@@ -32,7 +32,7 @@ from megatron_powerflow.serving.ledger import Ledger
 from megatron_powerflow.serving.manifest import Manifest, step_of
 from megatron_powerflow.serving.pool import Ask, NoServer, Pool, UnwantedVersion
 from megatron_powerflow.serving.server import Server, ServerError, Unreachable
-from megatron_powerflow.serving.weight_sync import Sync, bring, sleep, wake
+from megatron_powerflow.serving.weight_sync import Sync, bring, require_room, sleep, wake
 
 POLL_SECONDS = 0.02  # between two meetings of the ranks while they wait, at first; up to SLOW_POLL_SECONDS
 SLOW_POLL_SECONDS = 0.5
@@ -79,6 +79,7 @@ class VllmSettings:
     lag: int
     mixed: bool
     sync_seconds: float
+    longest: int
     sleeps: bool = False
 
 
@@ -245,6 +246,7 @@ class VllmEngine:
         return synced
 
     def _bring(self, server: Server, manifest: Manifest) -> Sync:
+        require_room(server, self._settings.longest)
         if self._settings.sleeps:
             wake(server)
         return bring(server, manifest, seconds=self._settings.sync_seconds)

@@ -17,13 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_powerflow.records import Prompt, SamplingParams
-from megatron_powerflow.serving.answers import ROUTE, Answer, read_answer, request_of
+from megatron_powerflow.serving.answers import MODEL, ROUTE, Answer, read_answer, request_of
 from megatron_powerflow.serving.server import Server, ServerError, Unreachable
 
 HEALTH_SECONDS = 2.0  # between two looks at the servers
 HEALTH_TRIES = 2  # without an answer in a row, before a server counts as hung
 SHOWN_TROUBLE = 300  # characters of what went wrong with a server, in a message
-MODEL = "policy"  # what servers call the model, whatever its folder
 
 
 class UnwantedVersion(ServerError):

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_powerflow.errors import UserError
-from megatron_powerflow.serving.answers import ROUTE
+from megatron_powerflow.serving.answers import MODEL, ROUTE
 from megatron_powerflow.serving.manifest import Manifest
 from megatron_powerflow.serving.server import Garbage, Refused, Server
 
-MODEL = "policy"
 SHOWN = 6
 PROBE_SECONDS = 600.0
 

@@ -16,9 +16,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from megatron_powerflow.errors import UserError
+from megatron_powerflow.serving.answers import MODEL
 from megatron_powerflow.serving.manifest import Manifest
 from megatron_powerflow.serving.proof import Proof, prove
-from megatron_powerflow.serving.server import Refused, Server, ServerError
+from megatron_powerflow.serving.server import Garbage, Refused, Server, ServerError
 
 QUICK_SECONDS = 120.0  # for calls that only set something
 
@@ -75,6 +77,24 @@ def _update(server: Server, manifest: Manifest, *, only_changes: bool, seconds: 
     if not (isinstance(reply, dict) and reply.get("success") is True):
         raise Refused(f"{server.url}: its prefix cache, which is the old weights', could not be emptied: {reply}")
     server.post("/resume", seconds=QUICK_SECONDS)
+
+
+def require_room(server: Server, longest: int) -> None:
+    """Raise UserError where a server is not one of this program's, or takes shorter texts than a run needs: each of
+    its prompts would be refused. longest: tokens of prompt and response. Raises ServerError where it does not say."""
+    reply = server.get("/v1/models", seconds=QUICK_SECONDS)
+    models = reply.get("data") if isinstance(reply, dict) else None
+    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+        raise Garbage(f"{server.url}/v1/models: does not say which models it has")
+    mine = [model for model in models if model.get("id") == MODEL]
+    length = mine[0].get("max_model_len") if mine else None
+    if type(length) is int and length >= longest:
+        return
+    has = f"takes texts of up to {length} tokens" if mine else f"has no model called {MODEL!r}"
+    raise UserError(
+        f"vLLM server {server.url} {has}; this run's prompts and responses have up to {longest} "
+        "(rollout.max_prompt_tokens + rollout.max_response_tokens): start it with the command of `powerflow vllm-args`"
+    )
 
 
 def sleep(server: Server) -> None:

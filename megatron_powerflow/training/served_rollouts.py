@@ -121,7 +121,8 @@ def served_engine(
         forget()
 
     lag, mixed = config.rollout.steps_ahead, config.rollout.in_flight_updates
-    settings = VllmSettings(run_id, lag, mixed, sync_seconds=SYNC_SECONDS, sleeps=bool(servers.sleeps))
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    settings = VllmSettings(run_id, lag, mixed, sync_seconds=SYNC_SECONDS, longest=longest, sleeps=bool(servers.sleeps))
     run = Path(config.run.output_dir)
     pool = None
     if asks(groups):

@@ -13,7 +13,9 @@ from tests.vllm.test_weight_sync import GAP, NO_START
 
 @pytest.fixture(scope="module")
 def served(shared_job):
+    shared_job.settings = {"rollout.max_response_tokens": 200}
     shared_job.serve()
+    shared_job.settings = {}
     return shared_job
 
 
@@ -63,6 +65,15 @@ def test_weights_that_change_in_mid_response_are_kept_apart(served, tmp_path):
         if len(response.get("weight_versions", [])) > 1
     ]
     assert all(spans[0][0] < spans[1][0] for spans in found), "later tokens are of later weights"
+
+
+def test_a_server_of_shorter_texts_ends_the_run_at_once(served, tmp_path):
+    changes = {"rollout.vllm.urls": [served.url()], **NO_START, "run.output_dir": str(tmp_path / "run")}
+    found = served.train(**changes, **{"rollout.max_response_tokens": 240})
+    assert found.returncode == 2
+    assert "takes texts of up to 216 tokens; this run's prompts and responses have up to 256" in " ".join(
+        (found.stdout + found.stderr).split()
+    )
 
 
 def test_generate_through_a_server_writes_what_score_confirms(served, tmp_path):
