@@ -10,6 +10,7 @@ Left out: what a request and an answer hold (`answers.py`); what outlives a cras
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from megatron_powerflow.serving.answers import MODEL, ROUTE, Answer, read_answer
 from megatron_powerflow.serving.server import Server, ServerError, Unreachable
 
 HEALTH_SECONDS = 2.0  # between two looks at the servers
+START_SECONDS = 1800.0  # that servers of the job may take until the first one answers: they load a model, and compile
 HEALTH_TRIES = 2  # without an answer in a row, before a server counts as hung
 SHOWN_TROUBLE = 300  # characters of what went wrong with a server, in a message
 
@@ -95,6 +97,7 @@ class Pool:
         self.bringing = threading.Lock()  # held by whoever gives a server weights
         self._broken: BaseException | None = None
         self._lost_since: float | None = time.monotonic()
+        self._was_up = False  # whether any server ever was
         self._watch = threading.Thread(target=self._look_after, name="servers", daemon=True)
 
     def open(self) -> None:
@@ -139,6 +142,7 @@ class Pool:
                 elif not member.trouble:
                     member.trouble = "has no new weights yet"
             self._lost_since = None if urls else self._lost_since or time.monotonic()
+            self._was_up = self._was_up or bool(urls)
 
     def troubles(self) -> dict[str, str]:
         """Return address -> why it is not asked, of the servers that are not."""
@@ -153,12 +157,11 @@ class Pool:
         """Raise NoServer where none could be asked for longer than is waited."""
         with self._changed:
             since = self._lost_since
-        if since is None or self._held or time.monotonic() - since <= self._settings.wait_seconds:
+            limit = self._settings.wait_seconds if self._was_up else max(self._settings.wait_seconds, START_SECONDS)
+        if since is None or self._held or time.monotonic() - since <= limit:
             return
         each = "; ".join(f"{url}: {trouble}" for url, trouble in self.troubles().items())
-        raise NoServer(
-            f"no vLLM server could be asked for {self._settings.wait_seconds:g} s: {each or 'none was ever there'}"
-        )
+        raise NoServer(f"no vLLM server could be asked for {limit:g} s: {each or 'none was ever there'}")
 
     def hold(self) -> None:
         """Take no more prompts from the queue."""
@@ -190,7 +193,8 @@ class Pool:
                 self._lost_since = self._lost_since or time.monotonic()
         member.server.drop()  # what else it was asked goes to another one
         if asks_restart:
-            self._restart(url)
+            with contextlib.suppress(OSError):  # a disk that refuses that refuses the run's own files, too
+                self._restart(url)
         if is_news or asks_restart:
             self._say(f"vLLM server {url} is left out: {why}")
 
@@ -286,7 +290,7 @@ class Pool:
             self._bring_up(member.server)
             with self._changed:
                 member.trouble, member.for_good = "", False
-                self._lost_since = None
+                self._lost_since, self._was_up = None, True
                 self._changed.notify_all()
         self._say(f"vLLM server {member.server.url} answers")
 
