@@ -17,7 +17,7 @@ LINES = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", " ").splitlines(
 # Stands for srun with pyxis, which is not here: notes its options, and runs what is no training.
 SRUN = """#!/usr/bin/env bash
 printf '%s\\0' "$*" >> "$SRUN_LOG"
-case "$*" in *torch.distributed.run*|*"cli preflight"*|*"cli train"*) exit 0 ;; esac
+case "$*" in *torch.distributed.run*|*"cli preflight"*|*"cli train"*|*"cli serve"*) exit 0 ;; esac
 while [[ "$1" == --* ]]; do shift; done
 exec "$@"
 """

@@ -102,7 +102,7 @@ class Job:
         self.servers, self.said, self.restarted, self.answered = servers, [], [], Counter()
         self.by = Counter()
         self.lock = threading.Lock()
-        settings = PoolSettings(vocab_size=1000, max_requests=2, answer_seconds=5.0, wait_seconds=0.6)
+        settings = PoolSettings(vocab_size=1000, max_requests=2, answer_seconds=5.0, wait_seconds=5.0)
         self.pool = Pool(
             lambda: [server.url for server in servers],
             settings,
@@ -134,7 +134,10 @@ class Job:
             self.answered[answer.slot] += 1
             self.by[url] += 1
 
-    def wait(self, count: int, seconds: float = 10.0) -> None:
+    def is_left_out(self, server: Standin) -> bool:
+        return bool(self.pool.troubles().get(server.url))
+
+    def wait(self, count: int, seconds: float = 30.0) -> None:
         deadline = time.monotonic() + seconds
         while len(self.answered) < count:
             assert time.monotonic() < deadline, (self.answered, self.said)
@@ -142,6 +145,13 @@ class Job:
             self.pool.require_some()
             time.sleep(0.01)
         assert set(self.answered.values()) == {1}, "a prompt was answered twice"
+
+
+def until(what, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_both_servers_answer_and_nobody_is_asked_while_weights_change(job):
@@ -164,10 +174,10 @@ def test_a_server_that_answers_otherwise_is_left_out_until_it_is_started_anew(jo
     assert any(servers[0].url in text for text in job.said)
     servers[0].mood = "good"
     time.sleep(0.4)
-    assert servers[0].url in job.pool.troubles(), "it is the same start of it"
+    assert job.is_left_out(servers[0]), "it is the same start of it"
     servers[0].version = "default"  # a new start
     servers[1].mood = "slow"
-    time.sleep(0.4)
+    until(lambda: not job.is_left_out(servers[0]))
     job.pool.ask([Ask(slot, Prompt(f"q{slot}", slot, (slot,)), SAMPLING, job.took) for slot in range(12, 30)])
     job.wait(30)
     assert job.by[servers[0].url] > 0
@@ -181,7 +191,7 @@ def test_the_prompts_of_a_server_that_is_killed_go_to_the_other(job, servers):
     time.sleep(0.1)
     servers[0].stop()
     job.wait(8)
-    assert servers[0].url in job.pool.troubles()
+    assert job.is_left_out(servers[0])
     assert not job.restarted, "who is gone is not asked to go"
 
 
@@ -193,8 +203,7 @@ def test_the_prompts_of_a_server_that_hangs_go_to_the_other(job, servers, monkey
     job.wait(8)
     assert "does not answer /health" in job.pool.troubles()[servers[0].url]
     servers[0].mood = "good"
-    time.sleep(0.5)
-    assert servers[0].url not in job.pool.troubles(), "it is back"
+    until(lambda: not job.is_left_out(servers[0]))
 
 
 def quick_health(server, *, seconds: float = 0.2) -> bool:
@@ -217,7 +226,7 @@ def test_without_any_server_it_waits_and_then_says_what_is_wrong_with_each(job, 
     assert all(server.url in str(error.value) for server in servers)
     assert "EngineCore encountered an issue" in str(error.value)
     servers[1].mood, servers[1].version = "good", "default"  # started anew: the same prompts go on
-    time.sleep(0.4)
+    until(lambda: not job.is_left_out(servers[1]))
     job.wait(2)
 
 
