@@ -73,7 +73,8 @@ class _Work:
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
     """run_id: of the versions. lag: how many steps older than asked for the weights of a response may be. mixed:
-    whether weights may change within a response. sync_seconds: that a server may take to load weights."""
+    whether weights may change within a response. sync_seconds: that a server may take to load weights. longest: tokens
+    of a prompt and its response. sleeps: servers are on the trainer's GPUs."""
 
     run_id: str
     lag: int
@@ -86,7 +87,7 @@ class VllmSettings:
 class VllmEngine:
     """An engine whose responses are drawn by vLLM servers.
 
-    pool: made by `make_pool` and entered, on the ranks that ask; None elsewhere. publish: writes the weights after so
+    pool: on the ranks that ask (`asks`); None elsewhere. publish: writes the weights after so
     many steps for the servers. forget: removes older ones. Both are collective. ledger: as pool.
     """
 

@@ -24,6 +24,7 @@ from megatron_powerflow.serving.server import Server, ServerError, Unreachable
 HEALTH_SECONDS = 2.0  # between two looks at the servers
 START_SECONDS = 1800.0  # that servers of the job may take until the first one answers: they load a model, and compile
 HEALTH_TRIES = 2  # without an answer in a row, before a server counts as hung
+FRESH = "default"  # what vLLM calls the weights that it was started with
 SHOWN_TROUBLE = 300  # characters of what went wrong with a server, in a message
 
 
@@ -93,7 +94,6 @@ class Pool:
         self._queue: deque[Ask] = deque()
         self._changed = threading.Condition()
         self._held, self._closed = True, False
-        self._num_waiting = 0  # prompts that are not answered yet
         self.bringing = threading.Lock()  # held by whoever gives a server weights
         self._broken: BaseException | None = None
         self._lost_since: float | None = time.monotonic()
@@ -300,6 +300,3 @@ class Pool:
             return server.weight_version() == FRESH
         except ServerError:
             return False
-
-
-FRESH = "default"  # what vLLM calls the weights that it was started with
