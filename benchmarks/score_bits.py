@@ -49,7 +49,7 @@ def scores(rollouts: list, plan, session) -> dict[int, Tensor]:
     from megatron_powerflow.training.score import score_reference
 
     found = {}
-    for batches in pack_updates(rollouts, plan, session):
+    for batches in pack_updates(rollouts, plan, session, 0):
         for batch in score_reference(session.reference, batches, session.scorer):
             for row, index in enumerate(batch.rollout_index.tolist()):
                 found[index] = batch.ref_log_probs[row][batch.loss_mask[row]].clone()

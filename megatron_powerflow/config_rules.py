@@ -203,12 +203,12 @@ def _about_servers(config: Config) -> list[str]:
     """What is wrong with the servers that sample, and with sampling ahead."""
     rollout, servers = config.rollout, config.rollout.vllm
     if not _has_servers(config):
-        return [
-            f"rollout.{key} has no effect because rollout.engine is not vllm: the live weights cannot sample and train "
-            "at a time; remove it"
-            for key in ("steps_ahead", "in_flight_updates")
-            if getattr(rollout, key)
-        ]
+        why = "rollout.engine is not vllm: the live weights cannot sample and train at a time"
+        if rollout.replay is not None:
+            why = "rollout.replay trains without an engine"
+        given = [f"rollout.{key}" for key in ("steps_ahead", "in_flight_updates") if getattr(rollout, key)]
+        given += ["rollout.engine=vllm"] if rollout.engine == "vllm" else []
+        return [f"{key} has no effect because {why}; remove it" for key in given]
     violations = []
     if (servers.urls is None) == (servers.start is None):
         both = "both are given" if servers.urls else "neither is given"

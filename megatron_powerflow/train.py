@@ -119,7 +119,7 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal,
     for step in range(progress.step, config.run.num_steps):
         if output.alarmed() or output.reached():
             break
-        with saved_without_servers(session, saver, progress):
+        with saved_without_servers(session, saver, output, progress):
             output.evaluate_if_due(step)
             prompts = stream.take(config.rollout.prompts_per_step)
             coming = prompts_ahead(plan, stream, step)
@@ -139,7 +139,8 @@ def run_steps(plan: Plan, session: Session, output: RunOutput, stop: StopSignal,
                 saver.save(session.trainable, progress, wait=last or stopping)
         if stopping and not last:
             raise stop.ending(step + 1)
-    output.evaluate_if_due(progress.step)
+    with saved_without_servers(session, saver, output, progress):
+        output.evaluate_if_due(progress.step)
     return progress
 
 
@@ -152,13 +153,14 @@ def prompts_ahead(plan: Plan, stream: PromptStream, step: int) -> list[list[Prom
 
 
 @contextmanager
-def saved_without_servers(session: Session, saver: Saver, progress: RunProgress) -> Iterator[None]:
+def saved_without_servers(session: Session, saver: Saver, output: RunOutput, progress: RunProgress) -> Iterator[None]:
     """Save the run as it was before this step where no server could be asked in it, and ask to be requeued."""
     try:
         yield
     except NoServer as error:
         if progress.step > session.progress.step:
-            saver.save(session.trainable, progress, wait=True)
+            with output.phase("checkpoint"):
+                saver.save(session.trainable, progress, wait=True)
         text = f"{error}; the run is saved after step {progress.step}, and the same command continues it"
         raise RequeueRequested(text, by="no server") from None
 

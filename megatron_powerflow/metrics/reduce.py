@@ -79,6 +79,7 @@ def reduce_trained(rows: np.ndarray, settings: ReductionSettings) -> dict[str, f
     every = {name: rows[:, column] for column, name in enumerate(ROLLOUT_COLUMNS)}
     kept = _kept_columns(every, settings)
     values = {"num_rollouts_trained": float(len(rows)), "num_rollouts_kept": every["kept"].sum()}
+    values |= _apart(every, "staleness", every["lag_max"] != 0) | _lag_metrics(every)
     if len(kept["kept"]):
         values |= _objective_metrics(kept, settings)
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}

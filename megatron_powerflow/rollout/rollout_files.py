@@ -230,6 +230,12 @@ def spans_hold(rollout: Rollout, step: int) -> bool:
     return end == len(rollout.response_token_ids)
 
 
+def within_lag(rollout: Rollout, step: int, lag: int, *, mixed: bool) -> bool:
+    """Whether a step may train on a rollout: by weights at most `lag` steps older, and of one version unless mixed."""
+    steps = {version for version, _, _ in rollout.weight_versions}
+    return (mixed or len(steps) <= 1) and all(step - version <= lag for version in steps)
+
+
 def group_line(group: Sequence[Rollout]) -> dict[str, Any]:
     assert all(rollout.prompt == group[0].prompt for rollout in group)
     return {

@@ -108,6 +108,7 @@ class VllmEngine:
         self.manifest: Manifest | None = None
         self._work: dict[tuple[int, int], _Work] = {}
         self._lock = threading.Lock()
+        self._is_asleep = False
         self.last_sync: SyncReport | None = None
         self.beat: Callable[[], None] = lambda: None
 
@@ -190,11 +191,15 @@ class VllmEngine:
 
     def _give_weights(self) -> None:
         """Give the servers the policy's weights, unless they have them. Collective over the run."""
-        if self.manifest is not None and self.manifest.step == self._step:
+        current = self.manifest is not None and self.manifest.step == self._step
+        if current and not self._is_asleep:
             return
         began = time.monotonic()
         self._hold()
-        manifest = self.manifest = self._publish(self._step)
+        if not current:
+            self.manifest = self._publish(self._step)
+        manifest, self._is_asleep = self.manifest, False
+        assert manifest is not None
         synced: dict[str, Sync] = {}
         failure = None
         if self._groups.is_main:
@@ -205,7 +210,7 @@ class VllmEngine:
             self._pool.set_up(urls)
             self._pool.release()
         self._forget()
-        if synced:
+        if synced and not current:
             self.last_sync = SyncReport(
                 time.monotonic() - began,
                 manifest.num_bytes,
@@ -327,14 +332,14 @@ class VllmEngine:
 
     def rest(self) -> None:
         """Put the servers to sleep where they share the trainer's GPUs. Collective over the run."""
-        if not self._settings.sleeps:
+        if not self._settings.sleeps or self._is_asleep:
             return
         self._hold()
         failure = attempt(self._put_to_sleep, ServerError) if self._groups.is_main else None
         raise_together(
             failure, lambda text: f"a vLLM server on the trainer's GPUs does not sleep ({text})", self._groups
         )
-        self.manifest = None  # they wake up for the next weights
+        self._is_asleep = True
 
     def _put_to_sleep(self) -> None:
         assert self._pool is not None

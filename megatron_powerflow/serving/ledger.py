@@ -27,9 +27,10 @@ from megatron_powerflow.checkpoint.folder import IN_HAND_NAME, LEDGER_NAME
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.journal import append_lines, cut_back, notes_of, read_journal
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
-from megatron_powerflow.rollout.rollout_files import group_line, is_broken, rollouts_of
+from megatron_powerflow.rollout.rollout_files import group_line, is_broken, rollouts_of, spans_hold, within_lag
 from megatron_powerflow.serving.answers import Answer, request_of
 
+LEDGER_FILE = re.compile(r"sampler_(\d{5,})\.jsonl")
 IN_HAND_FILE = re.compile(r"step_(\d{6,})\.sampler_\d{5,}\.jsonl")
 SHOWN = 5
 
@@ -37,26 +38,31 @@ SHOWN = 5
 class Ledger:
     """The ledger of one sampler.
 
-    vocab_size: token ids of groups that are read are below it. sampler: number of this sampler.
+    vocab_size: token ids of groups that are read are below it. sampler: number of this sampler. lag: how many steps
+    older than a step the weights of its responses may be. mixed: whether a response may be by several.
     """
 
-    def __init__(self, folder: Path, sampler: int, *, vocab_size: int) -> None:
+    def __init__(self, folder: Path, sampler: int, *, vocab_size: int, lag: int = 0, mixed: bool = False) -> None:
         self._ledger = folder / LEDGER_NAME / f"sampler_{sampler:05d}.jsonl"
         self._in_hand = folder / IN_HAND_NAME
-        self._sampler, self._vocab_size = sampler, vocab_size
+        self._sampler, self._vocab_size, self._lag, self._mixed = sampler, vocab_size, lag, mixed
 
-    def begin(self, first_step: int) -> None:
+    def begin(self, first_step: int, *, num_samplers: int) -> None:
         """Take back what a lost try noted of `first_step` and later: what it had in hand is noted again when it is
-        used. Raises OSError."""
+        used. The first sampler does so for those that there are no more. Raises OSError."""
         self._ledger.parent.mkdir(parents=True, exist_ok=True)
         self._in_hand.mkdir(parents=True, exist_ok=True)
-        if self._ledger.exists():
-            cut_back(self._ledger, first_step, ledger_line_violation)
+        for path in self._ledger.parent.glob("sampler_*.jsonl"):
+            match = LEDGER_FILE.fullmatch(path.name)
+            mine = match and (int(match[1]) == self._sampler or (self._sampler == 0 and int(match[1]) >= num_samplers))
+            if mine:
+                cut_back(path, first_step, ledger_line_violation)
 
     def found(self, asked: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> dict[int, tuple[Rollout, ...]]:
         """Return slot -> group of the prompts that an earlier try had in hand, and note that they are answered.
 
-        Only what was asked in the same words counts: prompt, seed, lengths, temperature, stop set. Raises OSError.
+        Only what was asked in the same words counts: prompt, seed, lengths, temperature, stop set; and what is by
+        weights that this start may train on. Raises OSError.
         """
         wanted = {slot: _digest(slot, prompt, sampling) for slot, prompt in asked}
         prompts = dict(asked)
@@ -68,12 +74,15 @@ class Ledger:
                 if type(slot) is not int or slot in found or wanted.get(slot) != line.get("digest"):
                     continue
                 group = self._group(line, prompts[slot])
-                if group is not None:
+                if group is not None and all(self._is_wanted(rollout, sampling.step) for rollout in group):
                     found[slot] = group
                     notes.append(_note(sampling.step, group, str(line.get("server", "")), in_hand=True))
         if notes:
             append_lines(self._ledger, notes)
         return found
+
+    def _is_wanted(self, rollout: Rollout, step: int) -> bool:
+        return spans_hold(rollout, step) and within_lag(rollout, step, self._lag, mixed=self._mixed)
 
     def _group(self, line: dict[str, Any], prompt: Prompt) -> tuple[Rollout, ...] | None:
         """The group of a line; None where it is damaged, or another prompt's."""
@@ -152,7 +161,8 @@ def ledger_report(run: Path, *, num_steps: int, prompts_per_step: int) -> list[s
                 counts[line["step"], line["slot"]] += 1
                 servers[str(line.get("server"))] += 1
                 num_tokens += line["tokens"] if type(line.get("tokens")) is int else 0
-    wanted = {(step, slot) for step in range(num_steps) for slot in range(prompts_per_step)}
+    served = {step for step, _ in counts}  # in others another engine sampled: rollout.engine may change at a start
+    wanted = {(step, slot) for step in served for slot in range(prompts_per_step)}
     twice = sorted(place for place, count in counts.items() if count > 1)
     for what, places in (("answered twice", twice), ("never answered", sorted(wanted - set(counts)))):
         if places:
@@ -162,6 +172,7 @@ def ledger_report(run: Path, *, num_steps: int, prompts_per_step: int) -> list[s
     if wrong:
         raise UserError(wrong)
     return [
-        f"ledger: {len(wanted):,} prompts of {num_steps} steps, each answered once; {num_tokens:,} tokens",
+        f"ledger: {len(wanted):,} prompts of {len(served)} steps, each answered once; {num_tokens:,} tokens",
+        *([f"        {num_steps - len(served)} steps have no line: not by servers"] if len(served) < num_steps else []),
         *(f"        {count:,} by {url}" for url, count in servers.most_common()),
     ]

@@ -42,6 +42,7 @@ def evaluate_held_out(
     sampling = replace(sampling, purpose=Purpose.HELD_OUT)
     mine = list(enumerate(plan.evaluation_prompts))[groups.sampler_rank :: groups.num_samplers]
     rollouts = every_rollout(session.engine.generate(mine, sampling, progress), groups)
+    session.engine.rest()  # the base is scored on the same devices
     reference = reference_sequence_log_probs(rollouts, plan, session)
     return evaluation_line(rollouts, reference, plan, step) if groups.is_main else None
 

@@ -62,8 +62,14 @@ def with_servers(plan: Plan, session: Session, say: Callable[[str], None]) -> Se
         return session
     groups, step, ledger = session.groups, session.progress.step, None
     if asks(groups):
-        ledger = Ledger(plan.run_folder, groups.sampler_rank, vocab_size=plan.architecture.vocab_size)
-        ledger.begin(step)
+        ledger = Ledger(
+            plan.run_folder,
+            groups.sampler_rank,
+            vocab_size=plan.architecture.vocab_size,
+            lag=plan.config.rollout.steps_ahead,
+            mixed=plan.config.rollout.in_flight_updates,
+        )
+        ledger.begin(step, num_samplers=groups.num_samplers)
 
     def forget() -> None:
         """Remove answers that a checkpoint has learnt from; a start may go back behind one that is being written."""

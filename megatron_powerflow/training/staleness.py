@@ -96,7 +96,14 @@ def is_own_run(config: Config, replay_from: Path, *, revisions: Mapping[str, str
         return False
     before = inputs.revisions if inputs else {}
     moved = {name for name, revision in (revisions or {}).items() if before.get(name, revision) != revision}
-    return all(name.startswith("datasets/") for name in moved) and _trains(theirs) == _trains(config)
+    if any(not name.startswith("datasets/") for name in moved) or _trains(theirs) != _trains(config):
+        return False
+    return not _holds_older_weights(replay_from)  # rollout.steps_ahead may have changed on the way
+
+
+def _holds_older_weights(folder: Path) -> bool:
+    """Whether any saved response is by other weights than those of its step, which its line then says."""
+    return any(b'"weight_versions"' in path.read_bytes() for path in folder.glob("step_*.jsonl"))
 
 
 def _trains(config: Config) -> dict:
@@ -138,7 +145,8 @@ def _weight_words(config: Config, sampled_by: SampledBy) -> str:
     if config.rollout.buffer_steps:
         return (
             f"w is of the policy at the start of the step, ratio {objective.ratio}; the rollouts of the last "
-            f"{config.rollout.buffer_steps} steps, by earlier policies, weigh as much as the step's own"
+            f"{config.rollout.buffer_steps} steps, by earlier policies, weigh "
+            + ("by v, below" if objective.sampler_ratio != "none" else "as much as the step's own")
         )
     if sampled_by is SampledBy.OWN and not several:
         return "w = 1: each update is of rollouts by the policy that it trains"
@@ -191,6 +199,9 @@ def _without_sampler_weight(objective: ObjectiveSection) -> str:
             f"{dropped}: no policy makes every residual 0 here, so where training ends depends on who sampled; set "
             "objective.sampler_ratio=seq, or keep the lag small"
         )
+    if objective.log_z == "scalar" or objective.truncated == "drop":
+        why = "log Z' of one number" if objective.log_z == "scalar" else "objective.truncated=drop"
+        return f"v is 1; with {why} where training ends depends on who sampled, with lag or without"
     return "v is 1: the optimum is the same, whoever sampled"
 
 

@@ -19,7 +19,13 @@ from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import attempt, broadcast_object, raise_together
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import ProgressCallback
-from megatron_powerflow.rollout.rollout_files import ROLLOUTS_NAME, read_rollouts, step_file, write_rollouts
+from megatron_powerflow.rollout.rollout_files import (
+    ROLLOUTS_NAME,
+    read_rollouts,
+    step_file,
+    within_lag,
+    write_rollouts,
+)
 from megatron_powerflow.training.plan import Plan
 from megatron_powerflow.training.rollout_exchange import over_samplers, to_main
 from megatron_powerflow.training.session import Session
@@ -44,7 +50,7 @@ def step_rollouts(
     saved = (
         plan.config.rollout.save and not plan.serves
     )  # servers' answers are in hand as they come (serving/ledger.py)
-    if saved and broadcast_object(groups.is_main and _holds(own_file, prompts, plan), groups):
+    if saved and broadcast_object(groups.is_main and _holds(own_file, prompts, plan, step), groups):
         return _share(read_rollouts(own_file, plan.architecture.vocab_size), plan, groups)
     share = _share_to_sample(prompts, plan, groups)
     asked = share or plan.serves  # of servers all ask together
@@ -80,7 +86,7 @@ def _share(rollouts: Sequence[Rollout], plan: Plan, groups: Groups) -> list[Roll
     return [rollout for rollout in rollouts if rollout.slot in slots]
 
 
-def _holds(path: Path, prompts: Sequence[Prompt], plan: Plan) -> bool:
+def _holds(path: Path, prompts: Sequence[Prompt], plan: Plan, step: int) -> bool:
     """Whether a try that broke off has saved this step's rollouts: whole, and of these prompts."""
     if not path.is_file():
         return False
@@ -89,7 +95,8 @@ def _holds(path: Path, prompts: Sequence[Prompt], plan: Plan) -> bool:
     except UserError:
         return False  # sampled and written anew
     size = plan.config.rollout.responses_per_prompt
-    return [rollout.prompt for rollout in rollouts] == [prompt for prompt in prompts for _ in range(size)]
+    ours = [rollout.prompt for rollout in rollouts] == [prompt for prompt in prompts for _ in range(size)]
+    return ours and all(within_lag(rollout, step, plan.config.rollout.steps_ahead, mixed=False) for rollout in rollouts)
 
 
 def _save(path: Path, rollouts: Sequence[Rollout], plan: Plan, groups: Groups, step: int) -> None:

@@ -48,7 +48,7 @@ def trained_in_one_go(model: Path, prompts: Path, out: Path, num_steps: int) -> 
                 own = step_rollouts(plan, session, taken, sampling_of_step(plan, num_steps - 1))
                 both = [replace(r, slot=2 * r.slot + age) for age, part in enumerate((own, before)) for r in part]
                 both.sort(key=lambda rollout: (rollout.slot, rollout.response_index))
-                rows = learn(plan, session, pack_updates(both, plan, session), num_steps - 1).rows
+                rows = learn(plan, session, pack_updates(both, plan, session, num_steps - 1), num_steps - 1).rows
             else:
                 rows = result.trained_rows
             losses.append(rows[:, ROLLOUT_COLUMNS.index("loss_term")].tolist())

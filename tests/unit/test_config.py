@@ -182,6 +182,7 @@ def value_of(config: Config, key: str):
         (["rollout.engine=vllm"], "neither is given"),
         ([*SERVED, "rollout.vllm.start=2"], "both are given"),
         (["rollout.steps_ahead=1"], "rollout.steps_ahead has no effect because rollout.engine is not vllm"),
+        (["rollout.engine=vllm", "rollout.replay=x"], "rollout.engine=vllm has no effect because rollout.replay"),
         ([*SERVED, "rollout.in_flight_updates=true"], "because rollout.steps_ahead=0"),
         ([*STARTED, "rollout.vllm.sleeps=true", "rollout.steps_ahead=1"], "answers nothing"),
         ([*SERVED, "rollout.vllm.dtpye=x"], "unknown key; did you mean dtype? known: urls, start"),

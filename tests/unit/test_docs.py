@@ -30,6 +30,7 @@ from megatron_powerflow.metrics.throughput import throughput
 from megatron_powerflow.objective.presets import PRESETS
 from megatron_powerflow.records import ROLLOUT_COLUMNS
 from megatron_powerflow.serving.engine import SyncReport
+from megatron_powerflow.training.resume import CHANGEABLE
 from tests.conftest import REPOSITORY
 from tests.documents import Command, anchors, blocks, commands, links, pages, prose, spans
 from tools import make_docs
@@ -357,6 +358,12 @@ def test_every_number_of_a_step_is_described_and_none_is_made_up():
     found |= {f"alarm_{name}" for name in ALARMS}
     found |= SyncReport(1.0, 1, 2, 0.0, 0.0, 1).metrics().keys()
     assert set().union(*documented("metrics.jsonl").values()) == found
+
+
+def test_the_page_names_every_key_that_may_change_when_a_run_goes_on():
+    text = (REPOSITORY / "docs" / "pages" / "reliability.md").read_text(encoding="utf-8")
+    section = text[text.index("## What may change") :].partition("What has changed")[0]
+    assert set(re.findall(r"`([\w.]+)`", section)) == CHANGEABLE
 
 
 def test_every_number_of_an_evaluation_is_described():

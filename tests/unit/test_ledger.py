@@ -29,16 +29,16 @@ def take(ledger: Ledger, slot: int, step: int, server: str = "http://a:1") -> No
 
 @pytest.fixture
 def ledger(tmp_path) -> Ledger:
-    ledger = Ledger(tmp_path, 0, vocab_size=10)
-    ledger.begin(0)
+    ledger = Ledger(tmp_path, 0, vocab_size=10, lag=9)
+    ledger.begin(0, num_samplers=1)
     return ledger
 
 
 def test_what_was_answered_is_found_again_and_not_asked_again(ledger, tmp_path):
     take(ledger, 0, 5)
     take(ledger, 2, 5)
-    again = Ledger(tmp_path, 0, vocab_size=10)  # the run was killed, and goes on at step 5
-    again.begin(5)
+    again = Ledger(tmp_path, 0, vocab_size=10, lag=9)  # the run was killed, and goes on at step 5
+    again.begin(5, num_samplers=1)
     found = again.found(PROMPTS, sampling(5))
     assert found == {0: tuple(group(0, PROMPTS[0][1])), 2: tuple(group(2, PROMPTS[2][1]))}
     take(again, 1, 5)
@@ -50,7 +50,7 @@ def test_what_was_answered_is_found_again_and_not_asked_again(ledger, tmp_path):
 
 def test_another_number_of_samplers_finds_it_too(ledger, tmp_path):
     take(ledger, 1, 0)
-    other = Ledger(tmp_path, 7, vocab_size=10)
+    other = Ledger(tmp_path, 7, vocab_size=10, lag=9)
     assert other.found(PROMPTS[1:], sampling(0)).keys() == {1}
 
 
@@ -61,6 +61,43 @@ def test_what_was_asked_otherwise_is_asked_anew(ledger, changed):
     take(ledger, 0, 0)
     assert not ledger.found(PROMPTS, sampling(0, **changed))
     assert ledger.found(PROMPTS, sampling(0)).keys() == {0}
+
+
+def test_what_is_by_older_weights_than_this_start_takes_is_asked_anew(ledger, tmp_path):
+    """rollout.steps_ahead was lowered in between: the groups of step 5 are by the weights of step 0."""
+    take(ledger, 0, 5)
+    assert ledger.found(PROMPTS, sampling(5)).keys() == {0}
+    assert not Ledger(tmp_path, 0, vocab_size=10, lag=4).found(PROMPTS, sampling(5))
+
+
+def test_mixed_responses_are_asked_anew_where_no_weights_may_change_in_one(ledger, tmp_path):
+    prompt = PROMPTS[0][1]
+    rollouts = [replace(rollout, weight_versions=((4, 0, 1), (5, 1, 2))) for rollout in group(0, prompt)]
+    ledger.take(Answer(0, tuple(rollouts), ()), rollouts, sampling(5), "http://a:1")
+    assert not ledger.found(PROMPTS, sampling(5))
+    assert Ledger(tmp_path, 0, vocab_size=10, lag=9, mixed=True).found(PROMPTS, sampling(5)).keys() == {0}
+
+
+def test_fewer_samplers_take_back_what_the_others_noted(tmp_path):
+    for sampler in range(2):
+        ledger = Ledger(tmp_path, sampler, vocab_size=10, lag=9)
+        ledger.begin(0, num_samplers=2)
+        take(ledger, sampler, 0)
+        take(ledger, sampler, 1)
+    one = Ledger(tmp_path, 0, vocab_size=10, lag=9)  # goes on at step 1
+    one.begin(1, num_samplers=1)
+    assert one.found(PROMPTS[:2], sampling(1)).keys() == {0, 1}
+    assert ledger_report(tmp_path, num_steps=2, prompts_per_step=2)[0].startswith("ledger: 4 prompts of 2 steps")
+
+
+def test_steps_that_no_server_sampled_are_named_and_no_fault(ledger, tmp_path):
+    for slot in range(3):
+        take(ledger, slot, 2)
+    said = ledger_report(tmp_path, num_steps=3, prompts_per_step=3)
+    assert said[:2] == ["ledger: 3 prompts of 1 steps, each answered once; 12 tokens", SILENT]
+
+
+SILENT = "        2 steps have no line: not by servers"
 
 
 def test_another_prompt_in_the_same_slot_is_asked(ledger):
