@@ -21,5 +21,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #SBATCH --signal=B:USR1@900
+servers=0 defaults=()
 recipe=llama31_70b
 source "${SLURM_SUBMIT_DIR:?submit this with sbatch}/examples/slurm_job.sh"

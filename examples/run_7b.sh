@@ -25,5 +25,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #SBATCH --signal=B:USR1@300
+servers=0 defaults=()
 recipe=qwen25_math_7b
 source "${SLURM_SUBMIT_DIR:?submit this with sbatch}/examples/slurm_job.sh"

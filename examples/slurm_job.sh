@@ -7,7 +7,8 @@
 #   --launcher torchrun|srun       one torchrun per node (default), or one task of srun per GPU
 #   --preflight SECONDS|off        for which a node may be late when the nodes are tried before (default 120)
 #   --servers NODES                the last so many nodes of the job run vLLM servers that sample, one for each
-#                                  rollout.vllm.tp GPUs (one on a node without GPUs); the others train. colocated:
+#                                  rollout.vllm.tp GPUs, as it stands behind the script (one on a node without GPUs);
+#                                  the others train. colocated:
 #                                  on the GPUs of every node, asleep while it trains
 #
 # How it ends: 0 the run is finished; 2 refused, and said why: not put back; put back into the queue when it was asked to
@@ -131,7 +132,9 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800  # seconds between SIGTERM to torchru
 
 if [ "$serving" -gt 0 ]; then  # in the background, and started anew by themselves; they end with the job
     srun --overlap --nodes="$serving" --relative="$first_server_node" --ntasks=$(( serving * per_server_node )) \
-        --ntasks-per-node="$per_server_node" --cpu-bind=none "${container[@]}" bash -c 'exec "$0" -m megatron_powerflow.cli serve "$@" --number "$SLURM_LOCALID"' \
+        --ntasks-per-node="$per_server_node" --cpu-bind=none --wait=0 --kill-on-bad-exit=0 "${container[@]}" \
+        bash -c 'host=$(scontrol show node "$SLURMD_NODENAME" | grep -o "NodeAddr=[^ ]*" | head -n 1 | cut -d= -f2)
+            exec "$0" -m megatron_powerflow.cli serve "$@" --number "$SLURM_LOCALID" --host "${host:-$SLURMD_NODENAME}"' \
         "$python" "$config" "$@" &
     server_step=$!
     trap 'kill "$server_step" 2>/dev/null || true' EXIT
@@ -159,6 +162,10 @@ wait "$step" || code=$?
 outcome=0
 said=$(powerflow outcome "$config" "$@") || outcome=$?  # srun and torchrun make 1 of every exit code
 echo "$said"
+if [ "$outcome" -eq 75 ] && [ "$serving" -gt 0 ] && [ "$asked" = no ] && [ "${said##*$'\n'}" = "${before##*$'\n'}" ]; then
+    echo "no step was made, and nobody asked to stop: not put back; RUN/servers/*.log says what became of the servers"
+    exit 75
+fi
 [ "$outcome" -ne 75 ] || requeue "stopped with its state saved"
 if [ "$outcome" -eq 1 ] && [ "${said##*$'\n'}" != "${before##*$'\n'}" ]; then
     requeue "failed, behind a new checkpoint"

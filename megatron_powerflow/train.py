@@ -64,7 +64,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "", en
         with announced(f"loading {plan.config.model.hf_path}", console if groups.is_main else None):
             session = with_servers(plan, build_session(plan, groups), console.print)
             end.loaded(session.trainable.chunks)
-            session.engine.show_life(end.pulse.beat)
+            session.engine.show_life(end.pulse.beat, lambda: end.signals.asked is not None)
         on_main(lambda: note_start(plan, groups, command, session.progress.step), groups)
         with (
             closing(session.engine),

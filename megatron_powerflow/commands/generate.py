@@ -39,6 +39,8 @@ def generate_file(
     when `out` may not be written, or as `load_generation_prompts` does.
     """
     require(output_refusals(out, *BY_GENERATE))
+    if greedy and num_responses > 1 and opened.config.rollout.engine == "vllm":
+        raise UserError(f"--greedy with --num-responses {num_responses}: all would be one response; vLLM refuses it")
     loaded_prompts = load_generation_prompts(opened, prompts, launch, console)
     temperature = 0.0 if greedy else opened.config.rollout.temperature
     sampling = sampling_of_answers(opened, responses_per_prompt=num_responses, temperature=temperature)

@@ -47,8 +47,9 @@ class Engine(Protocol):
         """Return metrics of the last step, by name; they count on the main rank."""
         ...
 
-    def show_life(self, beat: Callable[[], None]) -> None:
-        """Call `beat` now and then while it works, where no pass through the model shows that."""
+    def show_life(self, beat: Callable[[], None], stop_asked: Callable[[], bool]) -> None:
+        """Call `beat` now and then while it works, where no pass through the model shows that. stop_asked: whether the
+        run was asked to stop, so that waiting for somebody else has no sense any more."""
         ...
 
     def close(self) -> None:

@@ -113,7 +113,7 @@ class MegatronEngine:
         """Return nothing beside what rollouts say themselves."""
         return {}
 
-    def show_life(self, beat: Callable[[], None]) -> None:
+    def show_life(self, beat: Callable[[], None], stop_asked: Callable[[], bool]) -> None:
         """Do nothing: each pass through the model shows it."""
 
     def close(self) -> None:

@@ -51,7 +51,9 @@ def read_announcements(run: Path) -> dict[str, Announcement]:
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         if not NAME.fullmatch(path.stem):
             continue
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, UserError, RecursionError):
+        with contextlib.suppress(
+            OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, UserError, RecursionError
+        ):
             with ordinary(path).open("rb") as file:
                 values = json.loads(file.read(MAX_BYTES))
             found[path.stem] = Announcement(require_url(values["url"]), str(values["started"]), int(values["pid"]))

@@ -15,13 +15,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_powerflow.data.rollout_arrays import from_bytes, to_bytes
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.parallel.device_memory import give_back
 from megatron_powerflow.parallel.exchange import exchange
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import attempt, broadcast_object, highest, raise_together
@@ -32,7 +34,7 @@ from megatron_powerflow.serving.ledger import Ledger
 from megatron_powerflow.serving.manifest import Manifest, step_of
 from megatron_powerflow.serving.pool import Ask, NoServer, Pool, UnwantedVersion
 from megatron_powerflow.serving.server import Server, ServerError, Unreachable
-from megatron_powerflow.serving.weight_sync import Sync, bring, require_room, sleep, wake
+from megatron_powerflow.serving.weight_sync import UNPROVED, Sync, bring, require_room, sleep, wake
 
 POLL_SECONDS = 0.02  # between two meetings of the ranks while they wait, at first; up to SLOW_POLL_SECONDS
 SLOW_POLL_SECONDS = 0.5
@@ -87,8 +89,8 @@ class VllmSettings:
 class VllmEngine:
     """An engine whose responses are drawn by vLLM servers.
 
-    pool: on the ranks that ask (`asks`); None elsewhere. publish: writes the weights after so
-    many steps for the servers. forget: removes older ones. Both are collective. ledger: as pool.
+    pool: on the ranks that ask (`asks`); None elsewhere. publish: writes the weights after so many steps for the
+    servers. forget: removes older ones. Both are collective. clean: removes all, at the end. ledger: as pool.
     """
 
     def __init__(
@@ -100,10 +102,11 @@ class VllmEngine:
         *,
         publish: Callable[[int], Manifest],
         forget: Callable[[], None],
+        clean: Callable[[], None] = lambda: None,
         first_step: int,
     ) -> None:
         self._groups, self._pool, self._ledger, self._settings = groups, pool, ledger, settings
-        self._publish, self._forget = publish, forget
+        self._publish, self._forget, self._clean = publish, forget, clean
         self._step = first_step
         self.manifest: Manifest | None = None
         self._work: dict[tuple[int, int], _Work] = {}
@@ -111,10 +114,12 @@ class VllmEngine:
         self._is_asleep = False
         self.last_sync: SyncReport | None = None
         self.beat: Callable[[], None] = lambda: None
+        self._stop_asked: Callable[[], bool] = lambda: False
 
-    def show_life(self, beat: Callable[[], None]) -> None:
-        """Call `beat` while it waits for servers, which no pass through the model shows."""
-        self.beat = beat
+    def show_life(self, beat: Callable[[], None], stop_asked: Callable[[], bool]) -> None:
+        """Call `beat` while it waits for servers, which no pass through the model shows; wait for none any more once
+        the run was asked to stop."""
+        self.beat, self._stop_asked = beat, stop_asked
 
     def new_weights(self, step: int) -> None:
         """Note that the policy is now that after `step` steps."""
@@ -138,6 +143,8 @@ class VllmEngine:
         """Ask for responses without waiting for them, unless that was done. Collective over the run."""
         key = (sampling.purpose, sampling.step)
         if key in self._work:
+            if self._settings.mixed:  # what is under way goes on with the new weights
+                self._give_weights()
             return
         self._give_weights()
         work = self._work[key] = _Work(len(prompts), {})
@@ -173,7 +180,10 @@ class VllmEngine:
 
     def _versions(self, spans, url: str, sampling: SamplingParams) -> tuple[tuple[int, int, int], ...]:
         """The steps of the weights that wrote a response, by span. Raises UnwantedVersion."""
-        found = [(step_of(span.version, self._settings.run_id), span.start, span.end) for span in spans]
+        end = UNPROVED if self._settings.mixed else ""  # what was under way goes on while the weights are proved
+        found = [
+            (step_of(span.version.removesuffix(end), self._settings.run_id), span.start, span.end) for span in spans
+        ]
         foreign = [span.version for span, (step, _, _) in zip(spans, found, strict=True) if step is None]
         if foreign:
             raise UnwantedVersion(f"{url}: a response by the weights {foreign[0]!r}, which are not this run's: dropped")
@@ -185,6 +195,8 @@ class VllmEngine:
                 f"{url}: a response for step {sampling.step} by the weights of step {min(steps)}; at most "
                 f"{self._settings.lag} older is wanted: dropped"
             )
+        if sampling.purpose != Purpose.ROLLOUTS and (self.manifest is None or set(steps) != {self.manifest.step}):
+            raise UnwantedVersion(f"{url}: an answer by the weights of steps {sorted(set(steps))}, not the policy's")
         if sampling.purpose != Purpose.ROLLOUTS or set(steps) == {sampling.step}:
             return ()  # of its step, which goes without saying
         return tuple((step, start, end) for (step, start, end) in found if step is not None)
@@ -198,6 +210,8 @@ class VllmEngine:
         self._hold()
         if not current:
             self.manifest = self._publish(self._step)
+        if self._settings.sleeps:
+            give_back(self._groups.device)
         manifest, self._is_asleep = self.manifest, False
         assert manifest is not None
         synced: dict[str, Sync] = {}
@@ -235,11 +249,12 @@ class VllmEngine:
         """
         assert self._pool is not None and self.manifest is not None
         manifest, pool = self.manifest, self._pool
-        servers = pool.known()
-        with pool.bringing, ThreadPoolExecutor(max(len(servers), 1)) as executor:
-            tries = {server.url: executor.submit(self._bring, server, manifest) for server in servers}
-            while wait(tries.values(), timeout=SLOW_POLL_SECONDS).not_done:
-                self.beat()
+        while not pool.bringing.acquire(timeout=SLOW_POLL_SECONDS):  # a server that came back is given the last ones
+            self.beat()
+        try:
+            tries = self._on_all(pool.known(), lambda server: self._bring(server, manifest))
+        finally:
+            pool.bringing.release()
         synced = {}
         for url, future in tries.items():
             error = future.exception()
@@ -250,6 +265,14 @@ class VllmEngine:
             else:
                 raise error
         return synced
+
+    def _on_all(self, servers: Sequence[Server], call: Callable[[Server], Any]) -> dict[str, Future]:
+        """Call something for every server at the same time; return address -> what came of it, all done."""
+        with ThreadPoolExecutor(max(len(servers), 1)) as executor:
+            tries = {server.url: executor.submit(call, server) for server in servers}
+            while wait(tries.values(), timeout=SLOW_POLL_SECONDS).not_done:
+                self.beat()
+        return tries
 
     def _bring(self, server: Server, manifest: Manifest) -> Sync:
         require_room(server, self._settings.longest)
@@ -279,7 +302,7 @@ class VllmEngine:
                 return True
             work = self._work[key]
             if progress is not None:
-                size = size or max((len(group) for group in work.groups.values()), default=None)
+                size = size or max((len(group) for group in list(work.groups.values())), default=None)
                 progress(len(work.groups) * (size or 1), work.total * (size or 1))
             return len(work.groups) == work.total
 
@@ -298,9 +321,9 @@ class VllmEngine:
             try:
                 if self._pool is not None:
                     self._pool.require_sound()
-                if needs is not None:
-                    needs.require_some()
                 state = DONE if is_done() else WORKING
+                if needs is not None and state == WORKING:
+                    needs.require_some(at_once=self._stop_asked())
             except (NoServer, UserError, OSError) as error:
                 failure, state = error, FAILED
             lowest = -highest(-state, self._groups)
@@ -342,9 +365,14 @@ class VllmEngine:
         self._is_asleep = True
 
     def _put_to_sleep(self) -> None:
+        """Every server that answers; one that is gone holds nothing. For the main rank. Raises ServerError."""
         assert self._pool is not None
-        for server in self._pool.known():
-            sleep(server)
+        for url, future in self._on_all(self._pool.known(), sleep).items():
+            error = future.exception()
+            if isinstance(error, Unreachable):
+                self._pool.lose(url, str(error), for_good=False)
+            elif error is not None:
+                raise error
 
     def metrics(self) -> dict[str, float]:
         """Return what the update of the servers before the last step came to, on the main rank; {} elsewhere."""
@@ -355,6 +383,7 @@ class VllmEngine:
         """End the threads."""
         if self._pool is not None:
             self._pool.close()
+        self._clean()
 
 
 def asks(groups: Groups) -> bool:

@@ -74,7 +74,9 @@ class Ledger:
                 if type(slot) is not int or slot in found or wanted.get(slot) != line.get("digest"):
                     continue
                 group = self._group(line, prompts[slot])
-                if group is not None and all(self._is_wanted(rollout, sampling.step) for rollout in group):
+                places = [(rollout.slot, rollout.response_index) for rollout in group or ()]
+                whole = places == [(slot, index) for index in range(sampling.responses_per_prompt)]
+                if group and whole and all(self._is_wanted(rollout, sampling.step) for rollout in group):
                     found[slot] = group
                     notes.append(_note(sampling.step, group, str(line.get("server", "")), in_hand=True))
         if notes:
@@ -110,7 +112,7 @@ class Ledger:
         """Remove the groups of steps before one that a checkpoint holds. Of this sampler's number or any other's."""
         for path in self._in_hand.glob("step_*.jsonl"):
             match = IN_HAND_FILE.fullmatch(path.name)
-            if match and int(match[1]) < before_step:
+            if match and int(match[1]) < before_step and path.is_file() and not path.is_symlink():
                 path.unlink(missing_ok=True)
 
 

@@ -13,16 +13,19 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Prompt, SamplingParams
 from megatron_powerflow.serving.answers import MODEL, ROUTE, Answer, read_answer, request_of
-from megatron_powerflow.serving.server import Server, ServerError, Unreachable
+from megatron_powerflow.serving.server import Refused, Server, ServerError, Unreachable
 
 HEALTH_SECONDS = 2.0  # between two looks at the servers
 START_SECONDS = 1800.0  # that servers of the job may take until the first one answers: they load a model, and compile
+RETRY_SECONDS = 10.0  # before weights are offered again to a server that did not take them
+REFUSALS = 4  # of one prompt, by whatever servers, before the run ends for it
 HEALTH_TRIES = 2  # without an answer in a row, before a server counts as hung
 FRESH = "default"  # what vLLM calls the weights that it was started with
 SHOWN_TROUBLE = 300  # characters of what went wrong with a server, in a message
@@ -46,12 +49,15 @@ class Ask:
     took: Callable[[Answer, str], None]  # the answer, and the address of who gave it; raises UnwantedVersion
 
 
+NOT_YET = "not asked yet"  # or not since the last weights: no trouble that anybody must hear of
+
+
 @dataclass
 class _Member:
     """A server and how it is. trouble: why it is not asked; "" while it is. for_good: until it was started anew."""
 
     server: Server
-    trouble: str = "not asked yet"
+    trouble: str = NOT_YET
     for_good: bool = False
     num_open: int = 0
     missed: int = 0
@@ -94,6 +100,7 @@ class Pool:
         self._queue: deque[Ask] = deque()
         self._changed = threading.Condition()
         self._held, self._closed = True, False
+        self._refused: Counter[tuple[int, SamplingParams]] = Counter()
         self.bringing = threading.Lock()  # held by whoever gives a server weights
         self._broken: BaseException | None = None
         self._lost_since: float | None = time.monotonic()
@@ -109,7 +116,7 @@ class Pool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for member in self._members.values():
+        for member in list(self._members.values()):
             member.server.drop()
 
     def ask(self, asks: Sequence[Ask], *, first: bool = False) -> None:
@@ -140,7 +147,7 @@ class Pool:
                 if url in urls:
                     member.trouble, member.for_good, member.missed = "", False, 0
                 elif not member.trouble:
-                    member.trouble = "has no new weights yet"
+                    member.trouble = NOT_YET
             self._lost_since = None if urls else self._lost_since or time.monotonic()
             self._was_up = self._was_up or bool(urls)
 
@@ -153,11 +160,12 @@ class Pool:
         if self._broken is not None:
             raise self._broken
 
-    def require_some(self) -> None:
-        """Raise NoServer where none could be asked for longer than is waited."""
+    def require_some(self, *, at_once: bool = False) -> None:
+        """Raise NoServer where none could be asked for longer than is waited; at_once: where there is none now."""
         with self._changed:
             since = self._lost_since
             limit = self._settings.wait_seconds if self._was_up else max(self._settings.wait_seconds, START_SECONDS)
+        limit = 0.0 if at_once else limit
         if since is None or self._held or time.monotonic() - since <= limit:
             return
         each = "; ".join(f"{url}: {trouble}" for url, trouble in self.troubles().items())
@@ -186,8 +194,9 @@ class Pool:
         why = why[:SHOWN_TROUBLE]
         with self._changed:
             member = self._members[url]
-            is_news = not member.trouble
-            member.trouble, asks_restart = member.trouble or why, for_good and not member.for_good
+            is_news = member.trouble in ("", NOT_YET)
+            member.trouble = why if is_news else member.trouble
+            asks_restart = for_good and not member.for_good
             member.for_good = member.for_good or for_good
             if not any(not other.trouble for other in self._members.values()):
                 self._lost_since = self._lost_since or time.monotonic()
@@ -196,7 +205,11 @@ class Pool:
             with contextlib.suppress(OSError):  # a disk that refuses that refuses the run's own files, too
                 self._restart(url)
         if is_news or asks_restart:
-            self._say(f"vLLM server {url} is left out: {why}")
+            self._tell(f"vLLM server {url} is left out: {why}")
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no fault of a server
+            self._say(text)
 
     def _take(self, member: _Member) -> Ask | None:
         """Wait for a prompt that this server may answer; None when the pool closes."""
@@ -213,16 +226,26 @@ class Pool:
         while (ask := self._take(member)) is not None:
             try:
                 self._answer(member.server, ask)
-            except ServerError as error:
+            except BaseException as error:
+                self._not_answered(member, ask, error)
+            finally:
                 with self._changed:
-                    self._queue.appendleft(ask)
-                mended = isinstance(error, Unreachable | UnwantedVersion)  # by waiting, or by its weights
-                self.lose(member.server.url, str(error), for_good=not mended)
-            except BaseException as error:  # a bug, or a full disk: for the main thread
-                self._broken = error
-            with self._changed:
-                member.num_open -= 1
-                self._changed.notify_all()
+                    member.num_open -= 1
+                    self._changed.notify_all()
+
+    def _not_answered(self, member: _Member, ask: Ask, error: BaseException) -> None:
+        """Put a prompt back for another server; for the main thread: a bug, a full disk, a prompt that none takes."""
+        if not isinstance(error, ServerError):
+            self._broken = error
+            return
+        with self._changed:
+            self._queue.appendleft(ask)
+            self._refused[ask.slot, ask.sampling] += isinstance(error, Refused)
+            refusals = self._refused[ask.slot, ask.sampling]
+        if refusals >= REFUSALS:
+            self._broken = UserError(f"prompt {ask.prompt.id} was refused {refusals} times, the last time by {error}")
+        mended = isinstance(error, Unreachable | UnwantedVersion)  # by waiting, or by its weights
+        self.lose(member.server.url, str(error), for_good=not mended)
 
     def _answer(self, server: Server, ask: Ask) -> None:
         body = request_of(ask.slot, ask.prompt, ask.sampling, MODEL)
@@ -236,10 +259,14 @@ class Pool:
         """A thread: are there new servers, do the old ones live, are lost ones back?"""
         while not self._closed:
             try:
-                for url in self._find():
+                there = self._find()
+                for url in there:
                     self._meet(url)
                 for member in list(self._members.values()):
-                    self._look_at(member)
+                    if member.server.url in there:
+                        self._look_at(member)
+                    elif not member.trouble:
+                        self.lose(member.server.url, "has ended, by what its announcement says", for_good=False)
             except BaseException as error:
                 self._broken = error
                 return
@@ -277,7 +304,9 @@ class Pool:
         except Unreachable as error:
             member.trouble = str(error)[:SHOWN_TROUBLE]
         except ServerError as error:
+            member.for_good = False  # it has been started anew since, or never had them: it is asked to be, once more
             self.lose(url, str(error), for_good=True)
+            time.sleep(RETRY_SECONDS)  # in this thread: the member is looked at again after that
         except BaseException as error:  # weights that are not the trainer's, or a bug: for the main thread
             self._broken = error
         finally:
@@ -292,7 +321,7 @@ class Pool:
                 member.trouble, member.for_good = "", False
                 self._lost_since, self._was_up = None, True
                 self._changed.notify_all()
-        self._say(f"vLLM server {member.server.url} answers")
+        self._tell(f"vLLM server {member.server.url} answers")
 
     def _is_fresh(self, server: Server) -> bool:
         """Whether a server that must be started anew was."""

@@ -52,7 +52,8 @@ def require_url(url: str) -> str:
             f"rollout.vllm.urls: {url!r} is no address of a vLLM server; http://host:port is needed, without user, "
             "path and ?; the server's control routes have no password, so it belongs into a private network"
         )
-    return f"http://{parts.hostname}:{parts.port}"
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"http://{host}:{parts.port}"
 
 
 class Server:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -44,7 +45,7 @@ class Supervisor:
     """
 
     def __init__(self, run: Path, command: ServerCommand, *, host: str, port: int, say: Callable[[str], None]) -> None:
-        self._run, self._command, self._say = run, command, say
+        self._run, self._command, self._say, self._port = run, command, say, port
         self._name, self._server = f"{host}-{port}", Server(f"http://{host}:{port}")
         self._log = run / SERVERS_NAME / f"{self._name}.log"
         self._ending = False
@@ -52,6 +53,7 @@ class Supervisor:
     def run(self) -> None:
         """Start the server, and again whenever it ends. Returns after SIGTERM or SIGINT. Raises UserError where it
         does not come to answer."""
+        self._require_port()
         self._log.parent.mkdir(parents=True, exist_ok=True)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
@@ -67,6 +69,18 @@ class Supervisor:
                 f"the vLLM server at {self._server.url} ended {failed} times before it answered; its last words, of "
                 f"{self._log}:\n{_tail(self._log)}\nits command: {self._command.text}"
             )
+
+    def _require_port(self) -> None:
+        """Raise UserError where somebody listens at the port: their answers would be taken for the server's."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", self._port))
+            except OSError as error:
+                raise UserError(
+                    f"port {self._port} of this machine cannot be listened at ({error.strerror}); end what listens "
+                    "there, or choose another rollout.vllm.port"
+                ) from None
 
     def _end(self, *_) -> None:
         self._ending = True

@@ -22,6 +22,7 @@ from megatron_powerflow.serving.manifest import Manifest
 from megatron_powerflow.serving.proof import Proof, prove
 from megatron_powerflow.serving.server import Garbage, Refused, Server, ServerError
 
+UNPROVED = "?"  # behind a version that a server has and has not proved: no other process takes it for one
 QUICK_SECONDS = 120.0  # for calls that only set something
 
 
@@ -46,7 +47,7 @@ def bring(server: Server, manifest: Manifest, *, seconds: float) -> Sync:
     did not take the weights, NotProved where it has them and computes something else.
     """
     began = time.monotonic()
-    has = server.weight_version()
+    has = server.weight_version().removesuffix(UNPROVED)
     only_changes = bool(manifest.changes) and has == manifest.changes[-1].base
     if has != manifest.version:
         try:
@@ -55,8 +56,11 @@ def bring(server: Server, manifest: Manifest, *, seconds: float) -> Sync:
             raise UpdateFailed(
                 f"{error}: it is to be started anew, with the command of `powerflow vllm-args`"
             ) from None
+    _go_on(server)  # also where the last try broke off in between
     took = time.monotonic() - began
-    return Sync(prove(server, manifest, seconds=seconds), took, only_changes)
+    proof = prove(server, manifest, seconds=seconds)
+    server.post("/update_weight_version", {"new_version": manifest.version}, seconds=QUICK_SECONDS)
+    return Sync(proof, took, only_changes)
 
 
 def _update(server: Server, manifest: Manifest, *, only_changes: bool, seconds: float) -> None:
@@ -72,7 +76,11 @@ def _update(server: Server, manifest: Manifest, *, only_changes: bool, seconds: 
     server.post("/init_weight_transfer_engine", {"init_info": {}}, seconds=QUICK_SECONDS)
     server.post("/start_weight_update", seconds=QUICK_SECONDS)
     server.post("/update_weights", {"update_info": update}, seconds=seconds)
-    server.post("/finish_weight_update", {"weight_version": manifest.version}, seconds=seconds)
+    server.post("/finish_weight_update", {"weight_version": manifest.version + UNPROVED}, seconds=seconds)
+
+
+def _go_on(server: Server) -> None:
+    """Empty the caches of older weights, and let the server answer again."""
     reply = server.post("/reset_prefix_cache?reset_running_requests=true", seconds=QUICK_SECONDS)
     if not (isinstance(reply, dict) and reply.get("success") is True):
         raise Refused(f"{server.url}: its prefix cache, which is the old weights', could not be emptied: {reply}")

@@ -1,7 +1,7 @@
 """How do the trainer's weights come onto a disk that the servers read? Tensor by tensor, under Hugging Face names.
 
-    RUN/weights/step_000012/            every tensor: each pipeline stage, and each holder of experts, writes its files
-    RUN/weights/step_000012.changes/    or only the bytes that differ from the version before
+    RUN/weights/START/step_000012/            all tensors: each pipeline stage, and each holder of experts, writes some
+    RUN/weights/START/step_000012.changes/    or only the bytes that differ from the version before
 
 The names are those of the converters (`hf/live_weights.py`), and no rank holds more than one gathered tensor at a
 time. For changes a rank that writes keeps what it wrote last in host memory: the weights of its stage once.
@@ -38,7 +38,10 @@ WORTH_A_WHOLE = 0.5  # of the whole, that changes may add up to before everythin
 
 
 class WeightWriter:
-    """Writes the versions of a run's weights into its folder. Every method is collective over the run."""
+    """Writes the versions of a run's weights into a folder. Every method but `close` is collective over the run.
+
+    folder: of this start of the run alone, made here; what is in it is removed again.
+    """
 
     def __init__(
         self,
@@ -107,6 +110,11 @@ class WeightWriter:
                     shutil.rmtree(path, ignore_errors=True)
 
         on_main(remove, self._groups)
+
+    def close(self) -> None:
+        """Remove the folder: no server needs it any more. On the main rank; nothing elsewhere."""
+        if self._groups.is_main:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def _writes(self) -> bool:

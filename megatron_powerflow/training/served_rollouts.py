@@ -8,6 +8,8 @@ Left out: the engine itself (`serving/engine.py`), who starts servers (`serving/
 
 from __future__ import annotations
 
+import re
+import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from megatron_powerflow.metrics.alarm_words import SAMPLER_GAP
 from megatron_powerflow.model.policy_model import PolicyModel
 from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.layout import Layout
-from megatron_powerflow.parallel.together import broadcast_object
+from megatron_powerflow.parallel.together import broadcast_object, on_main
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.serving.announcements import ask_restart, read_announcements
 from megatron_powerflow.serving.checks import weights_folder
@@ -37,6 +39,7 @@ from megatron_powerflow.training.score_rollouts import policy_token_log_probs
 from megatron_powerflow.training.session import Session
 
 PROBE_PROMPTS, PROBE_TOKENS = 8, 96
+FOLDER_PREFIX = "powerflow-"  # of the weights of one start of a run, within rollout.vllm.weights
 SYNC_SECONDS = 1200.0  # that a server may take to load a version of the weights
 
 
@@ -111,16 +114,18 @@ def served_engine(
     """
     config, servers = model.config, model.config.rollout.vllm
     as_changes = servers.transport == "changes"
-    writer = WeightWriter(model.weights, model.chunks, model.architecture, model.family, groups, as_changes=as_changes)
     texts, bound = probe_texts(prompts), config.alarm.sampler_gap or SAMPLER_GAP[config.precision.dtype]
     of_texts = replace(scorer, temperature=1.0)  # what a server says of given tokens knows no temperature
     # of this start alone: what a start before it gave a server may have been another course of the run
-    run_id = broadcast_object(f"{run_id}-{uuid.uuid4().hex[:8]}", groups)
+    start = broadcast_object(f"{run_id}-{uuid.uuid4().hex[:8]}", groups)
+    on_main(lambda: _remove_older_starts(model.weights, run_id), groups)
+    folder = model.weights / f"{FOLDER_PREFIX}{start}"
+    writer = WeightWriter(folder, model.chunks, model.architecture, model.family, groups, as_changes=as_changes)
 
     def publish(step: int) -> Manifest:
         log_probs = policy_token_log_probs(texts, config, model.layout, groups, model.chunks, of_texts)
         token_ids = tuple(text.prompt.token_ids + text.response_token_ids for text in texts)
-        return writer.write(version_of(run_id, step), step, Probe(token_ids, log_probs, bound))
+        return writer.write(version_of(start, step), step, Probe(token_ids, log_probs, bound))
 
     def tidy() -> None:
         writer.forget_older()
@@ -128,7 +133,7 @@ def served_engine(
 
     lag, mixed = config.rollout.steps_ahead, config.rollout.in_flight_updates
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    settings = VllmSettings(run_id, lag, mixed, sync_seconds=SYNC_SECONDS, longest=longest, sleeps=bool(servers.sleeps))
+    settings = VllmSettings(start, lag, mixed, sync_seconds=SYNC_SECONDS, longest=longest, sleeps=bool(servers.sleeps))
     run = Path(config.run.output_dir)
     pool = None
     if asks(groups):
@@ -136,13 +141,23 @@ def served_engine(
             lambda: addresses_of(config),
             _pool_settings(config, model.architecture.vocab_size),
             bring_up=lambda server: engine.bring_up(server),
-            restart=lambda url: groups.is_main and ask_restart(run, url),
+            restart=lambda url: ask_restart(run, url),
             say=say,
         )
-    engine = VllmEngine(groups, pool, ledger, settings, publish=publish, forget=tidy, first_step=first_step)
+    engine = VllmEngine(
+        groups, pool, ledger, settings, publish=publish, forget=tidy, clean=writer.close, first_step=first_step
+    )
     if pool is not None:
         pool.open()
     return engine
+
+
+def _remove_older_starts(weights: Path, run_id: str) -> None:
+    """Remove the weights that killed starts of this very run have left. The holder's of the run's folder."""
+    pattern = re.compile(re.escape(f"{FOLDER_PREFIX}{run_id}-") + "[0-9a-f]{8}")
+    for path in weights.iterdir() if weights.is_dir() else ():
+        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _pool_settings(config: Config, vocab_size: int) -> PoolSettings:

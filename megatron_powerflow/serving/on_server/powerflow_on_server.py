@@ -192,8 +192,8 @@ def compare(model: nn.Module, products: dict[str, Tensor], rows: dict[str, Tenso
             _try_product(layer, sources, f"{name}.weight" + (" (tied)" if sources != parts else ""), products, unlike)
             tried.update(sources)
         elif isinstance(layer, VocabParallelEmbedding) and parts[0] in rows:
-            wanted = rows[parts[0]]
-            _note(unlike, parts, layer(torch.arange(len(wanted))).float(), wanted, layer.weight.dtype)
+            wanted, places = rows[parts[0]], torch.arange(len(rows[parts[0]]), device=layer.weight.device)
+            _note(unlike, parts, layer(places).float(), wanted, layer.weight.dtype)
             tried.update(parts)
         elif isinstance(layer, LinearBase) and all(part in products for part in parts):
             _try_product(layer, parts, "", products, unlike)
@@ -211,11 +211,12 @@ def _try_product(layer: Any, sources: list[str], named: str, products: dict[str,
     wanted = torch.cat([products[source] for source in sources])
     dtype = layer.params_dtype if hasattr(layer, "params_dtype") else layer.weight.dtype
     size = getattr(layer, "input_size", None) or layer.embedding_dim
-    given = layer.quant_method.apply(layer, probe_vector(size).to(dtype)[None], None)[0].float()
+    given = layer.quant_method.apply(layer, probe_vector(size).to(layer.weight.device, dtype)[None], None)[0].float()
     _note(unlike, [named] if named else sources, given[: len(wanted)], wanted, dtype)
 
 
 def _note(unlike: list[str], names: list[str], given: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    given = given.cpu()
     bound = TOLERANCE.get(dtype, 0.1) * float(wanted.abs().max().clamp(min=1e-6))
     if given.shape != wanted.shape or not bool(((given - wanted).abs() <= bound).all()):
         unlike.extend(names)
