@@ -129,9 +129,7 @@ def test_a_split_job_trains_on_its_first_nodes_and_serves_on_its_last(settings, 
     assert done.returncode == 0, done.stderr
     assert "12 processes = tp 1 x cp 1 x pp 2 x dp 6" in done.stdout or "refused" in done.stdout, done.stdout
     serving, training = sorted(calls, key=lambda call: "cli serve" not in call)  # the one is in the background
-    assert serving.startswith(
-        "--overlap --nodes=2 --relative=3 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none "
-    )
+    assert serving.startswith("--overlap --nodes=2 --relative=3 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none ")
     assert "cli serve" in serving
     assert "rollout.vllm.start=2" in serving
     assert training.startswith("--nodes=3 --relative=0 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 ")
