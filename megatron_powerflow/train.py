@@ -71,6 +71,7 @@ def train(plan: Plan, launch: Launch, console: Console, *, command: str = "", en
             RunOutput(plan, session, console, events, end.pulse) as output,
             saver_of(plan, groups, console, events) as saver,
         ):
+            saver.remove_old(session.progress.step)
             limit = time_limit_of(plan.config.run, end.pulse, started=end.began) if groups.is_main else None
             stop = StopSignal(plan.run_folder, owner, groups, end.signals, end.pulse, limit, console)
             progress = run_steps(plan, session, output, stop, saver)

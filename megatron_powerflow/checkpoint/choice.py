@@ -100,6 +100,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def latest_of(run: Path) -> str:
+    """Return the name of the checkpoint that `latest` names, whether it is there or not; "" where it names none."""
+    return _named(run)[0]
+
+
 def _named(run: Path) -> tuple[str, str]:
     """The checkpoint that `latest` names, or nothing; and what is wrong with it, should that one not be there."""
     pointer = run / CHECKPOINTS_NAME / LATEST_NAME

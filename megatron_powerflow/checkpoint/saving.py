@@ -25,7 +25,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from megatron_powerflow.checkpoint.choice import flaw_of, is_sound, step_of
+from megatron_powerflow.checkpoint.choice import flaw_of, is_sound, latest_of, step_of
 from megatron_powerflow.checkpoint.contents import Sums, is_finite, sums_of
 from megatron_powerflow.checkpoint.digests import SUMS_NAME, digest_of, write_sums
 from megatron_powerflow.checkpoint.folder import (
@@ -54,7 +54,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.files import copy_companions
 from megatron_powerflow.model.log_z_head import LogZHead
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.together import any_rank, attempt, gather_to_main, raise_together
+from megatron_powerflow.parallel.together import any_rank, attempt, gather_to_main, on_main, raise_together
 from megatron_powerflow.whole_files import PARTIAL_SUFFIX, sync, write_file
 
 ROOM_BYTES = 2**18  # for what a save writes before its shards
@@ -119,6 +119,20 @@ class Saver:
     def is_pending(self) -> bool:
         """Whether a checkpoint is being written: the same on all ranks."""
         return self._pending is not None
+
+    def remove_old(self, step: int) -> None:
+        """Remove the checkpoints that a kill kept from being removed, after `latest` was written. Collective.
+
+        step: that this start continues from; nothing goes unless `latest` names it. Where the killed start had just
+        written its last checkpoint, no save of this one would remove them.
+        """
+
+        def remove() -> None:
+            newest = self._run / "checkpoints" / checkpoint_name(step)
+            if latest_of(self._run) == newest.name and newest.is_dir():
+                self._prune(newest)
+
+        on_main(remove, self._groups)
 
     def save(self, trainable: Trainable, progress: RunProgress, *, wait: bool) -> None:
         """Begin a checkpoint of this step. Collective; it finishes the one before first.

@@ -184,6 +184,15 @@ def test_a_run_that_diverges_keeps_its_good_checkpoints(gloo, config, tmp_path):
     assert launches[2]["first_step"] == 2
 
 
+def test_a_finished_run_that_was_killed_before_its_old_checkpoints_went_removes_them(gloo, config, tmp_path):
+    """As a kill leaves it: `latest` is the last step's, and the older ones have their names still."""
+    run = tmp_path / "run"
+    gloo.run(1, run_training, config, "run.num_steps=2", "run.export=false", "checkpoint.keep=null")
+    assert names(run) == ["latest", "step_000001", "step_000002"]
+    gloo.run(1, run_training, config, "run.num_steps=2", "run.export=false", "checkpoint.keep=1")
+    assert names(run) == ["latest", "step_000002"]
+
+
 def test_a_disk_that_is_full_while_training_goes_on_ends_the_run_at_the_next_step(gloo, config, tmp_path):
     with pytest.raises(RankFailed) as caught:
         gloo.run(2, run_with_slow_disk, 0.1, config, "parallel.tp=2", "run.num_steps=40", full_at="step_000002")

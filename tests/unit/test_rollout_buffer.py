@@ -30,5 +30,5 @@ def test_numbers_of_the_objective_are_of_all_that_was_trained_on():
     assert (values["num_rollouts"], values["num_rollouts_trained"], values["num_rollouts_kept"]) == (4, 8, 7)
     assert values["loss"] == (1 + 2 + 3 + 4 + 5 + 6 + 7) / 7
     assert values["response_length_mean"] == 5
-    trained_alone = {"num_rollouts_trained"}
+    trained_alone = {"num_rollouts_trained", "lag_mean", "lag_max", "mixed_versions"}
     assert reduce_trained(own, settings).keys() - reduce_rollouts(own, settings).keys() == trained_alone
