@@ -90,7 +90,7 @@ def command_of(
         "--enable-scale-out",
         "--enable-prefix-caching",
         *("--worker-extension-cls", WORKER),
-        *("--weight-transfer-config", json.dumps({"backend": "powerflow_folder"})),
+        *("--weight-transfer-config", json.dumps({"backend": "powerflow"})),
         *(["--enable-sleep-mode"] if servers.sleeps else []),
         *(servers.arguments or ()),
     ]

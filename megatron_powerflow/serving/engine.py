@@ -7,61 +7,31 @@ One rank of each sampler speaks to the servers, in threads; the others hear from
 that wrote it are this run's and not older than rollout.steps_ahead allows. While the main threads wait they meet every
 now and then, so that a lost server, a full disk or a bug ends all of them alike.
 
-Left out: HTTP (`server.py`), who answers (`pool.py`), files of weights (`weight_writer.py`), the proof (`proof.py`).
+Left out: HTTP (`server.py`), who answers (`pool.py`), who gets which weights (`weight_giving.py`), the meetings
+(`meeting.py`).
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_powerflow.data.rollout_arrays import from_bytes, to_bytes
-from megatron_powerflow.errors import UserError
-from megatron_powerflow.parallel.device_memory import give_back
 from megatron_powerflow.parallel.exchange import exchange
 from megatron_powerflow.parallel.groups import Groups
-from megatron_powerflow.parallel.together import attempt, broadcast_object, highest, raise_together
+from megatron_powerflow.parallel.together import attempt, raise_together
 from megatron_powerflow.records import Prompt, Purpose, Rollout, SamplingParams
 from megatron_powerflow.rollout.engine import ProgressCallback
 from megatron_powerflow.serving.answers import Answer
 from megatron_powerflow.serving.ledger import Ledger
-from megatron_powerflow.serving.manifest import Manifest, step_of
-from megatron_powerflow.serving.pool import Ask, NoServer, Pool, UnwantedVersion
-from megatron_powerflow.serving.server import Server, ServerError, Unreachable
-from megatron_powerflow.serving.weight_sync import UNPROVED, Sync, bring, require_room, sleep, wake
-
-POLL_SECONDS = 0.02  # between two meetings of the ranks while they wait, at first; up to SLOW_POLL_SECONDS
-SLOW_POLL_SECONDS = 0.5
-WORKING, DONE, FAILED = 0, 1, 2
-
-
-@dataclass(frozen=True, slots=True)
-class SyncReport:
-    """What the last update of all servers came to, on the main rank. seconds: of it all; the gaps are of the worst."""
-
-    seconds: float
-    num_bytes: int
-    whole_bytes: int
-    gap_mean: float
-    gap_max: float
-    num_servers: int
-
-    def metrics(self) -> dict[str, float]:
-        """Return it by the names of metrics.jsonl."""
-        return {
-            "sync_seconds": self.seconds,
-            "sync_bytes": float(self.num_bytes),
-            "sync_share": self.num_bytes / self.whole_bytes,
-            "sync_gap_mean": self.gap_mean,
-            "sync_gap_max": self.gap_max,
-            "num_servers": float(self.num_servers),
-        }
+from megatron_powerflow.serving.manifest import step_of
+from megatron_powerflow.serving.meeting import meet
+from megatron_powerflow.serving.pool import Ask, Pool, UnwantedVersion
+from megatron_powerflow.serving.weight_giving import WeightGiver
+from megatron_powerflow.serving.weight_sync import UNPROVED
 
 
 @dataclass
@@ -75,22 +45,18 @@ class _Work:
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
     """run_id: of the versions. lag: how many steps older than asked for the weights of a response may be. mixed:
-    whether weights may change within a response. sync_seconds: that a server may take to load weights. longest: tokens
-    of a prompt and its response. sleeps: servers are on the trainer's GPUs."""
+    whether weights may change within a response."""
 
     run_id: str
     lag: int
     mixed: bool
-    sync_seconds: float
-    longest: int
-    sleeps: bool = False
 
 
 class VllmEngine:
     """An engine whose responses are drawn by vLLM servers.
 
-    pool: on the ranks that ask (`asks`); None elsewhere. publish: writes the weights after so many steps for the
-    servers. forget: removes older ones. Both are collective. clean: removes all, at the end. ledger: as pool.
+    pool: on the ranks that ask (`asks`); None elsewhere. ledger: as pool. giver: of the weights. forget: called, on all
+    ranks, after servers were given new ones.
     """
 
     def __init__(
@@ -98,28 +64,23 @@ class VllmEngine:
         groups: Groups,
         pool: Pool | None,
         ledger: Ledger | None,
+        giver: WeightGiver,
         settings: VllmSettings,
         *,
-        publish: Callable[[int], Manifest],
-        forget: Callable[[], None],
-        clean: Callable[[], None] = lambda: None,
+        forget: Callable[[], None] = lambda: None,
         first_step: int,
     ) -> None:
-        self._groups, self._pool, self._ledger, self._settings = groups, pool, ledger, settings
-        self._publish, self._forget, self._clean = publish, forget, clean
+        self._groups, self._pool, self._ledger, self._giver = groups, pool, ledger, giver
+        self._settings, self._forget = settings, forget
         self._step = first_step
-        self.manifest: Manifest | None = None
         self._work: dict[tuple[int, int], _Work] = {}
         self._lock = threading.Lock()
-        self._is_asleep = False
-        self.last_sync: SyncReport | None = None
-        self.beat: Callable[[], None] = lambda: None
         self._stop_asked: Callable[[], bool] = lambda: False
 
     def show_life(self, beat: Callable[[], None], stop_asked: Callable[[], bool]) -> None:
         """Call `beat` while it waits for servers, which no pass through the model shows; wait for none any more once
         the run was asked to stop."""
-        self.beat, self._stop_asked = beat, stop_asked
+        self._giver.beat, self._stop_asked = beat, stop_asked
 
     def new_weights(self, step: int) -> None:
         """Note that the policy is now that after `step` steps."""
@@ -195,7 +156,8 @@ class VllmEngine:
                 f"{url}: a response for step {sampling.step} by the weights of step {min(steps)}; at most "
                 f"{self._settings.lag} older is wanted: dropped"
             )
-        if sampling.purpose != Purpose.ROLLOUTS and (self.manifest is None or set(steps) != {self.manifest.step}):
+        newest = self._giver.manifest
+        if sampling.purpose != Purpose.ROLLOUTS and (newest is None or set(steps) != {newest.step}):
             raise UnwantedVersion(f"{url}: an answer by the weights of steps {sorted(set(steps))}, not the policy's")
         if sampling.purpose != Purpose.ROLLOUTS or set(steps) == {sampling.step}:
             return ()  # of its step, which goes without saying
@@ -203,95 +165,17 @@ class VllmEngine:
 
     def _give_weights(self) -> None:
         """Give the servers the policy's weights, unless they have them. Collective over the run."""
-        current = self.manifest is not None and self.manifest.step == self._step
-        if current and not self._is_asleep:
-            return
-        began = time.monotonic()
-        self._hold()
-        if not current:
-            self.manifest = self._publish(self._step)
-        if self._settings.sleeps:
-            give_back(self._groups.device)
-        manifest, self._is_asleep = self.manifest, False
-        assert manifest is not None
-        synced: dict[str, Sync] = {}
-        failure = None
-        if self._groups.is_main:
-            failure = attempt(lambda: synced.update(self._bring_all()), UserError, ServerError)
-        raise_together(failure, str, self._groups)
-        urls = broadcast_object(sorted(synced), self._groups)
-        if self._pool is not None:
-            self._pool.set_up(urls)
-            self._pool.release()
-        self._forget()
-        if synced and not current:
-            self.last_sync = SyncReport(
-                time.monotonic() - began,
-                manifest.num_bytes,
-                manifest.whole_bytes,
-                max(sync.proof.gap_mean for sync in synced.values()),
-                max(sync.proof.gap_max for sync in synced.values()),
-                len(synced),
-            )
+        if not self._giver.is_current(self._step):
+            self._hold()
+            self._giver.give(self._step)
+            self._forget()
 
     def _hold(self) -> None:
         """Ask nothing more, and without in-flight updates wait for what is being answered. Collective."""
         if self._pool is not None:
             self._pool.hold()
-        if self._settings.mixed:
-            return
-        self._meet(lambda: self._pool is None or self._pool.num_open == 0, None)
-
-    def _bring_all(self) -> dict[str, Sync]:
-        """Give every server that answers the newest weights, at the same time. For the main rank.
-
-        A server that does not take them is left out; one that takes them and computes something else ends the run.
-        """
-        assert self._pool is not None and self.manifest is not None
-        manifest, pool = self.manifest, self._pool
-        while not pool.bringing.acquire(timeout=SLOW_POLL_SECONDS):  # a server that came back is given the last ones
-            self.beat()
-        try:
-            tries = self._on_all(pool.known(), lambda server: self._bring(server, manifest))
-        finally:
-            pool.bringing.release()
-        synced = {}
-        for url, future in tries.items():
-            error = future.exception()
-            if error is None:
-                synced[url] = future.result()
-            elif isinstance(error, ServerError):
-                pool.lose(url, str(error), for_good=not isinstance(error, Unreachable))
-            else:
-                raise error
-        return synced
-
-    def _on_all(self, servers: Sequence[Server], call: Callable[[Server], Any]) -> dict[str, Future]:
-        """Call something for every server at the same time; return address -> what came of it, all done."""
-        with ThreadPoolExecutor(max(len(servers), 1)) as executor:
-            tries = {server.url: executor.submit(call, server) for server in servers}
-            while wait(tries.values(), timeout=SLOW_POLL_SECONDS).not_done:
-                self.beat()
-        return tries
-
-    def _bring(self, server: Server, manifest: Manifest) -> Sync:
-        require_room(server, self._settings.longest)
-        if self._settings.sleeps:
-            wake(server)
-        return bring(server, manifest, seconds=self._settings.sync_seconds)
-
-    def bring_up(self, server: Server) -> None:
-        """Let a server take part that was lost or came later: what a pool asks for, in its own thread.
-
-        The main rank gives it the weights and proves them; the others wait until it has.
-        """
-        manifest = self.manifest
-        if manifest is None:
-            raise Unreachable("waits for the first weights")
-        if self._groups.is_main:
-            self._bring(server, manifest)
-        elif (version := server.weight_version()) != manifest.version:
-            raise Unreachable(f"has the weights {version!r}; {manifest.version!r} are wanted")
+        if not self._settings.mixed:
+            self._meet(lambda: self._pool is None or self._pool.num_open == 0)
 
     def _wait_for(self, key: tuple[int, int], progress: ProgressCallback | None) -> None:
         size = None
@@ -306,41 +190,30 @@ class VllmEngine:
                 progress(len(work.groups) * (size or 1), work.total * (size or 1))
             return len(work.groups) == work.total
 
-        self._meet(is_done, self._pool)
+        self._meet(is_done, needs=self._pool, give_more=True)
 
-    def _meet(self, is_done: Callable[[], bool], needs: Pool | None) -> None:
+    def _meet(self, is_done: Callable[[], bool], *, needs: Pool | None = None, give_more: bool = False) -> None:
         """Wait until every rank is done, and fail alike where one fails. Collective over the run.
 
-        needs: the pool that must have a server; None where nothing is asked.
+        needs: the pool that must have a server; None where nothing is asked. give_more: servers that come back
+        meanwhile are given the policy where all ranks must take part in that.
         """
-        pause = POLL_SECONDS
-        while True:
-            self.beat()
-            failure = None
-            state = WORKING
-            try:
-                if self._pool is not None:
-                    self._pool.require_sound()
-                state = DONE if is_done() else WORKING
-                if needs is not None and state == WORKING:
-                    needs.require_some(at_once=self._stop_asked())
-            except (NoServer, UserError, OSError) as error:
-                failure, state = error, FAILED
-            lowest = -highest(-state, self._groups)
-            if highest(state, self._groups) == FAILED:
-                self._fail(failure)
-            if lowest == DONE:
-                return
-            time.sleep(pause)
-            pause = min(pause * 1.5, SLOW_POLL_SECONDS)
 
-    def _fail(self, failure: BaseException | None) -> None:
-        """Raise what one of the ranks met, on all of them: NoServer where that is all that is wrong."""
-        everyone: list[str | None] = [None] * self._groups.world_size
-        mine = str(failure) if isinstance(failure, NoServer) else None
-        dist.all_gather_object(everyone, mine, group=self._groups.control)
-        raise_together(None if isinstance(failure, NoServer) else failure, str, self._groups)
-        raise NoServer(next(text for text in everyone if text is not None))
+        def look() -> bool:
+            if self._pool is not None:
+                self._pool.require_sound()
+            done = is_done()
+            if needs is not None and not done:
+                needs.require_some(at_once=self._stop_asked())
+            return done
+
+        meet(
+            self._groups,
+            look,
+            beat=self._giver.beat,
+            is_wanted=lambda: give_more and self._giver.wants(),
+            do=lambda: self._giver.give_more(self._step),
+        )
 
     def _to_replica(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Give the rollouts, which the rank that asks has, to every rank of its tensor and pipeline groups."""
@@ -355,35 +228,19 @@ class VllmEngine:
 
     def rest(self) -> None:
         """Put the servers to sleep where they share the trainer's GPUs. Collective over the run."""
-        if not self._settings.sleeps or self._is_asleep:
-            return
-        self._hold()
-        failure = attempt(self._put_to_sleep, ServerError) if self._groups.is_main else None
-        raise_together(
-            failure, lambda text: f"a vLLM server on the trainer's GPUs does not sleep ({text})", self._groups
-        )
-        self._is_asleep = True
-
-    def _put_to_sleep(self) -> None:
-        """Every server that answers; one that is gone holds nothing. For the main rank. Raises ServerError."""
-        assert self._pool is not None
-        for url, future in self._on_all(self._pool.known(), sleep).items():
-            error = future.exception()
-            if isinstance(error, Unreachable):
-                self._pool.lose(url, str(error), for_good=False)
-            elif error is not None:
-                raise error
+        if not self._giver.is_asleep:
+            self._hold()
+            self._giver.rest()
 
     def metrics(self) -> dict[str, float]:
         """Return what the update of the servers before the last step came to, on the main rank; {} elsewhere."""
-        report, self.last_sync = self.last_sync, None
-        return {} if report is None else report.metrics()
+        return self._giver.metrics()
 
     def close(self) -> None:
         """End the threads."""
         if self._pool is not None:
             self._pool.close()
-        self._clean()
+        self._giver.close()
 
 
 def asks(groups: Groups) -> bool:

@@ -29,12 +29,13 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One version of the policy's weights on the disk.
+    """One version of the policy's weights.
 
-    step: how many steps have made it. folder: safetensors files of all tensors, as they were at `folder_version`.
-    changes: what has changed since, oldest first. checksums: of the tensors as they are now, by Hugging Face name.
-    num_bytes: written for this version; whole_bytes: what all tensors take. keeps_copy: changes will come, so a server
-    keeps a copy to apply them to.
+    step: how many steps have made it. folder: safetensors files of all tensors, as they were at `folder_version`; ""
+    where the weights are on no disk and the run's ranks send them. changes: what has changed since, oldest first.
+    checksums: of the tensors as they are now, by Hugging Face name. num_bytes: that each server is given of this
+    version; whole_bytes: what all tensors take. keeps_copy: changes will come, so a server keeps a copy to apply them
+    to.
     """
 
     version: str

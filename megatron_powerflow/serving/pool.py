@@ -314,14 +314,19 @@ class Pool:
 
     def _bring_up_now(self, member: _Member) -> None:
         with self.bringing:
-            if self._held:
+            if self._held or not member.trouble:  # while it waited for the others
                 return
             self._bring_up(member.server)
-            with self._changed:
-                member.trouble, member.for_good = "", False
-                self._lost_since, self._was_up = None, True
-                self._changed.notify_all()
-        self._tell(f"vLLM server {member.server.url} answers")
+            self.take_in(member.server.url)
+
+    def take_in(self, url: str) -> None:
+        """Ask a server again that has the wanted weights."""
+        member = self._members[url]
+        with self._changed:
+            member.trouble, member.for_good, member.missed = "", False, 0
+            self._lost_since, self._was_up = None, True
+            self._changed.notify_all()
+        self._tell(f"vLLM server {url} answers")
 
     def _is_fresh(self, server: Server) -> bool:
         """Whether a server that must be started anew was."""

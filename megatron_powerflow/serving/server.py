@@ -70,6 +70,11 @@ class Server:
         self._open: set[http.client.HTTPConnection] = set()
         self._lock = threading.Lock()
 
+    @property
+    def host(self) -> str:
+        """The name or address of its machine."""
+        return self._address[0]
+
     def post(self, path: str, body: dict[str, Any] | None = None, *, seconds: float) -> Any:
         """Ask, and return the JSON of the answer; None where it is empty. seconds: without a byte, before it is given
         up. Raises ServerError."""

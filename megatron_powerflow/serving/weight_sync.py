@@ -2,19 +2,23 @@
 
     pause, start_weight_update, update_weights, finish_weight_update, reset_prefix_cache, resume; then the proof
 
-Only HTTP: any process that has the manifest can do it, in the middle of a step too, as for a server that was started
-anew. A response that was under way goes on with the new weights: its cache is thrown away and computed again, so that
-every later token is drawn from the new policy's own distribution.
+    bring     all of it, of weights on a disk: any process that has the manifest can do it, in mid-step too
+    pause, take_stream, confirm      the same in three parts, of weights that the run's ranks send meanwhile
+
+Only HTTP. A response that was under way goes on with the new weights: its cache is thrown away and computed again, so
+that every later token is drawn from the new policy's own distribution.
 
 A server whose update failed has layers in an unknown state: it stays paused, and is to be started anew.
 
-Left out: writing the files (`weight_writer.py`), what is proved (`proof.py`).
+Left out: writing the files (`weight_writer.py`), sending (`weight_sender.py`), what is proved (`proof.py`).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.serving.answers import MODEL
@@ -50,17 +54,18 @@ def bring(server: Server, manifest: Manifest, *, seconds: float) -> Sync:
     has = server.weight_version().removesuffix(UNPROVED)
     only_changes = bool(manifest.changes) and has == manifest.changes[-1].base
     if has != manifest.version:
-        try:
-            _update(server, manifest, only_changes=only_changes, seconds=seconds)
-        except Refused as error:
-            raise UpdateFailed(
-                f"{error}: it is to be started anew, with the command of `powerflow vllm-args`"
-            ) from None
-    _go_on(server)  # also where the last try broke off in between
+        assert manifest.folder, f"{server.url} has {has!r}: {manifest.version!r} is nowhere to be read"
+        _update(server, manifest, only_changes=only_changes, seconds=seconds)
     took = time.monotonic() - began
+    return Sync(confirm(server, manifest, seconds=seconds), took, only_changes)
+
+
+def confirm(server: Server, manifest: Manifest, *, seconds: float) -> Proof:
+    """Let a server that has this version go on, and prove it. Raises as `bring`."""
+    _go_on(server)  # also where the last try broke off in between
     proof = prove(server, manifest, seconds=seconds)
     server.post("/update_weight_version", {"new_version": manifest.version}, seconds=QUICK_SECONDS)
-    return Sync(proof, took, only_changes)
+    return proof
 
 
 def _update(server: Server, manifest: Manifest, *, only_changes: bool, seconds: float) -> None:
@@ -72,11 +77,41 @@ def _update(server: Server, manifest: Manifest, *, only_changes: bool, seconds: 
         "base": manifest.changes[-1].base if only_changes else "",
         "keep": manifest.keeps_copy,
     }
-    server.post("/pause?mode=keep", seconds=QUICK_SECONDS)
+    pause(server)
     server.post("/init_weight_transfer_engine", {"init_info": {}}, seconds=QUICK_SECONDS)
-    server.post("/start_weight_update", seconds=QUICK_SECONDS)
-    server.post("/update_weights", {"update_info": update}, seconds=seconds)
-    server.post("/finish_weight_update", {"weight_version": manifest.version + UNPROVED}, seconds=seconds)
+    _take(server, update, manifest.version, seconds)
+
+
+def pause(server: Server) -> None:
+    """Let a server's responses wait where they are. Raises ServerError."""
+    server.post("/pause?mode=keep", seconds=QUICK_SECONDS)
+
+
+def take_stream(server: Server, version: str, names: Sequence[str], stream: dict[str, Any], *, seconds: float) -> None:
+    """Have a paused server take the weights that come over a process group; returns once it has all of them.
+
+    names: of the tensors. stream: where the group meets, and the rank of the server's first worker. Raises ServerError.
+    """
+    update = {"names": list(names), "version": version, "stream": stream}
+    _take(server, update, version, seconds)
+
+
+def _take(server: Server, update: dict[str, Any], version: str, seconds: float) -> None:
+    try:
+        server.post("/start_weight_update", seconds=QUICK_SECONDS)
+        server.post("/update_weights", {"update_info": update}, seconds=seconds)
+        server.post("/finish_weight_update", {"weight_version": version + UNPROVED}, seconds=seconds)
+    except Refused as error:
+        raise UpdateFailed(f"{error}: it is to be started anew, with the command of `powerflow vllm-args`") from None
+
+
+def num_workers(server: Server) -> int:
+    """Return how many processes a server's model is in. Raises ServerError."""
+    reply = server.get("/get_world_size", seconds=QUICK_SECONDS)
+    size = reply.get("world_size") if isinstance(reply, dict) else None
+    if type(size) is not int or size < 1:
+        raise Garbage(f"{server.url}/get_world_size: does not say how many workers it has")
+    return size
 
 
 def _go_on(server: Server) -> None:

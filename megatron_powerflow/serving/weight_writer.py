@@ -6,7 +6,7 @@
 The names are those of the converters (`hf/live_weights.py`), and no rank holds more than one gathered tensor at a
 time. For changes a rank that writes keeps what it wrote last in host memory: the weights of its stage once.
 
-Left out: the transports between GPUs; who loads the files (`weight_sync.py`).
+Left out: weights that are on no disk (`weight_sender.py`), who loads the files (`weight_sync.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from megatron_powerflow.parallel.groups import Groups
 from megatron_powerflow.parallel.together import attempt, broadcast_object, on_main, raise_together
 from megatron_powerflow.serving.manifest import Changes, Manifest, Probe
 from megatron_powerflow.serving.on_server.powerflow_weight_files import changes_of, checksum, columns
+from megatron_powerflow.serving.weight_totals import gathered
 
 FOLDER_NAME = re.compile(r"step_\d{6,}(\.changes)?")
 BUCKET_BYTES = 2**30  # of a file, and so of what a rank holds of changes at a time
@@ -67,11 +67,7 @@ class WeightWriter:
         folder = self._folder / name
         on_main(lambda: self._fresh(folder), self._groups)
         written = self._write_whole(folder) if whole else self._write_changes(folder)
-        checksums, num_bytes, whole_bytes = self._gathered(*written)
-        expected = set(expected_tensors(self._architecture, self._family))
-        if self._groups.is_main and set(checksums) != expected:
-            differing = sorted(set(checksums) ^ expected)
-            raise AssertionError(f"the weights written differ from the model's tensors: {differing[:5]}")
+        totals = gathered(*written, expected_tensors(self._architecture, self._family), self._groups)
         changes: tuple[Changes, ...] = ()
         if whole or last is None:
             base, base_version = str(folder.resolve()), version
@@ -79,7 +75,16 @@ class WeightWriter:
             own = Changes(last.version, version, str(folder.resolve()))
             base, base_version, changes = last.folder, last.folder_version, (*last.changes, own)
         self._last = Manifest(
-            version, step, base, base_version, changes, checksums, probe, num_bytes, whole_bytes, self._as_changes
+            version,
+            step,
+            base,
+            base_version,
+            changes,
+            totals.checksums,
+            probe,
+            totals.num_bytes,
+            totals.whole_bytes,
+            self._as_changes,
         )
         return self._last
 
@@ -173,21 +178,6 @@ class WeightWriter:
 
     def _failed(self, folder: Path):
         return lambda text: f"{folder}: the weights for the servers could not be written ({text}); free that disk"
-
-    def _gathered(self, checksums: dict[str, str], num_bytes: int) -> tuple[dict[str, str], int, int]:
-        """The checksums of all ranks' tensors, the bytes that were written, and those of all tensors. Collective."""
-        everyone: list[tuple[dict[str, str], int, int]] = [({}, 0, 0)] * self._groups.world_size
-        whole = sum(_bytes_of(text) for text in checksums.values())
-        dist.all_gather_object(everyone, (checksums, num_bytes, whole), group=self._groups.control)
-        merged = {name: value for part, _, _ in everyone for name, value in part.items()}
-        return merged, sum(size for _, size, _ in everyone), sum(size for _, _, size in everyone)
-
-
-def _bytes_of(text: str) -> int:
-    """The bytes of a tensor, by its checksum's text: dtype:shape:sums."""
-    dtype, shape, _ = text.split(":")
-    count = int(np.prod([int(extent) for extent in shape.split("x")], dtype=np.int64))
-    return count * (4 if dtype == "float32" else 2)
 
 
 def _save(bucket: dict[str, np.ndarray], path: Path) -> None:

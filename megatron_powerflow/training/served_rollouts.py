@@ -26,12 +26,18 @@ from megatron_powerflow.parallel.layout import Layout
 from megatron_powerflow.parallel.together import broadcast_object, on_main
 from megatron_powerflow.records import Prompt, Rollout
 from megatron_powerflow.serving.announcements import ask_restart, read_announcements
+from megatron_powerflow.serving.by_folder import FolderTransport
+from megatron_powerflow.serving.by_stream import StreamTransport
 from megatron_powerflow.serving.checks import weights_folder
 from megatron_powerflow.serving.engine import VllmEngine, VllmSettings, asks
 from megatron_powerflow.serving.ledger import Ledger
-from megatron_powerflow.serving.manifest import Manifest, Probe, version_of
+from megatron_powerflow.serving.manifest import Probe, version_of
 from megatron_powerflow.serving.pool import Pool, PoolSettings
-from megatron_powerflow.serving.server import require_url
+from megatron_powerflow.serving.server import Server, require_url
+from megatron_powerflow.serving.transport import Transport
+from megatron_powerflow.serving.weight_giving import WeightGiver
+from megatron_powerflow.serving.weight_sender import WeightSender
+from megatron_powerflow.serving.weight_sync import require_room, wake
 from megatron_powerflow.serving.weight_writer import WeightWriter
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.plan import Plan
@@ -45,7 +51,8 @@ SYNC_SECONDS = 1200.0  # that a server may take to load a version of the weights
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A policy on this rank, as far as servers need it. weights: the folder that its versions are written to."""
+    """A policy on this rank, as far as servers need it. weights: the folder that its versions are written to, if any
+    are."""
 
     config: Config
     layout: Layout
@@ -113,43 +120,75 @@ def served_engine(
     steps have made them. ledger: on the ranks that ask, of a run. forget: called after each update of the servers.
     """
     config, servers = model.config, model.config.rollout.vllm
-    as_changes = servers.transport == "changes"
-    texts, bound = probe_texts(prompts), config.alarm.sampler_gap or SAMPLER_GAP[config.precision.dtype]
-    of_texts = replace(scorer, temperature=1.0)  # what a server says of given tokens knows no temperature
     # of this start alone: what a start before it gave a server may have been another course of the run
     start = broadcast_object(f"{run_id}-{uuid.uuid4().hex[:8]}", groups)
-    on_main(lambda: _remove_older_starts(model.weights, run_id), groups)
-    folder = model.weights / f"{FOLDER_PREFIX}{start}"
-    writer = WeightWriter(folder, model.chunks, model.architecture, model.family, groups, as_changes=as_changes)
-
-    def publish(step: int) -> Manifest:
-        log_probs = policy_token_log_probs(texts, config, model.layout, groups, model.chunks, of_texts)
-        token_ids = tuple(text.prompt.token_ids + text.response_token_ids for text in texts)
-        return writer.write(version_of(start, step), step, Probe(token_ids, log_probs, bound))
-
-    def tidy() -> None:
-        writer.forget_older()
-        forget()
-
-    lag, mixed = config.rollout.steps_ahead, config.rollout.in_flight_updates
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    settings = VllmSettings(start, lag, mixed, sync_seconds=SYNC_SECONDS, longest=longest, sleeps=bool(servers.sleeps))
+
+    def prepare(server: Server) -> None:
+        require_room(server, longest)
+        if servers.sleeps:
+            wake(server)
+
+    transport = _transport(model, groups, prompts, scorer, run_id, start, prepare)
     run = Path(config.run.output_dir)
     pool = None
     if asks(groups):
         pool = Pool(
             lambda: addresses_of(config),
             _pool_settings(config, model.architecture.vocab_size),
-            bring_up=lambda server: engine.bring_up(server),
+            bring_up=lambda server: giver.bring_up(server),
             restart=lambda url: ask_restart(run, url),
             say=say,
         )
-    engine = VllmEngine(
-        groups, pool, ledger, settings, publish=publish, forget=tidy, clean=writer.close, first_step=first_step
-    )
+    giver = WeightGiver(groups, pool, transport, prepare=prepare, seconds=SYNC_SECONDS, sleeps=bool(servers.sleeps))
+    settings = VllmSettings(start, config.rollout.steps_ahead, config.rollout.in_flight_updates)
+    engine = VllmEngine(groups, pool, ledger, giver, settings, forget=forget, first_step=first_step)
     if pool is not None:
         pool.open()
     return engine
+
+
+def _transport(
+    model: ServedModel,
+    groups: Groups,
+    prompts: Sequence[Prompt],
+    scorer: Scorer,
+    run_id: str,
+    start: str,
+    prepare: Callable[[Server], None],
+) -> Transport:
+    """Return the way that rollout.vllm.transport names. Collective over all ranks.
+
+    run_id, start: of the run, and of this start of it, which names the versions. prepare: makes a server ready.
+    """
+    config, servers = model.config, model.config.rollout.vllm
+    texts, bound = probe_texts(prompts), config.alarm.sampler_gap or SAMPLER_GAP[config.precision.dtype]
+    of_texts = replace(scorer, temperature=1.0)  # what a server says of given tokens knows no temperature
+
+    def probe() -> Probe:
+        log_probs = policy_token_log_probs(texts, config, model.layout, groups, model.chunks, of_texts)
+        return Probe(tuple(text.prompt.token_ids + text.response_token_ids for text in texts), log_probs, bound)
+
+    policy = (model.chunks, model.architecture, model.family, groups)
+    if servers.transport == "stream":
+        return StreamTransport(
+            groups,
+            WeightSender(*policy),
+            lambda step: version_of(start, step),
+            probe,
+            prepare=prepare,
+            seconds=SYNC_SECONDS,
+        )
+    on_main(lambda: _remove_older_starts(model.weights, run_id), groups)
+    writer = WeightWriter(model.weights / f"{FOLDER_PREFIX}{start}", *policy, as_changes=servers.transport == "changes")
+    return FolderTransport(
+        groups,
+        writer,
+        lambda step: writer.write(version_of(start, step), step, probe()),
+        prepare=prepare,
+        seconds=SYNC_SECONDS,
+        shares_gpus=bool(servers.sleeps),
+    )
 
 
 def _remove_older_starts(weights: Path, run_id: str) -> None:

@@ -1,16 +1,18 @@
-"""How does a vLLM server take weights from a folder, and what does it know of them afterwards?
+"""How does a vLLM server take weights, from a folder or a stream, and what does it know of them afterwards?
 
 This file runs in the server's processes, in an environment of its own: it imports vLLM and torch, and nothing of
 `megatron_powerflow`. `powerflow vllm-args` puts its folder on PYTHONPATH and names `Weights` as --worker-extension-cls;
 importing the file registers the transport, which --weight-transfer-config then names.
 
-    POST /start_weight_update, /update_weights {"update_info": {"folder": ..., "changes": ...}}, /finish_weight_update
+    POST /start_weight_update, /update_weights {"update_info": {...}}, /finish_weight_update
     POST /collective_rpc {"method": "weights_received"}    name -> checksum of each tensor, as it was loaded
     POST /collective_rpc {"method": "weights_unlike"}      layers that compute something else than what was received
 
-Upstream's newest documentation has a transport over a disk, which vLLM 0.32 has not; it can replace this one.
+Every server takes both ways: an update says which it is. Upstream's newest documentation has a transport over a disk,
+which vLLM 0.32 has not; why its own over NCCL is not used stands in `powerflow_weight_stream.py`.
 
-Left out: who writes the folders (`serving/weight_writer.py`), the sequence of calls (`serving/weight_sync.py`).
+Left out: who writes the folders (`serving/weight_writer.py`), who sends (`serving/weight_sender.py`), the sequence of
+calls (`serving/weight_sync.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from powerflow_weight_files import Entry, apply_changes, checksum, entries, read
+from powerflow_weight_stream import Place, join_as_worker, receive
 from torch import Tensor, nn
 from vllm.distributed.parallel_state import get_world_group
 from vllm.distributed.weight_transfer.base import (
@@ -37,7 +40,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-BACKEND = "powerflow_folder"
+BACKEND = "powerflow"
 TRIED_ROWS = 8  # of an embedding, that are looked up to see what it holds
 # Of the largest output: how far a layer may be from the same product in fp32, by the layer's dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -55,6 +58,8 @@ class UpdateInfo(WeightTransferUpdateInfo):
     names: what must come, Hugging Face names. folder: safetensors files with all of them; "" where the server has a
     copy of the last ones. changes: folders of changed bytes, to be applied in this order. base: version that the copy
     must have where `folder` is "". version: what it is then. keep: whether a copy is kept, for changes to come.
+    stream: in place of all those: the fields of a `Place` where a process group meets, and "first_rank", that of this
+    server's first worker in it.
     """
 
     names: list[str]
@@ -63,10 +68,11 @@ class UpdateInfo(WeightTransferUpdateInfo):
     changes: list[str] = field(default_factory=list)
     base: str = ""
     keep: bool = False
+    stream: dict[str, Any] | None = None
 
 
-class FolderTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """The server's side of a transport over a folder that trainer and server share."""
+class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """The server's side of both transports."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -81,20 +87,47 @@ class FolderTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.rows: dict[str, Tensor] = {}
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Do nothing: a folder needs no handshake."""
+        """Do nothing: each update says where its tensors are."""
 
     def start_weight_update(self) -> None:
-        """Prepare the layers to be loaded anew."""
+        """Forget the update before. The layers stay as they are until tensors are there."""
         self.received, self.products, self.rows = {}, {}, {}
-        initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Load an update's tensors, one at a time. Raises ValueError where one is missing, before any is loaded."""
+        """Load an update's tensors, one at a time.
+
+        Raises ValueError where one is missing: in a folder before any is loaded, in a stream at its end. Raises Stopped
+        or RuntimeError where a stream does not begin, or breaks off.
+        """
+        if update_info.stream is not None:
+            self._receive_stream(update_info.names, **update_info.stream)
+            return
         folder = self._whole(update_info)
         found = entries(folder)
         if missing := sorted(set(update_info.names) - set(found)):
             raise ValueError(f"{folder}: {len(missing)} tensors are missing: {', '.join(missing[:5])}")
-        self.model.load_weights(self._noted(found))
+        self._load(_read_all(found))
+
+    def _receive_stream(self, names: list[str], *, first_rank: int, **place: Any) -> None:
+        group = join_as_worker(Place(**place), first_rank + get_world_group().rank, self.device)
+        missing = set(names)
+
+        def coming() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in receive(group, self.device):
+                missing.discard(name)
+                yield name, tensor
+
+        try:
+            self._load(coming())
+        finally:
+            group.close()
+        if missing:
+            raise ValueError(f"{len(missing)} tensors were not sent: {', '.join(sorted(missing)[:5])}")
+
+    def _load(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
+        """Put the tensors into the layers, and note what is to be known of each."""
+        initialize_layerwise_reload(self.model)
+        self.model.load_weights(self._noted(pairs))
 
     def _whole(self, update_info: UpdateInfo) -> Path:
         """Return a folder with every tensor: the update's own, or this server's copy, brought up to date."""
@@ -116,16 +149,15 @@ class FolderTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._copy_version = update_info.version
         return self._copy
 
-    def _noted(self, found: dict[str, Entry]) -> Iterator[tuple[str, Tensor]]:
-        for name in sorted(found, key=lambda name: (str(found[name].file), found[name].first)):
-            tensor = read(found[name])
+    def _noted(self, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in pairs:
             self.received[name] = checksum(tensor)
             if tensor.ndim == 2:
                 numbers = tensor.float()
-                self.products[name] = numbers @ probe_vector(tensor.shape[1])
-                self.rows[name] = numbers[:TRIED_ROWS].clone()
+                self.products[name] = (numbers @ probe_vector(tensor.shape[1]).to(tensor.device)).cpu()
+                self.rows[name] = numbers[:TRIED_ROWS].cpu().clone()
             elif tensor.ndim == 1:
-                self.products[name] = tensor.float()
+                self.products[name] = tensor.float().cpu().clone()
             yield name, tensor
 
     def finish_weight_update(self) -> None:
@@ -137,6 +169,12 @@ class FolderTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Remove the copy of this server's weights."""
         if self._copy is not None:
             shutil.rmtree(self._copy, ignore_errors=True)
+
+
+def _read_all(found: dict[str, Entry]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors in the order of their places on the disk."""
+    for name in sorted(found, key=lambda name: (str(found[name].file), found[name].first)):
+        yield name, read(found[name])
 
 
 def repack_tied_head(model: nn.Module) -> None:
@@ -159,7 +197,7 @@ def probe_vector(size: int) -> Tensor:
 class Weights:
     """What a worker of the server can be asked of its weights, by /collective_rpc."""
 
-    weight_transfer_engine: FolderTransferEngine  # the worker's
+    weight_transfer_engine: WeightReceiver  # the worker's
 
     def weights_received(self) -> dict[str, str]:
         """Return name -> checksum of each tensor of the last update, as it was loaded."""
@@ -222,4 +260,4 @@ def _note(unlike: list[str], names: list[str], given: Tensor, wanted: Tensor, dt
         unlike.extend(names)
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, FolderTransferEngine)
+WeightTransferEngineFactory.register_engine(BACKEND, WeightReceiver)
