@@ -157,8 +157,10 @@ class VllmSection(Section):
         None, description="interpreter of the environment that has vLLM; default: that of `powerflow serve`"
     )
     arguments: list[str] | None = Field(None, description="more arguments of a server that is started")
-    transport: Literal["folder", "changes"] | None = Field(
-        None, description="how weights travel: all of them in a shared folder, or only the bytes that changed"
+    transport: Literal["folder", "changes", "stream"] | None = Field(
+        None,
+        description="how weights travel: all of them in a shared folder, only the bytes that changed, or from memory "
+        "to memory over a process group",
     )
     weights: str | None = Field(None, description="that folder; default RUN/weights")
     max_requests: PositiveInt | None = Field(

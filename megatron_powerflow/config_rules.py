@@ -53,6 +53,10 @@ def _starts_servers(c: Config) -> bool:
     return _has_servers(c) and c.rollout.vllm.start is not None
 
 
+def _has_weights_folder(c: Config) -> bool:
+    return _has_servers(c) and c.rollout.vllm.transport != "stream"
+
+
 def _served_dtype(c: Config) -> str:
     return "float32" if c.precision.dtype == "fp32" else "bfloat16"
 
@@ -88,6 +92,7 @@ def _for_flow_rl(value: Any, otherwise: Any) -> Callable[[Config], Any]:
 
 
 NO_SERVERS = "rollout.engine is not vllm, or rollout.replay trains without an engine"
+NO_FOLDER = "rollout.vllm.transport=stream, or " + NO_SERVERS
 NOT_STARTED = "rollout.vllm.start is not given: no server is started"
 
 
@@ -126,7 +131,7 @@ CONDITIONAL: tuple[_Conditional, ...] = (
     ("rollout.vllm.urls", None, _has_servers, NO_SERVERS),
     ("rollout.vllm.start", None, _has_servers, NO_SERVERS),
     ("rollout.vllm.transport", "folder", _has_servers, NO_SERVERS),
-    ("rollout.vllm.weights", None, _has_servers, NO_SERVERS),
+    ("rollout.vllm.weights", None, _has_weights_folder, NO_FOLDER),
     ("rollout.vllm.max_requests", 16, _has_servers, NO_SERVERS),
     ("rollout.vllm.answer_seconds", 1800.0, _has_servers, NO_SERVERS),
     ("rollout.vllm.wait_seconds", 900.0, _has_servers, NO_SERVERS),
@@ -222,6 +227,12 @@ def _about_servers(config: Config) -> list[str]:
         violations.append(
             f"rollout.vllm.sleeps=true with rollout.steps_ahead={rollout.steps_ahead}: a server that sleeps while this "
             "one trains answers nothing; remove one of them"
+        )
+    if servers.sleeps and servers.transport == "stream":
+        violations.append(
+            "rollout.vllm.transport=stream with rollout.vllm.sleeps=true: a process group takes each GPU once, and the "
+            "servers have those of the trainer; use rollout.vllm.transport=folder, with rollout.vllm.weights in memory "
+            "of the machine, such as /dev/shm/weights"
         )
     return violations
 

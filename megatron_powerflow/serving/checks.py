@@ -70,9 +70,10 @@ def server_lines(config: Config, num_parameters: int) -> list[str]:
     who = ", ".join(servers.urls) if servers.urls else f"{servers.start} that `powerflow serve` starts"
     size = num_parameters * (4 if config.precision.dtype == "fp32" else 2) / 2**30
     what = ", or the bytes of it that changed," if servers.transport == "changes" else ""
+    where = "over a process group" if servers.transport == "stream" else f"from {weights_folder(config)}"
     lines = [
         f"servers   {who}; after each step they read the weights, {size:,.2f} GiB{what}",
-        f"          from {weights_folder(config)}, and prove them before they sample",
+        f"          {where}, and prove them before they sample",
     ]
     if ahead := config.rollout.steps_ahead:
         mixed = ", and change weights in mid-response" if config.rollout.in_flight_updates else ""

@@ -182,8 +182,8 @@ class StreamGroup:
         if self._group is not None:
             self._wait_for(self._tries.values())
             for url in self._tries:
-                if (failure := self._failure_of(url)) is not None:
-                    self._failures[url] = failure
+                if (failure := self._failure_of(url)) is not None:  # one that only hung has lost tensors, too
+                    self._failures[url] = failure if isinstance(failure, UpdateFailed) else UpdateFailed(str(failure))
         self.close()
         return {url: self._failures.get(url) for url in self._servers}
 

@@ -169,6 +169,7 @@ def _transport(
         log_probs = policy_token_log_probs(texts, config, model.layout, groups, model.chunks, of_texts)
         return Probe(tuple(text.prompt.token_ids + text.response_token_ids for text in texts), log_probs, bound)
 
+    on_main(lambda: _remove_older_starts(model.weights, run_id), groups)
     policy = (model.chunks, model.architecture, model.family, groups)
     if servers.transport == "stream":
         return StreamTransport(
@@ -179,7 +180,6 @@ def _transport(
             prepare=prepare,
             seconds=SYNC_SECONDS,
         )
-    on_main(lambda: _remove_older_starts(model.weights, run_id), groups)
     writer = WeightWriter(model.weights / f"{FOLDER_PREFIX}{start}", *policy, as_changes=servers.transport == "changes")
     return FolderTransport(
         groups,

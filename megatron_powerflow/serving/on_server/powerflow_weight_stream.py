@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,9 +97,8 @@ def frames(pairs: Iterable[tuple[str, Tensor]], frame_bytes: int = FRAME_BYTES) 
 def tensors_of(frame: Frame) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a frame, which are views of its payload. Raises ValueError where it is no frame."""
     try:
-        entries = [
-            (str(name), DTYPES[dtype], tuple(map(int, shape))) for name, dtype, shape in json.loads(frame.header)
-        ]
+        listed = json.loads(frame.header)
+        entries = [(str(name), DTYPES[dtype], tuple(map(int, shape))) for name, dtype, shape in listed]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the header of a frame is not one: {type(error).__name__}: {error}") from None
     first, total = 0, frame.payload.numel()
@@ -142,8 +142,8 @@ def take_frame(take: Callable[[Tensor], None], device: torch.device) -> Frame | 
 class Group:
     """A process group of one update. Its messages go from rank 0 to all."""
 
-    def __init__(self, group: dist.ProcessGroup, store: dist.Store, seconds: float) -> None:
-        self._group: dist.ProcessGroup | None = group
+    def __init__(self, group: Any, store: dist.Store, seconds: float) -> None:
+        self._group: Any = group  # of gloo or NCCL, whose methods torch's stubs leave out; None once closed
         self._store, self._seconds = store, timedelta(seconds=seconds)  # the store lives as long as the group
 
     def broadcast(self, tensor: Tensor) -> None:
@@ -162,7 +162,7 @@ class Group:
 
 
 def join(store: dist.Store, place: Place, rank: int, device: torch.device) -> Group:
-    """Make this rank's end of a group, once the main rank has said so. Raises RuntimeError where it does not come to be.
+    """Make this rank's end of a group, once the main rank has said so. Raises RuntimeError where none comes to be.
 
     store: of `place`. device: where the tensors are; decides between NCCL and gloo.
     """
@@ -173,7 +173,7 @@ def join(store: dist.Store, place: Place, rank: int, device: torch.device) -> Gr
         options._timeout = timedelta(seconds=2 * place.seconds)
         with _environment(ON_NCCL_ERROR, ONLY_CLEAN_UP):
             return Group(dist.ProcessGroupNCCL(own, rank, place.num_ranks, options), store, place.seconds)
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(place.address))]
     options._timeout = timedelta(seconds=place.seconds)
     return Group(dist.ProcessGroupGloo(own, rank, place.num_ranks, options), store, place.seconds)
