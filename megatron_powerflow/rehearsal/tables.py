@@ -94,6 +94,15 @@ def _assumptions(rehearsal: Rehearsal) -> list[str]:
 def _verdict(rehearsal: Rehearsal) -> list[str]:
     worst, memory = largest(rehearsal.ranks), rehearsal.device.memory
     needs = f"{worst.name} needs {_gib(worst.needed)} of {_gib(memory)} GiB, most in {worst.peak_phase}"
+    if worst.needed <= memory < rehearsal.with_servers:
+        share = rehearsal.job.config.rollout.vllm.memory
+        return [
+            f"DOES NOT FIT {rehearsal.device.name}: a server takes rollout.vllm.memory={share:g} of the GPU while the "
+            f"trainer rests on it, together {_gib(rehearsal.with_servers)} of {_gib(memory)} GiB",
+            "          lower rollout.vllm.memory, or take model.reference=swap or more GPUs, which rest with less",
+        ]
+    if rehearsal.with_servers:
+        needs += f"; {_gib(rehearsal.with_servers)} while a server is awake on it"
     if rehearsal.fits:
         return [f"fits      {rehearsal.device.name}: {needs}"]
     lines = [f"DOES NOT FIT {rehearsal.device.name}: {needs}"]
@@ -126,6 +135,7 @@ def rehearsal_json(rehearsal: Rehearsal) -> dict[str, Any]:
         "layout": rehearsal.job.layout.describe(),
         "device": dataclasses.asdict(rehearsal.device),
         "fits": rehearsal.fits,
+        "with_servers_bytes": rehearsal.with_servers,
         "overhead_bytes": OVERHEAD_BYTES,
         "ranks": [_rank_json(rank) for rank in rehearsal.ranks],
         "step_seconds": dataclasses.asdict(rehearsal.time) | {"total": rehearsal.time.total},

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from megatron_powerflow.architecture import Architecture
@@ -191,4 +191,4 @@ def _bytes_of(text: str) -> int:
 
 
 def _save(bucket: dict[str, np.ndarray], path: Path) -> None:
-    save_file(bucket, path)
+    path.write_bytes(save(bucket))  # not save_file, whose files only their owner can read
