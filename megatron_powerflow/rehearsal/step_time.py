@@ -74,7 +74,7 @@ def step_time(job: Job, ranks: Sequence[RankMemory], device: Device) -> StepTime
     rate = device.flops(config.precision.dtype) * MATRIX_SHARE * layout.world_size
     count = num_micro_batches(job)
     idle = (layout.pp - 1) / (layout.num_chunks * count + layout.pp - 1)
-    rollout, bound_by, decoding = 0.0, "servers, whose time is not modelled", 0.0
+    rollout, bound_by, decoding = 0.0, "servers", 0.0
     if job.is_served:
         prefill = 0.0
     else:

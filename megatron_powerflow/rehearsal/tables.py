@@ -69,9 +69,12 @@ def _traffic_table(ranks: tuple[RankMemory, ...]) -> Table:
 def _lines(rehearsal: Rehearsal) -> list[str]:
     time, host = rehearsal.time, rehearsal.host
     saves = rehearsal.saves
+    rollout = f"rollout {duration(time.rollout)} (bound by {time.bound_by})"
+    if rehearsal.job.is_served:
+        rollout = "without sampling and updates of servers, which are not modelled"
     swapped = f" + {_gib(host.swapped)} for the swapped reference" if host.swapped else ""
     return [
-        f"step      about {duration(time.total)}: rollout {duration(time.rollout)} (bound by {time.bound_by}), "
+        f"step      about {duration(time.total)}: {rollout}, "
         f"reference {duration(time.reference)}, update {duration(time.update)}, optimizer {time.optimizer:.1f} s",
         f"          {time.flops:.3g} FLOPs, {time.utilisation:.1%} of the GPUs' peak; {time.idle_share:.1%} of scoring "
         "and updating a stage waits for others",
