@@ -7,9 +7,8 @@
 #   --launcher torchrun|srun       one torchrun per node (default), or one task of srun per GPU
 #   --preflight SECONDS|off        for which a node may be late when the nodes are tried before (default 120)
 #   --servers NODES                the last so many nodes of the job run vLLM servers that sample, one for each
-#                                  rollout.vllm.tp GPUs, as it stands behind the script (one on a node without GPUs);
-#                                  the others train. colocated:
-#                                  on the GPUs of every node, asleep while it trains
+#                                  rollout.vllm.tp GPUs (one on a node without GPUs); the others train. colocated: on
+#                                  the GPUs of every node, asleep while it trains
 #
 # How it ends: 0 the run is finished; 2 refused, and said why: not put back; put back into the queue when it was asked to
 # stop and has saved, when a node is at fault at the pre-flight (without that node), and when it failed behind a new
@@ -67,9 +66,19 @@ fi
 per_gpu=(srun "${here[@]}" --ntasks="$world_size" --ntasks-per-node="$per_node" --cpu-bind=none "${container[@]}")
 set -- ${defaults[@]+"${defaults[@]}"} "$@"  # what is given stands behind them, and counts
 if [ "$serving" -gt 0 ]; then
-    tp=1 per_server_node=1
+    tp=$("${inside[@]}" "$python" -c 'import sys, yaml
+section = yaml.safe_load(open(sys.argv[1], encoding="utf-8"))
+for name in ("rollout", "vllm", "tp"):
+    section = section.get(name) or {}
+print(section or 1)' "$config" 2>/dev/null) || tp=1  # a file that cannot be read is refused by the check below
     for word in "$@"; do [[ "$word" != rollout.vllm.tp=* ]] || tp=${word#*=}; done
+    [[ "$tp" =~ ^[1-9][0-9]?$ ]] || tp=1  # as is this
+    per_server_node=1
     [ "${SLURM_GPUS_ON_NODE:-0}" -lt 1 ] 2>/dev/null || per_server_node=$(( per_node / tp ))
+    if [ "$per_server_node" -lt 1 ]; then
+        echo "error: rollout.vllm.tp=$tp: a server is on one node, and a node has $per_node GPUs; take a smaller one" >&2
+        exit 2
+    fi
     set -- rollout.engine=vllm "rollout.vllm.start=$(( serving * per_server_node ))" "$@"
     [ "$servers" != colocated ] || set -- "$@" rollout.vllm.sleeps=true
 fi

@@ -69,6 +69,10 @@ METRICS = {
     "rollout_tokens_per_second": Metric("response tokens per second of sampling"),
     "sampler_gap_mean": Metric("mean gap of sampler and scorer", "nats per token"),
     "sampler_gap_max": Metric("largest gap of sampler and scorer", "nats"),
+    "sync_gap_mean": Metric("mean gap of servers and trainer on fixed texts", "nats per token"),
+    "sync_gap_max": Metric("largest gap of servers and trainer on fixed texts", "nats"),
+    "lag_mean": Metric("mean lag of the sampler's weights", "steps"),
+    "lag_max": Metric("largest lag of the sampler's weights", "steps"),
 }
 
 

@@ -66,6 +66,8 @@ def config_differences(config: Config) -> list[str]:
         texts.append(f"Adam's eps {optimizer.eps:g} as {EPS:g}")
     if rollout.replay is not None:
         texts.append("replayed rollouts as rollouts of the small model")
+    elif rollout.engine == "vllm":
+        texts.append("responses of vLLM servers as its own, each step by the weights of its step")
     if rollout.buffer_steps:
         texts.append("each step's own rollouts alone")
     if _alpha(config) != config.objective.alpha:

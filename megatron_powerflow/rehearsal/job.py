@@ -38,6 +38,11 @@ class Job:
     on: str = "cuda"
 
     @property
+    def is_served(self) -> bool:
+        """Whether vLLM servers draw the responses, so that no rank of the run decodes."""
+        return self.config.rollout.engine == "vllm" and self.config.rollout.replay is None
+
+    @property
     def longest(self) -> int:
         """The tokens of the longest rollout, prompt and response."""
         return self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens

@@ -42,19 +42,29 @@ class RankMemory:
     @property
     def parts(self) -> dict[str, int]:
         """What the rank's bytes are for: first what stays, then what a phase adds to it."""
+        decoding = {}
+        if any(phase.name == "decoding" for phase in self.phases):  # there is none where servers sample
+            decoding = {
+                "KV cache": self._added("KV cache") or self.phase("decoding").after - self.phase("KV cache").before,
+                "prefill": self.phase("prefill").peak - self.phase("prefill").after,
+                "decoding": self.phase("decoding").peak - self.phase("decoding").after,
+            }
         return {
             "weights": self._added("weights"),
             "reference": self._added("reference"),
             "gradients": self.gradients,
             "optimizer": self._added("gradients, optimizer") - self.gradients,
             **({"fp8 copies": self.fp8_copies} if self.fp8_copies else {}),
-            "KV cache": self._added("KV cache") or self.phase("decoding").after - self.phase("KV cache").before,
             "activations": self.phase("update").peak - self.phase("update").before,
             "log-prob kernel": self.log_prob_kernel,
-            "prefill": self.phase("prefill").peak - self.phase("prefill").after,
-            "decoding": self.phase("decoding").peak - self.phase("decoding").after,
+            **decoding,
             "optimizer step": self.phase("optimizer step").peak - self.phase("optimizer step").before,
         }
+
+    @property
+    def resting(self) -> int:
+        """The bytes that stay between two steps: what a rank holds while servers on its GPU sample."""
+        return self.phase("optimizer step").after + self.fp8_copies
 
     @property
     def peak(self) -> int:

@@ -3,6 +3,8 @@
     weights -> load -> reference -> gradients, optimizer -> prefill -> decoding -> scoring -> update -> optimizer step
     -> save -> export
 
+No rank decodes where vLLM servers draw the responses.
+
 Left out: what is decided by numbers: every rollout is as long as it may be. The loss is the square of the summed
 log-probs: the objective's own terms are a few numbers per rollout.
 """
@@ -111,7 +113,8 @@ class _Rank:
         with phase("gradients, optimizer"):
             trainable = build_trainable(chunks, self._head(), self.config, self.groups)
             self._step(trainable)
-        self._rollout(chunks)
+        if not self.job.is_served:
+            self._rollout(chunks)
         with phase("micro-batches"):
             batches = micro_batches(self.job, self.groups)
         with phase("reference scores"), torch.no_grad():

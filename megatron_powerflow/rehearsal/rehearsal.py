@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_powerflow.rehearsal.devices import GPUS_PER_NODE, Device
 from megatron_powerflow.rehearsal.job import Job, rank_kinds
-from megatron_powerflow.rehearsal.memory import RankMemory, largest
+from megatron_powerflow.rehearsal.memory import OVERHEAD_BYTES, RankMemory, largest
 from megatron_powerflow.rehearsal.save_interval import Saves, save_interval
 from megatron_powerflow.rehearsal.search import Found, Searched, search, search_more_gpus
 from megatron_powerflow.rehearsal.step_time import StepTime, step_time
@@ -59,9 +59,18 @@ class Rehearsal:
     proposals: tuple[Proposal, ...]
 
     @property
+    def with_servers(self) -> float:
+        """The bytes of a GPU that trainer and server share, while the server is awake; 0.0 where they share none."""
+        servers = self.job.config.rollout.vllm
+        if not (self.job.is_served and servers.sleeps and servers.memory):
+            return 0.0
+        resting = max(rank.resting for rank in self.ranks)
+        return resting + OVERHEAD_BYTES + servers.memory * self.device.memory
+
+    @property
     def fits(self) -> bool:
-        """Whether every kind of rank has room on the device."""
-        return largest(self.ranks).needed <= self.device.memory
+        """Whether every kind of rank has room on the device, beside a server that is awake, too."""
+        return max(largest(self.ranks).needed, self.with_servers) <= self.device.memory
 
 
 def rehearse(

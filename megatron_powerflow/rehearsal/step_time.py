@@ -8,7 +8,8 @@
 It says which part is the largest and what a change of layout does to it. It is no measurement: nothing here has been
 compared with a GPU.
 
-Left out: overlap of sums with computing, slow responses among quick ones, loading, evaluation.
+Left out: what vLLM servers take where they sample; overlap of sums with computing, slow responses among quick ones,
+loading, evaluation.
 """
 
 from __future__ import annotations
@@ -73,16 +74,17 @@ def step_time(job: Job, ranks: Sequence[RankMemory], device: Device) -> StepTime
     rate = device.flops(config.precision.dtype) * MATRIX_SHARE * layout.world_size
     count = num_micro_batches(job)
     idle = (layout.pp - 1) / (layout.num_chunks * count + layout.pp - 1)
-    rollout, bound_by = _rollout(job, ranks, device)
-    rollout += prefill / rate
+    rollout, bound_by, decoding = 0.0, "servers", 0.0
+    if job.is_served:
+        prefill = 0.0
+    else:
+        rollout, bound_by = _rollout(job, ranks, device)
+        rollout += prefill / rate
+        decoding = 2 * active_weights(job.architecture) * rollouts * config.rollout.max_response_tokens
     reference = forward / rate / (1 - idle) + _sent(job, ranks, device, "reference scores") / steps
     update = passes * steps * forward / rate / (1 - idle) + _sent(job, ranks, device, "update")
     optimizer = _optimizer(job, ranks, device) * config.optimizer.updates_per_rollout
-    flops = (
-        prefill
-        + (1 + passes * steps) * forward
-        + 2 * active_weights(job.architecture) * rollouts * config.rollout.max_response_tokens
-    )
+    flops = prefill + (1 + passes * steps) * forward + decoding
     total = rollout + reference + update + optimizer
     peak = device.flops(config.precision.dtype) * layout.world_size
     return StepTime(rollout, reference, update, optimizer, flops, idle, flops / total / peak, bound_by)

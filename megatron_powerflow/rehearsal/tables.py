@@ -69,9 +69,12 @@ def _traffic_table(ranks: tuple[RankMemory, ...]) -> Table:
 def _lines(rehearsal: Rehearsal) -> list[str]:
     time, host = rehearsal.time, rehearsal.host
     saves = rehearsal.saves
+    rollout = f"rollout {duration(time.rollout)} (bound by {time.bound_by})"
+    if rehearsal.job.is_served:
+        rollout = "without sampling and updates of servers, which are not modelled"
     swapped = f" + {_gib(host.swapped)} for the swapped reference" if host.swapped else ""
     return [
-        f"step      about {duration(time.total)}: rollout {duration(time.rollout)} (bound by {time.bound_by}), "
+        f"step      about {duration(time.total)}: {rollout}, "
         f"reference {duration(time.reference)}, update {duration(time.update)}, optimizer {time.optimizer:.1f} s",
         f"          {time.flops:.3g} FLOPs, {time.utilisation:.1%} of the GPUs' peak; {time.idle_share:.1%} of scoring "
         "and updating a stage waits for others",
@@ -94,6 +97,15 @@ def _assumptions(rehearsal: Rehearsal) -> list[str]:
 def _verdict(rehearsal: Rehearsal) -> list[str]:
     worst, memory = largest(rehearsal.ranks), rehearsal.device.memory
     needs = f"{worst.name} needs {_gib(worst.needed)} of {_gib(memory)} GiB, most in {worst.peak_phase}"
+    if worst.needed <= memory < rehearsal.with_servers:
+        share = rehearsal.job.config.rollout.vllm.memory
+        return [
+            f"DOES NOT FIT {rehearsal.device.name}: a server takes rollout.vllm.memory={share:g} of the GPU while the "
+            f"trainer rests on it, together {_gib(rehearsal.with_servers)} of {_gib(memory)} GiB",
+            "          lower rollout.vllm.memory, or take model.reference=swap or more GPUs, which rest with less",
+        ]
+    if rehearsal.with_servers:
+        needs += f"; {_gib(rehearsal.with_servers)} while a server is awake on it"
     if rehearsal.fits:
         return [f"fits      {rehearsal.device.name}: {needs}"]
     lines = [f"DOES NOT FIT {rehearsal.device.name}: {needs}"]
@@ -126,6 +138,7 @@ def rehearsal_json(rehearsal: Rehearsal) -> dict[str, Any]:
         "layout": rehearsal.job.layout.describe(),
         "device": dataclasses.asdict(rehearsal.device),
         "fits": rehearsal.fits,
+        "with_servers_bytes": rehearsal.with_servers,
         "overhead_bytes": OVERHEAD_BYTES,
         "ranks": [_rank_json(rank) for rank in rehearsal.ranks],
         "step_seconds": dataclasses.asdict(rehearsal.time) | {"total": rehearsal.time.total},

@@ -60,6 +60,8 @@ PANELS = (
     CurvePanel(("grad_norm",)),
     CurvePanel(("tokens_per_second", "rollout_tokens_per_second"), "Response tokens per second"),
     CurvePanel(("sampler_gap_mean", "sampler_gap_max"), "Sampler against scorer (nats per token)"),
+    CurvePanel(("sync_gap_mean", "sync_gap_max"), "Servers' weights against the trainer's (nats per token)"),
+    CurvePanel(("lag_mean", "lag_max"), "Lag of the sampler's weights (steps)"),
 )
 
 

@@ -47,7 +47,10 @@ OURS = (
     "--enable-prefix-caching",
     "--no-enable-prefix-caching",
     "--enable-sleep-mode",
+    "--no-enable-sleep-mode",
     "--skip-tokenizer-init",
+    "--config",
+    "-tp",
 )
 
 
@@ -100,9 +103,15 @@ def command_of(
 
 def argument_violations(arguments: Sequence[str]) -> list[str]:
     """Return what is wrong with rollout.vllm.arguments, a sentence each."""
-    names = [text.partition("=")[0] for text in arguments]
     return [
         f"rollout.vllm.arguments holds {name}, which this program sets itself, as the run needs it; remove it"
-        for name in dict.fromkeys(names)
-        if name in OURS
+        for name in dict.fromkeys(text.partition("=")[0] for text in arguments)
+        if _is_ours(name)
     ]
+
+
+def _is_ours(name: str) -> bool:
+    """Whether vLLM takes it for one of OURS: underscores count as hyphens, a part as the whole, --a.b as a piece of
+    --a."""
+    plain = name.partition(".")[0].replace("_", "-")
+    return plain in OURS or (len(plain) > len("--") and any(ours.startswith(plain) for ours in OURS))

@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,13 @@ class Ledger:
         self._in_hand = folder / IN_HAND_NAME
         self._sampler, self._vocab_size, self._lag, self._mixed = sampler, vocab_size, lag, mixed
 
-    def begin(self, first_step: int, *, num_samplers: int) -> None:
+    def begin(self, first_step: int, *, num_samplers: int, is_new_course: bool = False) -> None:
         """Take back what a lost try noted of `first_step` and later: what it had in hand is noted again when it is
-        used. The first sampler does so for those that there are no more. Raises OSError."""
+        used. The first sampler does so for those that there are no more. Raises OSError.
+
+        is_new_course: the weights from here on are others than that try's. Its groups for later steps go, since they
+        may be by such weights; those for `first_step` itself are by weights that both have.
+        """
         self._ledger.parent.mkdir(parents=True, exist_ok=True)
         self._in_hand.mkdir(parents=True, exist_ok=True)
         for path in self._ledger.parent.glob("sampler_*.jsonl"):
@@ -57,6 +61,8 @@ class Ledger:
             mine = match and (int(match[1]) == self._sampler or (self._sampler == 0 and int(match[1]) >= num_samplers))
             if mine:
                 cut_back(path, first_step, ledger_line_violation)
+        if is_new_course and self._sampler == 0:
+            self._remove_groups(lambda step: step > first_step)
 
     def found(self, asked: Sequence[tuple[int, Prompt]], sampling: SamplingParams) -> dict[int, tuple[Rollout, ...]]:
         """Return slot -> group of the prompts that an earlier try had in hand, and note that they are answered.
@@ -110,9 +116,12 @@ class Ledger:
 
     def forget(self, before_step: int) -> None:
         """Remove the groups of steps before one that a checkpoint holds. Of this sampler's number or any other's."""
+        self._remove_groups(lambda step: step < before_step)
+
+    def _remove_groups(self, of_step: Callable[[int], bool]) -> None:
         for path in self._in_hand.glob("step_*.jsonl"):
             match = IN_HAND_FILE.fullmatch(path.name)
-            if match and int(match[1]) < before_step and path.is_file() and not path.is_symlink():
+            if match and of_step(int(match[1])) and path.is_file() and not path.is_symlink():
                 path.unlink(missing_ok=True)
 
 

@@ -16,6 +16,7 @@ from megatron_powerflow.checkpoint.folder import checkpoints_of
 from megatron_powerflow.config import Config
 from megatron_powerflow.parallel.device_sums import determinism_violations
 from megatron_powerflow.rollout.rollout_files import ROLLOUTS_NAME, step_file
+from megatron_powerflow.serving.checks import weights_folder
 from megatron_powerflow.time_limit import seconds_until_stop
 
 CHECKPOINT_BYTES = 14  # a parameter: bf16 weights, their fp32 masters and Adam's two moments
@@ -48,17 +49,45 @@ def resource_violations(config: Config, num_parameters: int | None) -> list[str]
         ]
     if num_parameters is None:
         return violations
+    served, beside = _room_for_servers(config, num_parameters, above)
+    violations += beside
     count = num_checkpoints(config)
     # a run that goes on has some of its checkpoints on the disk already; another one is written before one is removed
     left = max(count - len(checkpoints_of(folder)), 1)
-    needed, free = needed_bytes(config, num_parameters, left), shutil.disk_usage(above).free
+    needed, free = needed_bytes(config, num_parameters, left) + served, shutil.disk_usage(above).free
     if needed > free:
         export = " and the export" if config.run.export else ""
+        export += " and the weights for the servers" if served else ""
         violations.append(
             f"run.output_dir={config.run.output_dir!r}: {left} checkpoint(s){export} take {_size(needed)}, and "
             f"{_size(free)} are free there; set checkpoint.keep, raise checkpoint.interval, or write elsewhere"
         )
     return violations
+
+
+def _room_for_servers(config: Config, num_parameters: int, disk_of_run: Path) -> tuple[int, list[str]]:
+    """Return (bytes on the disk of the run's folder, what is wrong with another disk) of weights for vLLM servers.
+
+    A version stays until all servers have the next one; with changes, until those are worth a half of the whole.
+    """
+    servers = config.rollout.vllm
+    if config.rollout.engine != "vllm" or config.rollout.replay is not None:
+        return 0, []
+    whole = num_parameters * (4 if config.precision.dtype == "fp32" else 2)
+    needed = int(whole * (2.5 if servers.transport == "changes" else 2))
+    folder = weights_folder(config).absolute()
+    above = next(path for path in (folder, *folder.parents) if path.is_dir())
+    if not os.access(above, os.W_OK):
+        return 0, [f"rollout.vllm.weights={str(folder)!r}: {above} cannot be written; name another folder"]
+    if above.stat().st_dev == disk_of_run.stat().st_dev:
+        return needed, []
+    free = shutil.disk_usage(above).free
+    if needed <= free:
+        return 0, []
+    return 0, [
+        f"rollout.vllm.weights={str(folder)!r}: two versions of the weights take {_size(needed)}, and {_size(free)} "
+        "are free there; name a folder on another disk"
+    ]
 
 
 def buffer_violations(config: Config, first_step: int) -> list[str]:

@@ -41,11 +41,14 @@ from megatron_powerflow.serving.weight_sync import require_room, wake
 from megatron_powerflow.serving.weight_writer import WeightWriter
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.resume import Resume
 from megatron_powerflow.training.score_rollouts import policy_token_log_probs
 from megatron_powerflow.training.session import Session
 
 PROBE_PROMPTS, PROBE_TOKENS = 8, 96
 FOLDER_PREFIX = "powerflow-"  # of the weights of one start of a run, within rollout.vllm.weights
+# Keys that may change at a start, and no weight with them.
+NOT_OF_WEIGHTS = ("alarm.", "checkpoint.", "evaluation.", "metrics.", "rollout.vllm.", "run.")
 SYNC_SECONDS = 1200.0  # that a server may take to load a version of the weights
 
 
@@ -79,7 +82,7 @@ def with_servers(plan: Plan, session: Session, say: Callable[[str], None]) -> Se
             lag=plan.config.rollout.steps_ahead,
             mixed=plan.config.rollout.in_flight_updates,
         )
-        ledger.begin(step, num_samplers=groups.num_samplers)
+        ledger.begin(step, num_samplers=groups.num_samplers, is_new_course=is_new_course(plan.resume))
 
     def forget() -> None:
         """Remove answers that a checkpoint has learnt from; a start may go back behind one that is being written."""
@@ -100,6 +103,11 @@ def with_servers(plan: Plan, session: Session, say: Callable[[str], None]) -> Se
         say=say,
     )
     return replace(session, engine=engine)
+
+
+def is_new_course(resume: Resume) -> bool:
+    """Whether a start makes other weights than the one before it would have made behind the same checkpoint."""
+    return resume.goes_back or any(not change.key.startswith(NOT_OF_WEIGHTS) for change in resume.changed)
 
 
 def served_engine(

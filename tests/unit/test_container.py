@@ -136,6 +136,16 @@ def test_a_split_job_trains_on_its_first_nodes_and_serves_on_its_last(settings, 
     assert "rollout.vllm.start=2" in training
 
 
+@pytest.mark.parametrize("where", ["command", "config"])
+def test_a_server_that_needs_more_gpus_than_a_node_has_is_refused(tmp_path, where):
+    config = tmp_path / "own.yaml"
+    config.write_text("rollout: {vllm: {tp: 8}}" if where == "config" else "rollout:")
+    more = [] if where == "config" else ["rollout.vllm.tp=8"]
+    done, calls = run_script(tmp_path, "--servers", "1", "--recipe", str(config), *more, gpus=4)
+    said = "error: rollout.vllm.tp=8: a server is on one node, and a node has 4 GPUs; take a smaller one"
+    assert (done.returncode, done.stderr.strip(), calls) == (2, said, [])
+
+
 @pytest.mark.slow
 def test_one_task_of_srun_per_gpu_and_no_preflight_where_that_is_asked_for(settings, tmp_path):
     asked = ("--launcher", "srun", "--preflight", "off")

@@ -10,6 +10,8 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Prompt, Rollout, SamplingParams
 from megatron_powerflow.serving.answers import Answer
 from megatron_powerflow.serving.ledger import Ledger, ledger_report
+from megatron_powerflow.training.resume import Change, Resume
+from megatron_powerflow.training.served_rollouts import is_new_course
 
 PROMPTS = [(slot, Prompt(f"q{slot}", slot, (1, 2, slot))) for slot in range(3)]
 
@@ -131,3 +133,31 @@ def test_a_prompt_that_was_answered_twice_or_never_is_named(ledger, tmp_path):
         ledger_report(tmp_path, num_steps=1, prompts_per_step=3)
     assert "1 prompts were answered twice: step 0 slot 0" in str(error.value)
     assert "1 prompts were never answered: step 0 slot 1" in str(error.value)
+
+
+def test_what_an_abandoned_course_had_in_hand_of_later_steps_is_not_the_new_ones(ledger, tmp_path):
+    """The run goes back to step 4 with another rate: 5 is by weights that the new course does not make."""
+    for step in (4, 5):
+        take(ledger, 0, step)
+    second = Ledger(tmp_path, 1, vocab_size=10, lag=9)
+    second.begin(4, num_samplers=2, is_new_course=True)
+    assert second.found(PROMPTS, sampling(5)).keys() == {0}, "the first sampler removes them, for all"
+    again = Ledger(tmp_path, 0, vocab_size=10, lag=9)
+    again.begin(4, num_samplers=2, is_new_course=True)
+    assert again.found(PROMPTS, sampling(4)).keys() == {0}
+    assert not again.found(PROMPTS, sampling(5))
+
+
+@pytest.mark.parametrize(
+    ("keys", "goes_back", "is_new"),
+    [
+        ([], False, False),
+        ([], True, True),
+        (["optimizer.lr"], False, True),
+        (["objective.alpha", "run.num_steps"], False, True),
+        (["run.num_steps", "rollout.vllm.urls", "metrics.wandb"], False, False),
+    ],
+)
+def test_a_start_is_a_new_course_where_its_weights_will_be_others(keys, goes_back, is_new):
+    changed = tuple(Change(key, 1, 2) for key in keys)
+    assert is_new_course(Resume(changed=changed, goes_back=goes_back)) == is_new

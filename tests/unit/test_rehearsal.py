@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -243,3 +244,27 @@ def test_tables_and_json_say_whether_it_fits_and_by_how_much(tmp_path):
         assert answer["fits"] == (peak == 40)
         assert answer["ranks"][0]["needed"] == peak * GIB + OVERHEAD_BYTES
         assert answer["ranks"][0]["phases"]["update"]["collectives"]["tp"] == {"count": 10, "num_bytes": GIB}
+
+
+@pytest.mark.parametrize(
+    ("share", "word"), [(0.5, "fits      h100-80"), (0.8, "takes rollout.vllm.memory=0.8 of the GPU")]
+)
+def test_servers_decode_instead_and_those_on_the_same_gpus_need_room_beside_the_trainer(tmp_path, share, word):
+    on_gpus = ("rollout.vllm.sleeps=true", f"rollout.vllm.memory={share}")
+    job = job_of(tmp_path, 64, "rollout.engine=vllm", "rollout.vllm.start=8", *on_gpus)
+    decoding = ("KV cache", "prefill", "decoding")
+    whole = rank_memory(40 * GIB)
+    rank = replace(whole, phases=tuple(phase for phase in whole.phases if phase.name not in decoding))
+    assert set(whole.parts) - set(rank.parts) == set(decoding)
+    device = DEVICES["h100-80"]
+    time = step_time(job, [rank], device)
+    assert (time.rollout, step_time(job_of(tmp_path, 64), [whole], device).rollout > 0) == (0.0, True)
+    saves = save_interval(job, 10**12, time.total)
+    host = Host(processes=8, loading=1, saved_copy=1, swapped=0, checkpoint=1)
+    rehearsal = Rehearsal(job, device, (rank,), time, host, saves, None, ())
+    assert rehearsal.with_servers == 20 * GIB + OVERHEAD_BYTES + share * device.memory
+    out = io.StringIO()
+    print_rehearsal(make_console(out, width=200), rehearsal)
+    assert word in out.getvalue()
+    assert "without sampling and updates of servers" in out.getvalue()
+    assert rehearsal.fits == (share == 0.5)

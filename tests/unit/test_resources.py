@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_powerflow.config_file import parse_config
@@ -34,6 +36,18 @@ def test_a_disk_that_is_too_small_is_said_with_the_sizes(tmp_path):
     assert "are free there" in violation
     assert resource_violations(config(tmp_path), 1000) == []
     assert resource_violations(config(tmp_path), None) == []
+
+
+def test_the_weights_for_servers_take_room_too(tmp_path):
+    served = ("rollout.engine=vllm", "rollout.vllm.urls=[http://127.0.0.1:8200]")
+    (here,) = resource_violations(config(tmp_path, *served), HUGE)
+    assert "and the weights for the servers take" in here
+    elsewhere = Path("/dev/shm")
+    if elsewhere.is_dir() and elsewhere.stat().st_dev != tmp_path.stat().st_dev:
+        weights, run = resource_violations(config(tmp_path, *served, f"rollout.vllm.weights={elsewhere}"), HUGE)
+        assert weights.startswith("rollout.vllm.weights='/dev/shm': two versions of the weights take")
+        assert "weights for the servers" not in run
+    assert resource_violations(config(tmp_path, *served), 1000) == []
 
 
 def test_a_limit_of_time_that_is_over_is_refused(tmp_path):

@@ -23,11 +23,12 @@ def cluster(tmp_path_factory):
         yield started
 
 
-def until(what, log, seconds: float) -> None:
-    """Wait for something; what the job has printed is shown where it does not come."""
+def until(what, log, seconds: float, *, running=lambda: True) -> None:
+    """Wait for something; what the job has printed is shown where it does not come, or the job ends before."""
     deadline = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
+        is_waited_for = time.monotonic() < deadline and running()
+        assert is_waited_for, log.read_text() if log.exists() else "no log"
         time.sleep(0.2)
 
 
@@ -41,6 +42,7 @@ def test_a_split_job_is_warned_in_mid_step_and_continues(cluster, job, tmp_path)
         "precision.dtype": "fp32",
         "prompts.path": job.prompts,
         "prompts.require_answer": "false",
+        "prompts.suffix": "null",
         "rollout.prompts_per_step": 6,
         "rollout.responses_per_prompt": 4,
         "rollout.max_prompt_tokens": 16,
@@ -67,7 +69,11 @@ def test_a_split_job_is_warned_in_mid_step_and_continues(cluster, job, tmp_path)
         done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
         return done >= 2 and any(path.stat().st_size for path in in_hand.glob(f"step_{done + 1:06d}.*"))
 
-    until(in_mid_step, log, 400)
+    def running() -> bool:
+        shown = cluster.run("scontrol", "show", "job", number)
+        return any(f"JobState={state}" in shown for state in ("PENDING", "CONFIGURING", "RUNNING"))
+
+    until(in_mid_step, log, 400, running=running)
     cluster.run("scancel", "--batch", "--signal=USR1", number)
     until(lambda: "back into the queue" in log.read_text(), log, 200)
     until(lambda: "JobState=PENDING" in cluster.run("scontrol", "show", "job", number), log, 120)
