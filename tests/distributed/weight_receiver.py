@@ -46,6 +46,9 @@ def main() -> None:
     except Stopped as stopped:
         say("result", {"stopped": str(stopped)})
         return
+    except RuntimeError as error:
+        say("result", {"never": str(error)})
+        return
     found = {}
     try:
         for name, tensor in receive(group, CPU):

@@ -56,8 +56,9 @@ def ended_well(job, process) -> str:
     return ledger
 
 
-def test_one_of_two_is_killed_in_mid_step_and_comes_back(two):
-    process = two.begin_training()
+@pytest.mark.parametrize("transport", ["folder", "stream"])
+def test_one_of_two_is_killed_in_mid_step_and_comes_back(two, transport):
+    process = two.begin_training(**{"rollout.vllm.transport": transport})
     wait_for_step(two, 1)
     for part in whole_server(two.pids[0]):
         part.kill()
@@ -66,8 +67,9 @@ def test_one_of_two_is_killed_in_mid_step_and_comes_back(two):
     assert two.url(1) in ledger
 
 
-def test_both_are_killed_and_the_run_waits_until_they_are_back(two):
-    process = two.begin_training()
+@pytest.mark.parametrize("transport", ["folder", "stream"])
+def test_both_are_killed_and_the_run_waits_until_they_are_back(two, transport):
+    process = two.begin_training(**{"rollout.vllm.transport": transport})
     wait_for_step(two, 2)
     for pid in two.pids:
         for part in whole_server(pid):

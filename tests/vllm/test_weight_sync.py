@@ -21,7 +21,7 @@ def healthy(served):
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
-@pytest.mark.parametrize("transport", ["folder", "changes"])
+@pytest.mark.parametrize("transport", ["folder", "changes", "stream"])
 def test_ten_steps_with_a_proof_after_each(served, tmp_path, layout, transport):
     run = tmp_path / "run"
     sizes = {f"parallel.{name}": size for name, size in layout.items()}
@@ -39,6 +39,9 @@ def test_ten_steps_with_a_proof_after_each(served, tmp_path, layout, transport):
     if transport == "changes":
         # at this rate nearly every number moves, in its lower bytes: two versions of changes are more than all of it
         assert min(line["sync_share"] for line in lines) < 0.9
+    if transport == "stream":
+        assert all(line["sync_share"] == 1 for line in lines)
+        assert not (run / "weights").exists(), "no weights are on a disk"
 
 
 NO_START = {f"rollout.vllm.{key}": None for key in ("start", "python", "arguments", "port")}
@@ -51,10 +54,12 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_server_with_other_weights_stops_the_run_and_the_fault_is_named(served, tmp_path, fault):
+@pytest.mark.parametrize(
+    ("fault", "transport"), [*((fault, "folder") for fault in FAULTS), ("tied_head", "stream"), ("dropped", "stream")]
+)
+def test_a_server_with_other_weights_stops_the_run_and_the_fault_is_named(served, tmp_path, fault, transport):
     """Before each fault the server gets weights that have been trained, so that those of the base are news to it."""
-    common = {"rollout.vllm.urls": [served.url()], **NO_START, "run.num_steps": 2}
+    common = {"rollout.vllm.urls": [served.url()], **NO_START, "run.num_steps": 2, "rollout.vllm.transport": transport}
     assert served.train(**common, **{"run.output_dir": str(tmp_path / "before")}).returncode == 0
     served.fault_file.write_text(fault)
     run = tmp_path / "run"

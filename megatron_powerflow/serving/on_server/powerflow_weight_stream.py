@@ -184,7 +184,7 @@ def join_as_worker(place: Place, rank: int, device: torch.device) -> Group:
 
     Raises Stopped where the word is that this update is none, RuntimeError where no word comes.
     """
-    seconds = timedelta(seconds=place.seconds)
+    seconds = timedelta(seconds=2 * place.seconds)  # longer than the main rank waits for workers that do not come
     store = dist.TCPStore(place.address, place.port, None, False, timeout=seconds, wait_for_workers=False)
     store.set(JOINED.format(rank=rank), "")
     if store.get(WORD).decode() != GO:
