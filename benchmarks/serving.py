@@ -4,7 +4,7 @@
 
     client   tokens per second of one server, asked by our pool and by `vllm bench serve`: equally many prompts, tokens
              and requests at a time; repetitions alternate, and the first of each is not counted
-    sync     seconds, bytes and gaps of updates of the server's weights, whole and as changed bytes, bf16 and fp32
+    sync     seconds, bytes and gaps of updates of the server's weights, by each transport, bf16 and fp32
     ahead    seconds of a step with rollout.steps_ahead 0 and 1
 
 The model is SmolLM2-135M-Instruct. Server and trainer have a core each.
@@ -127,7 +127,7 @@ def lines_of(job: Job, name: str, **changes) -> list[dict[str, float]]:
 
 def sync(job: Job) -> None:
     for dtype in ("bf16", "fp32"):
-        for transport in ("folder", "changes"):
+        for transport in ("folder", "changes", "stream"):
             changes = {"precision.dtype": dtype, "rollout.vllm.transport": transport, "optimizer.lr": 1e-6}
             changes |= {"alarm.sampler_gap": 0.15, "run.num_steps": 5}
             lines = lines_of(job, f"sync_{dtype}_{transport}", **changes)[1:]

@@ -97,7 +97,7 @@ def command_of(
         *(["--enable-sleep-mode"] if servers.sleeps else []),
         *(servers.arguments or ()),
     ]
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(PATHS)}
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(PATHS), "POWERFLOW_PORT": str(port)}
     return ServerCommand(tuple(arguments), environment | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus is not None else {}))
 
 

@@ -71,7 +71,7 @@ def _room_for_servers(config: Config, num_parameters: int, disk_of_run: Path) ->
     A version stays until all servers have the next one; with changes, until those are worth a half of the whole.
     """
     servers = config.rollout.vllm
-    if config.rollout.engine != "vllm" or config.rollout.replay is not None:
+    if config.rollout.engine != "vllm" or config.rollout.replay is not None or servers.transport == "stream":
         return 0, []
     whole = num_parameters * (4 if config.precision.dtype == "fp32" else 2)
     needed = int(whole * (2.5 if servers.transport == "changes" else 2))

@@ -185,6 +185,7 @@ def value_of(config: Config, key: str):
         (["rollout.engine=vllm", "rollout.replay=x"], "rollout.engine=vllm has no effect because rollout.replay"),
         ([*SERVED, "rollout.in_flight_updates=true"], "because rollout.steps_ahead=0"),
         ([*STARTED, "rollout.vllm.sleeps=true", "rollout.steps_ahead=1"], "answers nothing"),
+        ([*STARTED, "rollout.vllm.sleeps=true", "rollout.vllm.transport=stream"], "takes each GPU once"),
         ([*SERVED, "rollout.vllm.dtpye=x"], "unknown key; did you mean dtype? known: urls, start"),
         ([*SERVED, "rollout.vllm.max_requests=0"], "rollout.vllm.max_requests=0: must be greater than or equal to 1"),
         (["rollout.vllm=3"], "rollout.vllm=3"),

@@ -47,6 +47,8 @@ def test_the_weights_for_servers_take_room_too(tmp_path):
         weights, run = resource_violations(config(tmp_path, *served, f"rollout.vllm.weights={elsewhere}"), HUGE)
         assert weights.startswith("rollout.vllm.weights='/dev/shm': two versions of the weights take")
         assert "weights for the servers" not in run
+    (streamed,) = resource_violations(config(tmp_path, *served, "rollout.vllm.transport=stream"), HUGE)
+    assert "weights for the servers" not in streamed
     assert resource_violations(config(tmp_path, *served), 1000) == []
 
 

@@ -137,8 +137,9 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise ValueError(f"changes to {update_info.base!r} came to a server that has {self._copy_version!r}")
         group = get_world_group()
         if self._copy is None:
-            # one copy for all workers of a machine: they are children of one process
-            self._copy = Path(tempfile.gettempdir()) / f"powerflow-weights-{os.getppid()}"
+            # One copy for all workers of a machine, under a name that the server's next start finds and replaces.
+            name = os.environ.get("POWERFLOW_PORT", f"of-{os.getppid()}")
+            self._copy = Path(tempfile.gettempdir()) / f"powerflow-weights-{os.getuid()}-{name}"
         if group.local_rank == 0:
             if update_info.folder:
                 shutil.rmtree(self._copy, ignore_errors=True)

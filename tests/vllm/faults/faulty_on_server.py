@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 import powerflow_on_server
-from powerflow_on_server import FolderTransferEngine, Weights, repack_tied_head
+from powerflow_on_server import WeightReceiver, Weights, repack_tied_head
 
 assert Weights
 
@@ -28,24 +28,25 @@ def repack(model) -> None:
         repack_tied_head(model)
 
 
-_read, _receive, _start, _finish = (
-    powerflow_on_server.read,
-    FolderTransferEngine.receive_weights,
-    FolderTransferEngine.start_weight_update,
-    FolderTransferEngine.finish_weight_update,
+_noted, _receive, _start, _finish = (
+    WeightReceiver._noted,
+    WeightReceiver.receive_weights,
+    WeightReceiver.start_weight_update,
+    WeightReceiver.finish_weight_update,
 )
 
 
-def noted(self, found):
-    if fault() == "dropped":
-        found = {name: entry for name, entry in found.items() if name != VICTIM}
-    yield from _noted(self, found)
+def arriving(pairs):
+    for name, tensor in pairs:
+        square = tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
+        if fault() == "transposed" and square:
+            yield name, tensor.T.contiguous()
+        elif fault() != "dropped" or name != VICTIM:
+            yield name, tensor
 
 
-def read(entry):
-    tensor = _read(entry)
-    square = tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
-    return tensor.T.contiguous() if square and fault() == "transposed" else tensor
+def noted(self, pairs):
+    yield from _noted(self, arriving(pairs))
 
 
 def receive(self, update_info) -> None:
@@ -63,10 +64,8 @@ def finish(self) -> None:
         _finish(self)
 
 
-_noted = FolderTransferEngine._noted
 powerflow_on_server.repack_tied_head = repack
-powerflow_on_server.read = read
-FolderTransferEngine._noted = noted
-FolderTransferEngine.receive_weights = receive
-FolderTransferEngine.start_weight_update = start
-FolderTransferEngine.finish_weight_update = finish
+WeightReceiver._noted = noted
+WeightReceiver.receive_weights = receive
+WeightReceiver.start_weight_update = start
+WeightReceiver.finish_weight_update = finish
