@@ -29,7 +29,7 @@ from megatron_powerflow.metrics.reduce import ReductionSettings, reduce_rollouts
 from megatron_powerflow.metrics.throughput import throughput
 from megatron_powerflow.objective.presets import PRESETS
 from megatron_powerflow.records import ROLLOUT_COLUMNS
-from megatron_powerflow.serving.engine import SyncReport
+from megatron_powerflow.serving.weight_giving import SyncReport
 from megatron_powerflow.training.resume import CHANGEABLE
 from tests.conftest import REPOSITORY
 from tests.documents import Command, anchors, blocks, commands, links, pages, prose, spans
