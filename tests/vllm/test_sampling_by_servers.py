@@ -76,13 +76,15 @@ def test_a_server_of_shorter_texts_ends_the_run_at_once(served, tmp_path):
     )
 
 
-def test_generate_through_a_server_writes_what_score_confirms(served, tmp_path):
+@pytest.mark.parametrize("transport", ["folder", "stream"])
+def test_generate_through_a_server_writes_what_score_confirms(served, tmp_path, transport):
     answers, scores = tmp_path / "answers.jsonl", tmp_path / "scores.jsonl"
     common = ["--model", served.model, "precision.dtype=fp32"]
     found = run_cli(
         *("generate", "--engine", "vllm", "--prompts", served.prompts, "--out", answers, "--num-responses", "2"),
         *common,
         f"rollout.vllm.urls=[{served.url()}]",
+        f"rollout.vllm.transport={transport}",
         "rollout.max_prompt_tokens=16",
         "rollout.max_response_tokens=20",
     )

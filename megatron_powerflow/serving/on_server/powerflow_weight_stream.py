@@ -14,7 +14,7 @@ Both sides read this file: the trainer as a part of the package, the server by i
 `powerflow_on_server.py`. It imports torch, and nothing of `megatron_powerflow`.
 
 vLLM 0.32 has a transport over NCCL of its own (vllm.distributed.weight_transfer.nccl_engine). Not used: its trainer's
-end imports vLLM, its communicator is NCCL's alone and waits for ever, and its `init` blocks until every worker is there.
+end imports vLLM, its communicator is NCCL's alone and waits for ever, and `init` blocks until every worker is there.
 """
 
 from __future__ import annotations
