@@ -5,7 +5,8 @@
 #   sbatch examples/run_7b_colocated.sh model.hf_path=/models/Qwen2.5-Math-7B run.output_dir=/runs/7b \
 #       rollout.vllm.python=/envs/vllm/bin/python [section.key=value ...]
 #
-# Eight servers, one on each GPU, take rollout.vllm.memory of it (.4). The other options stand in slurm_job.sh, and what is
+# Eight servers, one on each GPU, take rollout.vllm.memory of it (.4). rollout.vllm.weights=/dev/shm/weights keeps the
+# weights on their way to them in the node's memory, and off a disk. The other options stand in slurm_job.sh, and what is
 # proved of the servers' weights in docs/pages/serving.md.
 #SBATCH --job-name=powerflow-7b-colocated
 #SBATCH --nodes=1

@@ -73,7 +73,9 @@ GENERATE_KEYS = (
     "prompts.too_long",
     "run.seed",
 )
-SERVER_KEYS = tuple(f"rollout.vllm.{key}" for key in ("urls", "max_requests", "answer_seconds", "wait_seconds"))
+SERVER_KEYS = tuple(
+    f"rollout.vllm.{key}" for key in ("urls", "transport", "max_requests", "answer_seconds", "wait_seconds")
+)
 
 
 OF_THE_RUN = (
