@@ -32,6 +32,8 @@ from tests.vllm.servers import Job
 
 NUM_PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS, AT_A_TIME = 64, 64, 64, 32
 NEVER = 49151  # the last token of the vocabulary, which ends no response here
+FEW_RESPONSES = {"rollout.prompts_per_step": 1, "rollout.responses_per_prompt": 2}
+LONG_RESPONSES = {"rollout.prompts_per_step": 2, "rollout.max_prompt_tokens": 64, "rollout.max_response_tokens": 128}
 NO_START = {f"rollout.vllm.{key}": None for key in ("start", "python", "arguments", "port")}
 
 
@@ -129,7 +131,7 @@ def sync(job: Job) -> None:
     for dtype in ("bf16", "fp32"):
         for transport in ("folder", "changes", "stream"):
             changes = {"precision.dtype": dtype, "rollout.vllm.transport": transport, "optimizer.lr": 1e-6}
-            changes |= {"alarm.sampler_gap": 0.15, "run.num_steps": 5}
+            changes |= {"alarm.sampler_gap": 0.15, "run.num_steps": 5, **FEW_RESPONSES}
             lines = lines_of(job, f"sync_{dtype}_{transport}", **changes)[1:]
             seconds = statistics.median(line["sync_seconds"] for line in lines)
             share = statistics.median(line["sync_share"] for line in lines)
@@ -145,7 +147,7 @@ def ahead(job: Job) -> None:
     found = {}
     for steps_ahead in (0, 1, 0, 1):
         name = f"ahead_{steps_ahead}_{len(found)}"
-        lines = lines_of(job, name, **{"rollout.steps_ahead": steps_ahead, "run.num_steps": 7})[2:]
+        lines = lines_of(job, name, **{"rollout.steps_ahead": steps_ahead, "run.num_steps": 6, **LONG_RESPONSES})[2:]
         found[name] = statistics.median(line["step_seconds"] for line in lines)
         parts = {key: statistics.median(line[f"{key}_seconds"] for line in lines) for key in ("rollout", "update")}
         lag = statistics.median(line.get("lag_mean", 0.0) for line in lines)
