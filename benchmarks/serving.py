@@ -119,20 +119,22 @@ def client(job: Job, python: str, repeats: int) -> None:
     print(f"client: ours / vLLM's {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
 
 
-def lines_of(job: Job, name: str, **changes) -> list[dict[str, float]]:
-    """Train some steps, and return their metrics."""
+def lines_of(job: Job, name: str, number: int = 0, **changes) -> list[dict[str, float]]:
+    """Train some steps by the server of a number, and return their metrics."""
     run = job.folder / name
-    done = job.train(**NO_START, **{"rollout.vllm.urls": [job.url()], "run.output_dir": str(run), **changes})
+    done = job.train(**NO_START, **{"rollout.vllm.urls": [job.url(number)], "run.output_dir": str(run), **changes})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return read_journal(run / "metrics.jsonl").lines
 
 
 def sync(job: Job) -> None:
-    for dtype in ("bf16", "fp32"):
+    for number, dtype in enumerate(("fp32", "bf16")):
+        job.settings |= {"precision.dtype": dtype, "rollout.vllm.start": 2}
+        if number:
+            job.serve(number)
         for transport in ("folder", "changes", "stream"):
-            changes = {"precision.dtype": dtype, "rollout.vllm.transport": transport, "optimizer.lr": 1e-6}
-            changes |= {"alarm.sampler_gap": 0.15, "run.num_steps": 5, **FEW_RESPONSES}
-            lines = lines_of(job, f"sync_{dtype}_{transport}", **changes)[1:]
+            changes = {"rollout.vllm.transport": transport, "optimizer.lr": 1e-6, "run.num_steps": 5}
+            lines = lines_of(job, f"sync_{dtype}_{transport}", number, **changes, **FEW_RESPONSES)[1:]
             seconds = statistics.median(line["sync_seconds"] for line in lines)
             share = statistics.median(line["sync_share"] for line in lines)
             size = statistics.median(line["sync_bytes"] for line in lines) / 1e6
@@ -141,6 +143,7 @@ def sync(job: Job) -> None:
                 f"sync {dtype} {transport}: {seconds:.2f} s, {size:.1f} MB ({share:.1%} of all), gap {gap:.1e}",
                 flush=True,
             )
+    job.settings["precision.dtype"] = "fp32"
 
 
 def ahead(job: Job) -> None:
