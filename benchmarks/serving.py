@@ -32,7 +32,9 @@ from tests.vllm.servers import Job
 
 NUM_PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS, AT_A_TIME = 64, 64, 64, 32
 NEVER = 49151  # the last token of the vocabulary, which ends no response here
-FEW_RESPONSES = {"rollout.prompts_per_step": 1}
+PROMPTS = Path(__file__).parents[1] / "examples" / "prompts" / "mixed.jsonl"  # in bf16, nonsense is .3 nats apart
+FEW_RESPONSES = {"prompts.path": str(PROMPTS), "rollout.prompts_per_step": 1}
+FEW_RESPONSES |= {"rollout.max_prompt_tokens": 160, "rollout.max_response_tokens": 32}
 LONG_RESPONSES = {"rollout.prompts_per_step": 2, "rollout.max_prompt_tokens": 64, "rollout.max_response_tokens": 128}
 NO_START = {f"rollout.vllm.{key}": None for key in ("start", "python", "arguments", "port")}
 
