@@ -33,9 +33,19 @@ from tests.vllm.servers import Job
 NUM_PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS, AT_A_TIME = 64, 64, 64, 32
 NEVER = 49151  # the last token of the vocabulary, which ends no response here
 PROMPTS = Path(__file__).parents[1] / "examples" / "prompts" / "mixed.jsonl"  # in bf16, nonsense is .3 nats apart
-FEW_RESPONSES = {"prompts.path": str(PROMPTS), "rollout.prompts_per_step": 1}
-FEW_RESPONSES |= {"rollout.max_prompt_tokens": 160, "rollout.max_response_tokens": 32}
-LONG_RESPONSES = {"rollout.prompts_per_step": 2, "rollout.max_prompt_tokens": 64, "rollout.max_response_tokens": 128}
+REAL = {"prompts.path": str(PROMPTS), "optimizer.lr": 1e-6}
+FEW_RESPONSES = {
+    **REAL,
+    "rollout.prompts_per_step": 1,
+    "rollout.max_prompt_tokens": 160,
+    "rollout.max_response_tokens": 32,
+}
+LONG_RESPONSES = {
+    **REAL,
+    "rollout.prompts_per_step": 2,
+    "rollout.max_prompt_tokens": 96,
+    "rollout.max_response_tokens": 96,
+}
 NO_START = {f"rollout.vllm.{key}": None for key in ("start", "python", "arguments", "port")}
 
 
@@ -135,7 +145,7 @@ def sync(job: Job) -> None:
         if number:
             job.serve(number)
         for transport in ("folder", "changes", "stream"):
-            changes = {"rollout.vllm.transport": transport, "optimizer.lr": 1e-6, "run.num_steps": 5}
+            changes = {"rollout.vllm.transport": transport, "run.num_steps": 5}
             lines = lines_of(job, f"sync_{dtype}_{transport}", number, **changes, **FEW_RESPONSES)[1:]
             seconds = statistics.median(line["sync_seconds"] for line in lines)
             share = statistics.median(line["sync_share"] for line in lines)
