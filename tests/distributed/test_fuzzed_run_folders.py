@@ -93,7 +93,11 @@ def test_a_planted_pickle_runs_in_no_file_of_a_model(gloo, world, tiny_model, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "commands"), [("pipe", ("open", "check", "resume", "stop")), ("gone", ("open", "resume"))]
+    ("kind", "commands"),
+    [
+        ("pipe", ("open", "check", "resume", "stop")),
+        pytest.param("gone", ("open", "resume"), marks=pytest.mark.long),
+    ],
 )
 def test_a_pipe_or_nothing_in_the_place_of_any_file_of_a_run_makes_nobody_wait(gloo, world, kind, commands):
     (result,) = gloo.run(1, nothing_to_read_everywhere, *world, commands, kind)

@@ -12,10 +12,13 @@ from tests.conftest import REPOSITORY
 from tests.kill_storm.run import LAYOUTS
 
 KILLS = 6  # in each layout
+IN_CI = ("one_process", "tp2", "pp2")  # the others lose the same files, in two minutes more
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS]
+)
 def test_a_run_that_is_killed_at_any_moment_ends_as_the_unbroken_one(tmp_path, record_property, layout):
     out = tmp_path / "verdicts.json"
     command = [sys.executable, "-m", "tests.kill_storm.run", "--kills", str(KILLS), "--layouts", layout]
