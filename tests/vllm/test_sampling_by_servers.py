@@ -64,6 +64,7 @@ def test_weights_that_change_in_mid_response_are_kept_apart(served, tmp_path):
         for response in json.loads(line)["responses"]
         if len(response.get("weight_versions", [])) > 1
     ]
+    assert found, "the metric counts what the files show"
     assert all(spans[0][0] < spans[1][0] for spans in found), "later tokens are of later weights"
 
 
