@@ -53,7 +53,8 @@ def checked(config: Config, world_size: int, overridden: Sequence[str], *, sizes
         return Checked(f"{layout}\n{CONFIG_ALONE.format(folder=folder)}", job)
     from megatron_powerflow.run_folder import holder_of
     from megatron_powerflow.training.fetched import fetch_inputs
-    from megatron_powerflow.training.plan import describe, make_plan
+    from megatron_powerflow.training.plan import make_plan
+    from megatron_powerflow.training.plan_lines import describe
 
     located = fetch_inputs(config, read_launch(), world_size=world_size, weights=False, overridden=overridden)
     plan = make_plan(config, world_size, weights=False, located=located, overridden=overridden)

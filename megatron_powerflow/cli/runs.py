@@ -53,7 +53,7 @@ def _train(config: Path, overrides: Sequence[str], overridden: Sequence[str], en
     plan = make_plan(settings, launch.world_size, located=located, overridden=overridden)
     console = make_console()
     if launch.is_main:
-        from megatron_powerflow.training.plan import describe
+        from megatron_powerflow.training.plan_lines import describe
 
         console.print(describe(plan))
     prepare_imports()

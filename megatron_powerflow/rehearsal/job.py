@@ -14,7 +14,7 @@ from megatron_powerflow.errors import UserError
 from megatron_powerflow.hf.config import read_architecture
 from megatron_powerflow.hf.families import FAMILIES
 from megatron_powerflow.parallel.layout import Layout, plan_layout
-from megatron_powerflow.training.plan import model_violations
+from megatron_powerflow.training.plan_checks import model_violations
 
 COMPANIONS = (  # of weights, that say nothing without them
     "config.json",

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_powerflow.hf.size import num_parameters
 from megatron_powerflow.rehearsal.devices import GPUS_PER_NODE, Device
 from megatron_powerflow.rehearsal.job import Job, rank_kinds
 from megatron_powerflow.rehearsal.memory import OVERHEAD_BYTES, RankMemory, largest
 from megatron_powerflow.rehearsal.save_interval import Saves, save_interval
 from megatron_powerflow.rehearsal.search import Found, Searched, search, search_more_gpus
 from megatron_powerflow.rehearsal.step_time import StepTime, step_time
-from megatron_powerflow.training.plan import num_parameters
 from megatron_powerflow.training.resources import CHECKPOINT_BYTES
 
 SEARCH_SECONDS = 20.0

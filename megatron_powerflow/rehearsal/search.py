@@ -18,12 +18,12 @@ from itertools import chain, product
 
 from megatron_powerflow.config import Config
 from megatron_powerflow.errors import UserError
+from megatron_powerflow.hf.size import num_parameters
 from megatron_powerflow.parallel.batching import longest_rollout
 from megatron_powerflow.parallel.layout import plan_layout
 from megatron_powerflow.rehearsal.devices import GPUS_PER_NODE, Device
 from megatron_powerflow.rehearsal.job import Job
 from megatron_powerflow.rehearsal.memory import OVERHEAD_BYTES, RankMemory
-from megatron_powerflow.training.plan import num_parameters
 
 Changes = tuple[tuple[str, object], ...]
 WORLD_SIZE = "--world-size"  # among changes: the number of GPUs

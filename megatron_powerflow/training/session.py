@@ -25,7 +25,8 @@ from megatron_powerflow.rollout.engine import Engine
 from megatron_powerflow.training.forward_step import Scorer
 from megatron_powerflow.training.known_scores import KnownScores, open_store
 from megatron_powerflow.training.optimizer import build_trainable
-from megatron_powerflow.training.plan import Plan, check_replay
+from megatron_powerflow.training.plan import Plan
+from megatron_powerflow.training.plan_checks import check_replay
 from megatron_powerflow.training.policy import build_engine, build_policy, copy_policy
 
 

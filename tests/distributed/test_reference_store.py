@@ -15,8 +15,8 @@ from megatron_powerflow.converter.inspect import describe, inspect
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.reference_store.folder import count_store
 from megatron_powerflow.reference_store.index import ENTRY_BYTES, index_files
-from megatron_powerflow.training.plan import describe as describe_plan
 from megatron_powerflow.training.plan import make_plan
+from megatron_powerflow.training.plan_lines import describe as describe_plan
 from tests.distributed.megatron_sessions import run_training
 
 NUM_PROMPTS = 8

@@ -13,7 +13,8 @@ from megatron_powerflow.data.rows import read_file
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.recipes import HERE, copy, names
 from megatron_powerflow.training import resources
-from megatron_powerflow.training.plan import describe, make_plan
+from megatron_powerflow.training.plan import make_plan
+from megatron_powerflow.training.plan_lines import describe
 from tests.sparse_models import make_sparse_model
 
 Usage = namedtuple("Usage", "total used free")
