@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -138,8 +139,10 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         group = get_world_group()
         if self._copy is None:
             # One copy for all workers of a machine, under a name that the server's next start finds and replaces.
-            name = os.environ.get("POWERFLOW_PORT", f"of-{os.getppid()}")
-            self._copy = Path(tempfile.gettempdir()) / f"powerflow-weights-{os.getuid()}-{name}"
+            # The host is in it for containers that share /tmp.
+            port = os.environ.get("POWERFLOW_PORT", f"of-{os.getppid()}")
+            name = f"powerflow-weights-{os.getuid()}-{socket.gethostname()}-{port}"
+            self._copy = Path(tempfile.gettempdir()) / name
         if group.local_rank == 0:
             if update_info.folder:
                 shutil.rmtree(self._copy, ignore_errors=True)
