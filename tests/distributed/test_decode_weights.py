@@ -10,6 +10,9 @@ import torch
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14]]
 FEW = 10  # response tokens: too few for a copy
+# Nats, in fp32, between log-probs by a copy and by the parameter itself: 4e-6 on one processor and 1.7e-5 on another,
+# which sums in another order. A stale copy is .04 to 2.9 away at the first token.
+ROUNDING = 1e-4
 
 
 def around_an_update(model: str, tp: int, pp: int) -> dict:
@@ -75,7 +78,7 @@ def test_copies_change_no_sample_follow_an_update_and_are_gone_afterwards(gloo, 
                 found[f"few {when}"], found[f"many {when}"], strict=True
             ):
                 assert many[: len(few)] == few
-                np.testing.assert_allclose(many_log_probs[: len(few)], few_log_probs, atol=1e-5)
+                np.testing.assert_allclose(many_log_probs[: len(few)], few_log_probs, rtol=0, atol=ROUNDING)
         assert [tokens for tokens, _ in found["many before"]] != [tokens for tokens, _ in found["many after"]]
         few_stand_ins, many_stand_ins = found["stand-ins"]
         assert few_stand_ins == 0
