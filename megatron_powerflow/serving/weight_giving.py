@@ -11,6 +11,7 @@ Left out: how weights travel (`by_folder.py`, `by_stream.py`), what is proved (`
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from megatron_powerflow.parallel.together import attempt, broadcast_object, rais
 from megatron_powerflow.serving.at_once import BEAT_SECONDS, on_all
 from megatron_powerflow.serving.manifest import Manifest
 from megatron_powerflow.serving.pool import Pool
+from megatron_powerflow.serving.proof import Proof
 from megatron_powerflow.serving.server import Server, ServerError, Unreachable
 from megatron_powerflow.serving.transport import Given, Transport
 from megatron_powerflow.serving.weight_sync import UNPROVED, Sync, bring, sleep
@@ -69,6 +71,7 @@ class WeightGiver:
         self._versions: dict[str, Manifest] = {}  # that servers may have, the newest last
         self._waiting: dict[str, Server] = {}  # for the weights, until all ranks send them; on the main rank
         self._is_asleep = False
+        self._late: deque[Proof] = deque()  # of servers that were given the weights by themselves, in their threads
         self.last_sync: SyncReport | None = None
         self.beat: Callable[[], None] = lambda: None
 
@@ -118,8 +121,9 @@ class WeightGiver:
         # Beside the others' version: their prompts may be under way by the one before, and go on by it.
         others = {version: one for version, one in self._versions.items() if version != given.manifest.version}
         self._versions = {**others, given.manifest.version: given.manifest}
-        for url in self._taken(given):
+        for url, sync in self._taken(given).items():
             assert self._pool is not None
+            self._late.append(sync.proof)
             self._pool.take_in(url)  # the other ranks' pools look for themselves
 
     def _give(self, step: int, of: Callable[[Pool], list[Server]]) -> Given:
@@ -166,7 +170,7 @@ class WeightGiver:
             self._waiting[server.url] = server
             raise Unreachable(f"waits for the weights {newest.version!r}, or newer ones, which all ranks send together")
         self._prepare(server)
-        bring(server, manifest or newest, seconds=self._seconds)
+        self._late.append(bring(server, manifest or newest, seconds=self._seconds).proof)
 
     def rest(self) -> None:
         """Put the servers to sleep where they share the trainer's GPUs. Collective over the run."""
@@ -191,9 +195,17 @@ class WeightGiver:
                 raise outcome
 
     def metrics(self) -> dict[str, float]:
-        """Return what the update of the servers before the last step came to, on the main rank; {} elsewhere."""
+        """Return what the update of the servers before the last step came to, on the main rank; {} elsewhere.
+
+        Gaps are also of servers that were given the weights by themselves since then.
+        """
         report, self.last_sync = self.last_sync, None
-        return {} if report is None else report.metrics()
+        found = {} if report is None else report.metrics()
+        while self._late:
+            proof = self._late.popleft()
+            found["sync_gap_mean"] = max(found.get("sync_gap_mean", 0.0), proof.gap_mean)
+            found["sync_gap_max"] = max(found.get("sync_gap_max", 0.0), proof.gap_max)
+        return found
 
     def close(self) -> None:
         """Remove what weights have left on a disk."""

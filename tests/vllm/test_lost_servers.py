@@ -51,6 +51,7 @@ def ended_well(job, process) -> str:
     """Wait for the end of a run that is to end well; return what its ledger says."""
     assert process.wait(900) == 0, job.trained()
     assert len(job.metrics()) == STEPS
+    assert all(line["sync_gap_mean"] < 1e-3 for line in job.metrics()), "a proof, also where servers came in mid-step"
     ledger = job.ledger()
     assert f"{6 * STEPS} prompts of {STEPS} steps, each answered once" in ledger
     return ledger
