@@ -176,3 +176,12 @@ def test_one_that_answers_garbage_is_left_out_and_the_other_answers_all(job):
         babbler.shutdown()
     assert f"{6 * STEPS} by {job.url(0)}" in ledger
     assert f"vLLM server http://127.0.0.1:{babbler.server_port} is left out" in " ".join(job.trained().split())
+
+
+def test_one_that_comes_while_the_run_waits_has_its_proof_in_the_first_step(job):
+    job.settings |= {"run.num_steps": 2, "rollout.vllm.start": 1}
+    process = job.begin_training()
+    time.sleep(15)  # the run has begun to wait: no server had the first weights
+    job.serve(0)
+    assert process.wait(300) == 0, job.trained()
+    assert all(line["sync_gap_mean"] < 1e-3 for line in job.metrics()), job.metrics()
