@@ -19,18 +19,20 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_powerflow.children import end_with_parent, leave
 from megatron_powerflow.errors import EXIT_FAILED, UserError
 from megatron_powerflow.parallel.launch import Launch, meet_here
 from megatron_powerflow.prove.job import Job, Part, read_job
+from megatron_powerflow.whole_files import write_file
 
 FAILURE_NAME = "failure.json"
 LOOK_SECONDS = 0.02
+CAUSE_SECONDS = 0.2  # in which a rank that was killed is found, after one that failed for want of it
 SHOWN_LINES = 12  # of a traceback
 PORTS = range(20_000, 32_000)  # below those that the kernel gives to outgoing connections
 
@@ -88,8 +90,7 @@ def read_failure(folder: Path) -> Failure | None:
     path = folder / FAILURE_NAME
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return Failure(**values | {"words": tuple(values["words"])})
+    return _to_failure(json.loads(path.read_text(encoding="utf-8")))
 
 
 def run(part: Part, job: Job, parent: int) -> Failure | None:
@@ -103,8 +104,12 @@ def run(part: Part, job: Job, parent: int) -> Failure | None:
     failure = None
     try:
         while pids and failure is None:
-            failure = _ended(pids, part, job) or _standing(part, job)
             time.sleep(LOOK_SECONDS)
+            if failed := _take_ended(pids):
+                time.sleep(CAUSE_SECONDS)
+                failure = _cause(failed | _take_ended(pids), part, job)
+            else:
+                failure = _standing(part, job)
             if os.getppid() != parent:
                 leave(EXIT_FAILED)
     finally:
@@ -143,37 +148,53 @@ def _be(rank: int, part: Part, job: Job) -> NoReturn:
         run_part(part, job, Launch("torchrun", rank, size, rank, size), note)
         code = 0
     except UserError as error:
-        _words(seen, rank).write_text(json.dumps(list(error.violations)), encoding="utf-8")
+        _say(_failure(part, job, rank, error.violations), seen)
     except BaseException as error:
         lines = "".join(traceback.format_exception(error)).splitlines()
-        _words(seen, rank).write_text(json.dumps(lines[-SHOWN_LINES:]), encoding="utf-8")
-    leave(code)
+        _say(_failure(part, job, rank, lines[-SHOWN_LINES:]), seen)
+    finally:
+        leave(code)
 
 
-def _ended(pids: dict[int, int], part: Part, job: Job) -> Failure | None:
-    """Take out of `pids` what has ended, and return how the first that failed did."""
-    failure = None
+def _say(failure: Failure, seen: Path) -> None:
+    """Write why a rank fails, and when, by the clock that all of them share; the others fail after it has left."""
+    values = {"at": time.monotonic(), "failure": asdict(failure)}
+    write_file(_said(seen, failure.rank), json.dumps(values))
+
+
+def _take_ended(pids: dict[int, int]) -> dict[int, int]:
+    """Take out of `pids` what has ended, and return the exit codes of the ranks among them that failed."""
+    failed = {}
     for pid, rank in list(pids.items()):
         done, status = os.waitpid(pid, os.WNOHANG)
-        if not done:
-            continue
-        del pids[pid]
-        if status and failure is None:
-            failure = _failure(part, job, rank, f"ended with {os.waitstatus_to_exitcode(status)}")
-    return failure
+        if done:
+            del pids[pid]
+            if status:
+                failed[rank] = os.waitstatus_to_exitcode(status)
+    return failed
 
 
-def _failure(part: Part, job: Job, rank: int, otherwise: str) -> Failure:
-    """Return what a rank left to say of its failure; `otherwise` and the end of its stderr where it left nothing."""
+def _cause(failed: Mapping[int, int], part: Part, job: Job) -> Failure:
+    """Return why ranks failed: one without a word was killed, which ends the others; else the first that said why."""
     seen = job.seen(part)
-    path, errors = _words(seen, rank), _errors(seen, rank)
-    if path.is_file():
-        words = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        written = errors.read_text(encoding="utf-8", errors="replace") if errors.is_file() else ""
-        words = [otherwise, *written.splitlines()[-SHOWN_LINES:]]
-    phase = _phase(seen, rank)
+    if silent := [rank for rank in failed if not _said(seen, rank).is_file()]:
+        path = _errors(seen, silent[0])
+        written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        words = (f"ended with {failed[silent[0]]}", *written.splitlines()[-SHOWN_LINES:])
+        return _failure(part, job, silent[0], words)
+    paths = [path for rank in range(job.processes(part)) if (path := _said(seen, rank)).is_file()]
+    said = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return _to_failure(min(said, key=lambda values: values["at"])["failure"])
+
+
+def _failure(part: Part, job: Job, rank: int, words: Sequence[str]) -> Failure:
+    """Return the failure of a rank, in the phase that it noted last."""
+    phase = _phase(job.seen(part), rank)
     return Failure(part.value, rank, phase.read_text(encoding="utf-8") if phase.is_file() else "starts", tuple(words))
+
+
+def _to_failure(values: Mapping[str, Any]) -> Failure:
+    return Failure(**{**values, "words": tuple(values["words"])})
 
 
 def _standing(part: Part, job: Job) -> Failure | None:
@@ -186,14 +207,14 @@ def _standing(part: Part, job: Job) -> Failure | None:
     }
     if not began or time.time() - max(began.values()) < job.patience:
         return None
-    return _failure(part, job, min(began, key=began.__getitem__), f"stood still for {job.patience:g} s")
+    return _failure(part, job, min(began, key=began.__getitem__), (f"stood still for {job.patience:g} s",))
 
 
 def _phase(seen: Path, rank: int) -> Path:
     return seen / f"rank_{rank:03d}.phase"
 
 
-def _words(seen: Path, rank: int) -> Path:
+def _said(seen: Path, rank: int) -> Path:
     return seen / f"rank_{rank:03d}.failure.json"
 
 
