@@ -23,6 +23,7 @@ from tests.distributed.test_export import tensors_of
 RECEIVER = Path(__file__).with_name("weight_receiver.py")
 ON_SERVER = RECEIVER.parents[2] / "megatron_powerflow" / "serving" / "on_server"
 MESSAGE_SECONDS = 5.0
+BOUND_SECONDS = 60.0  # of an update that fails; torch would wait for half an hour
 ENDING_SECONDS = 20.0  # within which the threads of a closed group have ended
 
 
@@ -173,18 +174,16 @@ def test_a_worker_that_does_not_come_is_left_out_and_the_other_gets_all(gloo, ti
     assert found["failures"]["a"] is None
     assert "its workers did not come to 127.0.0.1" in found["failures"]["gone"]
     assert received(tmp_path, "a")["checksums"] == found["checksums"]
-    assert found["seconds"] < 4 * MESSAGE_SECONDS
+    assert found["seconds"] < BOUND_SECONDS
 
 
-@pytest.mark.parametrize(("mood", "seconds"), [("die", 1.0), ("hang", MESSAGE_SECONDS)])
-def test_a_worker_that_is_lost_in_mid_stream_is_reported_for_all_in_bounded_time(
-    gloo, tiny_model, tmp_path, mood, seconds
-):
+@pytest.mark.parametrize("mood", ["die", "hang"])
+def test_a_worker_that_is_lost_in_mid_stream_is_reported_for_all_in_bounded_time(gloo, tiny_model, tmp_path, mood):
     """For all: none of them has every tensor. The ranks that gather go on to the end."""
     found = run(gloo, tiny_model("llama"), tmp_path, {"lost": mood, "a": ""}, tp=2, pp=2)
     assert all("the weights broke off on their way" in found["failures"][name] for name in ("lost", "a")), found
     assert all("powerflow vllm-args" in found["failures"][name] for name in ("lost", "a"))
-    assert found["seconds"] < seconds + 10
+    assert found["seconds"] < BOUND_SECONDS
 
 
 def test_a_group_for_each_update_leaves_nothing_behind(gloo, tiny_model, tmp_path):

@@ -75,7 +75,7 @@ def test_a_main_thread_that_waits_in_c_is_left_all_the_same(number, stage, times
         assert process.stdout.readline() == "ready\n"
         for _ in range(times - 1):
             process.send_signal(number)
-            time.sleep(ONE_SECONDS * 1.5)
+            time.sleep(ONE_SECONDS * 3)
             assert process.poll() is None
         process.send_signal(number)
         assert process.wait(timeout=30) == 70 + number
