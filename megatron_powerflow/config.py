@@ -145,7 +145,8 @@ class VllmSection(Section):
         None, description="of a server that is started; default: as precision.dtype, bfloat16 for fp8"
     )
     memory: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="share of a GPU that a server takes; default .9, and .4 where it sleeps"
+        None,
+        description="share of a GPU (on CPUs: of all memory) that a server takes; default .9, and .4 where it sleeps",
     )
     sleeps: bool | None = Field(
         None, description="servers are on the trainer's GPUs, and sleep while it trains; default false"

@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from megatron_powerflow.console import duration
 from megatron_powerflow.errors import UserError
 from megatron_powerflow.records import Prompt, SamplingParams
 from megatron_powerflow.serving.answers import MODEL, ROUTE, Answer, read_answer, request_of
@@ -24,6 +25,7 @@ from megatron_powerflow.serving.server import Refused, Server, ServerError, Unre
 
 HEALTH_SECONDS = 2.0  # between two looks at the servers
 START_SECONDS = 1800.0  # that servers of the job may take until the first one answers: they load a model, and compile
+TELL_SECONDS = 60.0  # between two words of it, while no server can be asked
 RETRY_SECONDS = 10.0  # before weights are offered again to a server that did not take them
 REFUSALS = 4  # of one prompt, by whatever servers, before the run ends for it
 HEALTH_TRIES = 2  # without an answer in a row, before a server counts as hung
@@ -105,6 +107,7 @@ class Pool:
         self._broken: BaseException | None = None
         self._lost_since: float | None = time.monotonic()
         self._was_up = False  # whether any server ever was
+        self._told_at = -TELL_SECONDS
         self._watch = threading.Thread(target=self._look_after, name="servers", daemon=True)
 
     def open(self) -> None:
@@ -162,14 +165,23 @@ class Pool:
 
     def require_some(self, *, at_once: bool = False) -> None:
         """Raise NoServer where none could be asked for longer than is waited; at_once: where there is none now."""
+        limit = 0.0 if at_once else self._limit
+        if (seconds := self._seconds_without()) is not None and seconds > limit:
+            raise NoServer(f"no vLLM server could be asked for {limit:g} s: {self._whats_wrong()}")
+
+    @property
+    def _limit(self) -> float:
+        """Seconds without any server before it is given up."""
+        return self._settings.wait_seconds if self._was_up else max(self._settings.wait_seconds, START_SECONDS)
+
+    def _seconds_without(self) -> float | None:
+        """Return for how long no server could be asked; None where one can, or where none is to be."""
         with self._changed:
-            since = self._lost_since
-            limit = self._settings.wait_seconds if self._was_up else max(self._settings.wait_seconds, START_SECONDS)
-        limit = 0.0 if at_once else limit
-        if since is None or self._held or time.monotonic() - since <= limit:
-            return
+            return None if self._held or self._lost_since is None else time.monotonic() - self._lost_since
+
+    def _whats_wrong(self) -> str:
         each = "; ".join(f"{url}: {trouble}" for url, trouble in self.troubles().items())
-        raise NoServer(f"no vLLM server could be asked for {limit:g} s: {each or 'none was ever there'}")
+        return each or "none was ever there; `powerflow serve` starts them"
 
     def hold(self) -> None:
         """Take no more prompts from the queue."""
@@ -270,8 +282,20 @@ class Pool:
             except BaseException as error:
                 self._broken = error
                 return
+            self._tell_of_waiting()
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, timeout=HEALTH_SECONDS)
+
+    def _tell_of_waiting(self) -> None:
+        """Say from time to time that no server can be asked, and what is wrong with each."""
+        seconds, now = self._seconds_without(), time.monotonic()
+        if seconds is None or min(seconds, now - self._told_at) < TELL_SECONDS:
+            return
+        self._told_at = now
+        self._tell(
+            f"no vLLM server can be asked since {duration(seconds)}; the run waits for one, {duration(self._limit)} at "
+            f"most: {self._whats_wrong()}"
+        )
 
     def _meet(self, url: str) -> None:
         """Take a server in, unless it is known."""

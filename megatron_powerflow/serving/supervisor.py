@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -36,6 +37,9 @@ START_SECONDS = 1800.0  # that a server may take until it answers: a large model
 END_SECONDS = 30.0
 MAX_FAILED_STARTS = 3
 LAST_LINES = 15
+# A line that names an exception, as Python writes it, with or without what vLLM's loggers put before it.
+EXCEPTION = re.compile(r"(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
+SHOWN_EXCEPTIONS = 3  # of a server that does not start; the first is the cause, the others follow from it
 
 
 class Supervisor:
@@ -48,6 +52,7 @@ class Supervisor:
         self._run, self._command, self._say, self._port = run, command, say, port
         self._name, self._server = f"{host}-{port}", Server(f"http://{host}:{port}")
         self._log = run / SERVERS_NAME / f"{self._name}.log"
+        self._began_at = 0  # where the log of the present start begins
         self._ending = False
 
     def run(self) -> None:
@@ -67,7 +72,7 @@ class Supervisor:
         if not self._ending:
             raise UserError(
                 f"the vLLM server at {self._server.url} ended {failed} times before it answered; its last words, of "
-                f"{self._log}:\n{_tail(self._log)}\nits command: {self._command.text}"
+                f"{self._log}:\n{self._last_words()}\nits command: {self._command.text}"
             )
 
     def _require_port(self) -> None:
@@ -89,6 +94,7 @@ class Supervisor:
         """Run the server once, to its end. Returns whether it ever answered."""
         started, answered = uuid.uuid4().hex, False
         with self._log.open("ab") as log:
+            self._began_at = log.tell()
             process = subprocess.Popen(
                 self._command.arguments,
                 env=environment_with(self._command.environment),
@@ -120,6 +126,17 @@ class Supervisor:
             self._say(f"vLLM server {self._server.url}: ended with {process.returncode}")
         return answered
 
+    def _last_words(self) -> str:
+        """Return what the last start's log says of its end: the first exceptions in it, else its last lines."""
+        try:
+            with self._log.open("rb") as file:
+                file.seek(self._began_at)
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        exceptions = [match[1] for line in lines if (match := EXCEPTION.match(line))]
+        return "\n".join(list(dict.fromkeys(exceptions))[:SHOWN_EXCEPTIONS] or lines[-LAST_LINES:])
+
 
 def _end_group(process: subprocess.Popen) -> None:
     """End the server and the processes that it started: first in peace."""
@@ -130,11 +147,3 @@ def _end_group(process: subprocess.Popen) -> None:
             process.wait(END_SECONDS)
             if number == signal.SIGTERM:
                 continue  # the others of its group may still be there
-
-
-def _tail(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join(lines[-LAST_LINES:])

@@ -232,6 +232,33 @@ def test_without_any_server_it_waits_and_then_says_what_is_wrong_with_each(job, 
     job.wait(2)
 
 
+@pytest.mark.parametrize(
+    ("moods", "limit", "why"),
+    [
+        ((), "30 min", "none was ever there; `powerflow serve` starts them"),
+        (("refuses", "refuses"), "5 s", "EngineCore encountered an issue"),
+    ],
+    ids=["none was ever there", "both refuse"],
+)
+def test_it_says_that_it_waits_and_why(servers, monkeypatch, moods, limit, why):
+    monkeypatch.setattr("megatron_powerflow.serving.pool.HEALTH_SECONDS", 0.02)
+    monkeypatch.setattr("megatron_powerflow.serving.pool.TELL_SECONDS", 0.2)
+    job = Job(servers[: len(moods)])
+    time.sleep(0.4)
+    assert not job.said, "nothing is to be asked yet"
+    job.start()
+    for server, mood in zip(servers, moods, strict=False):
+        server.mood = mood
+    job.ask(2)
+
+    def words() -> list[str]:
+        return [text for text in job.said if text.startswith("no vLLM server can be asked since")]
+
+    until(lambda: len(words()) >= 2)
+    assert all(f"the run waits for one, {limit} at most: " in text and why in text for text in words())
+    job.pool.close()
+
+
 def test_an_answer_by_other_weights_is_dropped_and_the_server_given_the_right_ones(job, servers):
     job.start()
     for server in servers:
