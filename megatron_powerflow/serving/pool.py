@@ -293,7 +293,7 @@ class Pool:
             return
         self._told_at = now
         self._tell(
-            f"no vLLM server can be asked since {duration(seconds)}; the run waits for one, {duration(self._limit)} at "
+            f"no vLLM server could be asked for {duration(seconds)}; the run waits for one, {duration(self._limit)} at "
             f"most: {self._whats_wrong()}"
         )
 

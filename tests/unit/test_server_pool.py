@@ -252,7 +252,7 @@ def test_it_says_that_it_waits_and_why(servers, monkeypatch, moods, limit, why):
     job.ask(2)
 
     def words() -> list[str]:
-        return [text for text in job.said if text.startswith("no vLLM server can be asked since")]
+        return [text for text in job.said if text.startswith("no vLLM server could be asked for")]
 
     until(lambda: len(words()) >= 2)
     assert all(f"the run waits for one, {limit} at most: " in text and why in text for text in words())
