@@ -14,9 +14,13 @@ import pytest
 from tests.conftest import REPOSITORY
 
 LINES = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
-# Stands for srun with pyxis, which is not here: notes its options, and runs what is no training.
+# Stands for srun with pyxis, which is not here: notes its options, and runs what is no training. Training outlasts the
+# start of the servers in the background.
 SRUN = """#!/usr/bin/env bash
 printf '%s\\0' "$*" >> "$SRUN_LOG"
+case "$*" in *torch.distributed.run*rollout.vllm.start=*)
+  for _ in {1..600}; do grep -q "cli serve" "$SRUN_LOG" && break; sleep 0.1; done ;;
+esac
 case "$*" in *torch.distributed.run*|*"cli preflight"*|*"cli train"*|*"cli serve"*) exit 0 ;; esac
 while [[ "$1" == --* ]]; do shift; done
 exec "$@"
